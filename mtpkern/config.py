@@ -1,0 +1,386 @@
+"""What a model is, and what a caller asks for: frozen, checked values and nothing else.
+
+`ModelConfig.from_json` reads a checkpoint's config.json and refuses by name whatever this runtime
+does not compute, before any weight is read. `DecodeConfig` sizes a decoder, `SamplingParams` shapes
+one request. `UserError` is the one kind of error that is the user's to mend; the command line
+prints it as a single line.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_SPECULATIVE_TOKENS = 16
+
+
+class UserError(ValueError):
+    """A mistake of the user's (file, argument, unsupported model): one line, exit code 2."""
+
+
+class ModelLoadError(UserError):
+    """A checkpoint that is broken or not supported; the message names the file and the thing."""
+
+
+def printable(name: object) -> str:
+    """A name out of a file, safe to print: control characters escaped, at most 200 characters."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: the base `theta` and how its frequencies are stretched.
+
+    `kind` is "default", "linear" (positions divided by `factor`), "llama3" (Llama 3.1) or "yarn"
+    (https://arxiv.org/abs/2309.00071). Fields that a kind does not use keep their defaults.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def inverse_frequencies(self, head_dim: int) -> tuple[Tensor, float]:
+        """Radians per position, float32 [D/2], and a factor on cos and sin (1.0 but for yarn)."""
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        plain = 1.0 / self.theta**exponent
+        if self.kind == "linear":
+            return plain / self.factor, 1.0
+        if self.kind == "llama3":
+            # Full turns within the original context: fast pairs stay, slow ones are stretched.
+            turns = self.original_max_position_embeddings * plain / (2 * math.pi)
+            width = self.high_freq_factor - self.low_freq_factor
+            keep = ((turns - self.low_freq_factor) / width).clamp(0, 1)
+            return plain * keep + plain / self.factor * (1 - keep), 1.0
+        if self.kind == "yarn":
+            low = self._yarn_pair(self.beta_fast, head_dim)
+            high = self._yarn_pair(self.beta_slow, head_dim)
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            pair = torch.arange(head_dim // 2, dtype=torch.float32)
+            stretch = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+            return plain * (1 - stretch) + plain / self.factor * stretch, self._yarn_attention()
+        return plain, 1.0
+
+    def _yarn_pair(self, turns: float, head_dim: int) -> float:
+        """The (fractional) pair index that makes `turns` full turns within the original context."""
+        wavelength = self.original_max_position_embeddings / (2 * math.pi * turns)
+        return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
+
+    def _yarn_attention(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def temperature(mscale: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return temperature(self.mscale) / temperature(self.mscale_all_dim)
+        return temperature(1.0)
+
+
+# Keys of config.json that would change the computation, with the values under which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+    "use_sliding_window": (False,),
+    "quantization_config": (),
+    "auto_map": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logits_scaling": (1.0,),
+    "logit_scale": (1.0,),
+    "residual_multiplier": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "is_decoder": (True,),
+    "add_cross_attention": (False,),
+}
+_ROPE_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SUPPORTED = (
+    "supported: LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, SmolLM2 and other plain Llama layouts)"
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes and settings of one Llama-layout model. Symbols: V, E, F, L, Hq, Hk, D in order."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    dtype: torch.dtype
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    model_type: str = "llama"
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> "ModelConfig":
+        """Read a config.json (its path, its directory, or its content already parsed).
+
+        Next to a file, generation_config.json adds its end-of-text ids. Raises ModelLoadError for
+        what is missing, malformed or not supported.
+        """
+        if isinstance(source, Mapping):
+            return _Reader("config.json", dict(source)).model_config({})
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        generation = path.with_name("generation_config.json")
+        extra = read_json_object(generation) if generation.is_file() else {}
+        return _Reader(printable(path), read_json_object(path)).model_config(extra)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ModelLoadError when there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelLoadError(f"{printable(path)}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{printable(path)} is not valid JSON: {printable(error)}") from None
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{printable(path)} must hold a JSON object")
+    return content
+
+
+class _Reader:
+    """Typed, named access to the fields of one config.json."""
+
+    def __init__(self, where: str, content: dict[str, Any]):
+        self.where, self.content = where, content
+
+    def refuse(self, message: str) -> ModelLoadError:
+        return ModelLoadError(f"{self.where}: {message}")
+
+    def number(self, name: str, default: float | None = None, within: Any = None) -> float:
+        value = (self.content if within is None else within).get(name)
+        value = default if value is None else value
+        if value is None:
+            raise self.refuse(f"{name} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
+            raise self.refuse(f"{name} must be a positive number, got {printable(repr(value))}")
+        return value
+
+    def count(self, name: str, default: int | None = None, within: Any = None) -> int:
+        value = self.number(name, default, within)
+        if value != int(value) or value >= 2**31:
+            raise self.refuse(f"{name} must be an integer in 1..2^31-1, got {value}")
+        return int(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.content.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(f"{name} must be true or false, got {printable(repr(value))}")
+        return bool(value)
+
+    def model_config(self, generation: dict[str, Any]) -> ModelConfig:
+        self.check_family()
+        heads, hidden = self.count("num_attention_heads"), self.count("hidden_size")
+        kv_heads = self.count("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self.refuse(
+                f"num_attention_heads must be a multiple of num_key_value_heads={kv_heads}, "
+                f"got {heads}"
+            )
+        if self.content.get("head_dim") is None and hidden % heads:
+            raise self.refuse(
+                f"hidden_size must be a multiple of num_attention_heads={heads} where head_dim is "
+                f"not given, got {hidden}"
+            )
+        head_dim = self.count("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise self.refuse(f"head_dim must be even, got {head_dim}")
+        context = self.count("max_position_embeddings", 2048)
+        return ModelConfig(
+            vocab_size=self.count("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self.count("intermediate_size"),
+            num_layers=self.count("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(self.number("rms_norm_eps", 1e-6)),
+            rope=self.rope(context),
+            max_position_embeddings=context,
+            tie_word_embeddings=self.flag("tie_word_embeddings"),
+            attention_bias=self.flag("attention_bias"),
+            mlp_bias=self.flag("mlp_bias"),
+            dtype=self.dtype(),
+            bos_token_id=next(iter(self.token_ids("bos_token_id", self.content)), None),
+            eos_token_ids=tuple(
+                dict.fromkeys(
+                    self.token_ids("eos_token_id", self.content)
+                    + self.token_ids("eos_token_id", generation)
+                )
+            ),
+            model_type=self.content.get("model_type", "llama"),
+        )
+
+    def check_family(self) -> None:
+        architectures = self.content.get("architectures")
+        model_type = self.content.get("model_type")
+        if architectures not in (None, [], ["LlamaForCausalLM"]):
+            names = architectures if isinstance(architectures, list) else [architectures]
+            listed = ", ".join(printable(name) for name in names)
+            raise self.refuse(f"architecture {listed} is not supported; {_SUPPORTED}")
+        if model_type != "llama" and not (model_type is None and architectures):
+            raise self.refuse(f"model_type {printable(model_type)} is not supported; {_SUPPORTED}")
+        for name, neutral in _NEUTRAL.items():
+            value = self.content.get(name)
+            if value is not None and value not in neutral:
+                only = " or ".join(json.dumps(v) for v in (*neutral, None))
+                shown = printable(json.dumps(value))
+                raise self.refuse(f"{name}={shown} is not supported; supported: {only}")
+        if self.content.get("sliding_window") and self.content.get("use_sliding_window", True):
+            raise self.refuse("sliding_window attention is not supported; supported: null")
+        kinds = self.content.get("layer_types") or []
+        if any(kind != "full_attention" for kind in kinds):
+            raise self.refuse("layer_types other than full_attention are not supported")
+
+    def rope(self, context: int) -> RopeConfig:
+        """RoPE settings from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
+        given = self.content.get("rope_parameters") or self.content.get("rope_scaling") or {}
+        if not isinstance(given, dict):
+            raise self.refuse(f"rope_parameters must be an object, got {printable(repr(given))}")
+        kind = given.get("rope_type", given.get("type", "default"))
+        if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
+            kinds = ", ".join(_ROPE_REQUIRED)
+            raise self.refuse(f"rope type {printable(kind)} is not supported; supported: {kinds}")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise self.refuse("partial_rotary_factor other than 1.0 is not supported")
+        nested = [name for name, value in given.items() if isinstance(value, dict)]
+        if nested:
+            raise self.refuse(f"RoPE per layer type ({printable(nested[0])}) is not supported")
+        theta = self.number("rope_theta", self.content.get("rope_theta") or 10000.0, given)
+        values: dict[str, Any] = {
+            name: float(self.number(name, None, given)) for name in _ROPE_REQUIRED[kind]
+        }
+        if kind in ("llama3", "yarn"):
+            outer = self.content.get("original_max_position_embeddings")
+            original = context if outer is None else outer
+            values["original_max_position_embeddings"] = self.count(
+                "original_max_position_embeddings", original, given if outer is None else {}
+            )
+        if kind == "yarn":
+            for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+                if given.get(name):
+                    values[name] = float(self.number(name, None, given))
+            values["truncate"] = bool(given.get("truncate", True))
+        if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+            raise self.refuse("low_freq_factor must be below high_freq_factor")
+        if theta <= 1:
+            raise self.refuse(f"rope_theta must be above 1, got {theta}")
+        return RopeConfig(kind=kind, theta=float(theta), **values)
+
+    def dtype(self) -> torch.dtype:
+        name = self.content.get("dtype") or self.content.get("torch_dtype") or "float32"
+        if not isinstance(name, str) or name.removeprefix("torch.") not in _DTYPES:
+            raise self.refuse(
+                f"dtype {printable(name)} is not supported; supported: {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[name.removeprefix("torch.")]
+
+    def token_ids(self, name: str, content: dict[str, Any]) -> list[int]:
+        value = content.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise self.refuse(f"{name} must be token ids >= 0, got {printable(repr(value))}")
+        return ids
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The fixed sizes of a decoder: K drafts a step, B sequences of at most `max_length` tokens."""
+
+    num_speculative_tokens: int
+    max_batch: int
+    max_length: int
+    prefill_chunk: int = 128
+
+    def __post_init__(self) -> None:
+        _check_int("num_speculative_tokens", self.num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
+        _check_int("max_batch", self.max_batch, 1, 2**16)
+        _check_int("max_length", self.max_length, 1, 2**31 - 1)
+        _check_int("prefill_chunk", self.prefill_chunk, 1, 2**16)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is decoded. Temperature 0 is greedy; 0 switches top_k and min_p off, 1 top_p.
+
+    `stop` are strings that end the text, themselves not included; a single string will do.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    ignore_eos: bool = False
+
+    def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
+        # The generated __init__ would name the stranger, but not what could be meant.
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{name} is not supported; supported: {', '.join(known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise UserError(f"stop must be non-empty strings, got {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_real("temperature", self.temperature, 0.0, 1e4)
+        _check_real("min_p", self.min_p, 0.0, 1.0)
+        _check_real("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise UserError("top_p must be above 0 and at most 1, got 0")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{name} must be an integer in {low}..{high}, got {value!r}")
+
+
+def _check_real(name: str, value: object, low: float, high: float) -> None:
+    # Written so that NaN fails it.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name} must be a number in {low:g}..{high:g}, got {value!r}")

@@ -1,0 +1,123 @@
+"""Shared builders: a small random Llama checkpoint, with a small tokenizer, made on the fly.
+
+`from conftest import tiny_checkpoint`: a directory in Hugging Face's layout that the package, and
+transformers, can load. Nothing is downloaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TINY_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 307,
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+
+
+def tiny_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
+    """Random float32 weights for a config.json, under the names of Hugging Face's Llama."""
+    E, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or E // heads
+    q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {"model.embed_tokens.weight": normal(V, E), "model.norm.weight": 1 + normal(E) / 10}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = normal(V, E) / E**0.5
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}{name}.weight"] = 1 + normal(E) / 10
+        for block, bias, sizes in (
+            ("self_attn", "attention_bias", {"q": (q, E), "k": (kv, E), "v": (kv, E), "o": (E, q)}),
+            ("mlp", "mlp_bias", {"gate": (F, E), "up": (F, E), "down": (E, F)}),
+        ):
+            for name, (rows, columns) in sizes.items():
+                linear = f"{layer}{block}.{name}_proj"
+                tensors[f"{linear}.weight"] = normal(rows, columns) / columns**0.5
+                if config.get(bias):
+                    tensors[f"{linear}.bias"] = normal(rows) / 10
+    return tensors
+
+
+def write_sharded(directory: Path, tensors: dict[str, Tensor], shards: int) -> None:
+    """Spread tensors over `shards` files with an index, or write the single file."""
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in list(tensors)[i::shards]}
+        save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_tiny_tokenizer(directory: Path) -> None:
+    """A byte-level BPE of about 300 ids, the first three special, with a ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = "the quick brown fox jumps over the lazy dog and then the dog sleeps in the sun " * 3
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>"})
+    )
+
+
+def tiny_checkpoint(
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+    **overrides: Any,
+) -> Path:
+    """Write a small random model and its tokenizer into `directory`, and return it.
+
+    `overrides` are keys of config.json, in Hugging Face's spelling.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = TINY_CONFIG | {"torch_dtype": str(dtype).removeprefix("torch.")} | overrides
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {name: t.to(dtype) for name, t in tiny_tensors(config, seed=seed).items()}
+    write_sharded(directory, tensors, shards)
+    write_tiny_tokenizer(directory)
+    return directory
