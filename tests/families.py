@@ -68,6 +68,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rope_yarn_own_ramp": dict(
         rope_parameters=dict(YARN, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3), head_dim=16
     ),
+    "rope_yarn_fractional_ramp": dict(
+        rope_parameters=dict(YARN, truncate=False, mscale=0.7, mscale_all_dim=0.3), head_dim=22
+    ),
 }
 
 # One at which no family's 64 greedy tokens meet a near-tie. New families go last in the table.
