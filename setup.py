@@ -1,16 +1,29 @@
 """Packaging. `kernels/` has no __init__.py and installs as `mtpkern.kernels`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+INIT = (ROOT / "mtpkern" / "__init__.py").read_text(encoding="utf-8")
+
 setup(
     name="mtpkern",
-    version="0.1.0",
-    description="Multi-token prediction for Llama-style models: several tokens a step, the same tokens",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    version=re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0],
+    description="Multi-token prediction for Llama models: several tokens a step, the same tokens",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["mtpkern", "mtpkern.*"]), "mtpkern.kernels"],
     package_dir={"mtpkern.kernels": "kernels"},
@@ -28,8 +41,8 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface_hub>=0.30"],
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5.0"],
-        "dev": ["ruff==0.17.6", "mypy==2.4.1"],
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5.0", "setuptools>=77"],
+        "dev": ["ruff==0.17.6", "mypy==2.4.1", "uv==0.13.9"],
     },
     entry_points={"console_scripts": ["mtpkern = mtpkern.cli:main"]},
 )

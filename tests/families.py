@@ -1,0 +1,110 @@
+"""Small random checkpoints of every plain Llama layout, as `transformers` builds and saves them.
+
+`FAMILIES` is the table; `write_family` writes one row of it to a directory. Every parameter is
+random, norms and biases too (a new model has ones and zeros there, which would hide a mistake),
+and the weights are large enough that a wrong position or a wrong head changes tokens.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=131,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+
+# Scaled rotations start from a context of 32, which the tests' sequences outgrow.
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "grouped_ratio_2": dict(),
+    "grouped_ratio_3": dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3),
+    "grouped_ratio_4": dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=2),
+    "multi_head": dict(num_attention_heads=3, num_key_value_heads=3),
+    "multi_query": dict(num_attention_heads=6, num_key_value_heads=1),
+    "wide_heads": dict(head_dim=20),
+    "narrow_heads": dict(head_dim=6),
+    "attention_biases": dict(attention_bias=True),
+    "mlp_biases": dict(mlp_bias=True),
+    "tied": dict(tie_word_embeddings=True),
+    "all_biases_tied": dict(
+        attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=14
+    ),
+    "odd_sizes": dict(
+        vocab_size=97,
+        hidden_size=51,
+        intermediate_size=67,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=10,
+    ),
+    "large_norm_epsilon": dict(rms_norm_eps=0.3),
+    "rope_small_theta": dict(rope_parameters=dict(rope_type="default", rope_theta=50.0)),
+    "rope_linear": dict(rope_parameters=LINEAR),
+    "rope_llama3": dict(rope_parameters=LLAMA3, head_dim=16),
+    "rope_yarn": dict(rope_parameters=YARN, head_dim=16),
+    "rope_yarn_own_ramp": dict(
+        rope_parameters=dict(YARN, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3), head_dim=16
+    ),
+    "rope_yarn_fractional_ramp": dict(
+        rope_parameters=dict(YARN, truncate=False, mscale=0.7, mscale_all_dim=0.3), head_dim=22
+    ),
+}
+
+# One at which no family's 64 greedy tokens meet a near-tie. New families go last in the table.
+SEED = 400
+
+
+def write_family(
+    name: str, directory: Path, *, spelling: str = "rope_parameters", **changes: Any
+) -> LlamaForCausalLM:
+    """Write one family's config.json and model.safetensors, and return the model, in float32.
+
+    `spelling` is how config.json names the rotation: "rope_scaling" before transformers 5,
+    "rope_parameters" since. `changes` are further LlamaConfig arguments, such as `eos_token_id`.
+    """
+    torch.manual_seed(SEED + list(FAMILIES).index(name))
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **FAMILIES[name], **changes})).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.normal_(std=0.3)
+            if key.endswith("norm.weight"):
+                parameter.add_(1.0)
+    model.save_pretrained(directory)
+    if spelling == "rope_scaling":
+        _spell_as_before(Path(directory) / "config.json")
+    return model
+
+
+def _spell_as_before(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.pop("rope_parameters")
+    kind = rope.pop("rope_type")
+    config["rope_theta"] = rope.pop("rope_theta")
+    # The oldest files of this spelling say "type", which only linear scaling is as old as.
+    kind_key = "type" if kind == "linear" else "rope_type"
+    config["rope_scaling"] = None if kind == "default" else {kind_key: kind, **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,0 +1,173 @@
+"""The house rules that a reader relies on, checked on the syntax tree: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOOR = {"config", "cache", "checkpoint", "tokenizer", "fetch"}
+STEP = FLOOR | {"kernels", "ops", "model", "heads", "decode", "graph"}
+EVERYTHING = STEP | {"library", "engine"}
+
+# Each part of the project, and the parts that it may import. Libraries are free except where
+# LIBRARIES says otherwise. "mtpkern" is the package itself, whose names are the public ones.
+ARROWS: dict[str, set[str]] = {
+    "kernels": set(),
+    "config": set(),
+    "cache": set(),
+    "checkpoint": {"config"},
+    "tokenizer": {"config"},
+    "fetch": {"config"},
+    "ops": {"kernels"},
+    "library": {"kernels", "ops"},
+    "model": {"config", "cache", "ops", "checkpoint"},
+    "heads": {"config", "cache", "ops", "checkpoint"},
+    "decode": {"config", "cache", "ops", "model", "heads"},
+    "graph": set(),
+    "engine": STEP,
+    "reference": {"config", "checkpoint"},
+    "mtpkern": EVERYTHING,
+    "train": EVERYTHING | {"mtpkern", "reference"},
+    "integrations": EVERYTHING | {"mtpkern"},
+    "cli": EVERYTHING | {"mtpkern", "train", "integrations"},
+    "__main__": {"cli"},
+}
+
+STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
+LIBRARIES: dict[str, set[str]] = {
+    "kernels": STANDARD | {"torch", "triton"},
+    "graph": STANDARD | {"contextlib", "torch"},
+    "reference": STANDARD | {"torch"},
+}
+
+# Inside the step nothing may travel to the host.
+STEP_FILES = ("decode", "model", "heads", "cache", "graph")
+HOST_READS = {"item", "tolist", "cpu", "numpy"}
+
+
+def sources() -> list[Path]:
+    return sorted([*ROOT.glob("kernels/**/*.py"), *ROOT.glob("mtpkern/**/*.py")])
+
+
+def module_name(path: Path) -> str:
+    """The dotted name under which a file is imported: kernels/ is mtpkern.kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("mtpkern", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """mtpkern.kernels.linear -> kernels, mtpkern.config -> config, mtpkern -> mtpkern."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imports(source: str, module: str, is_package: bool) -> set[str]:
+    """Name the modules that a file imports anywhere, in functions too, relative ones resolved."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = node.level - is_package
+                package = module.split(".")[: len(module.split(".")) - up]
+                base = ".".join([*package, base]).rstrip(".")
+            if base in ("mtpkern", "mtpkern.kernels"):
+                # `from mtpkern import ops` names a module, `from mtpkern import LLM` does not.
+                found |= {f"{base}.{alias.name}" for alias in node.names}
+            else:
+                found.add(base)
+    return found
+
+
+def offences(part: str, imported: set[str]) -> list[str]:
+    """Say which imports the table forbids to a part."""
+    wrong = []
+    for name in sorted(imported):
+        top = name.split(".")[0]
+        if top in ("benchmarks", "tests", "setup", "families", "kernels"):
+            wrong.append(f"{name}: nothing imports this")
+        elif top == "mtpkern":
+            target = part_of(name)
+            if target not in ARROWS:
+                target = "mtpkern"
+            if target != part and target not in ARROWS[part]:
+                wrong.append(f"{name}: {part} may import {sorted(ARROWS[part])} only")
+        elif part in LIBRARIES and top not in LIBRARIES[part]:
+            wrong.append(f"{name}: {part} may import {sorted(LIBRARIES[part])} only")
+    return wrong
+
+
+def host_reads(source: str) -> list[str]:
+    return [
+        f"line {node.lineno}: .{node.func.attr}()"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in HOST_READS
+    ]
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_every_file_imports_only_what_lies_below_it(path):
+    module = module_name(path)
+    part = part_of(module)
+    assert part in ARROWS, f"{path.relative_to(ROOT)} is new: give {part!r} a row in ARROWS"
+    imported = imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    assert offences(part, imported) == []
+
+
+def test_no_value_travels_to_the_host_inside_a_step():
+    files = [ROOT / "mtpkern" / f"{name}.py" for name in STEP_FILES]
+    reads = {file.name: host_reads(file.read_text("utf-8")) for file in files if file.exists()}
+    assert {name: lines for name, lines in reads.items() if lines} == {}
+
+
+def test_nothing_makes_the_folder_kernels_a_top_level_package():
+    for name in ("kernels/__init__.py", "conftest.py", "__init__.py", "tests/__init__.py"):
+        assert not (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mtpkern.kernels.linear", "from mtpkern.config import ModelConfig"),
+        ("mtpkern.kernels.linear", "from ..config import ModelConfig"),
+        ("mtpkern.kernels.linear", "import numpy"),
+        ("mtpkern.model", "def f():\n    from mtpkern import decode"),
+        ("mtpkern.model", "from mtpkern import LLM"),
+        ("mtpkern.model", "from . import engine"),
+        ("mtpkern.cache", "import mtpkern.ops as ops"),
+        ("mtpkern.reference", "from mtpkern.model import forward"),
+        ("mtpkern.reference", "from .ops import TORCH"),
+        ("mtpkern.graph", "from mtpkern.decode import decode_step"),
+        ("mtpkern.engine", "from mtpkern.cli import main"),
+        ("mtpkern.cli", "from benchmarks import bench_decode"),
+        ("mtpkern.train.data", "import tests.families"),
+        ("mtpkern.ops", "from kernels import linear"),
+    ],
+)
+def test_a_forbidden_import_is_seen(module, source):
+    assert offences(part_of(module), imports(source, module, is_package=False))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mtpkern.kernels.linear", "import torch, triton.language as tl\nfrom . import _launch"),
+        ("mtpkern.kernels.linear", "from ._launch import ceil_div"),
+        ("mtpkern.ops", "from mtpkern.kernels import linear, accept"),
+        ("mtpkern.decode", "from .model import forward\nimport numpy"),
+        ("mtpkern.train.data", "from mtpkern import LLM\nfrom .losses import soft"),
+    ],
+)
+def test_a_permitted_import_passes(module, source):
+    assert offences(part_of(module), imports(source, module, is_package=False)) == []
+
+
+def test_a_host_read_is_seen():
+    source = "n = lengths.max().item()\nrows = x[0].tolist()\ny = x.cpu()\nz = x.sum()"
+    assert len(host_reads(source)) == 3
