@@ -44,11 +44,9 @@ def pack_ref(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
             f"{None if bias is None else list(bias.shape)}"
         )
     blocked = _blockable(w)
-    # The second argument is the row count to block for: one fits every small row count.
-    data = torch.ops.mkldnn._reorder_linear_weight(w, 1) if blocked else w
-    packed = PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, (1,))
-    key = (w.shape[0], w.shape[1], w.dtype, w.device, blocked, torch.get_num_threads())
-    return packed._replace(rows=_stable_rows(_Probe(packed, key)))
+    data = _block(w) if blocked else w
+    rows = _stable_rows(w.shape[0], w.shape[1], w.dtype, w.device, torch.get_num_threads())
+    return PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, rows)
 
 
 def linear_ref(x: Tensor, w: PackedWeight, *, residual: Tensor | None = None) -> Tensor:
@@ -77,6 +75,11 @@ def _multiply(x: Tensor, w: PackedWeight) -> Tensor:
     return F.linear(x, w.data, w.bias)
 
 
+def _block(w: Tensor) -> Tensor:
+    # The second argument is the row count to block for: one fits every small row count.
+    return torch.ops.mkldnn._reorder_linear_weight(w, 1)
+
+
 def _blockable(w: Tensor) -> bool:
     return (
         w.dtype == torch.bfloat16
@@ -86,26 +89,21 @@ def _blockable(w: Tensor) -> bool:
     )
 
 
-class _Probe:
-    """A weight to try rows on; equal to every other weight of the same shape."""
-
-    def __init__(self, weight: PackedWeight, key: tuple[object, ...]):
-        self.weight, self.key = weight, key
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Probe) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
+# Every weight of a shape is read by the same code, so one probe serves them all.
 @lru_cache(maxsize=256)
-def _stable_rows(probe: _Probe) -> tuple[int, ...]:
+def _stable_rows(
+    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> tuple[int, ...]:
     """The tried row counts at which every row, wherever it stands, has the bits of 16 rows."""
-    w = probe.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TRIED[-1], w.in_features, generator=generator).to(w.data.dtype)
-    x = x.to(w.data.device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+    raw = random(out_features, in_features)
+    blocked = _blockable(raw)
+    w = PackedWeight(_block(raw) if blocked else raw, None, out_features, in_features, blocked, ())
+    x = random(_TRIED[-1], in_features)
     expected = _multiply(x[:16], w)
 
     def stable(count: int) -> bool:
