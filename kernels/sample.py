@@ -1,0 +1,102 @@
+"""Sampling by coupling: the target is the argmax of the logits plus Gumbel noise.
+
+    argmax_v (logits_v / temperature + g_v),  g_v = -log(-log u_v)
+
+draws exactly from softmax(logits / temperature) (the Gumbel-max trick, Gumbel 1954). The noise is a
+hash of (seed, index of the completion, position, token id) and of nothing else: a position gets the
+same token whether it was reached by plain decoding or by verifying a draft, so that acceptance
+stays equality, and heads that draft with the same noise guess the sampled token, not the likeliest.
+
+Bytes moved: R * V logits once; the noise is computed, not read.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SamplingRows(NamedTuple):
+    """Sampling settings of B sequences. temperature 0 is greedy and ignores the rest."""
+
+    temperature: Tensor  # [B] float32, >= 0
+    top_k: Tensor  # [B] int64, 0 = all
+    top_p: Tensor  # [B] float32 in (0, 1]
+    min_p: Tensor  # [B] float32 in [0, 1)
+    key: Tensor  # [B] int64, made of seed and completion index by `sampling_key`
+
+
+def sampling_key(seed: int, index: int) -> int:
+    """One 63-bit noise key from a request's seed and the index of the completion in it."""
+    x = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 1) & (2**64 - 1)
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        x = ((x ^ (x >> 30)) * factor) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1
+
+
+def gumbel_ref(key: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
+    """Gumbel noise: key [R] and position [R] int64, token_ids [n] int64 -> [R, n] float32."""
+    low = (key ^ (position * 0x632BE5AB)).view(-1, 1)
+    high = ((key >> 32) + position * 0x85157AF5).view(-1, 1)
+    x = _mix(token_ids * 0x9E3779B1 + (low & 0xFFFFFFFF))
+    x = _mix(x + (high & 0xFFFFFFFF))
+    # 24 bits, moved by half a step: u is never 0 nor 1.
+    uniform = ((x >> 8).float() + 0.5) * 2.0**-24
+    return uniform.log_().neg_().log_().neg_()
+
+
+def sample_ref(
+    logits: Tensor, position: Tensor, rows: SamplingRows, token_ids: Tensor | None = None
+) -> Tensor:
+    """Choose tokens: logits [B, T, n], position [B, T] of the token to choose -> [B, T] int64.
+
+    token_ids [n] names the columns where they are not 0..V-1 (a reduced draft vocabulary); the
+    result is an id either way. Ties go to the lowest column.
+    """
+    greedy = bool((rows.temperature == 0).all())
+    columns = logits.float().argmax(-1) if greedy else _sampled(logits, position, rows, token_ids)
+    return columns if token_ids is None else token_ids[columns]
+
+
+def _sampled(
+    logits: Tensor, position: Tensor, rows: SamplingRows, token_ids: Tensor | None
+) -> Tensor:
+    batch, width, count = logits.shape
+    ids = torch.arange(count) if token_ids is None else token_ids
+    chosen = []
+    for b in range(batch):
+        temperature = rows.temperature[b]
+        if temperature == 0:
+            chosen.append(logits[b].float().argmax(-1))
+            continue
+        scaled = logits[b].float() / temperature
+        noise = gumbel_ref(rows.key[b].expand(width), position[b], ids)
+        noise.masked_fill_(_filtered_out(scaled, rows, b), float("-inf"))
+        chosen.append((scaled + noise).argmax(-1))
+    return torch.stack(chosen)
+
+
+def _filtered_out(scaled: Tensor, rows: SamplingRows, b: int) -> Tensor:
+    """Columns [T, n] that top-k, then top-p of what is left, or min-p remove. One always stays."""
+    top_k, top_p, min_p = int(rows.top_k[b]), float(rows.top_p[b]), float(rows.min_p[b])
+    out = scaled < scaled.amax(-1, keepdim=True) + torch.tensor(min_p).log()
+    if 0 < top_k < scaled.shape[-1] or top_p < 1:
+        order = scaled.sort(-1, descending=True, stable=True)
+        ranked = order.values.clone()
+        if 0 < top_k < scaled.shape[-1]:
+            ranked[:, top_k:] = float("-inf")
+        probability = ranked.softmax(-1)
+        # The first token that carries the sum over top_p still belongs to the set.
+        beyond = probability.cumsum(-1) - probability >= top_p
+        beyond |= ranked == float("-inf")
+        beyond[:, 0] = False
+        out |= torch.zeros_like(out).scatter_(-1, order.indices, beyond)
+    return out
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The 32-bit finaliser of MurmurHash3 (Appleby), on int64 that holds unsigned 32-bit values."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

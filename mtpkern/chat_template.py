@@ -1,0 +1,98 @@
+"""A model's own chat template, rendered in a sandbox with bounds on what goes in and comes out."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
+
+MAX_TEMPLATE_CHARACTERS = 1 << 18
+MAX_RENDERED_CHARACTERS = 1 << 22
+
+
+class ChatTemplate:
+    """Chat messages -> the text that the model was trained to see."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise ModelLoadError(
+                f"chat template must be at most {MAX_TEMPLATE_CHARACTERS} characters, "
+                f"got {len(source)}"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        environment.filters["tojson"] = _tojson
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise ModelLoadError(f"chat template is not valid: {printable(error)}") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The prompt's text; UserError when the template refuses the messages or overflows."""
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise UserError(
+                    "messages must be objects with a role and a content, "
+                    f"got {printable(repr(message))}"
+                )
+        pieces, length = [], 0
+        try:
+            for piece in self._template.generate(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            ):
+                pieces.append(piece)
+                length += len(piece)
+                if length > MAX_RENDERED_CHARACTERS:
+                    raise UserError(
+                        f"chat template wrote more than {MAX_RENDERED_CHARACTERS} characters"
+                    )
+        except (TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+            raise UserError(f"chat template refused the messages: {printable(error)}") from None
+        return "".join(pieces)
+
+
+def load_chat_template(
+    directory: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    """A directory's template: chat_template.jinja or .json, or the one in tokenizer_config.json."""
+    text: Any = settings.get("chat_template")
+    if (directory / "chat_template.jinja").is_file():
+        try:
+            text = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLoadError(f"{printable(directory)}: chat_template.jinja: {error}") from None
+    elif text is None and (directory / "chat_template.json").is_file():
+        text = read_json_object(directory / "chat_template.json").get("chat_template")
+    if isinstance(text, list):
+        # Several templates under names: the default one is for chat.
+        named = [item for item in text if isinstance(item, dict) and item.get("name") == "default"]
+        text = named[0].get("template") if named else None
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ModelLoadError(f"{printable(directory)}: chat_template must be a string")
+    return ChatTemplate(text, special_tokens)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    # Unlike jinja2's own filter, which escapes for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

@@ -1,0 +1,111 @@
+"""The Llama trunk: window [B, T] -> hidden states, K and V appended to the cache.
+
+    x = embedding[token];  each layer: x += o(attention(qkv(norm(x)))), x += down(gate_up(norm(x)))
+
+(Touvron et al. 2023.) A layer is also what a sequential head is made of, so it stands alone here.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.cache import KVCache
+from mtpkern.checkpoint import LayerWeights, load_model
+from mtpkern.config import ModelConfig
+from mtpkern.ops import Ops
+
+
+class DecoderLayer(NamedTuple):
+    """One layer's weights, packed by `ops.pack`."""
+
+    input_norm: Tensor  # [E]
+    qkv: Any  # [(Hq + 2 Hk) * D, E]
+    o: Any  # [E, Hq * D]
+    post_attention_norm: Tensor  # [E]
+    gate_up: Any  # [2F, E]
+    down: Any  # [E, F]
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A model ready to run: its config and its packed weights."""
+
+    config: ModelConfig
+    embedding: Tensor  # [V, E]
+    layers: tuple[DecoderLayer, ...]
+    norm: Tensor  # [E]
+    lm_head: Tensor  # [V, E], as loaded: the embedding itself where they are tied
+    vocabulary: Any  # [V, E], the LM head packed
+
+    @classmethod
+    def load(cls, directory: Path, *, dtype: torch.dtype, ops: Ops) -> "Llama":
+        """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice."""
+        config, weights = load_model(directory, dtype=dtype)
+        embedding, norm, lm_head = weights.embedding, weights.norm, weights.lm_head
+        unpacked = deque(weights.layers)
+        del weights
+        layers = tuple(pack_layer(unpacked.popleft(), ops) for _ in range(config.num_layers))
+        return cls(config, embedding, layers, norm, lm_head, ops.pack(lm_head))
+
+
+def pack_layer(layer: LayerWeights, ops: Ops) -> DecoderLayer:
+    """Bring one layer's weights into the layout of `ops`."""
+    return DecoderLayer(
+        layer.input_norm,
+        ops.pack(layer.qkv, layer.qkv_bias),
+        ops.pack(layer.o, layer.o_bias),
+        layer.post_attention_norm,
+        ops.pack(layer.gate_up, layer.gate_up_bias),
+        ops.pack(layer.down, layer.down_bias),
+    )
+
+
+def plan_window(cache: KVCache, rows: int, heads: int, ops: Ops) -> Any:
+    """What all layers share for T = `rows` rows behind the cache's committed lengths."""
+    return ops.plan(
+        cache.lengths,
+        rows,
+        k_cache=cache.k,
+        v_cache=cache.v,
+        page_table=cache.page_table,
+        cos_table=cache.cos,
+        sin_table=cache.sin,
+        group=heads // cache.k.shape[-2],
+    )
+
+
+def decoder_layer(
+    x: Tensor, layer: DecoderLayer, eps: float, cache: KVCache, index: int, plan: Any, ops: Ops
+) -> Tensor:
+    """Run one layer: x [B*T, E] -> [B*T, E]; layer `index` of the cache gets the window's K, V."""
+    k, v = cache.k[index], cache.v[index]
+    q = ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, k, v, plan)
+    attended = ops.verify_attention(q, k, v, cache.page_table, plan)
+    x = ops.linear(attended.view(x.shape[0], -1), layer.o, residual=x)
+    gated = ops.gate_up_silu(x, layer.post_attention_norm, eps, layer.gate_up)
+    return ops.linear(gated, layer.down, residual=x)
+
+
+def run_trunk(
+    model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: Sequence[int] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the window behind each sequence's committed tokens: window [B, T] int64.
+
+    -> (hidden [B*T, E] before the final norm, the hidden states [B*T, E] after the layers `taps`,
+    counted from 1). K and V are written at slots lengths[b] .. lengths[b] + T - 1, not committed.
+    """
+    config = model.config
+    plan = plan_window(cache, window.shape[1], config.num_heads, ops)
+    x = F.embedding(window.reshape(-1), model.embedding)
+    tapped = {}
+    for index, layer in enumerate(model.layers):
+        x = decoder_layer(x, layer, config.rms_norm_eps, cache, index, plan, ops)
+        if index + 1 in taps:
+            tapped[index + 1] = x
+    return x, [tapped[tap] for tap in taps]

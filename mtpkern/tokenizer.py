@@ -1,0 +1,271 @@
+"""Text <-> token ids: tokenizer.json through tokenizers, tokenizer.model through sentencepiece.
+
+Decoding is one path for both, and for streams: a token is some bytes, and an incremental UTF-8
+decoder turns bytes into characters as they become whole. `decode` is a stream read at once, so a
+streamed text and a decoded one cannot differ.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from mtpkern.chat_template import load_chat_template
+from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
+
+_SPACE = "\u2581"  # what sentencepiece writes for a space
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class _Vocabulary(Protocol):
+    """What the two kinds of tokenizer file have in common."""
+
+    size: int
+    strips_first_space: bool
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_id(self, token: str) -> int | None: ...
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template; make one with `from_directory`."""
+
+    def __init__(self, vocabulary: _Vocabulary, directory: Path, settings: Mapping[str, Any]):
+        self._vocabulary = vocabulary
+        self._bytes: dict[int, bytes] = {}
+        specials = _special_tokens(settings)
+        self.vocab_size = vocabulary.size
+        self.bos_token_id = vocabulary.token_id(specials.get("bos_token", "<s>"))
+        self.eos_token_id = vocabulary.token_id(specials.get("eos_token", "</s>"))
+        self._template = load_chat_template(directory, settings, specials)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Read tokenizer.json, or else tokenizer.model; ModelLoadError when neither can be had."""
+        path = Path(path)
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (path / name).is_file():
+                settings |= read_json_object(path / name)
+        if (path / "tokenizer.json").is_file():
+            return cls(_JsonVocabulary(path / "tokenizer.json"), path, settings)
+        if (path / "tokenizer.model").is_file():
+            return cls(_PieceVocabulary(path / "tokenizer.model", settings), path, settings)
+        raise ModelLoadError(f"{printable(path)} has neither tokenizer.json nor tokenizer.model")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the beginning-of-text token where the model wants one."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("prompt must be valid Unicode, got a lone surrogate") from None
+        return self._vocabulary.encode(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens leave nothing, broken UTF-8 leaves U+FFFD."""
+        stream = self.stream()
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
+
+    def stream(self) -> "Detokenizer":
+        """An incremental decoder for one sequence."""
+        return Detokenizer(self)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for: none for special tokens and ids without a token."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._vocabulary.token_bytes(int(token_id))
+        return self._bytes[token_id]
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of chat messages (`role`, `content`), ready for the assistant's answer."""
+        if self._template is None:
+            raise UserError("this model has no chat template; give it plain text")
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def check_against(self, config: ModelConfig) -> None:
+        """ModelLoadError when this tokenizer makes ids that the model has no embedding for."""
+        if self.vocab_size > config.vocab_size:
+            raise ModelLoadError(
+                f"wrong tokenizer: it has {self.vocab_size} tokens, the model's vocabulary "
+                f"V={config.vocab_size}"
+            )
+
+    @property
+    def strips_first_space(self) -> bool:
+        return self._vocabulary.strips_first_space
+
+
+class Detokenizer:
+    """Token ids in, whole and final characters out, as soon as they are: O(1) a token."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = tokenizer.strips_first_space
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes, possibly none."""
+        piece = self._tokenizer.token_bytes(token_id)
+        if self._at_start and piece:
+            # The space that encoding put before the text is not part of it.
+            self._at_start = False
+            piece = piece.removeprefix(b" ")
+        return self._decoder.decode(piece)
+
+    def flush(self) -> str:
+        """What an unfinished character at the end leaves behind: U+FFFD, or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class _JsonVocabulary:
+    """tokenizer.json: byte-level BPE (Llama 3, SmolLM2) or sentencepiece's spelling (Llama 2)."""
+
+    def __init__(self, file: Path):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
+            raise ModelLoadError(f"{printable(file)} cannot be read: {printable(error)}") from None
+        steps = list(_decoder_steps(read_json_object(file).get("decoder")))
+        kinds = {step.get("type") for step in steps}
+        unknown = kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+        if unknown or not kinds & {"ByteLevel", "Metaspace", "Replace"}:
+            named = ", ".join(sorted(printable(kind) for kind in unknown)) or "none"
+            raise ModelLoadError(
+                f"{printable(file)}: decoder {named} is not supported; supported: byte-level "
+                "and sentencepiece-like decoders"
+            )
+        self._byte_level = "ByteLevel" in kinds
+        self._byte_fallback = "ByteFallback" in kinds
+        self.strips_first_space = any(
+            step["type"] == "Strip"
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in steps
+        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token_id for token_id, token in added.items() if token.special}
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
+        if token is None or token_id in self._special:
+            return b""
+        if self._byte_level:
+            if all(character in _BYTE_OF for character in token):
+                return bytes(_BYTE_OF[character] for character in token)
+            return token.encode()
+        byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
+
+
+class _PieceVocabulary:
+    """tokenizer.model; special tokens spelled out in a text, as templates do, are recognised."""
+
+    def __init__(self, file: Path, settings: Mapping[str, Any]):
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.Load(str(file))
+        except (RuntimeError, OSError) as error:
+            raise ModelLoadError(f"{printable(file)} cannot be read: {printable(error)}") from None
+        pieces = self._pieces
+        self._added = _added_tokens(file.parent, settings)
+        ids = range(pieces.GetPieceSize())
+        control = {pieces.IdToPiece(i): i for i in ids if pieces.IsControl(i)}
+        self._special = control | {token: i for token, i in self._added.items() if i not in ids}
+        self._text_of = {i: token for token, i in self._special.items()}
+        self.size = max([*ids, *self._text_of], default=-1) + 1
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first or ["\0"])) + ")")
+        self._bos = [pieces.bos_id()] if settings.get("add_bos_token", True) else []
+        self._eos = [pieces.eos_id()] if settings.get("add_eos_token", False) else []
+        self.strips_first_space = pieces.EncodeAsPieces("a")[0].startswith(_SPACE)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text):
+            if part in self._special:
+                ids.append(self._special[part])
+            elif part:
+                ids += self._pieces.Encode(part)
+        ids = self._bos + ids + self._eos if add_special_tokens else ids
+        return [i for i in ids if i >= 0]
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._special:
+            return self._special[token]
+        found = self._pieces.PieceToId(token)
+        return found if self._pieces.IdToPiece(found) == token else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._text_of or not 0 <= token_id < self._pieces.GetPieceSize():
+            return b""
+        if self._pieces.IsUnknown(token_id):
+            return " \u2047 ".encode()
+        piece = self._pieces.IdToPiece(token_id)
+        if self._pieces.IsByte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+
+def _decoder_steps(decoder: Any) -> Iterable[dict[str, Any]]:
+    if isinstance(decoder, dict) and decoder.get("type") == "Sequence":
+        for step in decoder.get("decoders", []):
+            yield from _decoder_steps(step)
+    elif isinstance(decoder, dict):
+        yield decoder
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and its like, each a string or an object with a content."""
+    found = {}
+    for name, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens beyond the sentencepiece model, from added_tokens.json and tokenizer_config.json."""
+    added: dict[str, Any] = {}
+    if (directory / "added_tokens.json").is_file():
+        added |= read_json_object(directory / "added_tokens.json")
+    table = settings.get("added_tokens_decoder")
+    for token_id, token in (table if isinstance(table, dict) else {}).items():
+        if isinstance(token, dict) and str(token_id).isdecimal():
+            added[str(token.get("content", ""))] = int(token_id)
+    wrong = [token for token, i in added.items() if not token or not isinstance(i, int) or i < 0]
+    if wrong:
+        raise ModelLoadError(
+            f"{printable(directory)}: added token {json.dumps(wrong[0])} is malformed"
+        )
+    return added
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes bytes as printable characters: these stand for themselves, and the
+    others, in order, for U+0100 and up."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+_BYTE_OF = _byte_alphabet()
