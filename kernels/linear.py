@@ -7,15 +7,15 @@ blocking by the row count, so `pack_ref` asks this machine's library, once per w
 which row counts a row keeps its bits; `linear_ref` pads or splits the rows to stay among those.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Row counts that a probe tries; other counts are padded up to the next one.
-_TRIED = (*range(1, 33), 48, 64, 96, 128)
+# Row counts that a probe tries; other counts are padded up to the next one. Each costs a library
+# some megabytes of generated code per shape, so they are few.
+_TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32, 64, 128)
 
 
 class PackedWeight(NamedTuple):
@@ -44,9 +44,13 @@ def pack_ref(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
             f"{None if bias is None else list(bias.shape)}"
         )
     blocked = _blockable(w)
-    data = _block(w) if blocked else w
-    rows = _stable_rows(w.shape[0], w.shape[1], w.dtype, w.device, torch.get_num_threads())
-    return PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, rows)
+    # The second argument is the row count to block for: one fits every small row count.
+    data = torch.ops.mkldnn._reorder_linear_weight(w, 1) if blocked else w
+    packed = PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, (1,))
+    key = (w.shape[0], w.shape[1], w.dtype, w.device, torch.get_num_threads())
+    if key not in _probed:
+        _probed[key] = _stable_rows(packed)
+    return packed._replace(rows=_probed[key])
 
 
 def linear_ref(x: Tensor, w: PackedWeight, *, residual: Tensor | None = None) -> Tensor:
@@ -75,11 +79,6 @@ def _multiply(x: Tensor, w: PackedWeight) -> Tensor:
     return F.linear(x, w.data, w.bias)
 
 
-def _block(w: Tensor) -> Tensor:
-    # The second argument is the row count to block for: one fits every small row count.
-    return torch.ops.mkldnn._reorder_linear_weight(w, 1)
-
-
 def _blockable(w: Tensor) -> bool:
     return (
         w.dtype == torch.bfloat16
@@ -89,21 +88,15 @@ def _blockable(w: Tensor) -> bool:
     )
 
 
-# Every weight of a shape is read by the same code, so one probe serves them all.
-@lru_cache(maxsize=256)
-def _stable_rows(
-    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, threads: int
-) -> tuple[int, ...]:
+# What probes found: every weight of a shape is read by the same code, so one probe serves them all.
+_probed: dict[tuple[object, ...], tuple[int, ...]] = {}
+
+
+def _stable_rows(w: PackedWeight) -> tuple[int, ...]:
     """The tried row counts at which every row, wherever it stands, has the bits of 16 rows."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-
-    raw = random(out_features, in_features)
-    blocked = _blockable(raw)
-    w = PackedWeight(_block(raw) if blocked else raw, None, out_features, in_features, blocked, ())
-    x = random(_TRIED[-1], in_features)
+    generator = torch.Generator(w.data.device).manual_seed(0)
+    x = torch.empty(_TRIED[-1], w.in_features, dtype=w.data.dtype, device=w.data.device)
+    x.normal_(generator=generator)
     expected = _multiply(x[:16], w)
 
     def stable(count: int) -> bool:
