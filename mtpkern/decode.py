@@ -25,6 +25,7 @@ class DecodeState:
     tokens: Tensor  # [B, max_length + K + 1] int64
     window: Tensor  # [B, K + 1] int64
     source: Tensor  # [B] int64, where the window's drafts came from (heads.SOURCES)
+    drafted: Tensor  # [B] int64, how many of the window's drafts are meant as such
     active: Tensor  # [B] int64, 1 or 0: a finished sequence does not advance
     sampling: SamplingRows
     cache: KVCache
@@ -38,6 +39,7 @@ class DecodeState:
             tokens=torch.zeros(batch, max_length + k + 1, dtype=torch.int64),
             window=torch.zeros(batch, k + 1, dtype=torch.int64),
             source=torch.full((batch,), NONE),
+            drafted=torch.zeros(batch, dtype=torch.int64),
             active=torch.zeros(batch, dtype=torch.int64),
             sampling=SamplingRows(zeros, zeros.long(), zeros + 1, zeros.clone(), zeros.long()),
             cache=cache,
@@ -51,6 +53,7 @@ class StepOutput:
     target: Tensor  # [B, T] int64
     accepted: Tensor  # [B] int64, 0..K
     source: Tensor  # [B] int64, where the drafts that were verified came from
+    drafted: Tensor  # [B] int64, how many of them were meant as such, not fillers
     logits: Tensor  # [B, T, V], the model's own, before sampling
 
 
@@ -85,7 +88,7 @@ def decode_step(state: DecodeState, model: Llama, drafter: Drafter, ops: Ops) ->
     )
     drafter.observe(step)
     drafts = drafter.guess(step, rows - 1)
-    output = StepOutput(target, accepted, state.source, logits[:, :, 0])
+    output = StepOutput(target, accepted, state.source, state.drafted, logits[:, :, 0])
     state.window = torch.cat([bonus[:, None], drafts.tokens], 1)
-    state.source = drafts.source
+    state.source, state.drafted = drafts.source, drafts.length
     return output

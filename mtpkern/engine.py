@@ -71,18 +71,17 @@ class Stats:
         accepted = [sum(counts[i] for counts in self.accepted.values()) for i in range(k)]
         return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
 
-    def count_step(self, source: str, accepted: int, emitted: int) -> None:
+    def count_step(self, source: str, drafts: int, accepted: int, emitted: int) -> None:
         k = self.num_speculative_tokens
         self.steps += 1
         self.new_tokens += emitted
         self.source_steps[source] = self.source_steps.get(source, 0) + 1
         self.source_tokens[source] = self.source_tokens.get(source, 0) + emitted
-        if source != "none":
-            drafted = self.drafted.setdefault(source, [0] * k)
-            stood = self.accepted.setdefault(source, [0] * k)
-            for i in range(k):
-                drafted[i] += 1
-                stood[i] += i < accepted
+        drafted = self.drafted.setdefault(source, [0] * k)
+        stood = self.accepted.setdefault(source, [0] * k)
+        for i in range(drafts):
+            drafted[i] += 1
+            stood[i] += i < accepted
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -327,6 +326,7 @@ class LLM:
         state.window[slot] = 0
         state.window[slot, 0] = prompt[-1]
         state.source[slot] = SOURCES.index("none")
+        state.drafted[slot] = 0
         state.active[slot] = 1
         params, sampling = request.params, state.sampling
         sampling.temperature[slot] = params.temperature
@@ -358,7 +358,7 @@ class LLM:
         """Hand a step's tokens to their requests, each of which stops where it must."""
         now = time.perf_counter()
         target, accepted = output.target.tolist(), output.accepted.tolist()
-        source = output.source.tolist()
+        source, drafted = output.source.tolist(), output.drafted.tolist()
         for slot, request in enumerate(slots):
             if request is None:
                 continue
@@ -369,15 +369,17 @@ class LLM:
             events = []
             for i, token_id in enumerate(run):
                 text = request.push(token_id)
-                events.append((text, token_id, i < accepted[slot]))
+                events.append((text, token_id, i < min(accepted[slot], drafted[slot])))
                 if request.finish_reason:
                     break
             del request.logprobs[len(request.token_ids) :]
-            request.stats.count_step(SOURCES[source[slot]], accepted[slot], len(events))
-            for i, (text, token_id, drafted) in enumerate(events):
+            request.stats.count_step(
+                SOURCES[source[slot]], drafted[slot], accepted[slot], len(events)
+            )
+            for i, (text, token_id, guessed) in enumerate(events):
                 last = bool(request.finish_reason) and i + 1 == len(events)
                 done = request.completion() if last else None
-                yield request.index, Event(text, token_id, drafted, done)
+                yield request.index, Event(text, token_id, guessed, done)
 
 
 def _logprobs(logits: Tensor, target: Tensor, count: int) -> list[float]:

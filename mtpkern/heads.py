@@ -48,10 +48,11 @@ class DraftInput(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """Guesses tokens [B, K] int64 and their source [B], an index into SOURCES."""
+    """Guesses: tokens [B, K] int64, of which the first length[b] are meant, the others fillers."""
 
     tokens: Tensor
-    source: Tensor
+    source: Tensor  # [B] int64, an index into SOURCES
+    length: Tensor  # [B] int64, 0..K
 
 
 class Drafter(Protocol):
@@ -96,6 +97,7 @@ class NoDrafter:
         return Drafts(
             torch.zeros(batch, count, dtype=torch.int64),
             torch.full((batch,), NONE),
+            torch.zeros(batch, dtype=torch.int64),
         )
 
     def reset(self, sequence: int) -> None:
@@ -110,7 +112,7 @@ class NgramDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
-        return Drafts(drafts, torch.where(found, NGRAM, NONE))
+        return Drafts(drafts, torch.where(found, NGRAM, NONE), found * count)
 
 
 class MedusaDrafter(NoDrafter):
@@ -136,7 +138,7 @@ class MedusaDrafter(NoDrafter):
         logits = step.head_logits.gather(1, row)[:, 0]
         position = step.lengths[:, None] + 1 + torch.arange(count)
         drafts = self.ops.sample(logits, position, step.sampling)
-        return Drafts(drafts, torch.full((batch,), HEADS))
+        return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), count))
 
 
 @dataclass(frozen=True)
@@ -265,14 +267,19 @@ class MtpDrafter:
         out = self._layer(x, cache, rows).view(batch, rows, -1)
         hidden = out[torch.arange(batch), waiting - 1]
         cache.lengths.copy_(step.lengths)
-        drafts = []
+        drafts = torch.zeros(batch, count, dtype=torch.int64)
+        confidence = torch.ones(batch)
         for i in range(count):
-            token = self._choose(hidden, step, i)
-            drafts.append(token)
-            if i + 1 < count:
-                ahead = cache.at(step.lengths + i)
-                hidden = self._layer(self._inputs(hidden, token), ahead, 1)
-        return Drafts(torch.stack(drafts, 1), torch.full((batch,), HEADS))
+            if i > 0:
+                # A pass costs more than a draft is worth that hardly ever stands. The host may
+                # branch here on a CPU only.
+                if bool((confidence < MIN_CONFIDENCE).all()):
+                    return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), i))
+                ahead = cache.at(step.lengths + i - 1)
+                hidden = self._layer(self._inputs(hidden, drafts[:, i - 1]), ahead, 1)
+            drafts[:, i], probability = self._choose(hidden, step, i)
+            confidence *= probability
+        return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), count))
 
     def reset(self, sequence: int) -> None:
         self.cache.reset(sequence)
@@ -297,11 +304,16 @@ class MtpDrafter:
         x = decoder_layer(x, w.layer, w.config.rms_norm_eps, cache, 0, plan, self.ops)
         return self.ops.rms_norm(x, w.final_norm, w.config.rms_norm_eps)
 
-    def _choose(self, hidden: Tensor, step: DraftInput, i: int) -> Tensor:
-        logits = self.ops.linear(hidden, self.weights.vocabulary)[:, None]
+    def _choose(self, hidden: Tensor, step: DraftInput, i: int) -> tuple[Tensor, Tensor]:
+        """Draft i of each sequence [B], and the probability of the likeliest token there [B]."""
+        logits = self.ops.linear(hidden, self.weights.vocabulary)
         position = step.lengths[:, None] + 1 + i
-        return self.ops.sample(logits, position, step.sampling, self.weights.token_ids)[:, 0]
+        token = self.ops.sample(logits[:, None], position, step.sampling, self.weights.token_ids)
+        return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
 
+
+# A sequential head goes on while the product of its drafts' probabilities is at least this.
+MIN_CONFIDENCE = 0.1
 
 # Committed pairs that a sequential head may put off: more are taken in whether needed or not.
 MAX_PENDING = 64
@@ -335,6 +347,7 @@ class CompanionDrafter:
         return Drafts(
             torch.where(found[:, None], copied.tokens, guessed.tokens),
             torch.where(found, copied.source, guessed.source),
+            torch.where(found, copied.length, guessed.length),
         )
 
     def reset(self, sequence: int) -> None:

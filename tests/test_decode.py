@@ -32,7 +32,7 @@ class Scripted(NoDrafter):
                 for b in range(batch)
             ]
         ).view(batch, count)
-        return Drafts(drafts, torch.full((batch,), HEADS))
+        return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), count))
 
 
 def perfect(answers: list[list[int]]) -> Drafter:

@@ -93,7 +93,8 @@ class Recorder:
         for b in range(step.tokens.shape[0]):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                self.drafted.append((known, drafts.tokens[b].tolist()))
+                meant = drafts.tokens[b, : int(drafts.length[b])]
+                self.drafted.append((known, meant.tolist()))
         return drafts
 
 
@@ -190,7 +191,7 @@ def test_a_sequential_head_drafts_what_its_definition_says(
         assert any("heads" in c.stats.source_steps for c in completions)
     assert len(recorder.drafted) > 10
     for known, drafts in recorder.drafted[:: -(-len(recorder.drafted) // 20)]:
-        assert drafts == slow_mtp(heads, trunk, known, 3)
+        assert drafts == slow_mtp(heads, trunk, known, len(drafts))
 
 
 def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
     class AlwaysCopies:
         def guess(self, step: Any, count: int) -> Drafts:
             drafts = llm.ops.ngram(step.tokens, step.lengths + 1, count, 1)[0]
-            return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM))
+            return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM), torch.tensor([count]))
 
     assert isinstance(llm.drafter, CompanionDrafter)
     recorder = Recorder(llm.drafter.heads)
@@ -247,7 +248,7 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
     llm.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     assert recorder.drafted, "the heads must have run when their rows were full"
     for known, drafts in recorder.drafted:
-        assert drafts == slow_mtp(heads, trunk, known, 2)
+        assert drafts == slow_mtp(heads, trunk, known, len(drafts))
 
 
 def test_heads_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
