@@ -18,14 +18,13 @@ from mtpkern.checkpoint import load_config
 from mtpkern.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SamplingParams, UserError
 from mtpkern.decode import DecodeState, StepOutput, decode_step
 from mtpkern.fetch import DEFAULT_MODEL, default_model_directory, resolve_model
+from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import (
     SOURCES,
     CompanionDrafter,
     Drafter,
     NgramDrafter,
     NoDrafter,
-    find_heads,
-    load_heads,
 )
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import TORCH, Ops, sampling_key

@@ -1,0 +1,184 @@
+"""Heads on disk -> a drafter: the ones that ship, or a directory, checked against the trunk.
+
+A directory holds config.json, whose `model_type` names the kind, and model.safetensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtpkern.checkpoint import LayerWeights, load_tensors
+from mtpkern.config import (
+    ModelConfig,
+    ModelLoadError,
+    RopeConfig,
+    UserError,
+    printable,
+    read_json_object,
+)
+from mtpkern.heads import Drafter, MedusaDrafter, MtpDrafter, MtpWeights
+from mtpkern.model import Llama, pack_layer
+from mtpkern.ops import Ops
+
+PRETRAINED = Path(__file__).with_name("pretrained")
+
+
+def find_heads(name: str, model: str) -> Path | None:
+    """The directory of heads that `name` means for `model`; None where there are to be none.
+
+    "auto" is what ships for the model, if anything; "none" nothing; else a name in the package or
+    a directory. Raises UserError for a name that is neither.
+    """
+    if name == "none":
+        return None
+    shipped = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
+    if name == "auto":
+        return PRETRAINED / model if model in shipped else None
+    if name in shipped:
+        return PRETRAINED / name
+    if Path(name).is_dir():
+        return Path(name)
+    raise UserError(
+        f"heads {printable(name)}: no such directory; names: auto, none, {', '.join(shipped)}"
+    )
+
+
+def load_heads(
+    directory: Path, trunk: Llama, *, batch: int, capacity: int, k: int, ops: Ops
+) -> Drafter:
+    """Load heads for a trunk. Raises ModelLoadError where they do not fit it.
+
+    config.json names the kind by `model_type`: "mtpkern_mtp" or "mtpkern_medusa".
+    """
+    path = directory / "config.json"
+    settings = read_json_object(path)
+    kind = settings.get("model_type")
+    expected = {"mtpkern_mtp": _mtp_shapes, "mtpkern_medusa": _medusa_shapes}.get(str(kind))
+    if expected is None:
+        raise ModelLoadError(
+            f"{printable(path)}: model_type {printable(kind)} is not supported; supported: "
+            "mtpkern_mtp, mtpkern_medusa"
+        )
+    tensors = load_tensors(directory)
+    try:
+        shapes = expected(settings, trunk.config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"{printable(path)} is not complete: {printable(error)}") from None
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ModelLoadError(f"{printable(directory)}: tensor {name} is missing")
+        if tuple(tensors[name].shape) != shape:
+            raise ModelLoadError(
+                f"{printable(directory)}: tensor {name} must be {list(shape)} to match the model, "
+                f"got {list(tensors[name].shape)}"
+            )
+    if kind == "mtpkern_medusa":
+        if k > settings["num_heads"]:
+            raise UserError(
+                f"num_speculative_tokens must be at most {settings['num_heads']}, the number of "
+                f"heads, got {k}"
+            )
+        dtype = trunk.embedding.dtype
+        typed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        return MedusaDrafter(typed, settings, ops)
+    config = _mtp_layer_config(settings, trunk.config)
+    weights = _pack_mtp(tensors, config, settings["tap_layers"], trunk, ops)
+    return MtpDrafter(weights, trunk, batch=batch, capacity=capacity, ops=ops)
+
+
+def _medusa_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
+    width = trunk.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for h in range(settings["num_heads"]):
+        for d in range(settings["num_layers"]):
+            shapes[f"{h}.{d}.linear.weight"] = (width, width)
+            shapes[f"{h}.{d}.linear.bias"] = (width,)
+    return shapes
+
+
+def _mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelConfig:
+    """The trunk's config with the module's own layer sizes."""
+    return replace(
+        trunk,
+        num_layers=1,
+        num_heads=settings["num_attention_heads"],
+        num_kv_heads=settings["num_key_value_heads"],
+        head_dim=settings["head_dim"],
+        intermediate_size=settings["intermediate_size"],
+        rms_norm_eps=settings["rms_norm_eps"],
+        rope=RopeConfig(theta=settings["rope_theta"]),
+    )
+
+
+def _mtp_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
+    config = _mtp_layer_config(settings, trunk)
+    taps, E, F_ = settings["tap_layers"], trunk.hidden_size, config.intermediate_size
+    if taps != sorted(set(taps)) or taps[0] < 1 or taps[-1] != trunk.num_layers:
+        raise ValueError(f"tap_layers must ascend to {trunk.num_layers}, got {taps}")
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "hidden_layernorm.weight": (E,),
+        "token_layernorm.weight": (E,),
+        "input_proj.weight": (E, 2 * E),
+        "input_layernorm.weight": (E,),
+        "self_attn.q_proj.weight": (q, E),
+        "self_attn.k_proj.weight": (kv, E),
+        "self_attn.v_proj.weight": (kv, E),
+        "self_attn.o_proj.weight": (E, q),
+        "post_attention_layernorm.weight": (E,),
+        "mlp.gate_proj.weight": (F_, E),
+        "mlp.up_proj.weight": (F_, E),
+        "mlp.down_proj.weight": (E, F_),
+        "final_layernorm.weight": (E,),
+    }
+    if len(taps) > 1:
+        shapes["fc.weight"] = (E, len(taps) * E)
+    if settings.get("draft_vocab_size"):
+        shapes["draft_vocab"] = (settings["draft_vocab_size"],)
+    return shapes
+
+
+def _pack_mtp(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    taps: Sequence[int],
+    trunk: Llama,
+    ops: Ops,
+) -> MtpWeights:
+    """Pack a module's tensors (names as in MiMo's MTP layers, plus fc and draft_vocab)."""
+    dtype = trunk.embedding.dtype
+
+    def named(*names: str) -> Tensor:
+        return torch.cat([tensors[f"{name}.weight"].to(dtype) for name in names])
+
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    layer = LayerWeights(
+        input_norm=named("input_layernorm"),
+        qkv=named(*attention),
+        qkv_bias=None,
+        o=named("self_attn.o_proj"),
+        o_bias=None,
+        post_attention_norm=named("post_attention_layernorm"),
+        gate_up=named("mlp.gate_proj", "mlp.up_proj"),
+        gate_up_bias=None,
+        down=named("mlp.down_proj"),
+        down_bias=None,
+    )
+    reduced = "draft_vocab" in tensors
+    token_ids = tensors["draft_vocab"].long() if reduced else torch.arange(trunk.config.vocab_size)
+    return MtpWeights(
+        taps=tuple(taps),
+        fc=ops.pack(named("fc")) if len(taps) > 1 else None,
+        hidden_norm=named("hidden_layernorm"),
+        token_norm=named("token_layernorm"),
+        input_proj=ops.pack(named("input_proj")),
+        layer=pack_layer(layer, ops),
+        final_norm=named("final_layernorm"),
+        vocabulary=ops.pack(trunk.lm_head[token_ids]) if reduced else trunk.vocabulary,
+        token_ids=token_ids,
+        config=config,
+    )
