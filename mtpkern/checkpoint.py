@@ -90,13 +90,19 @@ def load_config(directory: str | Path) -> ModelConfig:
     return ModelConfig.from_json(directory)
 
 
+def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, TensorEntry]]:
+    """Config and tensors, checked against each other from the headers: no weight is read."""
+    config = load_config(directory)
+    entries = read_entries(directory)
+    _check_entries(config, entries, _checked_directory(directory))
+    return config, entries
+
+
 def load_model(
     directory: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> tuple[ModelConfig, ModelWeights]:
     """Load a checkpoint in `dtype` onto `device`; ModelLoadError names the file and the tensor."""
-    config = load_config(directory)
-    entries = read_entries(directory)
-    _check_entries(config, entries, _checked_directory(directory))
+    config, entries = check_checkpoint(directory)
     place = _Placer(entries, dtype, torch.device(device))
     layers = []
     for i in range(config.num_layers):

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from mtpkern.cache import KVCache
 from mtpkern.checkpoint import load_config
-from mtpkern.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SamplingParams, UserError
+from mtpkern.config import (
+    MAX_SPECULATIVE_TOKENS,
+    ModelConfig,
+    SamplingParams,
+    UserError,
+    resolve_dtype,
+)
 from mtpkern.decode import DecodeState, StepOutput, decode_step
 from mtpkern.fetch import resolve_model
 from mtpkern.heads import (
@@ -211,7 +217,7 @@ class LLM:
         config = load_config(directory)
         self.name = directory.name
         self.ops = ops
-        self.dtype = _resolve_dtype(dtype, config)
+        self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
         self.tokenizer = Tokenizer.from_directory(directory)
@@ -392,15 +398,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and isinstance(prompts[0], int | Mapping):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return config.dtype
-    if name not in names:
-        raise UserError(f"dtype must be auto or one of {', '.join(names)}, got {name}")
-    return names[name]
 
 
 def _resolve_k(k: int | None, drafts: bool) -> int:
