@@ -24,7 +24,7 @@ def qkv_rope_cache_ref(
 ) -> Tensor:
     """Project, rotate and cache: x [B*T, E] -> q [B, T, Hq, D]; K, V written at the plan's slots.
 
-    norm_w [E]; w [(Hq + 2 Hk) * D, E]; k_pages, v_pages [pages, page_size, Hk, D], written in place.
+    norm_w [E]; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size, Hk, D], written in place.
     """
     batch, rows = plan.cos.shape[:2]
     heads, head_dim = k_pages.shape[-2:]

@@ -81,7 +81,7 @@ def _filtered_out(scaled: Tensor, rows: SamplingRows, b: int) -> Tensor:
     top_k, top_p, min_p = int(rows.top_k[b]), float(rows.top_p[b]), float(rows.min_p[b])
     out = scaled < scaled.amax(-1, keepdim=True) + torch.tensor(min_p).log()
     if 0 < top_k < scaled.shape[-1] or top_p < 1:
-        order = scaled.sort(-1, descending=True, stable=True)
+        order = torch.sort(scaled, dim=-1, descending=True, stable=True)
         ranked = order.values.clone()
         if 0 < top_k < scaled.shape[-1]:
             ranked[:, top_k:] = float("-inf")

@@ -31,13 +31,6 @@ class StepPlan(NamedTuple):
     row_tile: int
 
 
-def rotary_tables(inverse_frequencies: Tensor, scaling: float, count: int) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [count, D] float32 of positions 0..count-1 (Su et al. 2021)."""
-    angles = torch.arange(count, dtype=torch.float32)[:, None] * inverse_frequencies.cpu()
-    cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
 def plan_ref(
     lengths: Tensor,
     rows: int,
@@ -56,6 +49,8 @@ def plan_ref(
     KEY_TILE; page_table [B, max_pages] int32; tables [positions, D] float32.
     """
     page_size = k_cache.shape[2]
+    if page_size % KEY_TILE:
+        raise ValueError(f"page_size must be a multiple of {KEY_TILE}, got {page_size}")
     starts = lengths.tolist()
     steps = torch.arange(rows)
     positions = lengths[:, None] + steps

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.step_plan import KEY_TILE, rotary_tables
-
 
 @dataclass(frozen=True)
 class KVCache:
@@ -26,7 +24,7 @@ class KVCache:
     page_table: Tensor  # [B, max_pages] int32
     lengths: Tensor  # [B] int64
     cos: Tensor  # [capacity, D] float32
-    sin: Tensor  # [capacity, D] float32, signed as in StepPlan
+    sin: Tensor  # [capacity, D] float32, first half negated
 
     @classmethod
     def contiguous(
@@ -41,10 +39,14 @@ class KVCache:
         rope_scaling: float,
         dtype: torch.dtype,
     ) -> "KVCache":
-        """One page of at least `capacity` slots for each of `batch` sequences."""
-        slots = -(-capacity // KEY_TILE) * KEY_TILE
-        shape = (layers, batch, slots, kv_heads, head_dim)
-        cos, sin = rotary_tables(inverse_frequencies, rope_scaling, slots)
+        """One page of `capacity` slots, a multiple of 64, for each of `batch` sequences.
+
+        inverse_frequencies [D/2] are radians per position; rope_scaling multiplies cos and sin.
+        """
+        if capacity % 64:
+            raise ValueError(f"capacity must be a multiple of 64, got {capacity}")
+        shape = (layers, batch, capacity, kv_heads, head_dim)
+        cos, sin = rotary_tables(inverse_frequencies, rope_scaling, capacity)
         return cls(
             k=torch.empty(shape, dtype=dtype),
             v=torch.empty(shape, dtype=dtype),
@@ -76,3 +78,13 @@ class KVCache:
     def reset(self, sequence: int) -> None:
         """Forget one sequence, so that its slots can serve another."""
         self.lengths[sequence] = 0
+
+
+def rotary_tables(inverse_frequencies: Tensor, scaling: float, count: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [count, D] float32 of positions 0..count-1 (Su et al. 2021).
+
+    The sines' first half is negated: x * cos + roll(x, D/2) * sin rotates the pairs (i, i + D/2).
+    """
+    angles = torch.arange(count, dtype=torch.float32)[:, None] * inverse_frequencies
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)

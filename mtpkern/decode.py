@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mtpkern.cache import KVCache
 from mtpkern.heads import NONE, Drafter, DraftInput
-from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import Ops
+from mtpkern.ops import Ops, SamplingRows
 
 
 @dataclass

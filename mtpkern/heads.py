@@ -243,37 +243,43 @@ class MtpDrafter:
 
     def observe(self, step: DraftInput) -> None:
         # Behind the pending rows; those that were not committed do not count.
-        begin = step.lengths - step.advance - self.cache.lengths
+        begin = step.lengths - step.advance - self._cache_of(step).lengths
         index = begin[:, None] + torch.arange(step.features.shape[1])
-        self.pending.scatter_(1, index[:, :, None].expand_as(step.features), step.features)
+        pending = self.pending[: len(begin)]
+        pending.scatter_(1, index[:, :, None].expand_as(step.features), step.features)
 
     def is_due(self, step: DraftInput) -> bool:
-        waiting = (step.lengths - self.cache.lengths).max()
+        waiting = (step.lengths - self._cache_of(step).lengths).max()
         return bool(waiting > MAX_PENDING - step.features.shape[1])
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        waiting = (step.lengths - self.cache.lengths).clamp_(min=1)
+        cache = self._cache_of(step)
+        waiting = (step.lengths - cache.lengths).clamp_(min=1)
         rows = int(waiting.max())
-        after = self.cache.lengths[:, None] + 1 + torch.arange(rows)
+        after = cache.lengths[:, None] + 1 + torch.arange(rows)
         batch = after.shape[0]
         x = self._inputs(
-            self._hidden(self.pending[:, :rows].flatten(0, 1)),
+            self._hidden(self.pending[:batch, :rows].flatten(0, 1)),
             step.tokens.gather(1, after).view(-1),
         )
-        out = self._layer(x, self.cache, rows).view(batch, rows, -1)
+        out = self._layer(x, cache, rows).view(batch, rows, -1)
         hidden = out[torch.arange(batch), waiting - 1]
-        self.cache.lengths.copy_(step.lengths)
+        cache.lengths.copy_(step.lengths)
         drafts = []
         for i in range(count):
             token = self._choose(hidden, step, i)
             drafts.append(token)
             if i + 1 < count:
-                ahead = self.cache.at(step.lengths + i)
+                ahead = cache.at(step.lengths + i)
                 hidden = self._layer(self._inputs(hidden, token), ahead, 1)
         return Drafts(torch.stack(drafts, 1), torch.full((batch,), HEADS))
 
     def reset(self, sequence: int) -> None:
         self.cache.reset(sequence)
+
+    def _cache_of(self, step: DraftInput) -> KVCache:
+        """The cache of the sequences in this step, which may be fewer than there are slots."""
+        return self.cache.rows(0, step.lengths.shape[0])
 
     def _hidden(self, features: Tensor) -> Tensor:
         fc = self.weights.fc
@@ -338,8 +344,8 @@ class CompanionDrafter:
 PRETRAINED = Path(__file__).with_name("pretrained")
 
 
-def find_heads(name: str, model_directory: Path) -> Path | None:
-    """The directory of heads that `name` means for a model; None where there are to be none.
+def find_heads(name: str, model: str) -> Path | None:
+    """The directory of heads that `name` means for `model`; None where there are to be none.
 
     "auto" is what ships for the model, if anything; "none" nothing; else a name in the package or
     a directory. Raises UserError for a name that is neither.
@@ -348,7 +354,7 @@ def find_heads(name: str, model_directory: Path) -> Path | None:
         return None
     shipped = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
     if name == "auto":
-        return PRETRAINED / model_directory.name if model_directory.name in shipped else None
+        return PRETRAINED / model if model in shipped else None
     if name in shipped:
         return PRETRAINED / name
     if Path(name).is_dir():

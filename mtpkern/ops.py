@@ -13,9 +13,11 @@ from mtpkern.kernels.multi_head_projection import multi_head_projection_ref
 from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
-from mtpkern.kernels.sample import sample_ref
+from mtpkern.kernels.sample import SamplingRows, sample_ref, sampling_key
 from mtpkern.kernels.step_plan import plan_ref
 from mtpkern.kernels.verify_attention import verify_attention_ref
+
+__all__ = ["TORCH", "Ops", "SamplingRows", "sampling_key"]
 
 
 class Ops(NamedTuple):

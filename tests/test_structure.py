@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FLOOR = {"config", "cache", "checkpoint", "tokenizer", "fetch"}
+FETCH = {"fetch", "gguf_checkpoint", "package_index"}
+FLOOR = {"config", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
 STEP = FLOOR | {"kernels", "ops", "model", "heads", "decode", "graph"}
 EVERYTHING = STEP | {"library", "engine"}
 
@@ -18,12 +19,15 @@ ARROWS: dict[str, set[str]] = {
     "config": set(),
     "cache": set(),
     "checkpoint": {"config"},
-    "tokenizer": {"config"},
-    "fetch": {"config"},
+    "tokenizer": {"config", "chat_template"},
+    "chat_template": {"config"},
+    "fetch": {"config", "gguf_checkpoint", "package_index"},
+    "gguf_checkpoint": {"config"},
+    "package_index": {"config"},
     "ops": {"kernels"},
     "library": {"kernels", "ops"},
     "model": {"config", "cache", "ops", "checkpoint"},
-    "heads": {"config", "cache", "ops", "checkpoint"},
+    "heads": {"config", "cache", "ops", "checkpoint", "model"},
     "decode": {"config", "cache", "ops", "model", "heads"},
     "graph": set(),
     "engine": STEP,

@@ -1,0 +1,177 @@
+"""What config.json may say, and what is refused by name."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY_CONFIG
+
+from mtpkern.config import (
+    DecodeConfig,
+    ModelConfig,
+    ModelLoadError,
+    RopeConfig,
+    SamplingParams,
+    UserError,
+)
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_both_spellings_of_a_config_mean_the_same():
+    old = TINY_CONFIG | {
+        "torch_dtype": "bfloat16",
+        "rope_theta": 5e5,
+        "rope_scaling": LLAMA3 | {"type": "llama3"},
+    }
+    new = TINY_CONFIG | {
+        "dtype": "bfloat16",
+        "rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5},
+    }
+    del new["rope_theta"]
+    parsed = ModelConfig.from_json(old)
+    assert parsed == ModelConfig.from_json(new)
+    assert parsed.dtype is torch.bfloat16
+    assert parsed.rope == RopeConfig(kind="llama3", theta=5e5, **LLAMA3)
+
+
+def test_fields_that_are_left_out_have_the_layouts_defaults():
+    config = {
+        k: v for k, v in TINY_CONFIG.items() if k not in ("num_key_value_heads", "rope_theta")
+    }
+    parsed = ModelConfig.from_json(config)
+    assert (parsed.num_kv_heads, parsed.head_dim, parsed.rope.theta) == (6, 8, 10000.0)
+    assert (parsed.attention_bias, parsed.mlp_bias) == (False, False)
+    assert ModelConfig.from_json(TINY_CONFIG | {"head_dim": 10}).head_dim == 10
+
+
+def test_end_of_text_ids_of_both_files_are_merged(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    assert ModelConfig.from_json(tmp_path).eos_token_ids == (2, 0)
+    assert ModelConfig.from_json(tmp_path / "config.json").eos_token_ids == (2, 0)
+    assert ModelConfig.from_json(TINY_CONFIG).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM.*supported: LlamaForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": None, "model_type": "gemma"}, "gemma"),
+        ({"hidden_act": "gelu"}, "hidden_act.*gelu.*supported.*silu"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type dynamic.*supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type longrope"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn.*supported: float32"),
+        ({"num_key_value_heads": 4}, "multiple of num_key_value_heads=4, got 6"),
+        ({"hidden_size": 50}, "hidden_size must be a multiple"),
+        ({"head_dim": 7}, "head_dim must be even, got 7"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": -1}, "vocab_size must be a positive number, got -1"),
+        ({"vocab_size": 10.5}, "vocab_size must be an integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(overrides, message):
+    with pytest.raises(ModelLoadError, match=message) as refusal:
+        ModelConfig.from_json(TINY_CONFIG | overrides)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000])
+def test_a_config_that_is_not_an_object_is_one_clear_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelLoadError, match="config.json"):
+        ModelConfig.from_json(tmp_path)
+
+
+def test_control_characters_of_a_config_do_not_reach_the_terminal():
+    with pytest.raises(ModelLoadError) as refusal:
+        ModelConfig.from_json(TINY_CONFIG | {"architectures": ["\x1b[31mEvil\n"]})
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 10])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3"} | LLAMA3,
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.8, "truncate": False},
+        {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 16},
+    ],
+)
+def test_rope_frequencies_are_those_of_transformers(rope, head_dim):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    content = TINY_CONFIG | {"head_dim": head_dim, "rope_scaling": rope, "rope_theta": 20000.0}
+    theirs = llama.LlamaRotaryEmbedding(llama.LlamaConfig(**content))
+    ours, factor = ModelConfig.from_json(content).rope.inverse_frequencies(head_dim)
+    torch.testing.assert_close(ours, theirs.inv_freq, rtol=2e-6, atol=0)
+    assert factor == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"seed": -1},
+        {"seed": True},
+        {"stop": ("",)},
+        {"stop": (1,)},
+    ],
+)
+def test_sampling_parameters_out_of_range_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=name):
+        SamplingParams(**wrong)
+
+
+def test_sampling_parameters_that_are_not_supported_are_refused_with_a_list():
+    with pytest.raises(TypeError, match="repetition_penalty is not supported.*temperature"):
+        SamplingParams(repetition_penalty=1.1)
+
+
+def test_a_single_stop_string_is_one_stop_string():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+@pytest.mark.parametrize("k", [-1, 17, 1.0, True])
+def test_a_number_of_drafts_outside_0_to_16_is_refused(k):
+    with pytest.raises(UserError, match=r"num_speculative_tokens must be an integer in 0\.\.16"):
+        DecodeConfig(k, 1, 64)
+
+
+def test_decode_sizes_are_checked():
+    assert DecodeConfig(16, 1, 64).prefill_chunk == 128
+    for wrong in ({"max_batch": 0}, {"max_length": 0}, {"prefill_chunk": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            DecodeConfig(**{"num_speculative_tokens": 1, "max_batch": 1, "max_length": 8} | wrong)

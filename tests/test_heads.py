@@ -1,0 +1,272 @@
+"""The drafters, each against its definition, written out slowly; and none of them moves a token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIG, tiny_checkpoint
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtpkern.checkpoint import load_tensors
+from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
+from mtpkern.engine import LLM
+from mtpkern.heads import NGRAM, CompanionDrafter, Drafts, MtpDrafter
+from mtpkern.kernels.rms_norm import rms_norm_ref
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
+E, V, L = TINY_CONFIG["hidden_size"], TINY_CONFIG["vocab_size"], TINY_CONFIG["num_hidden_layers"]
+
+
+def write_mtp(directory: Path, *, taps: tuple[int, ...] = (1, 2, 3), reduced: bool = True) -> Path:
+    """A random sequential head for the tiny model, with other head counts than the trunk's."""
+    directory.mkdir()
+    heads, kv_heads, head_dim, width = 4, 2, 10, 72
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {
+        "input_proj.weight": normal(E, 2 * E),
+        "self_attn.q_proj.weight": normal(heads * head_dim, E),
+        "self_attn.k_proj.weight": normal(kv_heads * head_dim, E),
+        "self_attn.v_proj.weight": normal(kv_heads * head_dim, E),
+        "self_attn.o_proj.weight": normal(E, heads * head_dim),
+        "mlp.gate_proj.weight": normal(width, E),
+        "mlp.up_proj.weight": normal(width, E),
+        "mlp.down_proj.weight": normal(E, width),
+    }
+    for name in ("hidden", "token", "input", "post_attention", "final"):
+        tensors[f"{name}_layernorm.weight"] = 1 + normal(E)
+    if len(taps) > 1:
+        tensors["fc.weight"] = normal(E, len(taps) * E)
+    settings: dict[str, Any] = {
+        "model_type": "mtpkern_mtp",
+        "hidden_size": E,
+        "tap_layers": list(taps),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": width,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 1e-5,
+    }
+    if reduced:
+        tensors["draft_vocab"] = torch.arange(3, V, 2, dtype=torch.int32)
+        settings["draft_vocab_size"] = len(tensors["draft_vocab"])
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def write_medusa(directory: Path, heads: int = 3, depth: int = 2) -> Path:
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for h in range(heads):
+        for d in range(depth):
+            name = f"{h}.{d}.linear"
+            tensors[f"{name}.weight"] = torch.randn(E, E, generator=generator) / E**0.5
+            tensors[f"{name}.bias"] = torch.randn(E, generator=generator)
+    save_file(tensors, directory / "model.safetensors")
+    settings = {"model_type": "mtpkern_medusa", "num_heads": heads, "num_layers": depth}
+    (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+class Recorder:
+    """Wraps a drafter and keeps what it drafted: known tokens -> drafts."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.taps, self.blocks = inner, inner.taps, inner.blocks
+        self.drafted: list[tuple[list[int], list[int]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def guess(self, step: Any, count: int) -> Any:
+        drafts = self.inner.guess(step, count)
+        for b in range(step.tokens.shape[0]):
+            if step.advance[b]:
+                known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
+                self.drafted.append((known, drafts.tokens[b].tolist()))
+        return drafts
+
+
+def trunk_states(directory: Path, tokens: list[int]) -> list[Tensor]:
+    """Hidden states [S, E] after each layer, the last one normed, by a slow float32 forward."""
+    config, w = ModelConfig.from_json(directory), load_tensors(directory)
+    x = w["model.embed_tokens.weight"][tokens]
+    states = []
+    for i in range(config.num_layers):
+        named = {
+            name.removeprefix(f"model.layers.{i}."): tensor
+            for name, tensor in w.items()
+            if name.startswith(f"model.layers.{i}.")
+        }
+        sizes = (config.num_heads, config.num_kv_heads, config.head_dim, config.rope.theta)
+        x = slow_layer(x, named, *sizes)
+        states.append(x)
+    states[-1] = rms_norm_ref(states[-1], w["model.norm.weight"], 1e-5)
+    return states
+
+
+def slow_layer(
+    x: Tensor, w: dict[str, Tensor], heads: int, kv_heads: int, head_dim: int, theta: float
+) -> Tensor:
+    """One Llama layer over a whole sequence x [S, E], in float32."""
+    count = x.shape[0]
+    inner = rms_norm_ref(x, w["input_layernorm.weight"], 1e-5)
+    q, k, v = (
+        (inner @ w[f"self_attn.{name}_proj.weight"].T).view(count, -1, head_dim).transpose(0, 1)
+        for name in "qkv"
+    )
+    angle = torch.arange(count)[:, None] / theta ** (torch.arange(0, head_dim, 2) / head_dim)
+    cos, sin = angle.cos(), angle.sin()
+
+    def rotate(t: Tensor) -> Tensor:
+        a, b = t.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (rotate(k), v))
+    scores = rotate(q) @ k.transpose(1, 2) / head_dim**0.5
+    scores = scores.masked_fill(torch.ones(count, count).triu(1).bool(), float("-inf"))
+    out = (scores.softmax(-1) @ v).transpose(0, 1).reshape(count, -1)
+    x = x + out @ w["self_attn.o_proj.weight"].T
+    inner = rms_norm_ref(x, w["post_attention_layernorm.weight"], 1e-5)
+    gate, up = (inner @ w[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+
+
+def slow_mtp(heads: Path, trunk: Path, known: list[int], count: int) -> list[int]:
+    """Drafts of a sequential head by its definition: everything anew for every draft."""
+    w, settings = load_tensors(heads), json.loads((heads / "config.json").read_text())
+    embedding = load_tensors(trunk)["model.embed_tokens.weight"]
+    ids = w["draft_vocab"].long() if "draft_vocab" in w else torch.arange(V)
+    states = trunk_states(trunk, known[:-1])
+    hidden = torch.cat([states[tap - 1] for tap in settings["tap_layers"]], -1)
+    if "fc.weight" in w:
+        hidden = hidden @ w["fc.weight"].T
+    tokens, drafts = known[1:], []
+    for _ in range(count):
+        pair = [
+            rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
+            rms_norm_ref(embedding[tokens], w["token_layernorm.weight"], 1e-5),
+        ]
+        x = torch.cat(pair, -1) @ w["input_proj.weight"].T
+        sizes = (settings["num_attention_heads"], settings["num_key_value_heads"])
+        x = slow_layer(x, w, *sizes, settings["head_dim"], settings["rope_theta"])
+        out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
+        drafts.append(int(ids[(out @ embedding[ids].T).argmax()]))
+        # The next row pairs what this one made with the token that it drafted.
+        hidden, tokens = torch.cat([hidden, out]), [*tokens, drafts[-1]]
+    return drafts
+
+
+@pytest.mark.parametrize("taps", [(3,), (1, 3), (1, 2, 3)])
+@pytest.mark.parametrize("ngram", [False, True])
+def test_a_sequential_head_drafts_what_its_definition_says(
+    taps: tuple[int, ...], ngram: bool, tmp_path: Path
+) -> None:
+    """Also when committed pairs waited because the n-gram's copy was used in between."""
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_mtp(tmp_path / "heads", taps=taps, reduced=len(taps) != 2)
+    llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
+    inner = llm.drafter.heads if isinstance(llm.drafter, CompanionDrafter) else llm.drafter
+    assert isinstance(inner, MtpDrafter)
+    recorder = Recorder(inner)
+    if isinstance(llm.drafter, CompanionDrafter):
+        llm.drafter.heads = recorder
+    else:
+        llm.drafter = recorder
+    prompts = [PROMPT, [30, 31], [50 + i % 9 for i in range(140)]]
+    completions = llm.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True))
+    if ngram:
+        assert any("ngram" in c.stats.source_steps for c in completions)
+        assert any("heads" in c.stats.source_steps for c in completions)
+    assert len(recorder.drafted) > 10
+    for known, drafts in recorder.drafted[:: -(-len(recorder.drafted) // 20)]:
+        assert drafts == slow_mtp(heads, trunk, known, 3)
+
+
+def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_medusa(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+    recorder = Recorder(llm.drafter)
+    llm.drafter = recorder
+    llm.generate([PROMPT, [30, 31]], SamplingParams(max_tokens=30, ignore_eos=True))
+    w, embedding = load_tensors(heads), load_tensors(trunk)["model.embed_tokens.weight"]
+    assert len(recorder.drafted) > 20
+    for known, drafts in recorder.drafted[::3]:
+        normed = trunk_states(trunk, known[:-1])[-1][-1]
+        for h, draft in enumerate(drafts):
+            hidden = normed
+            for d in range(2):
+                block = F.linear(hidden, w[f"{h}.{d}.linear.weight"], w[f"{h}.{d}.linear.bias"])
+                hidden = hidden + F.silu(block)
+            assert draft == int((embedding @ hidden).argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["mtp", "medusa"])
+@pytest.mark.parametrize("ngram", [False, True])
+def test_heads_never_change_a_token(
+    kind: str, ngram: bool, temperature: float, tmp_path: Path
+) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
+    heads = {"mtp": write_mtp, "medusa": write_medusa}[kind](tmp_path / "heads")
+    params = SamplingParams(max_tokens=60, temperature=temperature, logprobs=True, ignore_eos=True)
+    llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=256)
+    prompts = [PROMPT, [30, 31], list(range(40, 90))]
+    for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):
+        plain = llm.generate(prompt, params, speculate=False)[0]
+        assert (drafted.token_ids, drafted.logprobs) == (plain.token_ids, plain.logprobs)
+        assert plain.stats.steps == 60
+
+
+def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) -> None:
+    """The heads' pending rows hold 64: a text that only repeats itself must not lose any."""
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_mtp(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, num_speculative_tokens=2, max_length=400)
+
+    class AlwaysCopies:
+        def guess(self, step: Any, count: int) -> Drafts:
+            drafts = llm.ops.ngram(step.tokens, step.lengths + 1, count, 1)[0]
+            return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM))
+
+    assert isinstance(llm.drafter, CompanionDrafter)
+    recorder = Recorder(llm.drafter.heads)
+    llm.drafter.heads = recorder  # type: ignore[assignment]
+    llm.drafter.ngram = AlwaysCopies()  # type: ignore[assignment]
+    llm.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
+    assert recorder.drafted, "the heads must have run when their rows were full"
+    for known, drafts in recorder.drafted:
+        assert drafts == slow_mtp(heads, trunk, known, 2)
+
+
+def test_heads_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_mtp(tmp_path / "heads")
+    config = heads / "config.json"
+    good = json.loads(config.read_text())
+    for change, message in (
+        ({"model_type": "eagle9"}, "model_type eagle9 is not supported; supported: mtpkern_mtp"),
+        ({"num_attention_heads": 5}, "self_attn.q_proj.weight must be"),
+        ({"tap_layers": [1, 2]}, "tap_layers must ascend to 3"),
+        ({"head_dim": None}, "is not complete"),
+    ):
+        config.write_text(json.dumps(good | change))
+        with pytest.raises(ModelLoadError, match=message):
+            LLM(trunk, heads=heads)
+    config.write_text(json.dumps(good))
+    with pytest.raises(UserError, match="no such directory; names: auto, none"):
+        LLM(trunk, heads="nowhere")
+    medusa = write_medusa(tmp_path / "medusa")
+    with pytest.raises(UserError, match="at most 3, the number of heads, got 4"):
+        LLM(trunk, heads=medusa, num_speculative_tokens=4)

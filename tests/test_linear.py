@@ -1,0 +1,54 @@
+"""linear: values within the budget, and a row's bits the same whatever stands beside it."""
+
+import pytest
+import torch
+
+from mtpkern.kernels.linear import linear_ref, pack_ref
+
+# Shapes odd and prime, one past a tile, and one real one.
+SHAPES = [(1, 1), (7, 13), (65, 33), (129, 64), (576, 1536)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_has_the_same_bits_at_every_row_count_and_position(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    w = pack_ref(torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype))
+    x = torch.randn(300, shape[1]).to(dtype)
+    alone = torch.cat([linear_ref(row[None], w) for row in x[:40]])
+    for count in (1, 2, 3, 5, 9, 17, 33, 40, 77, 129, 300):
+        torch.testing.assert_close(linear_ref(x[:count], w)[:40], alone[:count], atol=0, rtol=0)
+        shifted = linear_ref(x.roll(11, 0)[: count + 11], w)[11:51]
+        torch.testing.assert_close(shifted, alone[: len(shifted)], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_are_within_twice_the_error_of_the_dtype(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    w, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(5, shape[1])
+    w, bias, x = (t.to(dtype) for t in (w, bias, x))
+    residual = torch.randn(5, shape[0]).to(dtype)
+    truth = x.double() @ w.double().T + bias.double()
+    in_dtype = x @ w.T + bias
+    budget = 2 * (in_dtype.double() - truth).abs().max() + torch.finfo(dtype).eps
+    packed = pack_ref(w, bias)
+    assert (linear_ref(x, packed).double() - truth).abs().max() <= budget
+    added = linear_ref(x, packed, residual=residual)
+    torch.testing.assert_close(added, linear_ref(x, packed) + residual, atol=0, rtol=0)
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert linear_ref(torch.empty(0, 13), pack_ref(torch.randn(7, 13))).shape == (0, 7)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    w = pack_ref(torch.randn(7, 13))
+    with pytest.raises(ValueError, match=r"x must be \[R, K\]=\[R, 13\] to match w, got \[5, 12\]"):
+        linear_ref(torch.randn(5, 12), w)
+    with pytest.raises(ValueError, match=r"bias \[N\]"):
+        pack_ref(torch.randn(7, 13), torch.randn(6))

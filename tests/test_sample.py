@@ -1,0 +1,126 @@
+"""sample: the right distribution, the right filters, and noise that depends on nothing else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.sample import SamplingRows, gumbel_ref, sample_ref, sampling_key
+
+
+def rows(
+    batch: int = 1,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+) -> SamplingRows:
+    return SamplingRows(
+        torch.full((batch,), temperature),
+        torch.full((batch,), top_k),
+        torch.full((batch,), top_p),
+        torch.full((batch,), min_p),
+        torch.tensor([sampling_key(seed, 0)] * batch),
+    )
+
+
+def draw(logits: Tensor, count: int, settings: SamplingRows) -> Tensor:
+    """One token at each of `count` positions, all from the same logits [n]."""
+    return sample_ref(logits.expand(1, count, -1), torch.arange(count)[None], settings)[0]
+
+
+def test_greedy_takes_the_lowest_of_equal_logits() -> None:
+    logits = torch.tensor([[[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]]])
+    position = torch.zeros(1, 2, dtype=torch.int64)
+    assert sample_ref(logits, position, rows(temperature=0.0)).tolist() == [[1, 0]]
+    assert sample_ref(logits.bfloat16(), position, rows(temperature=0.0)).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits, count = torch.randn(12) * 2, 200_000
+    expected = (logits / temperature).softmax(-1) * count
+    drawn = draw(logits, count, rows(temperature=temperature, seed=5)).bincount(minlength=12)
+    chi_square = ((drawn - expected) ** 2 / expected).sum()
+    # The 0.999 quantile of chi-square with 11 degrees of freedom.
+    assert chi_square < 31.3
+
+
+def test_noise_is_uniform_and_uncorrelated_along_every_counter() -> None:
+    keys = torch.tensor([sampling_key(seed, index) for seed in range(40) for index in range(5)])
+    position = torch.arange(100).repeat(2)
+    noise = gumbel_ref(keys, position, torch.arange(500))
+    uniform = (-(-noise).exp()).exp()
+    assert abs(uniform.mean() - 0.5) < 5 / (12 * uniform.numel()) ** 0.5
+    counts = uniform.view(-1).mul(100).long().clamp_(max=99).bincount(minlength=100)
+    expected = uniform.numel() / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 148.2  # 99 degrees of freedom, 0.999
+    for other in (uniform.roll(1, 0), uniform.roll(1, 1)):
+        correlation = torch.corrcoef(torch.stack([uniform.view(-1), other.view(-1)]))[0, 1]
+        assert abs(correlation) < 5 / uniform.numel() ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (dict(top_k=2), {3, 1}),
+        (dict(top_p=0.5), {3}),
+        (dict(top_p=0.7), {3, 1}),
+        (dict(min_p=0.2), {3, 1, 0}),
+        (dict(top_k=3, top_p=0.99), {3, 1, 0}),
+        (dict(top_k=1), {3}),
+        (dict(min_p=1.0), {3}),
+        (dict(top_p=1e-6), {3}),
+    ],
+)
+def test_filters_keep_the_tokens_that_their_definitions_keep(
+    settings: dict[str, float], kept: set[int]
+) -> None:
+    logits = torch.tensor([0.14, 0.22, 0.04, 0.6]).log()
+    drawn = draw(logits, 4000, rows(**settings))  # type: ignore[arg-type]
+    assert set(drawn.tolist()) == kept
+
+
+def test_a_token_depends_on_its_position_and_seed_and_not_on_its_neighbours() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 1000)
+    position = torch.tensor([[7, 8, 9, 10, 11], [100, 101, 102, 103, 104], [0, 1, 2, 3, 4]])
+    settings = rows(3, top_p=0.9, min_p=0.01)
+    together = sample_ref(logits, position, settings)
+    for b in range(3):
+        one = SamplingRows(*(t[b : b + 1] for t in settings))
+        for t in range(5):
+            alone = sample_ref(logits[b : b + 1, t : t + 1], position[b : b + 1, t : t + 1], one)
+            assert int(alone) == int(together[b, t])
+    flat = torch.zeros(1, 60, 50)
+    here, there = torch.arange(60)[None], torch.arange(1, 61)[None]
+    first = sample_ref(flat, here, rows())
+    assert torch.equal(first, sample_ref(flat, here, rows()))
+    assert torch.equal(first[:, 1:], sample_ref(flat, there, rows())[:, :-1])
+    assert not torch.equal(first, sample_ref(flat, here, rows(seed=1)))
+
+
+def test_a_reduced_vocabulary_draws_the_same_token_where_it_holds_it() -> None:
+    """The heads' guess uses the noise of the token's own id, not of its column."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 200, 64)
+    position = torch.arange(200)[None]
+    full = sample_ref(logits, position, rows())
+    ids = torch.arange(0, 64, 2)
+    part = sample_ref(logits[..., ids], position, rows(), ids)
+    even = full % 2 == 0
+    assert even.any() and torch.equal(part[even], full[even])
+    assert (part % 2 == 0).all()
+
+
+def test_one_batch_may_mix_greedy_and_sampled_sequences() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 30, 64)
+    position = torch.arange(30).expand(2, 30)
+    mixed = rows(2)
+    mixed.temperature[0] = 0.0
+    drawn = sample_ref(logits, position, mixed)
+    assert torch.equal(drawn[0], logits[0].argmax(-1))
+    assert not torch.equal(drawn[1], logits[1].argmax(-1))
