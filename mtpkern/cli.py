@@ -177,7 +177,8 @@ def _read_prompt(given: str | None) -> str:
 
 def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     """The prompt's token ids: a chat where the model has a template, unless --raw."""
-    chat = llm.tokenizer.has_chat_template and not args.raw
+    tokenizer = llm.tokenizer
+    chat = tokenizer is not None and tokenizer.has_chat_template and not args.raw
     if args.system is not None and not chat:
         reason = "--raw has none" if args.raw else "this model has no chat template"
         raise _UsageError(f"--system needs a chat template: {reason}")
@@ -248,8 +249,6 @@ def _speedup(completion: "Completion", plain: "Completion") -> float:
 def _as_json(
     llm: "LLM", model: str | None, completion: "Completion", plain: "Completion | None"
 ) -> dict[str, Any]:
-    from mtpkern.fetch import DEFAULT_MODEL
-
     compare = plain and {
         "identical": _identical(completion, plain),
         "plain": plain.stats.as_json(),
@@ -257,7 +256,7 @@ def _as_json(
     }
     return {
         "schema": 1,
-        "model": model or DEFAULT_MODEL,
+        "model": model or llm.name,
         "device": "cpu",
         "dtype": str(llm.dtype).removeprefix("torch."),
         "prompt_tokens": completion.stats.prompt_tokens,

@@ -17,7 +17,7 @@ import torch
 import mtpkern
 from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config
 from mtpkern.config import ModelConfig, resolve_dtype
-from mtpkern.fetch import default_model_directory, is_complete
+from mtpkern.fetch import default_model_directory, is_complete, model_name
 from mtpkern.heads import find_heads
 from mtpkern.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
     yield "bytes per step", f"{step_bytes / 1e6:.1f} MB of weights, whatever the number of drafts"
     kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * as_run.itemsize
     yield "KV per token", f"{kv_bytes / 1e3:.1f} kB, read in every step after it"
-    heads = find_heads("auto", directory)
+    heads = find_heads("auto", model_name(directory))
     yield "heads", heads.name if heads else "none ship for this model; n-gram drafts only"
     check_checkpoint(directory)
     Tokenizer.from_directory(directory).check_against(config)

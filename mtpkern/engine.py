@@ -23,7 +23,7 @@ from mtpkern.config import (
     resolve_dtype,
 )
 from mtpkern.decode import DecodeState, StepOutput, decode_step
-from mtpkern.fetch import DEFAULT_MODEL, default_model_directory, resolve_model
+from mtpkern.fetch import model_name, resolve_model
 from mtpkern.heads import (
     SOURCES,
     CompanionDrafter,
@@ -213,8 +213,7 @@ class LLM:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         directory = resolve_model(None if model is None else str(model))
         config = load_config(directory)
-        default = directory == default_model_directory()
-        self.name = DEFAULT_MODEL if default else directory.resolve().name
+        self.name = model_name(directory)
         heads_directory = find_heads(str(heads), self.name)
         self.ops = ops
         self.dtype = resolve_dtype(dtype, config)

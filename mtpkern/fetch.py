@@ -110,6 +110,11 @@ def resolve_model(name: str | None, *, progress: bool | None = None) -> Path:
     )
 
 
+def model_name(directory: Path) -> str:
+    """The name under which heads for a model ship: the default model's, or its directory's."""
+    return DEFAULT_MODEL if directory == default_model_directory() else directory.resolve().name
+
+
 def is_complete(directory: Path, *, verify: bool = False) -> bool:
     """Whether a conversion has every file of its manifest in full size (and, if asked, content)."""
     try:
