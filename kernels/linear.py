@@ -7,15 +7,15 @@ blocking by the row count, so `pack_ref` asks this machine's library, once per w
 which row counts a row keeps its bits; `linear_ref` pads or splits the rows to stay among those.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Row counts that a probe tries; other counts are padded up to the next one.
-_TRIED = (*range(1, 33), 48, 64, 96, 128)
+# Row counts that a probe tries; other counts are padded up to the next one. Each costs a library
+# some megabytes of generated code per shape, so they are few.
+_TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32, 64, 128)
 
 
 class PackedWeight(NamedTuple):
@@ -47,8 +47,10 @@ def pack_ref(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
     # The second argument is the row count to block for: one fits every small row count.
     data = torch.ops.mkldnn._reorder_linear_weight(w, 1) if blocked else w
     packed = PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, (1,))
-    key = (w.shape[0], w.shape[1], w.dtype, w.device, blocked, torch.get_num_threads())
-    return packed._replace(rows=_stable_rows(_Probe(packed, key)))
+    key = (w.shape[0], w.shape[1], w.dtype, w.device, torch.get_num_threads())
+    if key not in _probed:
+        _probed[key] = _stable_rows(packed)
+    return packed._replace(rows=_probed[key])
 
 
 def linear_ref(x: Tensor, w: PackedWeight, *, residual: Tensor | None = None) -> Tensor:
@@ -86,26 +88,15 @@ def _blockable(w: Tensor) -> bool:
     )
 
 
-class _Probe:
-    """A weight to try rows on; equal to every other weight of the same shape."""
-
-    def __init__(self, weight: PackedWeight, key: tuple[object, ...]):
-        self.weight, self.key = weight, key
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Probe) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+# What probes found: every weight of a shape is read by the same code, so one probe serves them all.
+_probed: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
-@lru_cache(maxsize=256)
-def _stable_rows(probe: _Probe) -> tuple[int, ...]:
+def _stable_rows(w: PackedWeight) -> tuple[int, ...]:
     """The tried row counts at which every row, wherever it stands, has the bits of 16 rows."""
-    w = probe.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TRIED[-1], w.in_features, generator=generator).to(w.data.dtype)
-    x = x.to(w.data.device)
+    generator = torch.Generator(w.data.device).manual_seed(0)
+    x = torch.empty(_TRIED[-1], w.in_features, dtype=w.data.dtype, device=w.data.device)
+    x.normal_(generator=generator)
     expected = _multiply(x[:16], w)
 
     def stable(count: int) -> bool:

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,14 @@ class ModelWeights:
     """All weights of a model; `lm_head` is the `embedding` itself where they are tied."""
 
     embedding: Tensor  # [V, E]
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[Any, ...]  # LayerWeights, or what `pack_layer` made of each
     norm: Tensor  # [E]
     lm_head: Tensor  # [V, E]
+    mappings: tuple[mmap.mmap, ...]  # the files behind tensors that were not copied
+
+    def release(self) -> None:
+        """Let go of the mappings' resident pages; what is still used is read again when touched."""
+        _release(self.mappings)
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,17 @@ def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, Tens
 
 
 def load_model(
-    directory: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+    directory: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    pack_layer: Callable[[LayerWeights], Any] = lambda layer: layer,
 ) -> tuple[ModelConfig, ModelWeights]:
-    """Load a checkpoint in `dtype` onto `device`; ModelLoadError names the file and the tensor."""
+    """Load a checkpoint in `dtype` onto `device`; ModelLoadError names the file and the tensor.
+
+    Each layer goes through `pack_layer` before the next is read, so that a layout of the caller's
+    own never stands in memory beside a second copy of all the weights.
+    """
     config, entries = check_checkpoint(directory)
     place = _Placer(entries, dtype, torch.device(device))
     layers = []
@@ -110,11 +123,13 @@ def load_model(
             field: place([f"model.layers.{i}.{name}" for name, _ in named]) if named else None
             for field, named in layer_parts(config).items()
         }
-        layers.append(LayerWeights(**fields))
+        layers.append(pack_layer(LayerWeights(**fields)))
+        _release(place.maps.values())
     embedding = place(["model.embed_tokens.weight"])
     norm = place(["model.norm.weight"])
     lm_head = embedding if config.tie_word_embeddings else place(["lm_head.weight"])
-    return config, ModelWeights(embedding, tuple(layers), norm, lm_head)
+    mappings = tuple(place.maps.values())
+    return config, ModelWeights(embedding, tuple(layers), norm, lm_head, mappings)
 
 
 def load_tensors(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -291,6 +306,12 @@ def _mapped(entry: TensorEntry, maps: dict[Path, mmap.mmap]) -> Tensor:
             maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     flat = torch.frombuffer(maps[entry.file], dtype=dtype, count=count, offset=entry.offset)
     return flat.view(entry.shape)
+
+
+def _release(mappings: Iterable[mmap.mmap]) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for mapping in mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class _Placer:

@@ -5,7 +5,6 @@
 (Touvron et al. 2023.) A layer is also what a sequential head is made of, so it stands alone here.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +45,13 @@ class Llama:
     @classmethod
     def load(cls, directory: Path, *, dtype: torch.dtype, ops: Ops) -> "Llama":
         """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice."""
-        config, weights = load_model(directory, dtype=dtype)
-        embedding, norm, lm_head = weights.embedding, weights.norm, weights.lm_head
-        unpacked = deque(weights.layers)
-        del weights
-        layers = tuple(pack_layer(unpacked.popleft(), ops) for _ in range(config.num_layers))
-        return cls(config, embedding, layers, norm, lm_head, ops.pack(lm_head))
+        config, w = load_model(
+            directory, dtype=dtype, pack_layer=lambda layer: pack_layer(layer, ops)
+        )
+        vocabulary = ops.pack(w.lm_head)
+        # Packed weights are copies: the pages they were read from need not stay resident.
+        w.release()
+        return cls(config, w.embedding, w.layers, w.norm, w.lm_head, vocabulary)
 
 
 def pack_layer(layer: LayerWeights, ops: Ops) -> DecoderLayer:

@@ -95,7 +95,7 @@ def test_drafts_never_change_a_token_or_a_logprob(
     plain = LLM(directory, ngram=False, num_speculative_tokens=0, dtype=dtype, max_length=300)
     expected = [plain.generate(prompt, params)[0] for prompt in PROMPTS]
     answers = [p + c.token_ids for p, c in zip(PROMPTS, expected, strict=True)]
-    for k in (1, 2, 3, 5, 8):
+    for k in (1, 2, 3, 5, 8, 16):
         llm = LLM(
             directory, num_speculative_tokens=k, dtype=dtype, max_length=300, max_batch=len(PROMPTS)
         )

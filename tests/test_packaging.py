@@ -40,7 +40,7 @@ def package_files() -> set[str]:
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in mapping.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name != ".gitkeep"
     }
 
 
@@ -80,6 +80,8 @@ def test_the_wheel_alone_can_import_its_kernels_folder(built, wheel, tmp_path):
 
 def test_the_sdist_can_build_the_wheel_again(built, wheel, tmp_path):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        # Where Python has extraction filters (3.10.12 on), it wants one named.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(tmp_path)
     (tree,) = tmp_path.iterdir()
     subprocess.run([sys.executable, "-c", BUILD], cwd=tree, check=True, capture_output=True)
