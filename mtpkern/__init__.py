@@ -1,11 +1,27 @@
 """mtpkern: Llama-style language models decoded several tokens a step, with the same tokens."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtpkern.config import ModelLoadError, SamplingParams, UserError
+    from mtpkern.engine import LLM, Completion, Event, Stats
 
 __version__ = "0.1.0"
+
+__all__ = ["LLM", "Completion", "Event", "ModelLoadError", "SamplingParams", "Stats", "UserError"]
 
 # In a checkout the folder kernels/ stands beside this package, and installed it is inside it
 # (setup.py maps it): make `mtpkern.kernels` the same thing in both.
 _package = Path(__file__).resolve().parent
 if not (_package / "kernels").is_dir():
     __path__.append(str(_package.parent))
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that `import mtpkern` and `mtpkern --help` do not wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "config" if name in ("ModelLoadError", "SamplingParams", "UserError") else "engine"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -95,6 +95,14 @@ def load_config(directory: str | Path) -> ModelConfig:
     return ModelConfig.from_json(directory)
 
 
+def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, TensorEntry]]:
+    """Config and tensors, checked against each other from the headers: no weight is read."""
+    config = load_config(directory)
+    entries = read_entries(directory)
+    _check_entries(config, entries, _checked_directory(directory))
+    return config, entries
+
+
 def load_model(
     directory: str | Path,
     *,
@@ -107,9 +115,7 @@ def load_model(
     Each layer goes through `pack_layer` before the next is read, so that a layout of the caller's
     own never stands in memory beside a second copy of all the weights.
     """
-    config = load_config(directory)
-    entries = read_entries(directory)
-    _check_entries(config, entries, _checked_directory(directory))
+    config, entries = check_checkpoint(directory)
     place = _Placer(entries, dtype, torch.device(device))
     layers = []
     for i in range(config.num_layers):

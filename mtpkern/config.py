@@ -319,6 +319,15 @@ class _Reader:
         return ids
 
 
+def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """The dtype that a user's choice means: one of the three names, or "auto", the checkpoint's."""
+    if name == "auto":
+        return config.dtype
+    if name not in _DTYPES:
+        raise UserError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {printable(name)}")
+    return _DTYPES[name]
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """The fixed sizes of a decoder: K drafts a step, B sequences of at most `max_length` tokens."""

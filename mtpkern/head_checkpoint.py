@@ -35,7 +35,7 @@ def find_heads(name: str, model: str) -> Path | None:
     """
     if name == "none":
         return None
-    shipped = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
+    shipped = sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))
     if name == "auto":
         return PRETRAINED / model if model in shipped else None
     if name in shipped:

@@ -36,7 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference"},
     "integrations": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING | {"mtpkern", "train", "integrations"},
+    "diagnose": EVERYTHING | {"mtpkern"},
+    "cli": EVERYTHING | {"mtpkern", "diagnose", "train", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,368 @@
+"""Decoding with drafts against decoding without: first whether they agree, then how fast.
+
+    python benchmarks/bench_decode.py --limit 12
+
+1. Check. Per prompt, K drafts against K = 0: token ids and log-probabilities bitwise equal, one
+   prompt at a time, in ragged batches of 3, and at temperature 0.8 with a fixed seed. Anything red:
+   exit code 1 and no speed.
+2. Time, without log-probabilities, batch 1. Per prompt, in alternating order: plain decoding
+   without any of the padding that drafts need (the baseline), K = 0 through the drafting setup
+   (what the padding costs), and drafts.
+3. Acceptance of each source of drafts alone, and with --peers the same weights in transformers.
+
+Rates come from summed tokens and summed seconds. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Progress, environment, first_line, load, read_prompts
+
+from mtpkern import LLM, SamplingParams, Stats, UserError
+from mtpkern.kernels.linear import PackedWeight, pack_ref
+from mtpkern.kernels.step_plan import plan_ref
+from mtpkern.ops import TORCH
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
+RAGGED_BATCH = 3
+SEED = 7
+REPEAT = 8  # a text is cut where it first repeats so many tokens
+PEER_PROMPTS = 4
+
+
+@dataclass
+class Case:
+    """One prompt and all that was measured with it."""
+
+    category: str
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)  # per token, in decoding with drafts
+    stats: Stats | None = None  # of decoding with drafts
+    identical: dict[str, bool] = field(default_factory=dict)  # check -> whether it held
+    timed: dict[str, tuple[int, float]] = field(default_factory=dict)  # variant -> tokens, seconds
+    alone: dict[str, Stats] = field(default_factory=dict)  # source of drafts -> its statistics
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    facts = environment()
+    print(first_line(facts), flush=True)
+    open_model = partial(LLM, args.model, dtype=args.dtype, max_batch=RAGGED_BATCH)
+    llm = open_model(heads=args.heads, num_speculative_tokens=args.k)
+    cases = [
+        Case(row["category"], encode(llm, row["turns"][0]))
+        for row in read_prompts(args.prompts, args.limit)
+    ]
+    if not cases:
+        raise UserError(f"{args.prompts} holds no prompts")
+    batches = -(-len(cases) // RAGGED_BATCH)
+    progress = Progress(len(cases) * (2 + 2 * args.sources) + batches)
+
+    check(llm, cases, args.max_tokens, progress)
+    report: dict[str, Any] = {
+        "schema": 1,
+        "environment": facts
+        | {"model": llm.name, "dtype": str(llm.dtype).removeprefix("torch.")}
+        | {"heads": args.heads, "prompts": args.prompts.name, "max_tokens": args.max_tokens},
+        "checks": {name: sum(case.identical[name] for case in cases) for name in CHECKS},
+    }
+    print(", ".join(f"{n}: {same}/{len(cases)}" for n, same in report["checks"].items()))
+    if not all(all(case.identical.values()) for case in cases):
+        print("RED: with drafts the output differs from K = 0; no speed is reported")
+        return finish(report | {"rows": [], "overall": None}, args.output_json, 1)
+
+    plain = open_model(heads="none", ngram=False, num_speculative_tokens=0, ops=unpadded(llm))
+    time_variants(llm, plain, cases, args.max_tokens, progress)
+    if args.peers:
+        del llm  # room for the other runtime's copy of the weights
+        report["peers"] = time_peers(args.model, plain, cases[:PEER_PROMPTS], args.max_tokens)
+    llm = plain = None  # type: ignore[assignment]
+    if args.sources:
+        measure_sources(open_model, args, cases, progress)
+
+    categories = dict.fromkeys(case.category for case in cases)
+    # Padding may even help: the baseline is whichever plain decoding is faster over all prompts.
+    base = max(("plain", "k0"), key=lambda name: rate(case.timed[name] for case in cases))
+    report["environment"]["baseline"] = {"plain": "no padding", "k0": "K = 0 as drafts need it"}[
+        base
+    ]
+    members = {c: [case for case in cases if case.category == c] for c in categories}
+    rows = [row(category, chosen, args.k, base) for category, chosen in members.items()]
+    report |= {"rows": rows, "overall": row("overall", cases, args.k, base)}
+    report["environment"]["load_after"] = load()
+    print_report(report)
+    return finish(report, args.output_json, 0)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", help="a directory, hub id or name (default: the default model)")
+    add("--heads", default="auto")
+    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--limit", type=int, metavar="N", help="so many prompts, spread over the categories")
+    add("--max-tokens", type=int, default=128, metavar="N")
+    add("-K", dest="k", type=int, default=4)
+    add("--threads", type=int, default=2)
+    add("--dtype", default="auto")
+    add("--peers", action="store_true", help="time transformers on the same weights too")
+    add("--no-sources", dest="sources", action="store_false", help="skip heads and n-gram alone")
+    add("--output-json", type=Path, metavar="OUT")
+    return parser.parse_args(argv)
+
+
+def encode(llm: LLM, text: str) -> list[int]:
+    chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template
+    return llm.encode([{"role": "user", "content": text}] if chat else text)
+
+
+def unpadded(llm: LLM) -> Any:
+    """Ops for plain decoding at its fastest: no row is added for the sake of a window's bits."""
+
+    def pack(w: torch.Tensor, bias: torch.Tensor | None = None) -> PackedWeight:
+        return pack_ref(w, bias)._replace(rows=tuple(range(1, 129)))
+
+    group = llm.config.num_heads // llm.config.num_kv_heads
+    return TORCH._replace(pack=pack, plan=partial(plan_ref, row_tile=group))
+
+
+CHECKS = ("single", f"batches of {RAGGED_BATCH}", "temperature 0.8")
+
+
+def check(llm: LLM, cases: list[Case], max_tokens: int, progress: Progress) -> None:
+    """Compare with K = 0 in three ways, and keep the tokens and steps of the first."""
+    greedy = SamplingParams(max_tokens=max_tokens, logprobs=True)
+    sampled = SamplingParams(max_tokens=max_tokens, logprobs=True, temperature=0.8, seed=SEED)
+    single, ragged, warm = CHECKS
+    plain = []
+    for case in cases:
+        (expected,) = llm.generate([case.prompt], greedy, speculate=False)
+        plain.append((expected.token_ids, expected.logprobs))
+        events = list(llm.stream(case.prompt, greedy))
+        completion = events[-1].completion
+        assert completion is not None, "the last event of a stream carries the completion"
+        case.tokens = completion.token_ids
+        case.drafted = [event.drafted for event in events]
+        case.stats = completion.stats
+        case.identical[single] = (completion.token_ids, completion.logprobs) == plain[-1]
+
+        (expected,) = llm.generate([case.prompt], sampled, speculate=False)
+        (completion,) = llm.generate([case.prompt], sampled)
+        same = (completion.token_ids, completion.logprobs)
+        case.identical[warm] = same == (expected.token_ids, expected.logprobs)
+        progress("checked")
+    for begin in range(0, len(cases), RAGGED_BATCH):
+        batch = cases[begin : begin + RAGGED_BATCH]
+        together = llm.generate([case.prompt for case in batch], greedy)
+        for i, (case, completion) in enumerate(zip(batch, together, strict=True), begin):
+            case.identical[ragged] = (completion.token_ids, completion.logprobs) == plain[i]
+        progress("checked in batches")
+
+
+def time_variants(
+    llm: LLM, plain: LLM, cases: list[Case], max_tokens: int, progress: Progress
+) -> None:
+    """Time each prompt plain, at K = 0 and with drafts; every other prompt in reverse order."""
+    variants: list[tuple[str, Callable[..., Any]]] = [
+        ("plain", partial(plain.generate, speculate=False)),
+        ("k0", partial(llm.generate, speculate=False)),
+        ("drafts", llm.generate),
+    ]
+    for _, generate in variants:  # the first steps set things up
+        generate([cases[0].prompt], SamplingParams(max_tokens=REPEAT))
+    params = SamplingParams(max_tokens=max_tokens)
+    for i, case in enumerate(cases):
+        for name, generate in variants[:: -1 if i % 2 else 1]:
+            (completion,) = generate([case.prompt], params)
+            stats = completion.stats
+            case.timed[name] = stats.new_tokens, stats.decode_seconds
+        progress("timed")
+
+
+def measure_sources(
+    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[Case], progress: Progress
+) -> None:
+    """Run each source of drafts alone, for its steps; nothing is timed."""
+    settings: dict[str, dict[str, Any]] = {
+        "heads alone": {"heads": args.heads, "ngram": False},
+        "n-gram alone": {"heads": "none", "ngram": True},
+    }
+    params = SamplingParams(max_tokens=args.max_tokens)
+    for name, setting in settings.items():
+        try:
+            llm = open_model(num_speculative_tokens=args.k, **setting)
+        except UserError:  # no heads for this model: nothing to draft with
+            continue
+        for case in cases:
+            case.alone[name] = llm.generate([case.prompt], params)[0].stats
+            progress(name)
+
+
+def time_peers(
+    model: str | None, plain: LLM, cases: list[Case], max_tokens: int
+) -> dict[str, float] | None:
+    """Plain decoding here against transformers: alternating, tokens per second of both."""
+    try:
+        from peer_transformers import Peer
+    except ImportError:
+        print("transformers is not installed: no comparison with it")
+        return None
+    peer = Peer(model, plain.dtype)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    ours, theirs = [0, 0.0], [0, 0.0]
+    peer.decode(cases[0].prompt, REPEAT)
+    for case in cases:
+        (completion,) = plain.generate([case.prompt], params, speculate=False)
+        ours[0] += completion.stats.new_tokens
+        ours[1] += completion.stats.decode_seconds
+        count, seconds = peer.decode(case.prompt, max_tokens)
+        theirs[0] += count
+        theirs[1] += seconds
+    rates = ours[0] / ours[1], theirs[0] / theirs[1]
+    return {
+        "plain_tokens_per_second": rates[0],
+        "transformers_tokens_per_second": rates[1],
+        "ratio": rates[0] / rates[1],
+    }
+
+
+def row(category: str, cases: list[Case], k: int, base: str) -> dict[str, Any]:
+    """One row of the report, from sums over its prompts."""
+    together = [case.stats for case in cases if case.stats is not None]
+    rates = {name: rate(case.timed[name] for case in cases) for name in cases[0].timed}
+    kept = [loop_free(case.tokens, case.drafted) for case in cases]
+    alone = {name: [case.alone[name] for case in cases] for name in cases[0].alone}
+    return {
+        "category": category,
+        "prompts": len(cases),
+        "num_speculative_tokens": k,
+        "mean_acceptance_length": acceptance_length(together),
+        "mean_acceptance_length_loop_free": sum(t for t, _ in kept)
+        / max(1, sum(s for _, s in kept)),
+        "acceptance_by_position": by_position(together, k),
+        "tokens_per_second": rates["drafts"],
+        "plain_tokens_per_second": rates[base],
+        "speedup": rates["drafts"] / rates[base],
+        "identical_prompts": sum(all(case.identical.values()) for case in cases),
+        "unpadded_tokens_per_second": rates["plain"],
+        "k0_tokens_per_second": rates["k0"],
+        "padding_price": rates["plain"] / rates["k0"] - 1,
+        "sources": sources(together),
+        "alone": {
+            name: {
+                "mean_acceptance_length": acceptance_length(stats),
+                "acceptance_by_position": by_position(stats, k),
+            }
+            for name, stats in alone.items()
+        },
+    }
+
+
+def rate(timed: Iterable[tuple[int, float]]) -> float:
+    pairs = list(timed)
+    return sum(tokens for tokens, _ in pairs) / sum(seconds for _, seconds in pairs)
+
+
+def acceptance_length(stats: list[Stats]) -> float:
+    return sum(s.new_tokens for s in stats) / sum(s.steps for s in stats)
+
+
+def by_position(stats: list[Stats], k: int, source: str | None = None) -> list[float]:
+    """Accepted over drafted at each position, of one source or of all."""
+
+    def total(counts: list[dict[str, list[int]]], i: int) -> int:
+        return sum(c[i] for per in counts for s, c in per.items() if source in (None, s))
+
+    drafted = [total([s.drafted for s in stats], i) for i in range(k)]
+    accepted = [total([s.accepted for s in stats], i) for i in range(k)]
+    return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
+
+
+def sources(stats: list[Stats]) -> dict[str, Any]:
+    """Per source of drafts: its share of the steps, what those gave, and where drafts failed."""
+    found = {}
+    for name in dict.fromkeys(name for s in stats for name in s.source_steps):
+        steps = sum(s.source_steps.get(name, 0) for s in stats)
+        tokens = sum(s.source_tokens.get(name, 0) for s in stats)
+        k = stats[0].num_speculative_tokens
+        found[name] = {
+            "steps": steps,
+            "mean_acceptance_length": tokens / steps,
+            "acceptance_by_position": by_position(stats, k, name) if name != "none" else [],
+        }
+    return found
+
+
+def loop_free(tokens: list[int], drafted: list[bool]) -> tuple[int, int]:
+    """Tokens and steps before a text first repeats `REPEAT` tokens; whole steps only.
+
+    A step is a run of accepted drafts and the token after them.
+    """
+    seen: set[tuple[int, ...]] = set()
+    end = len(tokens)
+    for i in range(len(tokens) - REPEAT + 1):
+        gram = tuple(tokens[i : i + REPEAT])
+        if gram in seen:
+            end = i
+            break
+        seen.add(gram)
+    ends = [i + 1 for i, guess in enumerate(drafted) if not guess or i + 1 == len(drafted)]
+    whole = [at for at in ends if at <= end]
+    return (whole[-1], len(whole)) if whole else (0, 0)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    overall = report["overall"]
+    head = ("category", "prompts", "a step", "loop-free", "plain tok/s", "tok/s", "speedup", "same")
+    print("{:<16}{:>8}{:>8}{:>11}{:>13}{:>8}{:>9}{:>6}  accepted by position".format(*head))
+    for r in [*report["rows"], overall]:
+        print(
+            f"{r['category']:<16}{r['prompts']:>8}{r['mean_acceptance_length']:>8.2f}"
+            f"{r['mean_acceptance_length_loop_free']:>11.2f}{r['plain_tokens_per_second']:>13.1f}"
+            f"{r['tokens_per_second']:>8.1f}{r['speedup']:>9.2f}{r['identical_prompts']:>6}"
+            f"  {percents(r['acceptance_by_position'])}"
+        )
+    for name, source in (overall["sources"] | overall["alone"]).items():
+        steps = f"{source['steps']} steps, " if "steps" in source else ""
+        rates = percents(source["acceptance_by_position"])
+        print(f"{name}: {steps}{source['mean_acceptance_length']:.2f} tokens a step  {rates}")
+    print(
+        f"padding that drafts need: {overall['padding_price']:+.1%} of a plain step "
+        f"({overall['unpadded_tokens_per_second']:.1f} tok/s without it, "
+        f"{overall['k0_tokens_per_second']:.1f} with it; the faster is the baseline)"
+    )
+    if peers := report.get("peers"):
+        print(
+            f"transformers: {peers['transformers_tokens_per_second']:.1f} tok/s, plain decoding "
+            f"here {peers['plain_tokens_per_second']:.1f}: {peers['ratio']:.2f} times as fast"
+        )
+    facts = report["environment"]
+    print(f"load before {facts['load']}, after {facts['load_after']}")
+
+
+def percents(rates: list[float]) -> str:
+    return " ".join(f"{rate:.0%}" for rate in rates)
+
+
+def finish(report: dict[str, Any], file: Path | None, code: int) -> int:
+    line = json.dumps(report)
+    if file is not None:
+        file.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"bench_decode: error: {error}")

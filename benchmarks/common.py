@@ -1,0 +1,89 @@
+"""What the benchmarks share: the machine in words, prompts, and a progress line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mtpkern
+from mtpkern.diagnose import cpu_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a number was measured with."""
+    return {
+        "device": "cpu",
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "load": load(),
+        "torch": torch.__version__,
+        "mtpkern": mtpkern.__version__,
+        "commit": commit(),
+    }
+
+
+def first_line(facts: dict[str, Any]) -> str:
+    average = " ".join(f"{value:.2f}" for value in facts["load"])
+    return (
+        f"device cpu: {facts['cpu']}, {facts['threads']} threads; load {average}; "
+        f"torch {facts['torch']}; mtpkern {facts['mtpkern']}, commit {facts['commit']}"
+    )
+
+
+def load() -> list[float]:
+    """Load averages over 1, 5 and 15 minutes; empty where the system has none."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+def commit() -> str:
+    """The checkout's commit, marked where files differ from it; "unknown" outside of one."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:
+    """Prompts of a file in Spec-Bench's form (question_id, category, turns), spread if limited."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return rows if limit is None else spread(rows, limit)
+
+
+def spread(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows, evenly over the categories and evenly within each; always the same."""
+    by_category: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_category.setdefault(row["category"], []).append(index)
+    share = dict.fromkeys(by_category, 0)
+    left = min(limit, len(rows))
+    while left:
+        for category, members in by_category.items():
+            if left and share[category] < len(members):
+                share[category] += 1
+                left -= 1
+    chosen = []
+    for category, members in by_category.items():
+        count = share[category]
+        chosen += [members[i * len(members) // count] for i in range(count)]
+    return [rows[index] for index in sorted(chosen)]
+
+
+class Progress:
+    """One line on a terminal's stderr, rewritten; nothing anywhere else."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.shown = total, 0, sys.stderr.isatty()
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        if self.shown:
+            end = "\n" if self.done == self.total else ""
+            sys.stderr.write(f"\r\x1b[K{self.done}/{self.total} {what}{end}")
+            sys.stderr.flush()

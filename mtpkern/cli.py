@@ -1,0 +1,300 @@
+"""The command mtpkern: generate, fetch, inspect, doctor.
+
+A user's mistake is one line on stderr and exit code 2. torch is imported by the subcommands that
+need it, so that `mtpkern --help` answers at once.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import mtpkern
+
+if TYPE_CHECKING:
+    from mtpkern.engine import LLM, Completion, Event, Stats
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+_DRAFTED, _PLAIN = "\x1b[32m", "\x1b[0m"
+_WARM_UP_TOKENS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command (`argv` without the program's name; None: this process's own) -> exit code.
+
+    2 is a user's mistake, 1 a comparison that failed, 130 an interrupt, 141 a reader gone away.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character shows a question mark instead of a traceback.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end: let that write go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except _UsageError as error:
+        return _complain(error)
+    except ValueError as error:
+        from mtpkern.config import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        return _complain(error)
+
+
+class _UsageError(Exception):
+    """A command line that does not parse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _complain(error: Exception) -> int:
+    print("mtpkern: error:", " ".join(str(error).split()), file=sys.stderr)
+    return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mtpkern",
+        description="Llama-style language models decoded several tokens a step, "
+        "with the same tokens as one at a time.",
+    )
+    parser.add_argument("--version", action="version", version=f"mtpkern {mtpkern.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands)
+    fetch = commands.add_parser("fetch", help="get and convert the default model, once")
+    fetch.add_argument("name", nargs="?", metavar="NAME", help="a model's name or hub id")
+    fetch.set_defaults(run=_fetch)
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint is, whether it runs, and how fast it can at most"
+    )
+    inspect.add_argument("model", metavar="DIR", help="a model's directory, name or hub id")
+    inspect.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser("doctor", help="versions, this machine, what runs where")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="stream an answer",
+        description="Stream an answer. On a terminal, tokens that were drafted and accepted are "
+        "green, and those that the model had to compute itself are plain.",
+    )
+    command.set_defaults(run=_generate)
+    add = command.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
+    add("--model", help="a directory, a hub id or a name (default: the model of `mtpkern fetch`)")
+    add("--heads", default="auto", help="heads: auto, none, a name or a directory")
+    add("--no-ngram", action="store_true", help="do not draft from the text itself")
+    add("-K", "--num-speculative-tokens", type=int, metavar="K", help="drafts a step, 0 to 16")
+    add("--max-tokens", type=int, default=256, metavar="N", help="at most so many (default 256)")
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--top-k", type=int, default=0)
+    add("--min-p", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="the same seed gives the same tokens (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    add("--system", metavar="TEXT", help="the system message of the chat")
+    add("--raw", action="store_true", help="continue the prompt as text, without chat template")
+    add("--device", default="auto", help="auto or cpu")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--compare", action="store_true", help="run again without drafts, and compare")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from mtpkern.config import SamplingParams
+    from mtpkern.engine import LLM
+
+    text = _read_prompt(args.prompt)
+    if not text.strip():
+        raise _UsageError("the prompt is empty")
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        logprobs=args.json,
+    )
+    llm = LLM(
+        args.model,
+        heads=args.heads,
+        ngram=not args.no_ngram,
+        num_speculative_tokens=args.num_speculative_tokens,
+        device=args.device,
+        dtype=args.dtype,
+        max_batch=1,
+    )
+    prompt = _encode(llm, text, args)
+    if args.compare:
+        # The first steps of a process set things up; neither side is to pay for them.
+        brief = SamplingParams(max_tokens=_WARM_UP_TOKENS)
+        for speculate in (True, False):
+            llm.generate(prompt, brief, speculate=speculate)
+    if args.json:
+        completion = llm.generate(prompt, params)[0]
+    else:
+        completion = _print_stream(llm.stream(prompt, params))
+        print(summary(completion.stats), file=sys.stderr)
+    plain = llm.generate(prompt, params, speculate=False)[0] if args.compare else None
+    if args.json:
+        print(json.dumps(_as_json(llm, args.model, completion, plain), allow_nan=False))
+    elif plain is not None:
+        print(_comparison(completion, plain), file=sys.stderr)
+    return 0 if plain is None or _identical(completion, plain) else 1
+
+
+def _read_prompt(given: str | None) -> str:
+    if given is not None and given != "-":
+        return given
+    if given is None and sys.stdin.isatty():
+        raise _UsageError("no prompt: mtpkern generate PROMPT, or - to read standard input")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise _UsageError("standard input is not UTF-8 text") from None
+
+
+def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
+    """The prompt's token ids: a chat where the model has a template, unless --raw."""
+    tokenizer = llm.tokenizer
+    chat = tokenizer is not None and tokenizer.has_chat_template and not args.raw
+    if args.system is not None and not chat:
+        reason = "--raw has none" if args.raw else "this model has no chat template"
+        raise _UsageError(f"--system needs a chat template: {reason}")
+    if not chat:
+        return llm.encode(text)
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return llm.encode([*system, {"role": "user", "content": text}])
+
+
+def _print_stream(events: "Iterator[Event]") -> "Completion":
+    terminal = sys.stdout.isatty()
+    coloured = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    shown = _PLAIN
+    try:
+        for event in events:
+            colour = _DRAFTED if event.drafted else _PLAIN
+            if coloured and event.text and colour != shown:
+                sys.stdout.write(colour)
+                shown = colour
+            # A model's words must not steer the terminal; a file gets them as they are.
+            sys.stdout.write(_without_controls(event.text) if terminal else event.text)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n" if shown == _PLAIN else _PLAIN + "\n")
+        sys.stdout.flush()
+    assert event.completion is not None, "the last event of a stream carries the completion"
+    return event.completion
+
+
+def _without_controls(text: str) -> str:
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) >= 0xA0)
+
+
+def summary(stats: "Stats") -> str:
+    """One line: speed, steps, tokens per step, acceptance by position."""
+    line = (
+        f"{stats.tokens_per_second:.1f} tok/s: {stats.new_tokens} tokens in {stats.steps} steps, "
+        f"{stats.mean_acceptance_length:.2f} a step"
+    )
+    if any(map(any, stats.drafted.values())):
+        rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
+        line += f"; accepted by position: {rates}"
+    return line
+
+
+def _comparison(completion: "Completion", plain: "Completion") -> str:
+    rates = completion.stats.tokens_per_second, plain.stats.tokens_per_second
+    verdict = "tokens identical"
+    if not _identical(completion, plain):
+        pairs = zip(completion.token_ids, plain.token_ids, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        verdict = "TOKENS DIFFER" + ("" if same is None else f" from token {same + 1} on")
+    return (
+        f"{rates[1]:.1f} tok/s without drafts; with them {_speedup(completion, plain):.2f} times "
+        f"as fast; {verdict}"
+    )
+
+
+def _identical(completion: "Completion", plain: "Completion") -> bool:
+    return completion.token_ids == plain.token_ids and completion.logprobs == plain.logprobs
+
+
+def _speedup(completion: "Completion", plain: "Completion") -> float:
+    base = plain.stats.tokens_per_second
+    return completion.stats.tokens_per_second / base if base else 0.0
+
+
+def _as_json(
+    llm: "LLM", model: str | None, completion: "Completion", plain: "Completion | None"
+) -> dict[str, Any]:
+    compare = plain and {
+        "identical": _identical(completion, plain),
+        "plain": plain.stats.as_json(),
+        "speedup": _speedup(completion, plain),
+    }
+    return {
+        "schema": 1,
+        "model": model or llm.name,
+        "device": "cpu",
+        "dtype": str(llm.dtype).removeprefix("torch."),
+        "prompt_tokens": completion.stats.prompt_tokens,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "logprobs": completion.logprobs,
+        "stats": completion.stats.as_json(),
+        "compare": compare,
+    }
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from mtpkern.fetch import DEFAULT_MODEL, fetch_default_model, resolve_model
+
+    progress = sys.stderr.isatty()
+    if args.name in (None, DEFAULT_MODEL):
+        print(fetch_default_model(progress=progress, verify=True))
+    else:
+        print(resolve_model(args.name, progress=progress))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from mtpkern.diagnose import describe_checkpoint
+    from mtpkern.fetch import resolve_model
+
+    _print_table(describe_checkpoint(resolve_model(args.model), args.dtype))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mtpkern.diagnose import describe_machine
+
+    _print_table(describe_machine())
+    return 0
+
+
+def _print_table(rows: Iterator[tuple[str, str]]) -> None:
+    for name, value in rows:
+        print(f"{name:<16} {value}", flush=True)

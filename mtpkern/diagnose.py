@@ -1,0 +1,164 @@
+"""What a checkpoint is and what this machine can do with it, as rows of (name, value).
+
+The roofline: a decode step reads every weight once, so that memory bandwidth over bytes per step
+is the most steps a second that any runtime can make, and plain decoding's most tokens a second.
+"""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import mtpkern
+from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config
+from mtpkern.config import ModelConfig, resolve_dtype
+from mtpkern.fetch import default_model_directory, is_complete, model_name
+from mtpkern.head_checkpoint import find_heads
+from mtpkern.tokenizer import Tokenizer
+
+_MIB = 1 << 20
+_PROBE_BYTES = 64 * _MIB, 1024 * _MIB
+_PROBE_REPEATS = 5
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2")
+_OPTIONAL = ("gguf", "transformers", "huggingface_hub")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[str, str]]:
+    """Rows about a model's directory. Raises ModelLoadError at the first reason not to run it."""
+    yield "directory", str(directory)
+    config = load_config(directory)
+    as_run = resolve_dtype(dtype, config)
+    yield "family", f"{config.model_type}, {config.num_layers} layers"
+    yield (
+        "sizes",
+        f"hidden {config.hidden_size}, feed-forward {config.intermediate_size}, "
+        f"{config.num_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}, "
+        f"vocabulary {config.vocab_size}{' (tied)' if config.tie_word_embeddings else ''}",
+    )
+    yield "positions", f"{config.max_position_embeddings}, RoPE {_rope(config)}"
+    yield "dtype", f"{_name(config.dtype)} on disk, run in {_name(as_run)}"
+    parameters = sum(math.prod(shape) for _, shape in expected_tensors(config))
+    yield "parameters", f"{parameters / 1e6:.1f} million"
+    step_bytes = bytes_per_step(config, as_run)
+    yield "bytes per step", f"{step_bytes / 1e6:.1f} MB of weights, whatever the number of drafts"
+    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * as_run.itemsize
+    yield "KV per token", f"{kv_bytes / 1e3:.1f} kB, read in every step after it"
+    heads = find_heads("auto", model_name(directory))
+    yield "heads", heads.name if heads else "none ship for this model; n-gram drafts only"
+    check_checkpoint(directory)
+    Tokenizer.from_directory(directory).check_against(config)
+    yield "will run", "yes (names, shapes, dtypes and tokenizer checked; weights not read)"
+    bandwidth = measure_read_bandwidth(step_bytes)
+    yield "read bandwidth", f"{bandwidth / 1e9:.1f} GB/s, measured on {_device()}"
+    yield (
+        "roofline",
+        f"{bandwidth / step_bytes:.0f} steps/s: the bound of plain decoding in tok/s; "
+        "drafts multiply it by their tokens per step",
+    )
+
+
+def describe_machine() -> Iterator[tuple[str, str]]:
+    """Rows about versions, the CPU, the GPU, and what runs where."""
+    yield "mtpkern", mtpkern.__version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for name in _PACKAGES:
+        yield name, _version(name) or "not installed"
+    for name in _OPTIONAL:
+        yield name, _version(name) or "not installed (optional)"
+    yield "cpu", f"{cpu_model()}, {os.cpu_count()} cores, torch uses {_threads()}"
+    flags = _cpu_flags()
+    yield "cpu flags", " ".join(f for f in _CPU_FLAGS if f in flags) or "unknown"
+    yield "torch kernels", torch.backends.cpu.get_cpu_capability()
+    yield "bfloat16", "native" if _has_native_bfloat16() else "emulated: --dtype float32 is faster"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            yield "gpu", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+    else:
+        built_for = torch.version.cuda or torch.version.hip
+        yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
+    yield "generate", "runs on the CPU, through the torch references; not yet on a GPU"
+    directory = default_model_directory()
+    fetched = is_complete(directory)
+    yield "default model", str(directory) if fetched else "not here yet: mtpkern fetch"
+
+
+def bytes_per_step(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Weight bytes that a step reads: all but the rows of the embedding that it does not look up.
+
+    A tied embedding is read whole, as the LM head.
+    """
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    parameters = sum(math.prod(shape) for _, shape in expected_tensors(config))
+    return (parameters - embedding) * dtype.itemsize
+
+
+def measure_read_bandwidth(working_set: int) -> float:
+    """Bytes a second at which all threads read `working_set` bytes, best of a few passes.
+
+    The buffer is as large as one step's weights (64 MiB to 1 GiB), so that it lies where they
+    would lie: weights that fit the last cache do not come from memory.
+    """
+    low, high = _PROBE_BYTES
+    buffer = torch.ones(max(low, min(high, working_set)) // 4, dtype=torch.float32)
+    best = math.inf
+    for _ in range(1 + _PROBE_REPEATS):
+        started = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - started)
+    return buffer.nbytes / best
+
+
+def cpu_model() -> str:
+    """The CPU's own name, where the system says it."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    return next((set(line.split()) for line in _cpuinfo() if line.startswith("flags")), set())
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has it
+        return []
+
+
+def _has_native_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _device() -> str:
+    return f"the CPU with {_threads()}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+def _rope(config: ModelConfig) -> str:
+    rope = config.rope
+    stretched = "" if rope.kind == "default" else f", factor {rope.factor:g}"
+    return f"{rope.kind}, theta {rope.theta:g}{stretched}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
