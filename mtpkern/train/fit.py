@@ -50,6 +50,12 @@ def feature_spread(data: Dataset, samples: int = 100) -> Tensor:
     return rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
 
 
+def is_held_out(data: Dataset, index: int, share: float) -> bool:
+    """Whether a sequence is kept for measuring; the choice stays as a directory grows."""
+    directory, row = data.sequences[index]
+    return bool(np.random.default_rng((directory, row["offset"])).random() < share)
+
+
 def new_head(data: Dataset, model: ModelConfig, vocab_size: int, base_model: str) -> MtpHead:
     """An untrained head that fits the model, its draft vocabulary chosen from the data."""
     L, size = model.num_layers, min(vocab_size, model.vocab_size)
@@ -221,20 +227,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     frozen = load_tensors(directory, names[: 1 if model.tie_word_embeddings else 2])
     embedding, lm_head = (frozen.get(name, frozen[names[0]]).bfloat16() for name in names)
     data = Dataset(a.data, model.hidden_size)
-    order = np.random.default_rng(a.seed).permutation(len(data)).tolist()
-    held_out = order if a.evaluate else order[: math.ceil(len(data) * a.held_out)]
+    held_out = [i for i in range(len(data)) if a.evaluate or is_held_out(data, i, a.held_out)]
     head = load_head(a.init) if a.init else new_head(data, model, a.draft_vocab_size, a.base_model)
     if not a.evaluate:
         with torch.no_grad():
             spread = feature_spread(data)
             head.weights["fc"].mul_(spread / head.spread)
             head.spread.copy_(spread)
-        Trainer(head, a).fit(embedding, lm_head, data, sorted(set(order) - set(held_out)))
+        Trainer(head, a).fit(
+            embedding, lm_head, data, sorted(set(range(len(data))) - set(held_out))
+        )
         if a.out:
             export_head(head, a.out)
             head = load_head(a.out)
     K = a.num_speculative_tokens
-    result = evaluate(head, embedding, lm_head, data, sorted(held_out), K)
+    result = evaluate(head, embedding, lm_head, data, held_out, K)
     for kind, rows in result.items():
         for category, row in rows.items():
             print(f"{kind:18}{category:20}{row['mean_acceptance_length']:7.3f}", end="  ")
