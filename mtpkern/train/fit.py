@@ -35,11 +35,18 @@ from mtpkern.train.mtp_head import (
 
 
 def choose_draft_vocab(data: Dataset, size: int, V: int) -> Tensor:
-    """The answers' most frequent tokens, then the lowest ids (a BPE's earliest merges): [size]."""
-    counts = np.zeros(V, dtype=np.int64)
+    """The tokens that the model expects most often in its answers, lowest ids first: [size].
+
+    Its recorded distributions say more about rare tokens than counting those that it chose; what
+    they never mention is filled up with the lowest ids, a BPE's earliest merges.
+    """
+    expected = np.zeros(V)
     for index, (_, row) in enumerate(data.sequences):
-        np.add.at(counts, data.read(index, "tokens")[row["prompt"] :].numpy(), 1)
-    ranked = np.lexsort((np.arange(V), -counts))
+        answer = slice(row["prompt"] - 1, row["length"] - 1)
+        ids, logits = data.read(index, "top_ids")[answer], data.read(index, "top_logits")[answer]
+        p = logits.float().softmax(-1)
+        expected += np.bincount(ids.flatten(), p.flatten(), minlength=V)
+    ranked = np.lexsort((np.arange(V), -expected))
     return torch.from_numpy(np.sort(ranked[:size])).int()
 
 
@@ -57,7 +64,7 @@ def is_held_out(data: Dataset, index: int, share: float) -> bool:
 
 
 def new_head(data: Dataset, model: ModelConfig, vocab_size: int, base_model: str) -> MtpHead:
-    """An untrained head that fits the model, its draft vocabulary chosen from the data."""
+    """An untrained head that fits the model; its draft vocabulary is still to be chosen."""
     L, size = model.num_layers, min(vocab_size, model.vocab_size)
     config = HeadConfig(
         hidden_size=model.hidden_size,
@@ -72,7 +79,6 @@ def new_head(data: Dataset, model: ModelConfig, vocab_size: int, base_model: str
         base_model=base_model,
     )
     head = MtpHead(config)
-    head.draft_vocab.copy_(choose_draft_vocab(data, size, model.vocab_size))
     with torch.no_grad():
         # Half as sure of itself as the model is of the token before.
         scale = feature_spread(data)[-model.hidden_size :].pow(2).mean().sqrt() / 2
@@ -234,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             spread = feature_spread(data)
             head.weights["fc"].mul_(spread / head.spread)
             head.spread.copy_(spread)
+            # The vocabulary is no weight of the head: a head to start from takes a new one too.
+            vocab_size = len(head.draft_vocab)
+            head.draft_vocab.copy_(choose_draft_vocab(data, vocab_size, model.vocab_size))
         Trainer(head, a).fit(
             embedding, lm_head, data, sorted(set(range(len(data))) - set(held_out))
         )
