@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtpkern.checkpoint import load_config, load_tensors
 from mtpkern.reference import logits as reference_logits
-from mtpkern.train import distill, fit
+from mtpkern.train import distill, fit, prompts
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter
 from mtpkern.train.mtp_head import DraftLoss, HeadConfig, MtpHead, draft_targets, load_head
@@ -247,3 +247,25 @@ def test_a_replay_counts_what_decoding_would_do():
     assert (tally.tokens, tally.steps) == (6, 3)
     assert tally.summary()["mean_acceptance_length"] == 2.0
     assert loop_free_length([5] + [1, 2] * 8, 1) == 11
+
+
+def test_invented_prompts_begin_inside_the_users_turn(recorded: tuple[Path, Path]):
+    tokenizer = distill.Tokenizer.from_directory(str(recorded[0]))
+    head, jobs = distill.invented_jobs(tokenizer, {"qa": ["the dog"], "free": [""]}, 3)
+    prompts = [job.prompt for job in jobs]
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": "the dog"}], False)
+    assert len(prompts) == 3 and prompts[0] == prompts[2] == whole[: len(prompts[0])]
+    assert prompts[1] == prompts[0][:head] and len(prompts[0]) > head
+
+
+def test_prose_is_found_and_markup_is_not(tmp_path: Path):
+    text = "This is a page of the manual, and it tells a reader to look at the list of files. "
+    (tmp_path / "tool.1").write_text(f".TH TOOL 1\n.SH NAME\n{text * 4}\n.PP\n\\fBshort\\fR\n")
+    (tmp_path / "numbers.txt").write_text("1 2 3 " * 100)
+    assert list(prompts.prose([tmp_path])) == [(text * 4).strip()]
+    (tmp_path / "code.py").write_text(
+        'def double(x):\n    """Twice the number, or the text two times over."""\n'
+        "    y = x + x\n    return y\n"
+    )
+    (stub,) = prompts.functions(tmp_path)
+    assert stub.startswith("def double") and "return" not in stub

@@ -1,7 +1,7 @@
 """Self-distillation: prompts -> the frozen model's own greedy answers, and what a head learns from.
 
     python -m mtpkern.train.distill --prompts questions.jsonl --out answers
-    python -m mtpkern.train.distill --invent 5000 --openings openings.json --out questions.jsonl
+    python -m mtpkern.train.distill --invent 9000 --max-new 220 --out questions.jsonl
 
 The second form makes prompts: the model writes the user's turn itself (Magpie, arXiv 2406.08464).
 Generation is batched for throughput, with continuous refill, over slots of one static KV cache.
@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from mtpkern.checkpoint import load_model
 from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.dataset import TOP, DatasetWriter
+from mtpkern.train.prompts import OPENINGS
 
 PREFILL_GROUP = 8
 
@@ -223,7 +224,7 @@ def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed
 
 
 def invented_jobs(
-    tokenizer: Tokenizer, openings: dict[str, list[str]], count: int
+    tokenizer: Tokenizer, openings: Mapping[str, Sequence[str]], count: int
 ) -> tuple[int, Iterator[Job]]:
     """Prompts that end inside the user's turn, after an opening: their own length, and the jobs."""
     mark = "\x00"
@@ -241,8 +242,7 @@ def invented_jobs(
 
 def invent(trunk: Trunk, tokenizer: Tokenizer, a: argparse.Namespace) -> None:
     """Write prompts in the model's own words to a.out, duplicates and unfinished ones left out."""
-    openings = json.loads(a.openings.read_text(encoding="utf-8"))
-    head, jobs = invented_jobs(tokenizer, openings, a.invent)
+    head, jobs = invented_jobs(tokenizer, OPENINGS, a.invent)
     stop, seen = set(trunk.config.eos_token_ids), set()
     with a.out.open("w", encoding="utf-8") as file:
 
@@ -263,15 +263,14 @@ def main() -> None:
     p.add_argument("--prompts", type=Path, nargs="+", help="JSONL with `turns` and `category`")
     p.add_argument("--out", type=Path, required=True, help="directory, or JSONL with --invent")
     p.add_argument("--invent", type=int, default=0, help="how many prompts the model shall write")
-    p.add_argument("--openings", type=Path, help="JSON: category -> beginnings of the user's turn")
     p.add_argument("--slots", type=int, default=128, help="sequences at a time")
     p.add_argument("--capacity", type=int, default=704, help="longest sequence in tokens")
     p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
-    if a.invent and not a.openings or not a.invent and not a.prompts:
-        p.error("either --prompts, or --invent with --openings, is needed")
+    if bool(a.invent) == bool(a.prompts):
+        p.error("one of --prompts and --invent is needed")
     torch.set_num_threads(a.threads)
     directory = resolve_model(a.model)
     trunk, tokenizer = Trunk(directory, a.slots, a.capacity), Tokenizer.from_directory(directory)
