@@ -1,0 +1,112 @@
+"""How many drafts would be accepted: greedy chains replayed on answers that are already known.
+
+Drafts count up to the first wrong one, and until then the head was fed what it drafted, so that one
+teacher-forced pass over a recorded answer gives every chain that decoding could start.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.train.dataset import Dataset
+from mtpkern.train.mtp_head import MtpHead
+
+
+def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
+    """What followed the latest earlier occurrence of the `size` tokens that end at `end`.
+
+    At most K tokens, none without an occurrence; nothing beyond `end` is looked at.
+    """
+    key = tokens[end - size + 1 : end + 1]
+    for at in range(end - 1, size - 2, -1):
+        if tokens[at - size + 1 : at + 1] == key:
+            return list(tokens[at + 1 : min(at + K, end) + 1])
+    return []
+
+
+def loop_free_length(tokens: Sequence[int], prompt: int, size: int = 8) -> int:
+    """Where the answer's first repeated n-gram is complete, or the whole length."""
+    seen = set()
+    for end in range(prompt + size, len(tokens) + 1):
+        gram = tuple(tokens[end - size : end])
+        if gram in seen:
+            return end
+        seen.add(gram)
+    return len(tokens)
+
+
+class Tally:
+    """Tokens and steps, and drafts offered and accepted by position."""
+
+    def __init__(self, K: int):
+        self.tokens, self.steps = 0, 0
+        self.offered, self.accepted = [0] * K, [0] * K
+
+    def replay(
+        self, tokens: Sequence[int], prompt: int, end: int, drafts: Sequence, hybrid: bool
+    ) -> None:
+        """Decode tokens[prompt:end]; drafts[i] are the head's K guesses after token prompt + i."""
+        K, last = len(self.offered), prompt - 1
+        while last < end - 1:
+            guess = lookup(tokens, last, K) if hybrid else []
+            # The first step has no drafts of the head: nothing has been through the model yet.
+            if not guess and last >= prompt:
+                guess = drafts[last - prompt]
+            n = 0
+            while n < len(guess) and last + 1 + n < end and guess[n] == tokens[last + 1 + n]:
+                n += 1
+            for position in range(min(n + 1, len(guess), end - 1 - last)):
+                self.offered[position] += 1
+                self.accepted[position] += position < n
+            advance = min(n + 1, end - 1 - last)
+            self.tokens, self.steps, last = self.tokens + advance, self.steps + 1, last + advance
+
+    def summary(self) -> dict[str, Any]:
+        by_position = [
+            round(a / max(o, 1), 4) for a, o in zip(self.accepted, self.offered, strict=True)
+        ]
+        return {
+            "tokens": self.tokens,
+            "mean_acceptance_length": round(self.tokens / max(self.steps, 1), 4),
+            "acceptance_by_position": by_position,
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    head: MtpHead,
+    embedding: Tensor,
+    lm_head: Tensor,
+    data: Dataset,
+    indices: Sequence[int],
+    K: int,
+) -> dict[str, dict[str, Any]]:
+    """Replay answers -> kind -> category -> summary; kinds are head and hybrid, also loop_free.
+
+    Hybrid takes a 3-gram's copy where there is a match, else the head's chain.
+    """
+    vocab = head.draft_vocab.long()
+    table = lm_head[vocab]
+    tallies: dict[str, dict[str, Tally]] = defaultdict(lambda: defaultdict(lambda: Tally(K)))
+    for at in range(0, len(indices), 8):
+        batch = list(indices[at : at + 8])
+        x = data.collate(batch, K)
+        states = head(x["features"], x["tokens"], x["starts"], embedding, K)
+        drafts = torch.stack([vocab[F.linear(o, table).argmax(-1)] for o in states], -1).tolist()
+        for b, i in enumerate(batch):
+            row, tokens = data.sequences[i][1], data.read(i, "tokens").tolist()
+            prompt = row["prompt"]
+            ends = {"": len(tokens), "_loop_free": loop_free_length(tokens, prompt)}
+            for suffix, end in ends.items():
+                for kind in ("head", "hybrid"):
+                    for category in ("overall", row["category"]):
+                        tally = tallies[kind + suffix][category]
+                        tally.replay(tokens, prompt, end, drafts[b], kind == "hybrid")
+    return {
+        kind: {category: tally.summary() for category, tally in sorted(rows.items())}
+        for kind, rows in tallies.items()
+    }

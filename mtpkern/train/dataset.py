@@ -1,0 +1,165 @@
+"""What a head learns from, as flat files: one row a position, appended a sequence at a time.
+
+    tokens.bin       int32 [N]      prompt and answer, the stop token included
+    features.bin     bf16 [N, 3E]   residual stream after two tapped layers, and the final hidden
+    top_ids.bin      int32 [N, M]   the model's M likeliest next tokens after this position
+    top_logits.bin   fp16 [N, M]    and their logits; both are zero inside the prompt
+    sequences.jsonl  an object a sequence: its first row, its prompt's length, its length, category
+
+M is 64. The index is written last: files cut short are longer than it says, never shorter.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOP = 64
+
+
+def fields(E: int) -> dict[str, tuple[type, int]]:
+    """Field -> element type and width of a row, for hidden size E (bf16 travels as int16)."""
+    return {
+        "tokens": (np.int32, 1),
+        "features": (np.int16, 3 * E),
+        "top_ids": (np.int32, TOP),
+        "top_logits": (np.float16, TOP),
+    }
+
+
+class DatasetWriter:
+    """Appends sequences to a directory; opening it again goes on after the last whole one."""
+
+    def __init__(self, directory: Path, E: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.index = directory / "sequences.jsonl"
+        written = read_index(directory) if self.index.exists() else []
+        self.sequences = len(written)
+        self.rows = written[-1]["offset"] + written[-1]["length"] if written else 0
+        self.fields, self.files = fields(E), {}
+        for name, (dtype, width) in self.fields.items():
+            self.files[name] = (directory / f"{name}.bin").open("ab")
+            self.files[name].truncate(self.rows * width * np.dtype(dtype).itemsize)
+
+    def add(
+        self,
+        tokens: Sequence[int],
+        prompt: int,
+        category: str,
+        features: Tensor,
+        top_ids: Tensor,
+        top_logits: Tensor,
+    ) -> None:
+        """One sequence of n tokens, `prompt` of them given: features [n, 3E], tops [n, M]."""
+        rows = {
+            "tokens": np.array(tokens),
+            "features": features.view(torch.int16).numpy(),
+            "top_ids": top_ids.numpy(),
+            "top_logits": top_logits.numpy(),
+        }
+        for name, array in rows.items():
+            self.files[name].write(array.astype(self.fields[name][0], copy=False).tobytes())
+            self.files[name].flush()
+        n = len(tokens)
+        row = {"offset": self.rows, "prompt": prompt, "length": n, "category": category}
+        with self.index.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows += n
+        self.sequences += 1
+
+
+def read_index(directory: Path) -> list[dict[str, Any]]:
+    """The sequences of a directory, in the order in which they were written."""
+    return [json.loads(line) for line in (directory / "sequences.jsonl").read_text().splitlines()]
+
+
+class Dataset:
+    """The sequences of several directories, mapped and read in place."""
+
+    def __init__(self, directories: Sequence[Path], E: int):
+        self.E = E
+        self.files: list[dict[str, np.ndarray]] = []
+        self.sequences: list[tuple[int, dict[str, Any]]] = []
+        for i, directory in enumerate(directories):
+            # The first draft comes after the first answer token: shorter answers hold nothing.
+            rows = [r for r in read_index(directory) if r["length"] - r["prompt"] >= 2]
+            self.sequences += [(i, row) for row in rows]
+            self.files.append(
+                {
+                    name: np.memmap(directory / f"{name}.bin", dtype, "r").reshape(-1, width)
+                    for name, (dtype, width) in fields(E).items()
+                }
+            )
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def read(self, index: int, name: str) -> Tensor:
+        """One field of one sequence of n tokens: [n, width], tokens [n] int64."""
+        directory, row = self.sequences[index]
+        rows = slice(row["offset"], row["offset"] + row["length"])
+        tensor = torch.from_numpy(np.array(self.files[directory][name][rows]))
+        if name == "tokens":
+            return tensor[:, 0].long()
+        return tensor.view(torch.bfloat16) if name == "features" else tensor
+
+    def answer_length(self, index: int) -> int:
+        row = self.sequences[index][1]
+        return row["length"] - row["prompt"]
+
+    def batches(
+        self, indices: Sequence[int], rows: int, rng: np.random.Generator
+    ) -> list[list[int]]:
+        """Batches of about `rows` answer rows, sequences of like lengths together, shuffled."""
+        order, out = rng.permutation(np.array(indices)).tolist(), []
+        for at in range(0, len(order), 384):
+            batch: list[int] = []
+            size = 0
+            # Like lengths keep the padding small; windows keep the order random.
+            for i in sorted(order[at : at + 384], key=self._size):
+                batch.append(i)
+                size += self.answer_length(i)
+                if size >= rows:
+                    out.append(batch)
+                    batch, size = [], 0
+            if batch:
+                out.append(batch)
+        return [out[i] for i in rng.permutation(len(out))]
+
+    def _size(self, index: int) -> tuple[int, int]:
+        return self.answer_length(index) // 24, self.sequences[index][1]["prompt"]
+
+    def collate(self, indices: Sequence[int], K: int) -> dict[str, Tensor]:
+        """Pad sequences into a batch of chains; a chain starts at each row that drafts an answer.
+
+        tokens [B, S + K + 2], features [B, S, 3E], starts [B, Q]; for step k of the chain from j,
+        which predicts token j + 2 + k: live [K, B, Q], top_ids and top_logits [K, B, Q, M].
+        """
+        lengths = [self.sequences[i][1]["length"] for i in indices]
+        prompts = [self.sequences[i][1]["prompt"] for i in indices]
+        B, S = len(indices), max(lengths) - 2
+        Q = max(n - p - 1 for n, p in zip(lengths, prompts, strict=True))
+        out = {
+            "tokens": torch.zeros(B, S + K + 2, dtype=torch.int64),
+            "features": torch.zeros(B, S, 3 * self.E, dtype=torch.bfloat16),
+            "starts": torch.zeros(B, Q, dtype=torch.int64),
+            "live": torch.zeros(K, B, Q, dtype=torch.bool),
+            "top_ids": torch.zeros(K, B, Q, TOP, dtype=torch.int64),
+            "top_logits": torch.zeros(K, B, Q, TOP),
+        }
+        for b, (i, n, p) in enumerate(zip(indices, lengths, prompts, strict=True)):
+            ids, logits = self.read(i, "top_ids"), self.read(i, "top_logits")
+            chains = n - p - 1
+            out["tokens"][b, :n] = self.read(i, "tokens")
+            out["features"][b, : n - 2] = self.read(i, "features")[: n - 2]
+            out["starts"][b, :chains] = torch.arange(p - 1, n - 2)
+            for k in range(min(K, chains)):
+                # What the model makes of token j + 2 + k stands in row j + 1 + k.
+                out["live"][k, b, : chains - k] = True
+                out["top_ids"][k, b, : chains - k] = ids[p + k : n - 1]
+                out["top_logits"][k, b, : chains - k] = logits[p + k : n - 1]
+        return out

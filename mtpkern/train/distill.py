@@ -1,0 +1,292 @@
+"""Self-distillation: prompts -> the frozen model's own greedy answers, and what a head learns from.
+
+    python -m mtpkern.train.distill --prompts questions.jsonl --out answers
+    python -m mtpkern.train.distill --invent 9000 --max-new 220 --out questions.jsonl
+
+The second form makes prompts: the model writes the user's turn itself (Magpie, arXiv 2406.08464).
+Generation is batched for throughput, with continuous refill, over slots of one static KV cache.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.checkpoint import load_model
+from mtpkern.fetch import resolve_model
+from mtpkern.tokenizer import Tokenizer
+from mtpkern.train.dataset import TOP, DatasetWriter
+from mtpkern.train.prompts import OPENINGS
+
+PREFILL_GROUP = 8
+
+
+class Trunk:
+    """A Llama trunk in bf16 over B slots of S positions, for many sequences at once."""
+
+    def __init__(self, directory: Path, slots: int, capacity: int):
+        self.config, self.weights = load_model(directory, dtype=torch.bfloat16)
+        c = self.config
+        self.taps = (c.num_layers // 3, 2 * c.num_layers // 3)
+        frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
+        angle = torch.arange(capacity)[:, None] * frequencies
+        cos, sin = angle.cos() * scaling, angle.sin() * scaling
+        self.cos = torch.cat([cos, cos], -1).bfloat16()
+        self.sin = torch.cat([-sin, sin], -1).bfloat16()
+        shape = (c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim)
+        self.keys = torch.zeros(shape, dtype=torch.bfloat16)
+        self.values = torch.zeros(shape, dtype=torch.bfloat16)
+
+    def forward(self, tokens: Tensor, slots: Tensor, start: Tensor) -> Tensor:
+        """tokens [B, T] at start [B] + 0..T-1 of slots [B] -> features [B, T, 3E].
+
+        T > 1 is a prefill from position 0; T = 1 is a step of all slots, in order.
+        """
+        c, (B, T) = self.config, tokens.shape
+        Hq, Hk, D = c.num_heads, c.num_kv_heads, c.head_dim
+        positions = start[:, None] + torch.arange(T)
+        cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+        S = -(-(int(start.max()) + 1) // 32) * 32
+        unseen = torch.arange(S) > start[:, None, None, None]
+        mask = torch.zeros(B, 1, 1, S, dtype=torch.bfloat16).masked_fill_(unseen, float("-inf"))
+        x, taps = F.embedding(tokens, self.weights.embedding), []
+        for i, layer in enumerate(self.weights.layers):
+            y = F.rms_norm(x, x.shape[-1:], layer.input_norm, c.rms_norm_eps)
+            qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(B, T, -1, D)
+            qk, v = qkv[:, :, : Hq + Hk], qkv[:, :, Hq + Hk :].transpose(1, 2)
+            qk = qk * cos + qk.roll(D // 2, -1) * sin
+            q, k = qk[:, :, :Hq], qk[:, :, Hq:].transpose(1, 2)
+            keys, values = self.keys[i], self.values[i]
+            if T == 1:
+                keys[slots, :, start], values[slots, :, start] = k[:, :, 0], v[:, :, 0]
+                # The query heads of a group are rows of one product.
+                q = q.reshape(B, Hk, Hq // Hk, D)
+                o = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], mask)
+            else:
+                keys[slots, :, :T], values[slots, :, :T] = k, v
+                q = q.transpose(1, 2)
+                o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                o = o.transpose(1, 2)
+            x = x + F.linear(o.reshape(B, T, -1), layer.o, layer.o_bias)
+            y = F.rms_norm(x, x.shape[-1:], layer.post_attention_norm, c.rms_norm_eps)
+            gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            if i + 1 in self.taps:
+                taps.append(x)
+        final = F.rms_norm(x, x.shape[-1:], self.weights.norm, c.rms_norm_eps)
+        return torch.cat([*taps, final], -1)
+
+    def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features [B, 3E] -> the M largest logits, and their ids [B, M]."""
+        final = features[:, -self.config.hidden_size :]
+        values, ids = F.linear(final, self.weights.lm_head).topk(TOP, -1)
+        return values, ids
+
+
+@dataclass
+class Job:
+    """A prompt, and the sequence that grows from it."""
+
+    prompt: list[int]
+    category: str
+    tokens: list[int] = field(default_factory=list)
+    grams: Counter = field(default_factory=Counter)
+
+    def is_looping(self, size: int = 8, times: int = 3) -> bool:
+        """Whether the last `size` tokens now stand in the answer `times` times."""
+        if len(self.tokens) - len(self.prompt) < size:
+            return False
+        gram = tuple(self.tokens[-size:])
+        self.grams[gram] += 1
+        return self.grams[gram] >= times
+
+
+Sink = Callable[[Job, Tensor, Tensor, Tensor], None]
+Choice = Callable[[Tensor, Tensor], Tensor]
+
+
+def greedy(logits: Tensor, ids: Tensor) -> Tensor:
+    """The likeliest token, the lowest id among equals: logits, ids [B, M] -> [B]."""
+    return ids.masked_fill(logits < logits[:, :1], 1 << 30).amin(-1)
+
+
+def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
+    """Sampling among the likeliest tokens that make up top_p, for inventing prompts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor, ids: Tensor) -> Tensor:
+        p = torch.softmax(logits.float() / temperature, -1)
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
+        return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+    return choose
+
+
+@torch.inference_mode()
+def generate(
+    trunk: Trunk,
+    jobs: Iterable[Job],
+    sink: Sink,
+    *,
+    max_new: int,
+    choose: Choice = greedy,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Answer every job; sink(job, features [n, 3E], ids [n, M], logits [n, M]) gets each, whole.
+
+    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops.
+    """
+    _, slots, _, capacity, _ = trunk.keys.shape
+    stop = set(trunk.config.eos_token_ids)
+    features = torch.zeros(slots, capacity, 3 * trunk.config.hidden_size, dtype=torch.bfloat16)
+    top_ids = torch.zeros(slots, capacity, TOP, dtype=torch.int32)
+    top_logits = torch.zeros(slots, capacity, TOP, dtype=torch.float16)
+    active: list[Job | None] = [None] * slots
+    last = torch.zeros(slots, dtype=torch.int64)
+    lengths = torch.zeros(slots, dtype=torch.int64)
+    jobs, waiting, finished, made, began = iter(jobs), True, 0, 0, time.time()
+
+    def extend(rows: list[int], at_end: Tensor) -> None:
+        """Add a token to the sequences in slots `rows`, from the features [B, 3E] at their ends."""
+        nonlocal finished, made
+        logits, ids = trunk.top(at_end)
+        ends = lengths[rows] - 1
+        features[rows, ends], top_ids[rows, ends] = at_end, ids.int()
+        top_logits[rows, ends] = logits.half()
+        for slot, token in zip(rows, choose(logits, ids).tolist(), strict=True):
+            job = active[slot]
+            assert job is not None
+            job.tokens.append(token)
+            made += 1
+            n = len(job.tokens)
+            if token in stop or n - len(job.prompt) >= max_new or n >= capacity or job.is_looping():
+                # The last token has not been through the model; nothing asks for its features.
+                features[slot, n - 1].zero_()
+                sink(job, features[slot, :n], top_ids[slot, :n], top_logits[slot, :n])
+                active[slot], lengths[slot] = None, 0
+                finished += 1
+            else:
+                last[slot], lengths[slot] = token, n
+
+    steps = 0
+    while True:
+        free = [slot for slot, job in enumerate(active) if job is None]
+        while waiting and len(free) >= min(PREFILL_GROUP, slots):
+            group = list(islice(jobs, min(PREFILL_GROUP, slots)))
+            if not group:
+                waiting = False
+                break
+            rows, free = free[: len(group)], free[len(group) :]
+            prompts = [torch.tensor(job.prompt) for job in group]
+            tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+            for slot, job in zip(rows, group, strict=True):
+                job.tokens = list(job.prompt)
+                active[slot], lengths[slot] = job, len(job.prompt)
+            top_ids[rows], top_logits[rows] = 0, 0
+            at = torch.tensor(rows)
+            out = trunk.forward(tokens, at, torch.zeros_like(at))
+            features[at, : tokens.shape[1]] = out
+            extend(rows, out[torch.arange(len(rows)), lengths[at] - 1])
+        rows = [slot for slot, job in enumerate(active) if job is not None]
+        if not rows and not waiting:
+            return
+        if rows:
+            out = trunk.forward(last[:, None], torch.arange(slots), (lengths - 1).clamp(min=0))
+            extend(rows, out[rows, 0])
+        steps += 1
+        if steps % 100 == 0:
+            rate = made / (time.time() - began)
+            log(f"{finished} sequences, {made} tokens, {rate:.0f} tokens/s")
+
+
+def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed: int) -> list[Job]:
+    """Jobs from JSONL files with `turns` and `category`, shuffled, like lengths close together."""
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    random.Random(seed).shuffle(lines)
+    jobs = []
+    for row in map(json.loads, lines):
+        message = {"role": "user", "content": row["turns"][0]}
+        prompt = tokenizer.apply_chat_template([message])
+        if 2 <= len(prompt) <= longest:
+            jobs.append(Job(prompt, row["category"]))
+    size = 8 * PREFILL_GROUP
+    windows = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+    return [job for window in windows for job in sorted(window, key=lambda job: len(job.prompt))]
+
+
+def invented_jobs(
+    tokenizer: Tokenizer, openings: Mapping[str, Sequence[str]], count: int
+) -> tuple[int, Iterator[Job]]:
+    """Prompts that end inside the user's turn, after an opening: their own length, and the jobs."""
+    mark = "\x00"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": mark}], False)
+    head = ids[: ids.index(tokenizer.encode(mark, add_special_tokens=False)[0])]
+    kinds = [(category, text) for category, texts in openings.items() for text in texts]
+
+    def jobs() -> Iterator[Job]:
+        for n in range(count):
+            category, text = kinds[n % len(kinds)]
+            yield Job(head + tokenizer.encode(text, add_special_tokens=False), category)
+
+    return len(head), jobs()
+
+
+def invent(trunk: Trunk, tokenizer: Tokenizer, a: argparse.Namespace) -> None:
+    """Write prompts in the model's own words to a.out, duplicates and unfinished ones left out."""
+    head, jobs = invented_jobs(tokenizer, OPENINGS, a.invent)
+    stop, seen = set(trunk.config.eos_token_ids), set()
+    with a.out.open("w", encoding="utf-8") as file:
+
+        def sink(job: Job, *_: Tensor) -> None:
+            text = tokenizer.decode(job.tokens[head:-1]).strip()
+            key = text.lower()[:60]
+            if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
+                seen.add(key)
+                row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
+                file.write(json.dumps(row) + "\n")
+
+        generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Record a model's own answers, for heads to learn from")
+    p.add_argument("--model", help="directory of the frozen model; the default model without it")
+    p.add_argument("--prompts", type=Path, nargs="+", help="JSONL with `turns` and `category`")
+    p.add_argument("--out", type=Path, required=True, help="directory, or JSONL with --invent")
+    p.add_argument("--invent", type=int, default=0, help="how many prompts the model shall write")
+    p.add_argument("--slots", type=int, default=128, help="sequences at a time")
+    p.add_argument("--capacity", type=int, default=704, help="longest sequence in tokens")
+    p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    if bool(a.invent) == bool(a.prompts):
+        p.error("one of --prompts and --invent is needed")
+    torch.set_num_threads(a.threads)
+    directory = resolve_model(a.model)
+    trunk, tokenizer = Trunk(directory, a.slots, a.capacity), Tokenizer.from_directory(directory)
+    if a.invent:
+        invent(trunk, tokenizer, a)
+        return
+    writer = DatasetWriter(a.out, trunk.config.hidden_size)
+    jobs = read_prompts(a.prompts, tokenizer, a.capacity - a.max_new, a.seed)
+
+    def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
+        writer.add(job.tokens, len(job.prompt), job.category, features, ids, logits)
+
+    # Sequences finish nearly in order; a resumed run may redo a few and leave a few out.
+    generate(trunk, jobs[writer.sequences :], sink, max_new=a.max_new)
+    print(json.dumps({"sequences": writer.sequences, "rows": writer.rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Prompts for self-distillation out of the texts that lie about on a Python or Debian machine.
+
+    python -m mtpkern.train.prompts --out texts.jsonl
+
+Prose (package documentation, manual pages) becomes summaries, passages with a question, extraction;
+documented Python functions become code to complete; gettext catalogs become translation. What other
+kinds of question there are, OPENINGS leaves to the model itself: see `distill --invent`.
+"""
+
+import argparse
+import ast
+import gettext
+import gzip
+import json
+import random
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+COUNTS = {"complete": 1500, "translation": 1500, "summarization": 1000, "extraction": 500}
+COUNTS |= {"rag": 900}
+COMPLETE = (
+    "Complete this Python function. Answer with the code only.\n\n{}",
+    "Complete the following Python code.\n\n```python\n{}\n```",
+    "Finish this function:\n\n{}",
+    "{}",
+    "Write the body of this Python function.\n\n{}",
+)
+SUMMARIZE = (
+    *("Summarize: {}",) * 3,
+    "Summarize the following text.\n\n{}",
+    "{}\n\nTL;DR",
+)
+EXTRACT = (
+    "Extract the most important terms from this text as a list.\n\n{}",
+    "Rewrite this text in simpler words.\n\n{}",
+    "List the key points of the following text.\n\n{}",
+    "What is the following text about? Answer in one sentence.\n\n{}",
+)
+PASSAGES = (
+    "{}\n\nAnswer the question based on the passages above.\nQuestion: {}",
+    "Answer the question using the passages.\n\n{}\n\nQuestion: {}",
+    "{}\n\n{}",
+    "Use the following context to answer.\n\nContext: {}\n\nQuestion: {} Answer:",
+)
+QUESTIONS = (
+    "What is {}?",
+    "What does the text say about {}?",
+    "How is {} used?",
+    "Why {}?",
+    "when is {}",
+)
+# Category -> how the user's turn may begin; the model writes the rest.
+OPENINGS: dict[str, tuple[str, ...]] = {
+    "qa": (
+        *("who", "when did", "what is the", "where is", "how many", "who wrote", "when was"),
+        *("what is the name of", "which country", "who sang", "what does", "where did the"),
+        *("when is the", "how long", "who plays", "what year did"),
+    ),
+    "writing": (
+        *("Write a", "Compose an", "Draft a professional email", "Write a persuasive"),
+        *("Write a short story", "Describe a vivid"),
+    ),
+    "roleplay": (
+        *("Pretend you are", "Imagine you are", "You are a", "Act as a"),
+        *("Please assume the role of", "Picture yourself as"),
+    ),
+    "reasoning": (
+        *("Which word does not belong with the others?", "If", "A is", "One morning"),
+        *("Imagine you are participating in", "Read the statements below and"),
+    ),
+    "math": (
+        *("What is the area of", "The", "Given that f(x) =", "A company"),
+        *("Suppose you have", "Solve"),
+    ),
+    "coding": (
+        *("Write a function to", "Write a Python function", "Implement a", "Write a program"),
+        *("Write a C++ program", "Write an HTML"),
+    ),
+    "extraction": (
+        *("Extract the following information from the text:", "Given the following data,"),
+        *("Identify the", "Analyze the following customer reviews", "Evaluate the following"),
+    ),
+    "stem": (
+        *("Explain the process of", "What is the role of", "Describe the", "How does"),
+        *("What are the main characteristics of", "What is the relationship between"),
+    ),
+    "humanities": (
+        *("Explain the significance of", "Discuss the", "What was the impact of"),
+        *("Provide insights into", "Create a lesson plan", "Compare the"),
+    ),
+    "translation": tuple(
+        f"Translate German to English:{w}" for w in ("", " Die", " Der", " Es", " Das")
+    ),
+    "summarization": tuple(f"Summarize:{w}" for w in ("", " The", " A man", " Police")),
+    "free": (*("",) * 5, "I", "Can you", "Please", "How do I"),
+}
+_TEXT_FILE = re.compile(r"(readme|news|\.txt|\.md|\.rst|\.pod|\.pm|\.py|\.html?)(\.gz)?$")
+_MANUAL_PAGE = re.compile(r"\.[1-8](\.gz)?$")
+
+
+def functions(root: Path) -> Iterator[str]:
+    """Signature and docstring of the documented functions under root."""
+    for path in sorted(root.rglob("*.py")):
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        lines = source.splitlines()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node):
+                continue
+            begin, docstring_end = node.lineno - 1, node.body[0].end_lineno or node.lineno
+            whole = (node.end_lineno or docstring_end) - begin
+            stub = "\n".join(line[node.col_offset :] for line in lines[begin:docstring_end])
+            long = whole > 40 or docstring_end - begin > 16
+            if len(node.body) > 1 and not long and 60 < len(stub) < 700:
+                yield stub
+
+
+def without_roff(text: str) -> str:
+    """A manual page's prose: requests gone, font changes and escapes resolved."""
+    text = re.sub(r"(?m)^\.(PP|TP|IP|SH|SS|LP|P|sp|br).*$", "\n", text)
+    text = re.sub(r"(?m)^\.(B|I|BR|IR|RB|BI|Nm|Fl|Xr|Ar)\s+", "", text)
+    text = re.sub(r"(?m)^[.'].*$", "", text)
+    return re.sub(r"\\f.|\\&|\\\((co|aq|lq|rq|em|en|bu)|\\c", "", text).replace("\\-", "-")
+
+
+def prose(roots: Sequence[Path]) -> Iterator[str]:
+    """Paragraphs of 200 to 1500 characters that read like English, at most 40 of a file."""
+    for path in sorted(p for root in roots for p in root.rglob("*") if p.is_file()):
+        manual = _MANUAL_PAGE.search(path.name.lower())
+        if not manual and not _TEXT_FILE.search(path.name.lower()):
+            continue
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                text = file.read(400_000).decode("utf-8", "ignore")
+        except OSError:
+            continue
+        # Tags go, and so does Perl's markup, which leaves its content.
+        text = re.sub(
+            r"<[^>\n]{1,80}>|[A-Z]<([^<>]*)>", r"\1", without_roff(text) if manual else text
+        )
+        paragraphs = re.split(r"\n\s*\n", text)
+        yield from [p for p in map(" ".join, map(str.split, paragraphs)) if is_english(p)][:40]
+
+
+def is_english(text: str) -> bool:
+    """Whether a paragraph is mostly letters and has the small words of English."""
+    if not 200 <= len(text) <= 1500 or not text[0].isalpha() or "\\" in text:
+        return False
+    letters = sum(c.isalpha() or c in " ,." for c in text) / len(text)
+    small = sum(w in text for w in (" the ", " a ", " is ", " to ", " of ", " and "))
+    return letters > 0.93 and small >= 4
+
+
+def german(root: Path) -> Iterator[str]:
+    """Messages of a sentence's length from the German gettext catalogs under root."""
+    for path in sorted(root.glob("de/LC_MESSAGES/*.mo")):
+        if path.name.startswith("iso_"):
+            continue
+        try:
+            with path.open("rb") as file:
+                messages = vars(gettext.GNUTranslations(file))["_catalog"].values()
+        except (OSError, UnicodeDecodeError):
+            continue
+        for message in messages:
+            text = " ".join(str(message).replace("_", "").split())
+            letters = sum(c.isalpha() or c in " ,.!?" for c in text)
+            if 40 <= len(text) <= 260 and letters / len(text) > 0.95:
+                yield text
+
+
+def make(
+    rng: random.Random, counts: dict[str, int], texts: list[str], asked: list[str]
+) -> Iterator[tuple[str, str]]:
+    """(category, prompt) of every kind in `counts`; `asked` are questions to put to passages."""
+    code = list(functions(Path(sysconfig.get_paths()["stdlib"])))
+    sentences = sorted(set(german(Path("/usr/share/locale"))))
+    for items in (code, sentences, texts):
+        rng.shuffle(items)
+    for stub in code[: counts["complete"]]:
+        yield "complete", rng.choice(COMPLETE).format(stub)
+    for sentence in sentences[: counts["translation"]]:
+        yield "translation", f"Translate German to English: {sentence}"
+
+    def passage(shortest: int, longest: int) -> str:
+        """Paragraphs in a row, of at least a random length in characters."""
+        wanted, out = rng.randint(shortest, longest), rng.choice(texts)
+        while len(out) < wanted:
+            out += " " + rng.choice(texts)
+        return out
+
+    for _ in range(counts["summarization"]):
+        yield "summarization", rng.choice(SUMMARIZE).format(passage(400, 2200))
+    for _ in range(counts["extraction"]):
+        yield "extraction", rng.choice(EXTRACT).format(passage(200, 1000))
+    for _ in range(counts["rag"]):
+        passages = [passage(200, 600) for _ in range(rng.randint(2, 4))]
+        words = re.findall(r"\b[a-zA-Z]{4,}\b", rng.choice(passages)) or ["text"]
+        question = rng.choice(QUESTIONS).format(rng.choice(words))
+        if asked and rng.random() < 0.5:
+            question = rng.choice(asked)[:120]
+        yield "rag", rng.choice(PASSAGES).format("\n\n".join(passages), question)
+
+
+def main() -> None:
+    roots = [Path(f"/usr/share/{name}") for name in ("doc", "man/man1", "vim", "perl")]
+    p = argparse.ArgumentParser(description="Make prompts out of the texts of this machine")
+    p.add_argument("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    p.add_argument("--roots", type=Path, nargs="*", default=roots, help="where to look for prose")
+    p.add_argument("--questions", type=Path, help="JSONL; its category qa is asked over passages")
+    p.add_argument("--counts", type=json.loads, default=COUNTS, help="JSON: category -> prompts")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    rng = random.Random(a.seed)
+    texts = sorted(set(prose(a.roots)))
+    if not texts:
+        p.error(f"no English prose under {[str(root) for root in a.roots]}")
+    lines = a.questions.read_text(encoding="utf-8").splitlines() if a.questions else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    asked = [row["turns"][0] for row in rows if row["category"] == "qa"]
+    with a.out.open("w", encoding="utf-8") as file:
+        prompts = make(rng, COUNTS | a.counts, rng.sample(texts, min(6000, len(texts))), asked)
+        for i, (category, prompt) in enumerate(prompts):
+            row = {"question_id": f"text-{i}", "category": category, "turns": [prompt]}
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

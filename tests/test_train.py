@@ -1,0 +1,271 @@
+"""Training a head, in miniature: a random model, its own answers, a few optimiser steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mtpkern.checkpoint import load_config, load_tensors
+from mtpkern.reference import logits as reference_logits
+from mtpkern.train import distill, fit, prompts
+from mtpkern.train.acceptance import Tally, lookup, loop_free_length
+from mtpkern.train.dataset import Dataset, DatasetWriter
+from mtpkern.train.mtp_head import DraftLoss, HeadConfig, MtpHead, draft_targets, load_head
+
+E, D, HQ, HK = 48, 8, 6, 2
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model, and its answers to a few prompts."""
+    root = tmp_path_factory.mktemp("train")
+    model = tiny_checkpoint(root / "model", seed=3, tie_word_embeddings=False)
+    words = ["the quick fox", "a dog and the sun", "jumps over", "sleeps lazy in brown dog"]
+    turns = [f"{w} {i}" for i in range(6) for w in words]
+    rows = [{"category": "ab"[i % 2], "turns": [t]} for i, t in enumerate(turns)]
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_distill(model, prompts, root / "answers")
+    return model, root / "answers"
+
+
+def run_distill(model: Path, prompts: Path, out: Path) -> None:
+    directory = str(model)
+    trunk = distill.Trunk(model, 10, 120)
+    tokenizer = distill.Tokenizer.from_directory(directory)
+    writer = DatasetWriter(out, E)
+
+    def sink(job: distill.Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
+        writer.add(job.tokens, len(job.prompt), job.category, features, ids, logits)
+
+    distill.generate(trunk, distill.read_prompts([prompts], tokenizer, 80, 0), sink, max_new=30)
+
+
+def random_head(vocab: int = 64) -> MtpHead:
+    """A head in which every weight matters."""
+    torch.manual_seed(1)
+    head = MtpHead(HeadConfig(E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, vocab, "tiny"))
+    with torch.no_grad():
+        for w in head.weights.values():
+            w.copy_(torch.randn_like(w) * (0.1 if w.dim() == 2 else 0.3) + (w.dim() == 1))
+    return head
+
+
+def drafted_plainly(
+    head: MtpHead, features: Tensor, tokens: Tensor, start: int, embedding: Tensor, K: int
+) -> list[Tensor]:
+    """The chain that begins after the pairs 0..start, a row at a time, as decoding drafts it."""
+    w = {k.replace("/", "."): v.detach() for k, v in head.weights.items()}
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean() + 1e-5).sqrt() * w[name]
+
+    def rotate(x: Tensor, position: int) -> Tensor:
+        angle = position * 10000.0 ** -(torch.arange(0, D, 2) / D)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def row(hidden: Tensor, token: int, position: int) -> Tensor:
+        embedded = norm(embedding[token], "token_layernorm")
+        x = w["input_proj"] @ torch.cat([norm(hidden, "hidden_layernorm"), embedded])
+        y = norm(x, "input_layernorm")
+        keys.append(rotate((w["self_attn.k_proj"] @ y).view(HK, D), position))
+        values.append((w["self_attn.v_proj"] @ y).view(HK, D))
+        q = rotate((w["self_attn.q_proj"] @ y).view(HQ, D), position)
+        heads = []
+        for h in range(HQ):
+            group = h // (HQ // HK)
+            scores = torch.stack([k[group] @ q[h] for k in keys]) / D**0.5
+            heads.append(scores.softmax(0) @ torch.stack([v[group] for v in values]))
+        x = x + w["self_attn.o_proj"] @ torch.cat(heads)
+        y = norm(x, "post_attention_layernorm")
+        y = F.silu(w["mlp.gate_proj"] @ y) * (w["mlp.up_proj"] @ y)
+        return norm(x + w["mlp.down_proj"] @ y, "final_layernorm")
+
+    for j in range(start + 1):
+        out = [row(w["fc"] @ features[j], int(tokens[j + 1]), j)]
+    for k in range(1, K):
+        out.append(row(out[-1], int(tokens[start + k + 1]), start + k))
+    return out
+
+
+def test_chains_equal_drafting_a_row_at_a_time():
+    head, embedding = random_head(), torch.randn(307, E)
+    tokens, features = torch.randint(0, 307, (2, 17)), torch.randn(2, 13, 3 * E)
+    starts = torch.tensor([[4, 5, 11], [0, 7, 12]])
+    with torch.no_grad():
+        states = head(features, tokens, starts, embedding, 4)
+    for b in range(2):
+        for i, start in enumerate(starts[b].tolist()):
+            plain = drafted_plainly(head, features[b], tokens[b], start, embedding, 4)
+            for k in range(4):
+                torch.testing.assert_close(states[k][b, i], plain[k], rtol=1e-4, atol=1e-4)
+
+
+def test_chains_that_stop_early_change_nothing():
+    head, embedding = random_head(), torch.randn(307, E)
+    tokens, features = torch.randint(0, 307, (1, 17)), torch.randn(1, 13, 3 * E)
+    starts = torch.tensor([[4, 5, 11]])
+    with torch.no_grad():
+        full = head(features, tokens, starts, embedding, 3)
+        part = head(features, tokens, starts, embedding, 3, torch.tensor([0, 2]))
+    torch.testing.assert_close(part[0], full[0])
+    torch.testing.assert_close(part[2], full[2][:, [0, 2]])
+
+
+def test_loss_gradient_equals_that_of_the_definition():
+    hidden = (torch.randn(300, E) / 3).requires_grad_()
+    table, ids = torch.randn(64, E), torch.randint(0, 64, (300, 5))
+    weights = torch.rand(300, 5)
+    weights = weights / weights.sum(1, keepdim=True)
+    weights[7] = 0
+    loss = DraftLoss.apply(hidden, table, ids, weights)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    plain = -(weights * (hidden @ table.T).log_softmax(-1).gather(1, ids)).sum()
+    (expected,) = torch.autograd.grad(plain, hidden)
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_keep_to_the_draft_vocabulary():
+    to_draft = torch.tensor([-1, 0, 1, -1, 2])
+    ids = torch.tensor([[1, 0, 4], [0, 3, 0], [0, 3, 0]])
+    logits = torch.tensor([[1.0, 9.0, 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    labels = torch.tensor([1, 2, 3])
+    into, weights = draft_targets(ids, logits, labels, to_draft, hard=0.2)
+    assert into[0].tolist() == [0, 0, 2, 0]
+    torch.testing.assert_close(weights[0], torch.tensor([0.4, 0.0, 0.4, 0.2]))
+    # Only the label is known, then nothing at all.
+    assert weights[1].tolist() == [0, 0, 0, 1] and into[1, 3] == 1
+    assert weights[2].tolist() == [0, 0, 0, 0]
+
+
+def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
+    model, answers = recorded
+    config, tensors = load_config(model), load_tensors(model)
+    data = Dataset([answers], E)
+    assert len(data) == 24
+    for index in range(0, 24, 5):
+        tokens, prompt = data.read(index, "tokens"), data.sequences[index][1]["prompt"]
+        scores = reference_logits(config, tensors, tokens)[prompt - 1 : -1]
+        chosen = scores.gather(1, tokens[prompt:, None])[:, 0]
+        # bf16 may prefer another of two near equals.
+        assert ((scores.amax(-1) - chosen) < 0.05 * scores.std()).all()
+        features = data.read(index, "features")[prompt - 1 : -1, -E:].float()
+        own = (features @ tensors["lm_head.weight"].T).topk(5).values
+        recorded_logits = data.read(index, "top_logits")[prompt - 1 : -1, :5].float()
+        torch.testing.assert_close(own, recorded_logits, rtol=0.02, atol=0.2)
+
+
+def test_an_interrupted_recording_goes_on_after_its_last_whole_sequence(tmp_path: Path):
+    def add(writer: DatasetWriter, first: int) -> None:
+        features = torch.full((3, 3 * E), float(first)).bfloat16()
+        tops = torch.zeros(3, 64)
+        writer.add([first, first + 1, first + 2], 1, "a", features, tops, tops)
+
+    add(DatasetWriter(tmp_path, E), 10)
+    with (tmp_path / "features.bin").open("ab") as file:
+        file.write(b"half a row")
+    writer = DatasetWriter(tmp_path, E)
+    add(writer, 20)
+    data = Dataset([tmp_path], E)
+    assert (writer.sequences, writer.rows) == (2, 6)
+    assert data.read(1, "tokens").tolist() == [20, 21, 22]
+    assert data.read(1, "features").float().unique().tolist() == [20.0]
+
+
+def test_a_fit_lowers_the_loss_and_exports_a_head_that_loads(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, answers = recorded
+    losses: list[float] = []
+    train = fit.Trainer.fit
+    monkeypatch.setattr(fit.Trainer, "fit", lambda *a: losses.extend(train(*a)))
+    arguments = ["--model", str(model), "--data", str(answers), "--out", str(tmp_path / "head")]
+    arguments += ["--steps", "30", "--rows", "120", "--draft-vocab-size", "200", "--warmup", "2"]
+    arguments += ["--lr", "0.03", "--threads", "1"]
+    result = fit.main(arguments)
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert result["head"]["overall"]["mean_acceptance_length"] >= 1
+    tensors = load_file(tmp_path / "head" / "model.safetensors")
+    assert tensors["fc.weight"].shape == (E, 3 * E)
+    assert tensors["fc.weight"].dtype == torch.bfloat16
+    ids = tensors["draft_vocab"].tolist()
+    assert len(ids) == 200 and ids == sorted(set(ids))
+    again = fit.main([*arguments[:4], "--init", str(tmp_path / "head"), "--evaluate"])
+    assert again["head"]["overall"]["tokens"] > result["head"]["overall"]["tokens"]
+
+
+def test_a_resumed_fit_ends_where_an_unbroken_one_does(recorded: tuple[Path, Path], tmp_path: Path):
+    model, answers = recorded
+    arguments = ["--model", str(model), "--data", str(answers), "--rows", "200"]
+    arguments += ["--draft-vocab-size", "100", "--steps", "6", "--save-every", "3"]
+    arguments += ["--threads", "1"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    fit.main([*arguments, "--out", str(a)])
+    update, calls = fit.Trainer.update, 0
+
+    def broken(self: fit.Trainer, loss: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        update(self, loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit.Trainer, "update", broken)
+        with pytest.raises(KeyboardInterrupt):
+            fit.main([*arguments, "--out", str(b), "--checkpoint", str(tmp_path / "b.pt")])
+    fit.main([*arguments, "--out", str(b), "--checkpoint", str(tmp_path / "b.pt")])
+    first, second = load_head(a).state_dict(), load_head(b).state_dict()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor)
+
+
+def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
+    tokens = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 9, 9, 9]
+    assert lookup(tokens, 10, 4) == [5, 1, 2, 3]
+    assert lookup(tokens, 6, 2) == [4, 1]
+    assert lookup(tokens, 7, 4) == []
+    # A copy ends where the known tokens end.
+    assert lookup([7, 7, 7, 7, 0], 3, 4) == [7]
+
+
+def test_a_replay_counts_what_decoding_would_do():
+    tokens = [0, 1, 2, 3, 4, 5, 6, 7]
+    right = [[3, 4], [4, 5], [9, 9], [6, 7], [7, 0], [0, 0]]
+    tally = Tally(2)
+    tally.replay(tokens, 2, 8, right, hybrid=False)
+    # 2 without drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
+    assert (tally.tokens, tally.steps) == (6, 3)
+    assert tally.summary()["mean_acceptance_length"] == 2.0
+    assert loop_free_length([5] + [1, 2] * 8, 1) == 11
+
+
+def test_invented_prompts_begin_inside_the_users_turn(recorded: tuple[Path, Path]):
+    tokenizer = distill.Tokenizer.from_directory(str(recorded[0]))
+    head, jobs = distill.invented_jobs(tokenizer, {"qa": ["the dog"], "free": [""]}, 3)
+    prompts = [job.prompt for job in jobs]
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": "the dog"}], False)
+    assert len(prompts) == 3 and prompts[0] == prompts[2] == whole[: len(prompts[0])]
+    assert prompts[1] == prompts[0][:head] and len(prompts[0]) > head
+
+
+def test_prose_is_found_and_markup_is_not(tmp_path: Path):
+    text = "This is a page of the manual, and it tells a reader to look at the list of files. "
+    (tmp_path / "tool.1").write_text(f".TH TOOL 1\n.SH NAME\n{text * 4}\n.PP\n\\fBshort\\fR\n")
+    (tmp_path / "numbers.txt").write_text("1 2 3 " * 100)
+    assert list(prompts.prose([tmp_path])) == [(text * 4).strip()]
+    (tmp_path / "code.py").write_text(
+        'def double(x):\n    """Twice the number, or the text two times over."""\n'
+        "    y = x + x\n    return y\n"
+    )
+    (stub,) = prompts.functions(tmp_path)
+    assert stub.startswith("def double") and "return" not in stub
