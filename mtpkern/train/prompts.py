@@ -22,7 +22,7 @@ from typing import Any
 COUNTS = {"complete": 1500, "translation": 1500, "summarization": 1000, "extraction": 500}
 COUNTS |= {"rag": 900}
 COMPLETE = (
-    "Complete this Python function. Answer with the code only.\n\n{}",
+    "Write the body of the function below in Python.\n\n{}",
     "Complete the following Python code.\n\n```python\n{}\n```",
     "Finish this function:\n\n{}",
     "{}",
