@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-import mtpkern
-from mtpkern.diagnose import cpu_model
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # what is measured is this checkout, not an installed copy
+
+import mtpkern  # noqa: E402
+from mtpkern.diagnose import cpu_model  # noqa: E402
 
 
 def environment() -> dict[str, Any]:

@@ -24,6 +24,11 @@ FILL = 132
 TIERS = ((16, 0), (32, 0), (64, 0), (128, 0), (128, 32), (256, 0))
 
 
+# Arguments that count what a step happens to hold, in the letters of the README. Left to itself
+# Triton compiles a kernel of its own for 1 and for multiples of 16, whose bits may differ.
+COUNTS = ("B", "R", "S", "T")
+
+
 def jit(*named: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile a kernel `_op_kernel` under the symbol mtpkern_op_<the constants `named`>.
 
@@ -39,7 +44,7 @@ def jit(*named: str) -> Callable[[Callable[..., Any]], Any]:
             values = (specialization.constants[name] for name in named)
             return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
 
-        return triton.jit(fn, repr=symbol)
+        return triton.jit(fn, repr=symbol, do_not_specialize=COUNTS)
 
     return decorate
 

@@ -1,0 +1,302 @@
+"""The code generation gate: every kernel compiled for every supported GPU, on any machine.
+
+    python benchmarks/codegen.py                                  # the whole matrix
+    python benchmarks/codegen.py --model smollm2-135m             # what CI runs
+    python benchmarks/codegen.py --write-table                    # results/codegen.md anew
+
+The launchers themselves run, on tensors without data and with Triton's launch replaced by its
+compilation, so that what is compiled is what a GPU would run: same tiles, same specialisation. A
+kernel passes if it spills nothing, stays under its ceilings of registers and shared memory, copies
+16 bytes at a time, and multiplies with mma.sync m16n8k16 alone (notes in `offences`). Anything
+else: a list of offences and exit code 1.
+"""
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from common import ROOT
+from kernel_cases import MODELS, OPS, STEPS
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
+TABLE = Path(__file__).with_name("results") / "codegen.md"
+# Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.
+MAX_SHARED = 100 * 1024
+
+
+class Ceiling(NamedTuple):
+    """What a kernel may use at most, and what its code must show."""
+
+    registers: int
+    multiplies: bool = False  # with mma.sync m16n8k16
+    wide: bool = True  # 16 bytes a load or asynchronous copy
+
+
+# One line a kernel, under the name of its function without `_` and `_kernel`.
+CEILINGS = {
+    "linear": Ceiling(registers=168, multiplies=True),
+}
+
+
+class Compiled(NamedTuple):
+    """One kernel as one launch on one GPU would have it."""
+
+    target: str
+    model: str
+    op: str
+    case: str
+    rows: int
+    kernel: str
+    symbol: str
+    binary: str  # Triton's hash of source, specialisation and target
+    registers: int
+    stack: int  # bytes a thread: spilled registers, or an array that found no registers
+    shared: int
+    wide: int
+    narrow: int
+    mma: dict[str, int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=MODELS, action="append", help="default: all")
+    add("--op", choices=OPS, action="append", help="default: all")
+    add("--target", choices=TARGETS, nargs="+", default=TARGETS)
+    add("--jobs", type=int, default=2, metavar="N", help="targets compiled at a time")
+    add("--output-json", type=Path, metavar="OUT")
+    add("--write-table", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    args = parser.parse_args(argv)
+    models, ops = args.model or list(MODELS), args.op or list(OPS)
+    # A process a target, anew: Triton keeps what it compiled by device and not by target.
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = [pool.submit(compile_target, target, models, ops) for target in args.target]
+        compiled = [kernel for job in jobs for kernel in job.result()]
+    found = [line for kernel in compiled for line in offences(kernel)]
+    found += two_binaries(compiled)
+    if not args.op:
+        found += [f"{name}: a kernel that no case launches" for name in never_launched(compiled)]
+    found = sorted(set(found))
+    text = table(compiled)
+    if args.write_table:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(text, encoding="utf-8")
+    print(text)
+    print("\n".join(f"OFFENCE {line}" for line in found) or "no offences")
+    report = {
+        "schema": 1,
+        "triton": triton.__version__,
+        "kernels": [kernel._asdict() for kernel in compiled],
+        "offences": found,
+    }
+    if args.output_json:
+        args.output_json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    binaries = len({kernel.binary for kernel in compiled})
+    print(json.dumps({"schema": 1, "binaries": binaries, "offences": len(found)}))
+    return 1 if found else 0
+
+
+def compile_target(target: str, models: list[str], ops: list[str]) -> list[Compiled]:
+    """Compile what every case launches for one GPU."""
+    arch = int(target.removeprefix("sm_"))
+    triton.runtime.driver.set_active(Device(arch))
+    compiled = []
+    measured: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for op in ops:
+            for B, T in STEPS:
+                for case in OPS[op](MODELS[model], B, T):
+                    with launches_compiled() as launched:
+                        case.inputs("meta").launch(arch >= 90)
+                    for kernel, binary in launched:
+                        if binary.hash not in measured:
+                            measured[binary.hash] = measure(binary)
+                        facts = measured[binary.hash]
+                        label = (target, model, op, case.name, B * T, kernel)
+                        compiled.append(Compiled(*label, **facts))
+    return compiled
+
+
+class Device:
+    """A driver for a GPU that is not there. It answers what the compiler asks."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def launches_compiled() -> Iterator[list[tuple[str, Any]]]:
+    """Within it a launch is compiled and not run; yields what was, each under its kernel's name."""
+    launched: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        # Triton 3.6 compiles elsewhere if asked to, and hands out a promise.
+        binary = binary.result() if hasattr(binary, "result") else binary
+        launched.append((op_name(self.__name__), binary))
+
+    JITFunction.run = compile_only
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+
+
+def op_name(function: str) -> str:
+    return function.strip("_").removesuffix("_kernel")
+
+
+def measure(binary: Any) -> dict[str, Any]:
+    """What one compiled kernel uses, read off its machine code and its PTX."""
+    ptx = binary.asm["ptx"]
+    # An asynchronous copy names its bytes behind its addresses; a load its lanes and their width.
+    copies = [
+        int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
+    ]
+    loads = [
+        int(lanes or 1) * int(bits) // 8
+        for lanes, bits in re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    ]
+    mma = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*?(\.m\d+n\d+k\d+|[\s;])", ptx)
+    kinds = ["".join(kind).strip(" \t\n;") for kind in mma]
+    return {
+        "symbol": binary.metadata.name,
+        "binary": binary.hash,
+        **resources(binary.asm["cubin"]),
+        "shared": binary.metadata.shared,
+        "wide": sum(size >= 16 for size in copies + loads),
+        "narrow": sum(size < 16 for size in copies),
+        "mma": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack, by the tool that ships with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {
+        name: int(re.findall(rf"{word}:(\d+)", text)[0])
+        for name, word in (("registers", "REG"), ("stack", "STACK"))
+    }
+
+
+def offences(kernel: Compiled) -> list[str]:
+    """Say what a kernel does that it must not.
+
+    A tensor-core instruction of another kind would round differently, and Triton chooses among
+    them by the shape of a tile: one kind everywhere is what keeps a row's bits. A narrow
+    asynchronous copy means that the compiler lost the alignment of a weight or of the cache.
+    """
+    ceiling = CEILINGS.get(kernel.kernel)
+    if ceiling is None:
+        return [f"{kernel.kernel}: no line in CEILINGS"]
+    wrong = []
+    if kernel.stack:
+        wrong.append(f"spills: {kernel.stack} bytes of stack a thread")
+    if kernel.registers > ceiling.registers:
+        wrong.append(f"{kernel.registers} registers, at most {ceiling.registers}")
+    if kernel.shared > MAX_SHARED:
+        wrong.append(f"{kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
+    if ceiling.wide and not kernel.wide:
+        wrong.append("no 16-byte load")
+    if kernel.narrow:
+        wrong.append(f"{kernel.narrow} asynchronous copies of less than 16 bytes")
+    if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
+        wrong.append(f"multiplies with {', '.join(kernel.mma) or 'nothing'}")
+    return [f"{kernel.symbol} {kernel.target} ({kernel.model}): {what}" for what in wrong]
+
+
+def two_binaries(compiled: list[Compiled]) -> list[str]:
+    """A symbol must be one binary at every row count, else a step compiles, and may round, anew."""
+    binaries: dict[tuple[str, ...], dict[str, int]] = {}
+    for k in compiled:
+        seen = binaries.setdefault((k.target, k.model, k.op, k.case, k.symbol), {})
+        seen.setdefault(k.binary, k.rows)
+    return [
+        f"{symbol} {target} ({model}, {case}): a binary of its own for each of "
+        f"{', '.join(map(str, seen.values()))} rows"
+        for (target, model, _, case, symbol), seen in binaries.items()
+        if len(seen) > 1
+    ]
+
+
+def never_launched(compiled: list[Compiled]) -> list[str]:
+    """Kernels of kernels/ that no case has launched."""
+    launched = {kernel.kernel for kernel in compiled}
+    kernels = {
+        op_name(node.name)
+        for file in ROOT.glob("kernels/*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    return sorted(kernels - launched)
+
+
+def table(compiled: list[Compiled]) -> str:
+    """Markdown: a line a kernel and model, a column a GPU."""
+    targets = list(dict.fromkeys(kernel.target for kernel in compiled))
+    lines = [
+        "# What the kernels compile to",
+        "",
+        f"Triton {triton.__version__}, {date.today()}, by `python benchmarks/codegen.py "
+        "--write-table`. Cells: registers a thread / KB of shared memory a block / 16-byte loads "
+        "and copies in the code / tensor-core instructions in the code. No kernel may spill.",
+    ]
+    for model in dict.fromkeys(kernel.model for kernel in compiled):
+        lines += ["", f"## {model}", ""]
+        lines += [
+            "| kernel | rows | " + " | ".join(targets) + " |",
+            "|---|---|" + "---|" * len(targets),
+        ]
+        kernels = [kernel for kernel in compiled if kernel.model == model]
+        for symbol in dict.fromkeys(kernel.symbol for kernel in kernels):
+            same = [kernel for kernel in kernels if kernel.symbol == symbol]
+            rows = ", ".join(str(rows) for rows in dict.fromkeys(k.rows for k in same))
+            cells = [
+                ", ".join(dict.fromkeys(cell(k) for k in same if k.target == target))
+                for target in targets
+            ]
+            lines.append(f"| `{symbol.removeprefix('mtpkern_')}` | {rows} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(kernel: Compiled) -> str:
+    shared = f"{kernel.shared / 1024:.1f}".removesuffix(".0")
+    spilled = f" / {kernel.stack} SPILLED" if kernel.stack else ""
+    return f"{kernel.registers} / {shared} / {kernel.wide} / {sum(kernel.mma.values())}{spilled}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
