@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from common import ROOT
+from checkout import ROOT
 from kernel_cases import MODELS, OPS, STEPS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

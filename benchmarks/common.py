@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # what is measured is this checkout, not an installed copy
-
-import mtpkern  # noqa: E402
-from mtpkern.diagnose import cpu_model  # noqa: E402
+import mtpkern
+from mtpkern.diagnose import cpu_model
 
 
 def environment() -> dict[str, Any]:
@@ -37,6 +35,42 @@ def first_line(facts: dict[str, Any]) -> str:
     )
 
 
+def gpu_environment() -> dict[str, Any]:
+    """The GPU and the versions that a kernel was measured with."""
+    import triton
+
+    capability = torch.cuda.get_device_capability()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": f"sm_{capability[0]}{capability[1]}",
+        "driver": nvidia_smi("driver_version"),
+        "clocks": nvidia_smi("clocks.max.sm,clocks.max.mem"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+    }
+
+
+def gpu_first_line(facts: dict[str, Any]) -> str:
+    return (
+        f"device {facts['device']} ({facts['capability']}, clocks up to {facts['clocks']}), "
+        f"driver {facts['driver']}; torch {facts['torch']}, triton {facts['triton']}; "
+        f"commit {facts['commit']}"
+    )
+
+
+def nvidia_smi(query: str) -> str:
+    return answer("nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def answer(*command: str) -> str:
+    """What a tool prints; "unknown" where it is missing or fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def load() -> list[float]:
     """Load averages over 1, 5 and 15 minutes; empty where the system has none."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
@@ -44,11 +78,7 @@ def load() -> list[float]:
 
 def commit() -> str:
     """The checkout's commit, marked where files differ from it; "unknown" outside of one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return answer("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:

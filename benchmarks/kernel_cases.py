@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from checkout import ROOT  # noqa: F401
 from torch import Tensor
 
 from mtpkern.kernels.linear import linear

@@ -1,0 +1,211 @@
+"""Every kernel on this GPU: first whether it is right, then how fast it reads memory.
+
+    python benchmarks/bench_kernels.py --model llama-3.1-8b --op linear
+
+A row is an op at one shape. Its values are checked against float64 with the budget of the tests,
+2 x the error of torch in the same dtype; one row out of bounds and nothing is timed: exit code 1.
+Times are of calls in a CUDA graph, each with inputs of its own out of a set larger than the L2
+cache, median of several replays. GB/s are the bytes of the op's formula (the header of its file)
+over that time; the peak is the faster of a copy and a read measured just before. The baseline is
+torch: cuBLAS, scaled_dot_product_attention, or the op written out. Ratio is its time over the
+kernel's. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Progress, gpu_environment, gpu_first_line
+from kernel_cases import MODELS, OPS, STEPS, Call, Case
+from torch import Tensor
+
+from mtpkern.kernels._launch import jit, tl
+
+PROBE_BYTES = 2**30
+HEADER = "| op | case | shape | ms | GB/s | % of peak | baseline ms | ratio | max error |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if not torch.cuda.is_available():
+        print("bench_kernels needs a CUDA GPU; this machine has none", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    facts = gpu_environment()
+    print(gpu_first_line(facts), flush=True)
+    cases = [
+        (model, op, case)
+        for model in args.model or MODELS
+        for op in args.op or OPS
+        for B, T in STEPS
+        if args.rows is None or B * T in args.rows
+        for case in OPS[op](MODELS[model], B, T)
+    ]
+    report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
+    progress = Progress(2 * len(cases))
+    errors, red = [], []
+    for model, op, case in cases:
+        error, budget = check(case)
+        errors.append(error)
+        if not error <= budget:
+            red.append(f"RED: {op} {case.name} {case.shape}: error {error:.3g} over {budget:.3g}")
+        progress(f"check {model} {op} {case.name}")
+    if red:
+        print("\n".join([*red, "no speed is reported"]))
+        return finish(report | {"red": red}, args.output_json, 1)
+
+    facts |= {f"{name}_gbps": round(rate, 1) for name, rate in bandwidths(args.repeat).items()}
+    peak = max(facts["copy_gbps"], facts["read_gbps"])
+    print(f"measured: copy {facts['copy_gbps']} GB/s, read {facts['read_gbps']} GB/s")
+    for (model, op, case), error in zip(cases, errors, strict=True):
+        row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
+        row |= time_case(case, args.repeat, args.pdl, peak)
+        report["rows"].append(row | {"max_error": error})
+        progress(f"time {model} {op} {case.name}")
+    print_rows(report["rows"])
+    return finish(report, args.output_json, 0)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--op", choices=OPS, action="append", help="default: all")
+    add("--model", choices=MODELS, action="append", help="default: all")
+    add("--rows", type=int, action="append", metavar="N", help="window rows; default: all")
+    add("--repeat", type=int, default=20, metavar="N", help="replays a median is taken of")
+    add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
+    add("--output-json", type=Path, metavar="OUT")
+    return parser.parse_args(argv)
+
+
+def check(case: Case) -> tuple[float, float]:
+    """The largest error of a kernel, and what it may be: twice that of torch in the same dtype."""
+    call = case.inputs("cuda")
+    got, truth = tensors(call.launch(False)), tensors(call.truth())
+    budget = 2 * largest_error(tensors(call.in_dtype()), truth)
+    # Sums in float32 in another order differ in the last places, whatever the dtype.
+    slack = max(float(t.double().abs().max()) for t in truth) * 2**-17
+    return largest_error(got, truth), budget + slack
+
+
+def tensors(result: object) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]
+
+
+def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest difference of any element; NaN where only one side has one."""
+    worst = 0.0
+    for a, b in zip(got, truth, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"shape {list(a.shape)} against {list(b.shape)}")
+        difference = (a.double() - b.double()).abs()
+        # Equal infinities, as of a masked log-probability, are no difference.
+        difference = torch.where(a.double() == b.double(), 0.0, difference)
+        worst = max(worst, float(difference.max())) if difference.numel() else worst
+        if difference.isnan().any():
+            return float("nan")
+    return worst
+
+
+def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, float]:
+    """Time a kernel and its baseline on the same rotating inputs."""
+    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
+    sets = min(32, max(2, -(-4 * cache // case.bytes_moved)))
+    calls = [case.inputs("cuda") for _ in range(sets)]
+    ms = milliseconds([launch(call, pdl) for call in calls], repeat)
+    baseline_ms = milliseconds([call.baseline for call in calls], repeat)
+    gbps = case.bytes_moved / ms / 1e6
+    return {
+        "ms": ms,
+        "gbps": gbps,
+        "percent_of_peak": 100 * gbps / peak,
+        "baseline_ms": baseline_ms,
+        "ratio": baseline_ms / ms,
+    }
+
+
+def launch(call: Call, pdl: bool) -> Callable[[], object]:
+    return lambda: call.launch(pdl)
+
+
+def milliseconds(calls: Sequence[Callable[[], object]], repeat: int) -> float:
+    """Median time of one call, of all `calls` one after the other in a CUDA graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:  # compiles, and lets libraries allocate, outside the capture
+            call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    rounds = -(-40 // len(calls))
+    with torch.cuda.graph(graph):
+        for call in [*calls] * rounds:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / (rounds * len(calls)))
+    return statistics.median(times)
+
+
+@jit("BLOCK", "STEPS")
+def _read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    begin = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in tl.static_range(STEPS):
+        total += tl.load(x_ptr + begin + step * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+def read(x: Tensor, out: Tensor) -> None:
+    """Read float32 x; one sum per block of 16384 goes to out."""
+    _read_kernel[(x.numel() // 16384,)](
+        x, out, BLOCK=2048, STEPS=8, num_warps=8, enable_fp_fusion=True
+    )
+
+
+def bandwidths(repeat: int) -> dict[str, float]:
+    """GB/s of a copy, read and written bytes alike, and of reading alone."""
+    size = PROBE_BYTES
+    x = torch.zeros(size // 4, device="cuda")
+    y, sums = torch.empty_like(x), torch.empty(size // 65536, device="cuda")
+    return {
+        "copy": 2 * size / milliseconds([lambda: y.copy_(x)], repeat) / 1e6,
+        "read": size / milliseconds([lambda: read(x, sums)], repeat) / 1e6,
+    }
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    for model in dict.fromkeys(row["model"] for row in rows):
+        print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+        for row in rows:
+            if row["model"] == model:
+                print(
+                    f"| {row['op']} | {row['case']} | {row['shape']} | {row['ms']:.4f} "
+                    f"| {row['gbps']:.0f} | {row['percent_of_peak']:.0f} "
+                    f"| {row['baseline_ms']:.4f} | {row['ratio']:.2f} | {row['max_error']:.2g} |"
+                )
+
+
+def finish(report: dict[str, Any], output: Path | None, code: int) -> int:
+    text = json.dumps(report)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

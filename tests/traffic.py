@@ -1,0 +1,80 @@
+"""What a kernel asks of memory: the loads and stores of its launches, counted by element.
+
+ttsem executes kernels one access at a time, so that they can be counted; a GPU cannot tell. Counted
+is what the kernel asks for, masked lanes excepted, whichever cache would answer.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+
+class Traffic:
+    """Every address read and written, with the bytes taken there, in the order of the accesses."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[np.ndarray, int]] = []
+        self.written: list[tuple[np.ndarray, int]] = []
+
+    def reads(self, tensor: Tensor) -> Tensor:
+        """How often each element of `tensor` was read, in its shape."""
+        return _count(self.read, tensor)
+
+    def writes(self, tensor: Tensor) -> Tensor:
+        """How often each element of `tensor` was written, in its shape."""
+        return _count(self.written, tensor)
+
+    def bytes_touched(self) -> int:
+        """Bytes that must come from memory and go to it if a cache never forgot: each once."""
+        return _distinct_bytes(self.read) + _distinct_bytes(self.written)
+
+
+def _count(accesses: list[tuple[np.ndarray, int]], tensor: Tensor) -> Tensor:
+    span = torch.arange(1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())))
+    counts = np.zeros(len(span), np.int64)
+    for addresses, _ in accesses:
+        elements, rest = np.divmod(addresses - tensor.data_ptr(), tensor.element_size())
+        inside = (elements >= 0) & (elements < len(counts)) & (rest == 0)
+        counts += np.bincount(elements[inside], minlength=len(counts))
+    return torch.from_numpy(counts).as_strided(tensor.shape, tensor.stride())
+
+
+def _distinct_bytes(accesses: list[tuple[np.ndarray, int]]) -> int:
+    sizes = {size for _, size in accesses}
+    return sum(
+        size * len(np.unique(np.concatenate([a for a, s in accesses if s == size])))
+        for size in sizes
+    )
+
+
+@contextmanager
+def recorded_traffic() -> Iterator[Traffic]:
+    """Count what launches within it load and store."""
+    if "ttsem.memory" not in sys.modules:
+        pytest.skip("only ttsem can count accesses: `python -m ttsem.sanitize pytest -m kernel`")
+    memory: Any = sys.modules["ttsem.memory"].Memory
+    load, store, traffic = memory.load, memory.store, Traffic()
+
+    def lanes(addresses: Any, mask: Any) -> np.ndarray:
+        live = True if mask is None else np.asarray(mask, bool)
+        return np.asarray(addresses, np.int64)[np.broadcast_to(live, np.shape(addresses))]
+
+    def counted_load(self: Any, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        traffic.read.append((lanes(addresses, mask), np.dtype(dtype).itemsize))
+        return load(self, addresses, mask, other, dtype)
+
+    def counted_store(self: Any, addresses: Any, values: Any, mask: Any) -> None:
+        traffic.written.append((lanes(addresses, mask), np.asarray(values).dtype.itemsize))
+        store(self, addresses, values, mask)
+
+    memory.load, memory.store = counted_load, counted_store
+    try:
+        yield traffic
+    finally:
+        memory.load, memory.store = load, store
