@@ -36,13 +36,14 @@ class Traffic:
 
 
 def _count(accesses: list[tuple[np.ndarray, int]], tensor: Tensor) -> Tensor:
-    span = torch.arange(1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())))
-    counts = np.zeros(len(span), np.int64)
+    shape, strides = tensor.shape, tensor.stride()
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    counts = np.zeros(extent, np.int64)
     for addresses, _ in accesses:
         elements, rest = np.divmod(addresses - tensor.data_ptr(), tensor.element_size())
-        inside = (elements >= 0) & (elements < len(counts)) & (rest == 0)
-        counts += np.bincount(elements[inside], minlength=len(counts))
-    return torch.from_numpy(counts).as_strided(tensor.shape, tensor.stride())
+        inside = (elements >= 0) & (elements < extent) & (rest == 0)
+        counts += np.bincount(elements[inside], minlength=extent)
+    return torch.from_numpy(counts).as_strided(shape, strides)
 
 
 def _distinct_bytes(accesses: list[tuple[np.ndarray, int]]) -> int:

@@ -1,0 +1,205 @@
+"""The mutation check: faults planted in the kernels one at a time, each of which a test must catch.
+
+    python benchmarks/mutate_kernels.py                 # all, about ten minutes
+    python benchmarks/mutate_kernels.py --only linear   # those whose file or description has it
+
+Works on a temporary copy of the checkout, on a CPU, through ttsem. First the tests must pass as
+they are. Then, per fault, the tests of its file run until one fails. A fault that no test catches,
+or that does not compile (a compiler is not a test), is listed and makes the exit code 1.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Fault(NamedTuple):
+    """One change to kernels/<file>.py: `old`, which occurs there once, becomes `new`."""
+
+    file: str
+    what: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(
+        "linear",
+        "the mask of the input columns is dropped",
+        "in_w = (n < N)[:, None] & (k < K)[None, :]",
+        "in_w = (n < N)[:, None] & (k >= 0)[None, :]",
+    ),
+    Fault(
+        "linear",
+        "the last input column is left out",
+        "in_x = (r < R)[None, :] & (k < K)[:, None]",
+        "in_x = (r < R)[None, :] & (k < K - 1)[:, None]",
+    ),
+    Fault(
+        "linear",
+        "the tail begins one row late",
+        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL)",
+        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + 1 + tl.arange(0, TAIL)",
+    ),
+    Fault(
+        "linear",
+        "a further pass over the weights is of the first rows again",
+        "r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)\n    x_ptrs",
+        "r = tl.arange(0, ROWS)\n    x_ptrs",
+    ),
+    Fault(
+        "linear",
+        "the residual is read with the output's stride",
+        "residual_ptr + r.to(tl.int64)[None, :] * stride_rr",
+        "residual_ptr + r.to(tl.int64)[None, :] * stride_or",
+    ),
+    Fault(
+        "linear",
+        "rows that are not there are stored",
+        "in_out = (n < N)[:, None] & (r < R)[None, :]",
+        "in_out = (n < N)[:, None] & (r < R + 1)[None, :]",
+    ),
+    Fault(
+        "linear",
+        "the sum is rounded at every step",
+        'acc = tl.dot(w, x, acc, input_precision="ieee")',
+        'acc = tl.dot(w, x, acc, input_precision="ieee").to(tl.bfloat16).to(tl.float32)',
+    ),
+    Fault(
+        "linear",
+        "the bias is added to the main rows only",
+        "_store_rows(tail_acc, tail_r, n, bias, residual,",
+        "_store_rows(tail_acc, tail_r, n, None, residual,",
+    ),
+    Fault(
+        "linear",
+        "the tail reads the weights a second time",
+        "            tail_acc = tl.dot(w, x,",
+        "            w = tl.load(w_ptrs + k[None, :], mask=in_w, other=0.0)\n"
+        "            tail_acc = tl.dot(w, x,",
+    ),
+    Fault(
+        "linear",
+        "the grid has a block of columns too few",
+        "(ceil_div(N, block_n), ceil_div(R, rows + tail))",
+        "(N // block_n + 1 - (N % 16 == 1), ceil_div(R, rows + tail))",
+    ),
+]
+
+
+class Verdict(NamedTuple):
+    """What became of a fault: `caught` by the test `by`, with its message."""
+
+    fault: Fault
+    caught: bool
+    by: str
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--only", default="", metavar="TEXT", help="faults whose file or description has it")
+    add("--jobs", type=int, default=1, metavar="N", help="faults tried at a time")
+    add("--output-json", type=Path, metavar="OUT")
+    args = parser.parse_args(argv)
+    faults = [f for f in FAULTS if args.only in f.file or args.only in f.what]
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
+        for file in dict.fromkeys(fault.file for fault in faults):
+            result = run_tests(checkout(Path(work) / f"sound_{file}"), file)
+            if result.returncode:
+                print(result.stdout[-3000:], result.stderr[-1000:], sep="\n")
+                print(f"tests/test_{file}.py fails without any fault")
+                return 1
+        print("| file | fault | caught by | seconds |\n|---|---|---|---|", flush=True)
+        places = [Path(work) / str(i) for i in range(len(faults))]
+        verdicts = []
+        for verdict in pool.map(plant, faults, places):
+            fault, caught, by, seconds = verdict
+            by = by if caught else f"**{by}**"
+            print(f"| {fault.file} | {fault.what} | {by} | {seconds:.0f} |", flush=True)
+            verdicts.append(verdict)
+    survivors = [verdict.fault.what for verdict in verdicts if not verdict.caught]
+    report = {"schema": 1, "faults": len(faults), "caught": len(faults) - len(survivors)}
+    if args.output_json:
+        rows = [v.fault._asdict() | v._asdict() | {"fault": v.fault.what} for v in verdicts]
+        args.output_json.write_text(json.dumps(report | {"rows": rows}, indent=1))
+    print(json.dumps(report | {"survivors": survivors}))
+    return 1 if survivors else 0
+
+
+def plant(fault: Fault, place: Path) -> Verdict:
+    """Run the tests of a fault's file on a copy that has the fault."""
+    file = checkout(place) / "kernels" / f"{fault.file}.py"
+    source = file.read_text(encoding="utf-8")
+    if source.count(fault.old) != 1:
+        times = source.count(fault.old)
+        return Verdict(fault, False, f"the text to replace occurs {times} times", 0.0)
+    file.write_text(source.replace(fault.old, fault.new), encoding="utf-8")
+    begin = time.monotonic()
+    result = run_tests(place, fault.file)
+    caught, by = reading(result.returncode, result.stdout.splitlines())
+    shutil.rmtree(place)
+    return Verdict(fault, caught, by, time.monotonic() - begin)
+
+
+def checkout(place: Path) -> Path:
+    """Copy what the tests need."""
+    place.mkdir()
+    without = shutil.ignore_patterns("__pycache__", "*.safetensors", ".*")
+    for folder in ("kernels", "mtpkern", "tests", "benchmarks"):
+        shutil.copytree(ROOT / folder, place / folder, ignore=without)
+    shutil.copy(ROOT / "pyproject.toml", place)
+    return place
+
+
+def run_tests(place: Path, file: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-x", "-m", "kernel"]
+    # Ours alone: a kernel compiled elsewhere would show its own source lines.
+    environment = os.environ | {
+        "PYTHONPATH": str(place),
+        "TRITON_CACHE_DIR": str(place.parent / "triton"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [*command, f"tests/test_{file}.py"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def reading(code: int, lines: Iterable[str]) -> tuple[bool, str]:
+    """Whether a test caught the fault, and which, out of what pytest printed."""
+    lines = list(lines)
+    if code == 0:
+        return False, "SURVIVED"
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if code != 1 or not failed:
+        return False, f"pytest ended with {code}: {lines[-1] if lines else 'nothing printed'}"
+    name = failed[0].split(" - ")[0].split("::")[-1]
+    errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E  ")]
+    if any("CompilationError" in error or "Unjudged" in error for error in errors):
+        return False, "does not compile"
+    fault = re.search(
+        r"KernelFault: .*?((?:reads|writes) \d+ element\(s\).*?`\w+`|program instances .*? both touch)",
+        "\n".join(errors),
+    )
+    return True, f"`{name}`" + (f": {fault[1]}" if fault else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
