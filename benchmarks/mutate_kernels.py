@@ -194,10 +194,9 @@ def reading(code: int, lines: Iterable[str]) -> tuple[bool, str]:
     errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E  ")]
     if any("CompilationError" in error or "Unjudged" in error for error in errors):
         return False, "does not compile"
-    fault = re.search(
-        r"KernelFault: .*?((?:reads|writes) \d+ element\(s\).*?`\w+`|program instances .*? both touch)",
-        "\n".join(errors),
-    )
+    stray = r"(?:reads|writes) \d+ element\(s\).*?`\w+`"
+    race = r"program instances .*? both touch"
+    fault = re.search(rf"KernelFault: .*?({stray}|{race})", "\n".join(errors))
     return True, f"`{name}`" + (f": {fault[1]}" if fault else "")
 
 
