@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     facts = environment()
-    print(first_line(facts), flush=True)
+    print(first_line(facts))
     open_model = partial(LLM, args.model, dtype=args.dtype, max_batch=RAGGED_BATCH)
     llm = open_model(heads=args.heads, num_speculative_tokens=args.k)
     cases = [
@@ -362,6 +362,7 @@ def finish(report: dict[str, Any], file: Path | None, code: int) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a long run is followed in a file, too
     try:
         sys.exit(main())
     except UserError as error:

@@ -74,9 +74,7 @@ def row_tier(rows: int) -> tuple[int, int]:
 
 
 def column_tile(columns: int) -> int:
-    """Output columns of a block. Both sizes are too small for wgmma, so that every tier of rows and
-    every architecture multiplies with mma.sync m16n8k16, in the same order.
-    """
+    """Output columns of a block: 32, or 16 where that would leave multiprocessors without any."""
     return 32 if columns >= 32 * FILL else 16
 
 

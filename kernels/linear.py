@@ -28,6 +28,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
+from ._tiles import multiply_rows
 
 # Row counts that a probe tries; other counts are padded up to the next one. Each costs a library
 # some megabytes of generated code per shape, so they are few.
@@ -150,25 +151,24 @@ def _linear_kernel(
     if PDL:
         prefetch_l2(w_ptr, n, stride_wn, N, K)
         wait_for_producer()
-    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn
     r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
-    x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    if TAIL > 0:
-        tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL)
-        tail_ptrs = x_ptr + tail_r.to(tl.int64)[None, :] * stride_xr
-        tail_acc = tl.zeros([BLOCK_N, TAIL], tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        k = begin + tl.arange(0, BLOCK_K)
-        in_w = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(w_ptrs + k[None, :], mask=in_w, other=0.0, eviction_policy="evict_first")
-        in_x = (r < R)[None, :] & (k < K)[:, None]
-        x = tl.load(x_ptrs + k[:, None], mask=in_x, other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
-        if TAIL > 0:
-            in_x = (tail_r < R)[None, :] & (k < K)[:, None]
-            x = tl.load(tail_ptrs + k[:, None], mask=in_x, other=0.0)
-            tail_acc = tl.dot(w, x, tail_acc, input_precision="ieee")
+    tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
+    acc, tail_acc, _, _ = multiply_rows(
+        w_ptr + n.to(tl.int64) * stride_wn,
+        n < N,
+        x_ptr,
+        stride_xr,
+        r,
+        tail_r,
+        R,
+        None,
+        K=K,
+        NORM=False,
+        ROWS=ROWS,
+        TAIL=TAIL,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0) if HAS_BIAS else None
     residual = residual_ptr if HAS_RESIDUAL else None
     _store_rows(acc, r, n, bias, residual, out_ptr, R, N, stride_rr, stride_or)

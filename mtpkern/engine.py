@@ -214,6 +214,8 @@ class LLM:
         self.name = model_name(directory)
         heads_directory = find_heads(str(heads), self.name)
         self.ops = ops
+        self._running = False
+        self._threads = torch.get_num_threads()
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
@@ -298,7 +300,27 @@ class LLM:
     def _run(
         self, prompts: list[list[int]], params: SamplingParams, speculate: bool
     ) -> Iterator[tuple[int, Event]]:
-        """Decode all prompts, refilling a slot as soon as its sequence has finished."""
+        """Decode all prompts; the cache serves one run at a time."""
+        if self._running:
+            raise UserError(
+                "this LLM is answering already: exhaust or close the other stream first"
+            )
+        if torch.get_num_threads() != self._threads:
+            # The row counts that keep a row's bits were probed with that many.
+            raise UserError(
+                f"torch had {self._threads} threads when this LLM was loaded and has "
+                f"{torch.get_num_threads()} now: load it again"
+            )
+        self._running = True
+        try:
+            yield from self._decode(prompts, params, speculate)
+        finally:
+            self._running = False
+
+    def _decode(
+        self, prompts: list[list[int]], params: SamplingParams, speculate: bool
+    ) -> Iterator[tuple[int, Event]]:
+        """Take steps until all are done, refilling a slot as soon as its sequence has finished."""
         k = self.k if speculate else 0
         drafter = self.drafter if speculate else NoDrafter()
         waiting = deque(_Request(i, p, params, self, k) for i, p in enumerate(prompts))

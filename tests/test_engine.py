@@ -147,3 +147,29 @@ def test_a_prompt_of_many_chunks_is_the_same_alone_and_among_others(llm: LLM) ->
     for prompt, completion in zip(prompts, together, strict=True):
         alone = llm.generate(prompt, params, speculate=False)[0]
         assert (alone.token_ids, alone.logprobs) == (completion.token_ids, completion.logprobs)
+
+
+def test_a_second_run_is_refused_until_the_first_is_over(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20)
+    expected = run(llm, max_tokens=20).token_ids
+    first = llm.stream(TEXT, params)
+    begun = [next(first).token_id for _ in range(3)]
+    with pytest.raises(UserError, match="answering already"):
+        run(llm, max_tokens=5)
+    with pytest.raises(UserError, match="answering already"):
+        next(llm.stream(TEXT, params))
+    assert begun + [event.token_id for event in first] == expected
+    abandoned = llm.stream(TEXT, params)
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert run(llm, max_tokens=20).token_ids == expected
+
+
+def test_another_thread_count_than_at_load_is_refused(llm: LLM) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(UserError, match=f"has {threads + 1} now: load it again"):
+            run(llm, max_tokens=5)
+    finally:
+        torch.set_num_threads(threads)
