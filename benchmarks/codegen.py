@@ -49,7 +49,11 @@ class Ceiling(NamedTuple):
 
 # One line a kernel, under the name of its function without `_` and `_kernel`.
 CEILINGS = {
+    "rms_norm": Ceiling(registers=64),
+    "qkv_rope_cache": Ceiling(registers=168, multiplies=True),
+    "head_norm_rope": Ceiling(registers=64, wide=False),
     "linear": Ceiling(registers=168, multiplies=True),
+    "gate_up_silu": Ceiling(registers=168, multiplies=True),
 }
 
 
@@ -89,8 +93,10 @@ def main(argv: list[str] | None = None) -> int:
         compiled = [kernel for job in jobs for kernel in job.result()]
     found = [line for kernel in compiled for line in offences(kernel)]
     found += two_binaries(compiled)
-    if not args.op:
-        found += [f"{name}: a kernel that no case launches" for name in never_launched(compiled)]
+    found += [f"{name}: no line in CEILINGS" for name in kernels() - CEILINGS.keys()]
+    if not (args.model or args.op):
+        launched = {kernel.kernel for kernel in compiled}
+        found += [f"{name}: no case launches it" for name in kernels() - launched]
     found = sorted(set(found))
     text = table(compiled)
     if args.write_table:
@@ -219,9 +225,7 @@ def offences(kernel: Compiled) -> list[str]:
     them by the shape of a tile: one kind everywhere is what keeps a row's bits. A narrow
     asynchronous copy means that the compiler lost the alignment of a weight or of the cache.
     """
-    ceiling = CEILINGS.get(kernel.kernel)
-    if ceiling is None:
-        return [f"{kernel.kernel}: no line in CEILINGS"]
+    ceiling = CEILINGS.get(kernel.kernel, Ceiling(255))
     wrong = []
     if kernel.stack:
         wrong.append(f"spills: {kernel.stack} bytes of stack a thread")
@@ -252,16 +256,14 @@ def two_binaries(compiled: list[Compiled]) -> list[str]:
     ]
 
 
-def never_launched(compiled: list[Compiled]) -> list[str]:
-    """Kernels of kernels/ that no case has launched."""
-    launched = {kernel.kernel for kernel in compiled}
-    kernels = {
+def kernels() -> set[str]:
+    """The names of all kernels of kernels/."""
+    return {
         op_name(node.name)
         for file in ROOT.glob("kernels/*.py")
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    return sorted(kernels - launched)
 
 
 def table(compiled: list[Compiled]) -> str:

@@ -5,6 +5,7 @@ on any machine from tensors without data (device "meta").
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,15 @@ import torch.nn.functional as F
 from checkout import ROOT  # noqa: F401
 from torch import Tensor
 
+from mtpkern.cache import rotary_tables
+from mtpkern.kernels.gate_up_silu import gate_up_silu
 from mtpkern.kernels.linear import linear
+from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
+from mtpkern.kernels.rms_norm import rms_norm
 
 DTYPE = torch.bfloat16
+EPS = 1e-5
+PAGE_SIZE = 64
 
 
 class Model(NamedTuple):
@@ -89,6 +96,103 @@ def linear_cases(model: Model, B: int, T: int) -> Iterator[Case]:
         yield Case(name, f"R={R} N={N} K={K}", moved, inputs)
 
 
+def rms_norm_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """The norm of the hidden state before heads."""
+    R, E = B * T, model.E
+
+    def inputs(device: str) -> Call:
+        x, w, out = normal(device, R, E), normal(device, E), normal(device, R, E)
+        in_dtype = partial(F.rms_norm, x, (E,), w, EPS)
+        return Call(
+            lambda pdl: rms_norm(x, w, EPS, out=out, pdl=pdl),
+            lambda: normed(x, w),
+            in_dtype,
+            in_dtype,
+        )
+
+    yield Case("final", f"R={R} E={E}", DTYPE.itemsize * (2 * R * E + E), inputs)
+
+
+def normed(x: Tensor, w: Tensor) -> Tensor:
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * w.double()
+
+
+def gate_up_silu_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    R, N, E = B * T, model.F, model.E
+
+    def inputs(device: str) -> Call:
+        x, norm_w = normal(device, R, E), normal(device, E)
+        w = normal(device, 2 * N, E, scale=E**-0.5)
+        out = normal(device, R, N)
+
+        def gated(x: Tensor, w: Tensor) -> Tensor:
+            gate, up = F.linear(x, w).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        def in_dtype() -> Tensor:
+            return gated(F.rms_norm(x, (E,), norm_w, EPS), w)
+
+        return Call(
+            lambda pdl: gate_up_silu(x, norm_w, EPS, w, out=out, pdl=pdl),
+            lambda: gated(normed(x, norm_w), w.double()),
+            in_dtype,
+            in_dtype,
+        )
+
+    moved = DTYPE.itemsize * (2 * N * E + E + R * E + R * N)
+    yield Case("mlp", f"R={R} F={N} E={E}", moved, inputs)
+
+
+def qkv_rope_cache_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    R, E, Hq, Hk, D = B * T, model.E, model.Hq, model.Hk, model.D
+    N, pages = (Hq + 2 * Hk) * D, -(-R // PAGE_SIZE) + 2
+
+    def inputs(device: str) -> Call:
+        x, norm_w = normal(device, R, E), normal(device, E)
+        w = normal(device, N, E, scale=E**-0.5)
+        k_pages, v_pages = (normal(device, pages, PAGE_SIZE, Hk, D) for _ in range(2))
+        k_before, v_before = k_pages.clone(), v_pages.clone()
+        slots = torch.randperm(pages * PAGE_SIZE, device=device)[:R]
+        positions = 1000 + 7 * torch.arange(R, device=device)
+        frequencies = 10000.0 ** -(torch.arange(0, D, 2) / D)
+        cos, sin = (t.to(device) for t in rotary_tables(frequencies, 1.0, 1000 + 7 * R))
+        heads = (normal(device, D), normal(device, D)) if model.qk_norm else (None, None)
+        out = normal(device, R, Hq, D)
+
+        def launch(pdl: bool) -> tuple[Tensor, ...]:
+            given = dict(q_norm=heads[0], k_norm=heads[1], out=out, pdl=pdl)
+            plan = (slots, positions, cos, sin)
+            return qkv_rope_cache(x, norm_w, EPS, w, k_pages, v_pages, *plan, **given), *written
+
+        def appended(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            qk, v = F.linear(x, w).view(R, -1, D).split((Hq + Hk, Hk), 1)
+            if heads[0] is not None:
+                q, k = qk.split((Hq, Hk), 1)
+                qk = torch.cat([normed(q, heads[0]), normed(k, heads[1])], 1).to(x.dtype)
+            c, s = cos[positions, None].to(x.dtype), sin[positions, None].to(x.dtype)
+            q, k = (qk * c + qk.roll(D // 2, -1) * s).split((Hq, Hk), 1)
+            return (
+                q,
+                k_before.to(x.dtype).flatten(0, 1).index_copy(0, slots, k),
+                v_before.to(x.dtype).flatten(0, 1).index_copy(0, slots, v),
+            )
+
+        def in_dtype() -> tuple[Tensor, ...]:
+            return appended(F.rms_norm(x, (E,), norm_w, EPS), w)
+
+        written = (k_pages.flatten(0, 1), v_pages.flatten(0, 1))
+        return Call(launch, lambda: appended(normed(x, norm_w), w.double()), in_dtype, in_dtype)
+
+    moved = DTYPE.itemsize * (N * E + E + R * E + R * N) + R * (2 * 8 + 2 * 4 * D // 2)
+    if model.qk_norm:
+        moved += DTYPE.itemsize * (R * (Hq + Hk) * D + 2 * D)
+    yield Case("qkv", f"R={R} Hq={Hq} Hk={Hk} D={D} E={E}", moved, inputs)
+
+
 OPS: dict[str, Callable[[Model, int, int], Iterator[Case]]] = {
+    "rms_norm": rms_norm_cases,
+    "qkv_rope_cache": qkv_rope_cache_cases,
     "linear": linear_cases,
+    "gate_up_silu": gate_up_silu_cases,
 }

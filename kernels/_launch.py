@@ -23,7 +23,6 @@ FILL = 132
 # padded to the first tier that holds them; more than the last tier's take further passes.
 TIERS = ((16, 0), (32, 0), (64, 0), (128, 0), (128, 32), (256, 0))
 
-
 # Arguments that count what a step happens to hold, in the letters of the README. Left to itself
 # Triton compiles a kernel of its own for 1 and for multiples of 16, whose bits may differ.
 COUNTS = ("B", "R", "S", "T")

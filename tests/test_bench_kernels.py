@@ -30,6 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(bench_kernels, "milliseconds", two)
     monkeypatch.setattr(bench_kernels, "PROBE_BYTES", 2**18)
     monkeypatch.setitem(bench_kernels.MODELS, "tiny", kernel_cases.Model(**TINY))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", kernel_cases.Model(**TINY, qk_norm=True))
     yield bench_kernels
     for name in ("bench_kernels", "kernel_cases", "common", "checkout"):
         sys.modules.pop(name, None)
@@ -47,7 +48,7 @@ def test_without_a_gpu_it_says_so_in_one_line(
 def test_every_op_is_checked_and_reported(
     bench: ModuleType, gpu: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert bench.main(["--model", "tiny", "--rows", "5"]) == 0
+    assert bench.main(["--model", "tiny", "--model", "tiny qk", "--rows", "5"]) == 0
     *_, last = capsys.readouterr().out.splitlines()
     report = json.loads(last)
     assert {row["op"] for row in report["rows"]} == set(bench.OPS)
@@ -88,10 +89,12 @@ def test_reading_adds_up_every_number(bench: ModuleType, gpu: str) -> None:
     torch.testing.assert_close(out.double().cpu(), x.double().sum()[None].cpu())
 
 
-def test_the_bytes_of_a_rate_are_those_that_the_kernel_touches(bench: ModuleType, gpu: str) -> None:
-    model = bench.MODELS["tiny"]
+@pytest.mark.parametrize("model", ["tiny", "tiny qk"])
+def test_the_bytes_of_a_rate_are_those_that_the_kernel_touches(
+    bench: ModuleType, gpu: str, model: str
+) -> None:
     for op, cases in bench.OPS.items():
-        for case in cases(model, 2, 5):
+        for case in cases(bench.MODELS[model], 2, 5):
             call = case.inputs(gpu)
             with recorded_traffic() as traffic:
                 call.launch(False)
