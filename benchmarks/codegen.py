@@ -87,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--write-table", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     args = parser.parse_args(argv)
     models, ops = args.model or list(MODELS), args.op or list(OPS)
-    # A process a target, anew: Triton keeps what it compiled by device and not by target.
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         jobs = [pool.submit(compile_target, target, models, ops) for target in args.target]
         compiled = [kernel for job in jobs for kernel in job.result()]
     found = [line for kernel in compiled for line in offences(kernel)]
@@ -148,7 +147,7 @@ class Device:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.arch  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

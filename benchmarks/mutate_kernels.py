@@ -4,7 +4,7 @@
     python benchmarks/mutate_kernels.py --only linear   # those whose file or description has it
 
 Works on a temporary copy of the checkout, on a CPU, through ttsem. First the tests must pass as
-they are. Then, per fault, the tests of its file run until one fails. A fault that no test catches,
+they are. Then, per fault, the tests of its op run until one fails. A fault that no test catches,
 or that does not compile (a compiler is not a test), is listed and makes the exit code 1.
 """
 
@@ -26,38 +26,54 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Fault(NamedTuple):
-    """One change to kernels/<file>.py: `old`, which occurs there once, becomes `new`."""
+    """One change to kernels/<file>.py: `old`, which occurs there once, becomes `new`.
 
-    file: str
+    The tests of `op` must catch it; the file is that op's unless it is given.
+    """
+
+    op: str
     what: str
     old: str
     new: str
+    file: str = ""
+
+    def path(self, place: Path) -> Path:
+        return place / "kernels" / f"{self.file or self.op}.py"
 
 
 FAULTS = [
     Fault(
         "linear",
-        "the mask of the input columns is dropped",
-        "in_w = (n < N)[:, None] & (k < K)[None, :]",
-        "in_w = (n < N)[:, None] & (k >= 0)[None, :]",
+        "the last input column is left out",
+        "in_k = k < K\n",
+        "in_k = k < K - 1\n",
+        "_tiles",
     ),
     Fault(
         "linear",
-        "the last input column is left out",
-        "in_x = (r < R)[None, :] & (k < K)[:, None]",
-        "in_x = (r < R)[None, :] & (k < K - 1)[:, None]",
+        "columns past the end of x are read",
+        "mask=(r < R)[None, :] & in_k[:, None], other=0.0)",
+        "mask=(r < R)[None, :] & (k >= 0)[:, None], other=0.0)",
+        "_tiles",
+    ),
+    Fault(
+        "linear",
+        "rows past the end of the weights are read",
+        "mask=in_n[:, None] & in_k[None, :],",
+        "mask=(in_n | True)[:, None] & in_k[None, :],",
+        "_tiles",
     ),
     Fault(
         "linear",
         "the tail begins one row late",
-        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL)",
-        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + 1 + tl.arange(0, TAIL)",
+        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange",
+        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + 1 + tl.arange",
     ),
     Fault(
         "linear",
         "a further pass over the weights is of the first rows again",
-        "r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)\n    x_ptrs",
-        "r = tl.arange(0, ROWS)\n    x_ptrs",
+        "    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)",
+        "    r = tl.arange(0, ROWS)",
     ),
     Fault(
         "linear",
@@ -74,12 +90,13 @@ FAULTS = [
     Fault(
         "linear",
         "the sum is rounded at every step",
-        'acc = tl.dot(w, x, acc, input_precision="ieee")',
-        'acc = tl.dot(w, x, acc, input_precision="ieee").to(tl.bfloat16).to(tl.float32)',
+        '        acc = tl.dot(w, x, acc, input_precision="ieee")\n',
+        '        acc = tl.dot(w, x, acc, input_precision="ieee").to(tl.bfloat16).to(tl.float32)\n',
+        "_tiles",
     ),
     Fault(
         "linear",
-        "the bias is added to the main rows only",
+        "the bias is not added to the tail's rows",
         "_store_rows(tail_acc, tail_r, n, bias, residual,",
         "_store_rows(tail_acc, tail_r, n, None, residual,",
     ),
@@ -87,14 +104,112 @@ FAULTS = [
         "linear",
         "the tail reads the weights a second time",
         "            tail_acc = tl.dot(w, x,",
-        "            w = tl.load(w_ptrs + k[None, :], mask=in_w, other=0.0)\n"
-        "            tail_acc = tl.dot(w, x,",
+        "            w = tl.load(w_ptrs[:, None] + k[None, :], mask=in_n[:, None] & in_k[None, :], other=0.0)\n            tail_acc = tl.dot(w, x,",
+        "_tiles",
     ),
     Fault(
         "linear",
         "the grid has a block of columns too few",
         "(ceil_div(N, block_n), ceil_div(R, rows + tail))",
-        "(N // block_n + 1 - (N % 16 == 1), ceil_div(R, rows + tail))",
+        "(max(1, N // block_n), ceil_div(R, rows + tail))",
+    ),
+    Fault(
+        "rms_norm",
+        "eps is left out of the mean",
+        "tl.rsqrt(tl.sum(x * x) / E + eps)",
+        "tl.rsqrt(tl.sum(x * x) / E)",
+    ),
+    Fault(
+        "rms_norm",
+        "the mean is of the padded width",
+        "tl.sum(x * x) / E",
+        "tl.sum(x * x) / BLOCK_E",
+    ),
+    Fault(
+        "gate_up_silu",
+        "gate and up are swapped",
+        "    y = gate / (1 + tl.exp(-gate)) * up",
+        "    y = up / (1 + tl.exp(-up)) * gate",
+    ),
+    Fault(
+        "gate_up_silu",
+        "the norm's factor is left out of the gate's bias",
+        "gate, up = split_pairs(acc * tl.rsqrt(mean_square)[None, :] + bias[:, None])",
+        "gate, up = split_pairs((acc + bias[:, None]) * tl.rsqrt(mean_square)[None, :])",
+    ),
+    Fault(
+        "gate_up_silu",
+        "the tail's rows are normalised by the main rows' squares",
+        "tail_acc, tail_squares / E + eps",
+        "tail_acc, tl.max(squares) / E + eps",
+    ),
+    Fault(
+        "gate_up_silu",
+        "the tail's squares are of the rows after the gain",
+        "                tail_squares = add_squares(tail_squares, x)\n                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)",
+        "                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)\n                tail_squares = add_squares(tail_squares, x)",
+        "_tiles",
+    ),
+    Fault(
+        "gate_up_silu",
+        "only the leading half of a square is added",
+        "    return tl.dot(ones, (square - high.to(tl.float32)).to(tl.bfloat16), squares)",
+        "    return squares",
+        "_tiles",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "the sine has the wrong sign",
+        "return low * cos - high * sin, high * cos + low * sin",
+        "return low * cos + high * sin, high * cos - low * sin",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "V is rotated too",
+        "head < HEADS + KV_HEADS, positions_ptr",
+        "head < HEADS + 2 * KV_HEADS, positions_ptr",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "a slot of -1 is written",
+        "in_k = (slot >= 0)[:, None]",
+        "in_k = (slot >= -1)[:, None]",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "V is written with K's page stride",
+        "v_rows = page * stride_vp",
+        "v_rows = page * stride_kp",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "V is written with K's head stride",
+        "(head - HEADS - KV_HEADS).to(tl.int64) * stride_vh",
+        "(head - HEADS - KV_HEADS).to(tl.int64) * stride_kh",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "the slot's page is one off",
+        "page, offset = slot // page_size, slot % page_size",
+        "page, offset = slot // page_size, (slot + 1) % page_size",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "the last pair of a head takes the next head's dimensions",
+        "n = pair // (D // 2) * D + pair % (D // 2)",
+        "n = (pair + 1) // (D // 2) * D + pair % (D // 2)",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "K's heads are normalised with q's gain",
+        "ptr, norm_ptr = k_ptr + offset + (head - HEADS).to(tl.int64) * stride_kh, k_norm_ptr",
+        "ptr, norm_ptr = k_ptr + offset + (head - HEADS).to(tl.int64) * stride_kh, q_norm_ptr",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "the second half of a head is left out of its norm",
+        "tl.sum(low * low + high * high) / D",
+        "tl.sum(low * low) * 2 / D",
     ),
 ]
 
@@ -115,21 +230,21 @@ def main(argv: list[str] | None = None) -> int:
     add("--jobs", type=int, default=1, metavar="N", help="faults tried at a time")
     add("--output-json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
-    faults = [f for f in FAULTS if args.only in f.file or args.only in f.what]
+    faults = [f for f in FAULTS if args.only in f.op + f.file or args.only in f.what]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
-        for file in dict.fromkeys(fault.file for fault in faults):
-            result = run_tests(checkout(Path(work) / f"sound_{file}"), file)
+        for op in dict.fromkeys(fault.op for fault in faults):
+            result = run_tests(checkout(Path(work) / f"sound_{op}"), op)
             if result.returncode:
                 print(result.stdout[-3000:], result.stderr[-1000:], sep="\n")
-                print(f"tests/test_{file}.py fails without any fault")
+                print(f"tests/test_{op}.py fails without any fault")
                 return 1
-        print("| file | fault | caught by | seconds |\n|---|---|---|---|", flush=True)
+        print("| op | fault | caught by | seconds |\n|---|---|---|---|", flush=True)
         places = [Path(work) / str(i) for i in range(len(faults))]
         verdicts = []
         for verdict in pool.map(plant, faults, places):
             fault, caught, by, seconds = verdict
             by = by if caught else f"**{by}**"
-            print(f"| {fault.file} | {fault.what} | {by} | {seconds:.0f} |", flush=True)
+            print(f"| {fault.op} | {fault.what} | {by} | {seconds:.0f} |", flush=True)
             verdicts.append(verdict)
     survivors = [verdict.fault.what for verdict in verdicts if not verdict.caught]
     report = {"schema": 1, "faults": len(faults), "caught": len(faults) - len(survivors)}
@@ -141,15 +256,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plant(fault: Fault, place: Path) -> Verdict:
-    """Run the tests of a fault's file on a copy that has the fault."""
-    file = checkout(place) / "kernels" / f"{fault.file}.py"
+    """Run the tests of a fault's op on a copy that has the fault."""
+    file = fault.path(checkout(place))
     source = file.read_text(encoding="utf-8")
     if source.count(fault.old) != 1:
         times = source.count(fault.old)
         return Verdict(fault, False, f"the text to replace occurs {times} times", 0.0)
     file.write_text(source.replace(fault.old, fault.new), encoding="utf-8")
     begin = time.monotonic()
-    result = run_tests(place, fault.file)
+    result = run_tests(place, fault.op)
     caught, by = reading(result.returncode, result.stdout.splitlines())
     shutil.rmtree(place)
     return Verdict(fault, caught, by, time.monotonic() - begin)
@@ -165,7 +280,7 @@ def checkout(place: Path) -> Path:
     return place
 
 
-def run_tests(place: Path, file: str) -> subprocess.CompletedProcess[str]:
+def run_tests(place: Path, op: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-x", "-m", "kernel"]
     # Ours alone: a kernel compiled elsewhere would show its own source lines.
     environment = os.environ | {
@@ -174,7 +289,7 @@ def run_tests(place: Path, file: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        [*command, f"tests/test_{file}.py"],
+        [*command, f"tests/test_{op}.py"],
         cwd=place,
         env=environment,
         capture_output=True,

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launches import assert_within_budget, guarded_output
+from traffic import recorded_traffic
 
-from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
+from mtpkern.kernels.gate_up_silu import BLOCK_F, gate_up_silu, gate_up_silu_ref
 from mtpkern.kernels.linear import pack_ref
 
 
@@ -69,3 +70,15 @@ def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(gpu: str, tier: int) -
             torch.testing.assert_close(rows, expected.roll(shift, 0)[:count], atol=0, rtol=0)
     x[1:] = float("nan")
     torch.testing.assert_close(gate_up_silu(x, norm_w, 1e-5, w)[0], expected[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(1, 1), (160, 1), (257, 2)])
+def test_a_weight_is_read_once_for_256_rows(gpu: str, rows: int, passes: int) -> None:
+    F, E = 33, 70
+    x, norm_w = torch.randn(rows, E).bfloat16().to(gpu), torch.rand(E).bfloat16().to(gpu)
+    w = torch.randn(2 * F, E).bfloat16().to(gpu)
+    with recorded_traffic() as traffic:
+        out = gate_up_silu(x, norm_w, 1e-5, w)
+    assert bool((traffic.reads(w) == passes).all())
+    assert bool((traffic.reads(x) == -(-F // BLOCK_F)).all())
+    assert bool((traffic.writes(out) == 1).all())

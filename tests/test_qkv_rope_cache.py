@@ -7,6 +7,7 @@ import torch
 from launches import assert_within_budget, guarded_output
 from paged import gathered, make_paged
 from torch import Tensor
+from traffic import recorded_traffic
 
 from mtpkern.cache import rotary_tables
 from mtpkern.kernels.linear import pack_ref
@@ -191,3 +192,20 @@ def test_the_kernel_names_what_does_not_fit(gpu: str) -> None:
         launch._replace(w=launch.w[:-1]).run(gpu, None, False)
     with pytest.raises(ValueError, match=r"slots must be \[R\]=\[5\], got \[4\]"):
         launch._replace(slots=launch.slots[:4]).run(gpu, None, False)
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(("rows", "passes"), [(5, 1), (160, 1), (257, 2)])
+def test_a_weight_is_read_once_for_256_rows(gpu: str, rows: int, passes: int, extras: bool) -> None:
+    launch = make_launch(rows, 3, 1, 24, 40, torch.bfloat16, gpu)
+    with recorded_traffic() as traffic:
+        q = launch.run(gpu, None, extras)
+    assert bool((traffic.reads(launch.w) == passes).all())
+    # A norm of the heads takes q, K and V through memory a second time.
+    times = 2 if extras else 1
+    assert bool((traffic.writes(q) == times).all())
+    slots = launch.slots[launch.slots >= 0]
+    for pages, count in ((launch.k_pages, times), (launch.v_pages, 1)):
+        written = traffic.writes(pages)
+        assert bool((written[slots // 16, slots % 16] == count).all())
+        assert int(written.sum()) == count * slots.numel() * 24
