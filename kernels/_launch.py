@@ -77,14 +77,15 @@ def column_tile(columns: int) -> int:
     return 32 if columns >= 32 * FILL else 16
 
 
-def depth_tile(rows: int) -> tuple[int, int]:
+def depth_tile(rows: int, *, norm: bool = False) -> tuple[int, int]:
     """Input columns of a block's step, and how many steps are in flight, for a tier of `rows`.
 
-    A block keeps some 60 KB under way, so that two, or two kernels, fit on a multiprocessor.
+    A block keeps some 60 KB under way, so that two, or two kernels, fit on a multiprocessor. With a
+    norm in the prologue, x passes through registers, and large tiers take shorter steps.
     """
-    return {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}[
-        rows
-    ]
+    plain = {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}
+    normed = {16: (128, 6), 32: (64, 8), 64: (64, 6), 128: (32, 6), 160: (32, 6), 256: (32, 4)}
+    return (normed if norm else plain)[rows]
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:

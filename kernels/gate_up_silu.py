@@ -24,8 +24,6 @@ from ._tiles import multiply_rows, split_pairs
 from .linear import PackedWeight, linear_ref
 from .rms_norm import rms_norm_ref
 
-BLOCK_F = 16
-
 
 def gate_up_silu_ref(x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
     """Gated hidden rows: x [R, E], norm_w [E], w [2F, E] (gate above up) -> [R, F]."""
@@ -123,8 +121,9 @@ def gate_up_silu(
     if R == 0:
         return out
     rows, tail = row_tier(R)
-    block_k, stages = depth_tile(rows + tail)
-    _gate_up_silu_kernel[(ceil_div(F, BLOCK_F), ceil_div(R, rows + tail))](
+    block_f = 8 if tail else 16  # what the registers hold
+    block_k, stages = depth_tile(rows + tail, norm=True)
+    _gate_up_silu_kernel[(ceil_div(F, block_f), ceil_div(R, rows + tail))](
         x,
         norm_w,
         w,
@@ -140,10 +139,10 @@ def gate_up_silu(
         HAS_BIAS=bias is not None,
         ROWS=rows,
         TAIL=tail,
-        BLOCK_F=BLOCK_F,
+        BLOCK_F=block_f,
         BLOCK_K=block_k,
         PDL=pdl,
-        num_warps=4,
+        num_warps=4 if rows <= 64 else 8,  # of a larger tile's sums, half each
         num_stages=stages,
         enable_fp_fusion=True,
         launch_pdl=pdl,

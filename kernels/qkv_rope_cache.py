@@ -270,7 +270,8 @@ def qkv_rope_cache(
     if R == 0:
         return out
     rows, tail = row_tier(R)
-    block_n, (block_k, stages) = column_tile(N), depth_tile(rows + tail)
+    block_n = 16 if tail else column_tile(N)  # what the registers hold
+    block_k, stages = depth_tile(rows + tail, norm=True)
     _qkv_rope_cache_kernel[(ceil_div(N, block_n), ceil_div(R, rows + tail))](
         x,
         norm_w,
@@ -302,7 +303,7 @@ def qkv_rope_cache(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         PDL=pdl,
-        num_warps=4,
+        num_warps=4 if rows <= 64 else 8,  # of a larger tile's sums, half each
         num_stages=stages,
         enable_fp_fusion=True,
         launch_pdl=pdl,
