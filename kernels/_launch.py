@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -28,10 +29,13 @@ TIERS = ((16, 0), (32, 0), (64, 0), (128, 0), (128, 32), (256, 0))
 COUNTS = ("B", "R", "S", "T")
 
 
-def jit(*named: str) -> Callable[[Callable[..., Any]], Any]:
+def jit(
+    *named: str, do_not_specialize: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Compile a kernel `_op_kernel` under the symbol mtpkern_op_<the constants `named`>.
 
-    Without Triton the kernel is an object whose launch says that Triton is missing.
+    `do_not_specialize` names further counts. Without Triton the kernel is an object whose launch
+    says that Triton is missing.
     """
 
     def decorate(fn: Callable[..., Any]) -> Any:
@@ -43,7 +47,7 @@ def jit(*named: str) -> Callable[[Callable[..., Any]], Any]:
             values = (specialization.constants[name] for name in named)
             return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
 
-        return triton.jit(fn, repr=symbol, do_not_specialize=COUNTS)
+        return triton.jit(fn, repr=symbol, do_not_specialize=(*COUNTS, *do_not_specialize))
 
     return decorate
 
@@ -97,6 +101,12 @@ def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:
         raise ValueError(f"{name} must be {symbols}={list(shape)}, got {list(tensor.shape)}")
     if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} must have last stride 1, got strides {list(tensor.stride())}")
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `tensor` is of `dtype`."""
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
 @device

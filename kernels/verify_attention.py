@@ -1,17 +1,49 @@
-"""Attention of a few window rows against a long cache: softmax(q k^T / sqrt(D)) v, causal.
+"""Attention of a few window rows against a long paged cache: softmax(q k^T / sqrt(D)) v.
 
-Row t of a sequence sees the keys 0..lengths + t. The query heads that share a KV head are packed
-with the window rows into tiles of fixed height, and keys are read in whole tiles, so that a row's
-bits depend neither on the width of the window nor on where it ends.
+Row t of a sequence sees its committed keys and those of the window's rows up to its own, or, in a
+tree, those of its ancestors. The query heads that share a KV head are packed with the window rows
+into tiles of a fixed height, and keys are read in whole tiles, so that a row's bits depend neither
+on the width of the window nor on where it ends.
 
-Bytes moved: 2 * keys * Hk * D of cache once per row tile, which is once for T * Hq / Hk rows <= 16.
+The kernel splits the keys at fixed places (split-KV, as in Flash-Decoding, Dao et al. 2023), whole
+splits in parallel, each with an online softmax (Milakov and Gimelshein 2018) of its own; a second
+kernel merges them in ascending order.
+
+Bytes moved, with s bytes an element, G = Hq / Hk and P = 4 (D + 2) T Hq bytes of partial results:
+cache, once a tile of ROWS packed rows: 2 s keys Hk D ceil(T G / ROWS), from DRAM once, since the
+    tiles of the same keys run side by side and meet in the L2
+partial results, per split of SPLIT keys: P written and P read, which is 4 T G (D + 2) / (s D SPLIT)
+    of the cache's bytes
+q and the output: 2 s T Hq D
 """
+
+from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._launch import (
+    ceil_div,
+    check_dtype,
+    check_shape,
+    device,
+    jit,
+    power_of_two,
+    tl,
+    wait_for_producer,
+)
 from .step_plan import StepPlan
+
+# Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
+# multiplies with mma.sync m16n8k16.
+ROWS = 32
+# Keys that are multiplied at a time.
+KEYS = 64
+# Keys of a split: the i-th split holds the same keys however long the sequence is.
+SPLIT = 256
 
 
 def verify_attention_ref(
@@ -63,3 +95,327 @@ def _keys(pages: Tensor, table: Tensor, extent: int) -> Tensor:
     else:
         keys = pages[table[: -(-extent // page_size)].long()].flatten(0, 1)
     return keys[:extent].transpose(0, 1)
+
+
+@jit("HEADS", "KV_HEADS", "D", "WINDOW", do_not_specialize=("T", "splits"))
+def _verify_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    lengths_ptr,
+    tree_ptr,
+    acc_ptr,
+    m_ptr,
+    l_ptr,
+    T,
+    splits,
+    scale,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    stride_pb,
+    stride_tb,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    tiles = tl.cdiv(T * GROUP, ROWS)
+    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    kv_head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    r = tile * ROWS + tl.arange(0, ROWS)
+    t, h = r // GROUP, kv_head * GROUP + r % GROUP
+    in_window = t < T
+
+    # Keys first..end-1 are those that some row of this tile sees.
+    length = tl.load(lengths_ptr + b).to(tl.int32)
+    last_t = T - 1 if HAS_TREE else tl.minimum((tile * ROWS + ROWS - 1) // GROUP, T - 1)
+    end = length + last_t + 1
+    first = tl.maximum(length + 1 - WINDOW, 0) if WINDOW else 0
+    begin = tl.maximum(split * SPLIT, first // KEYS * KEYS)
+    end_of_split = tl.minimum((split + 1) * SPLIT, end)
+    if begin >= end_of_split:
+        return
+
+    position = length + t
+    if HAS_TREE:
+        ancestors = tl.load(tree_ptr + b * stride_tb + t, mask=in_window, other=0)
+        seen = tl.reduce(ancestors, 0, _either)
+        if WINDOW:
+            position = length + _depth(ancestors)
+
+    d = tl.arange(0, BLOCK_D)
+    q_rows = b * stride_qb + t.to(tl.int64) * stride_qt + h * stride_qh
+    in_q = in_window[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=in_q, other=0.0)
+    k_ptr += kv_head * stride_kh
+    v_ptr += kv_head * stride_vh
+    page_table_ptr += b * stride_pb
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(begin, end_of_split, KEYS):
+        n = start + tl.arange(0, KEYS)
+        # A key that nobody sees is not read: it may hold NaN, and 0 * NaN is NaN.
+        in_reach = (n >= first) & (n < end)
+        if HAS_TREE:
+            node = tl.minimum(tl.maximum(n - length, 0), 63)
+            in_reach &= (n < length) | ((seen >> node) & 1 != 0)
+            sees = (n < length)[None, :] | ((ancestors[:, None] >> node[None, :]) & 1 != 0)
+        else:
+            sees = n[None, :] <= position[:, None]
+        if WINDOW:
+            sees &= n[None, :] > position[:, None] - WINDOW
+        sees &= in_reach[None, :]
+        page = tl.load(page_table_ptr + n // PAGE_SIZE, mask=in_reach, other=0).to(tl.int64)
+        slot = n % PAGE_SIZE
+        k_rows = page * stride_kp + slot * stride_ks
+        v_rows = page * stride_vp + slot * stride_vs
+        in_k = (d < D)[:, None] & in_reach[None, :]
+        k = tl.load(k_ptr + k_rows[None, :] + d[:, None], mask=in_k, other=0.0)
+        s = tl.where(sees, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # Where nothing was seen so far, -inf - -inf would be NaN.
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - shift[:, None])
+        decay = tl.exp2(m - shift)
+        m = m_new
+        l = l * decay + tl.sum(p, 1)
+        in_v = in_reach[:, None] & (d < D)[None, :]
+        v = tl.load(v_ptr + v_rows[:, None] + d[None, :], mask=in_v, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+
+    partial = ((b * T + t) * HEADS + h) * splits + split
+    tl.store(m_ptr + partial, m, mask=in_window)
+    tl.store(l_ptr + partial, l, mask=in_window)
+    tl.store(acc_ptr + partial[:, None] * D + d[None, :], acc, mask=in_q)
+
+
+@device
+def _either(a, b):
+    return a | b
+
+
+@device
+def _depth(ancestors):
+    """How many ancestors a node has: the bits of its mask, less its own."""
+    bits = (tl.expand_dims(ancestors, -1) >> tl.arange(0, 64)) & 1
+    return tl.sum(bits, -1).to(tl.int32) - 1
+
+
+@jit("D", "WINDOW", do_not_specialize=("splits",))
+def _merge_splits_kernel(
+    acc_ptr,
+    m_ptr,
+    l_ptr,
+    lengths_ptr,
+    tree_ptr,
+    out_ptr,
+    splits,
+    stride_tb,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    h, t, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    HEADS, T = tl.num_programs(0), tl.num_programs(1)
+    length = tl.load(lengths_ptr + b).to(tl.int32)
+    last, position = length + t, length + t
+    if HAS_TREE:
+        last = length + T - 1
+        if WINDOW:
+            position = length + _depth(tl.load(tree_ptr + b * stride_tb + t))
+    first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
+
+    row = ((b * T + t) * HEADS + h) * splits
+    d = tl.arange(0, BLOCK_D)
+    m, l = float("-inf"), 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for split in tl.range(first // SPLIT, last // SPLIT + 1, num_stages=4):
+        m_split = tl.load(m_ptr + row + split)
+        l_split = tl.load(l_ptr + row + split)
+        acc_split = tl.load(acc_ptr + (row + split) * D + d, mask=d < D, other=0.0)
+        m_new = tl.maximum(m, m_split)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        decay, weight = tl.exp2(m - shift), tl.exp2(m_split - shift)
+        l = l * decay + l_split * weight
+        acc = acc * decay + acc_split * weight
+        m = m_new
+    # A row that sees nothing, such as one that fills up a tree, is zero.
+    out = acc / tl.where(l == 0.0, 1.0, l)
+    out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * stride_oh
+    tl.store(out_ptr + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def workspace_size(B: int, T: int, Hq: int, D: int, max_pages: int, page_size: int) -> int:
+    """How many float32 of workspace `verify_attention` wants for these shapes."""
+    return B * T * Hq * ceil_div(max_pages * page_size, SPLIT) * (D + 2)
+
+
+def _stages(bytes_of_key: int) -> int:
+    """Stages of the pipeline: two of every three wait for the page table, so that 7 have three
+    tiles of keys and values under way, 5 two, 3 one; up to some 80 KB.
+    """
+    return 7 if bytes_of_key <= 128 else 5 if bytes_of_key <= 256 else 3
+
+
+def verify_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    tree: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Attend to a paged cache: q [B, T, Hq, D] -> [B, T, Hq, D], for T <= 64 and D <= 256.
+
+    Pages [pages, page_size, Hk, D] of any strides but the last, which is 1; page_table
+    [B, max_pages] int32; lengths [B] int64. The window's own keys are in the cache already, at
+    slots lengths[b] + t, so lengths[b] + T <= max_pages * page_size. What lies in other slots, and
+    in entries of the page table that name no keys in reach, is never read.
+
+    Row t sees the committed keys and the window's rows up to itself, or, with tree [B, T] int64,
+    those whose bit is set in tree[b, t]: its ancestors, itself included. A row that sees nothing is
+    zero. The K of a window row may be anything where a row does not see it, but its V must be
+    finite, since rows with and without it share a product.
+
+    `window` > 0 limits a row to the last `window` positions, its own included (sliding window). In
+    a tree, positions follow depth: a row's is lengths[b] + its number of ancestors, and the window
+    must hold a whole path: window >= T.
+
+    `scale` is 1 / sqrt(D) unless given; workspace float32, of `workspace_size` elements or more.
+    The grid spans the capacity max_pages * page_size, and blocks behind a sequence's length return
+    at once: for short sequences pass fewer columns of the page table. `pdl`: see `linear`.
+    """
+    if q.dim() != 4 or k_pages.dim() != 4 or page_table.dim() != 2:
+        raise ValueError(
+            "q must be [B, T, Hq, D], k_pages [pages, page_size, Hk, D], page_table [B, max_pages],"
+            f" got {list(q.shape)}, {list(k_pages.shape)}, {list(page_table.shape)}"
+        )
+    (B, T, Hq, D), (pages, page_size, Hk, _) = q.shape, k_pages.shape
+    max_pages = page_table.shape[1]
+    if not 1 <= T <= 64 or not 1 <= D <= 256 or Hq % Hk:
+        raise ValueError(
+            f"q must be [B, T, Hq, D] with T=1..64, Hq a multiple of Hk={Hk} and D=1..256, "
+            f"got {list(q.shape)}"
+        )
+    out = torch.empty_like(q) if out is None else out
+    for name, tensor in (("q", q), ("out", out)):
+        check_shape(name, tensor, "[B, T, Hq, D]", B, T, Hq, D)
+    for name, tensor in (("k_pages", k_pages), ("v_pages", v_pages)):
+        check_shape(name, tensor, "[pages, page_size, Hk, D]", pages, page_size, Hk, D)
+        check_dtype(name, tensor, q.dtype)
+    check_shape("page_table", page_table, "[B, max_pages]", B, max_pages)
+    check_dtype("page_table", page_table, torch.int32)
+    check_shape("lengths", lengths, "[B]", B)
+    check_dtype("lengths", lengths, torch.int64)
+    if tree is not None:
+        check_shape("tree", tree, "[B, T]", B, T)
+        check_dtype("tree", tree, torch.int64)
+    if window < 0 or (tree is not None and 0 < window < T):
+        least = "0" if tree is None else f"0, or T={T} or more with a tree,"
+        raise ValueError(f"window must be at least {least} got {window}")
+    size = workspace_size(B, T, Hq, D, max_pages, page_size)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    check_dtype("workspace", workspace, torch.float32)
+    if workspace.numel() < size or not workspace.is_contiguous():
+        raise ValueError(
+            f"workspace must be contiguous, of {size} elements or more, "
+            f"got {list(workspace.shape)} of strides {list(workspace.stride())}"
+        )
+    if B == 0:
+        return out
+    splits, rows = ceil_div(max_pages * page_size, SPLIT), B * T * Hq
+    acc, m, l = workspace.view(-1)[:size].split([rows * splits * D, rows * splits, rows * splits])
+    stride_tb = 0 if tree is None else tree.stride(0)
+    block_d = power_of_two(D)
+    tiles = ceil_div(T * Hq // Hk, ROWS)
+    _verify_attention_kernel[(tiles * splits, Hk, B)](
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        tree,
+        acc,
+        m,
+        l,
+        T,
+        splits,
+        # exp2 is one instruction: the scores are in units of log 2.
+        (D**-0.5 if scale is None else scale) / math.log(2),
+        *q.stride()[:3],
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        page_table.stride(0),
+        stride_tb,
+        HEADS=Hq,
+        KV_HEADS=Hk,
+        D=D,
+        PAGE_SIZE=page_size,
+        WINDOW=window,
+        HAS_TREE=tree is not None,
+        ROWS=ROWS,
+        KEYS=KEYS,
+        SPLIT=SPLIT,
+        BLOCK_D=block_d,
+        PDL=pdl,
+        num_warps=4,
+        num_stages=_stages(block_d * q.element_size()),
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    _merge_splits_kernel[(Hq, T, B)](
+        acc,
+        m,
+        l,
+        lengths,
+        tree,
+        out,
+        splits,
+        stride_tb,
+        *out.stride()[:3],
+        D=D,
+        WINDOW=window,
+        HAS_TREE=tree is not None,
+        SPLIT=SPLIT,
+        BLOCK_D=block_d,
+        PDL=pdl,
+        num_warps=1,
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    return out
