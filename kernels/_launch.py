@@ -121,11 +121,9 @@ def wait_for_producer():
 
 
 @device
-def prefetch_l2(w_ptr, n, stride_wn, N: tl.constexpr, K: tl.constexpr):
-    """Ask for the beginnings of the rows n of w [N, K], up to 1024 elements, while waiting."""
-    line: tl.constexpr = 64  # 128 bytes of a 16-bit weight
-    count: tl.constexpr = 16
-    k = tl.arange(0, count) * line
+def prefetch_l2(w_ptr, n, stride_wn, N: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr = 16):
+    """Ask for the beginnings of the rows n of w [N, K], LINES of 64 elements, while waiting."""
+    k = tl.arange(0, LINES) * 64  # 128 bytes of a 16-bit weight
     ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]
     # A row or column too far is as good as any other address in w.
     ptrs = tl.where((n < N)[:, None] & (k < K)[None, :], ptrs, w_ptr)

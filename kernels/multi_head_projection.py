@@ -3,17 +3,53 @@
     h_0 = rms_norm(x);  h_i = h_0 + silu(h_0 w_i^T + b_i)  (Medusa, Cai et al. 2024, section 2.1)
     logits_i = h_i w_vocabulary^T
 
-Bytes moved: V * E once for 1 + H heads, H * E * E of head blocks; R * (1 + H) * V logits written.
+On a GPU these are launches of their own, so that nothing is computed once per vocabulary tile:
+`rms_norm`, `medusa_blocks`, then here the tiles of the vocabulary and their merge. Logits stay in
+registers: a tile leaves its largest ones, its sum of exponentials and those that were asked for.
+
+Bytes moved: V * E weights once for 256 rows, ceil(R / 256) times for more, though the passes over a
+tile run side by side and share it in the L2; R * E of the rows, read by each of V / 128 tiles,
+mostly from the L2; R * V / 128 * (8 top_k + 4) bytes of partial results, written and read; the
+logits that were asked for.
+
+One read or two. All heads at all of a window's rows take R = B * T * (1 + H) rows and one read. If
+the LM head goes first, acceptance says at which row of a sequence the heads are wanted, and
+B * (T + H) rows with two reads do. A pass over w bytes takes max(w / bandwidth, R * w / flops) for
+16-bit weights, 2 flops per weight and row; so the second read pays above
+
+    R = flops * (itemsize / bandwidth + overhead / (2 V E))
+
+rows (`crossover_rows`): 532 at 798 TFLOP/s and 3.0 TB/s, fewer where the flops attained are fewer.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._launch import (
+    ceil_div,
+    check_shape,
+    device,
+    jit,
+    prefetch_l2,
+    row_tier,
+    tl,
+    wait_for_producer,
+)
+from ._order import HIGHEST, LOWEST, rank, ranked_column, ranked_value, sum_pairs
 from .linear import PackedWeight, linear_ref
+from .medusa_blocks import medusa_blocks
 from .rms_norm import rms_norm_ref
+
+# Columns of a vocabulary tile: the same for every row count, as sums of exponentials go by tile.
+BLOCK_V = 128
+# Partial results that a step of the merge reads.
+BLOCK_MERGE = 1024
 
 
 def multi_head_projection_ref(
@@ -38,3 +74,329 @@ def multi_head_projection_ref(
     rows = torch.stack(heads, 1)
     logits = linear_ref(rows.flatten(0, 1), vocabulary)
     return normed, logits.view(x.shape[0], len(heads), -1)
+
+
+class Projection(NamedTuple):
+    """What is kept of R rows' logits over the vocabulary; see `multi_head_projection`."""
+
+    values: Tensor  # [R, top_k] float32, descending
+    ids: Tensor  # [R, top_k] int64
+    logsumexp: Tensor  # [R] float32
+    given: Tensor | None  # [R, n] float32
+    logits: Tensor | None  # [logits_rows, V]
+
+
+@jit("CHUNK", "CHUNKS", "TOP_K", "V", "E")
+def _vocabulary_tiles_kernel(
+    x_ptr,
+    w_ptr,
+    token_ids_ptr,
+    wanted_ptr,
+    best_ptr,
+    sum_ptr,
+    given_ptr,
+    logits_ptr,
+    R,
+    logits_rows,
+    given_count,
+    stride_xr,
+    stride_wv,
+    stride_wanted,
+    stride_given,
+    stride_lr,
+    V: tl.constexpr,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    if PDL:
+        prefetch_l2(w_ptr, v, stride_wv, V, E, 4)
+        wait_for_producer()
+    first = tl.program_id(0) * (CHUNK * CHUNKS)
+    rows = tl.arange(0, CHUNK)
+    w_ptrs = w_ptr + v.to(tl.int64)[None, :] * stride_wv
+    # Rows are the left operand, in chunks of 16 or 32: too few for wgmma, so that all multiply with
+    # mma.sync m16n8k16 in the same order of e. Every chunk takes the same registers of weights.
+    accs = (tl.zeros([CHUNK, BLOCK_V], tl.float32),) * CHUNKS
+    for begin in range(0, E, BLOCK_E):
+        e = begin + tl.arange(0, BLOCK_E)
+        in_w = (e < E)[:, None] & (v < V)[None, :]
+        w = tl.load(w_ptrs + e[:, None], mask=in_w, other=0.0, eviction_policy="evict_first")
+        sums = ()
+        for c in tl.static_range(CHUNKS):
+            r = first + c * CHUNK + rows
+            x_ptrs = x_ptr + r.to(tl.int64)[:, None] * stride_xr + e[None, :]
+            x = tl.load(x_ptrs, mask=(r < R)[:, None] & (e < E)[None, :], other=0.0)
+            sums = sums + (tl.dot(x, w, accs[c], input_precision="ieee"),)
+        accs = sums
+    names = tl.load(token_ids_ptr + v, mask=v < V, other=-1) if token_ids_ptr is not None else v
+    for c in tl.static_range(CHUNKS):
+        logits = accs[c]
+        r = (first + c * CHUNK + rows).to(tl.int64)
+        if HAS_LOGITS:
+            ptrs = logits_ptr + (r * stride_lr)[:, None] + v[None, :]
+            in_logits = (r < tl.minimum(R, logits_rows))[:, None] & (v < V)[None, :]
+            tl.store(ptrs, logits.to(logits_ptr.dtype.element_ty), mask=in_logits)
+        if HAS_GIVEN:
+            for i in range(given_count):
+                wanted = tl.load(wanted_ptr + r * stride_wanted + i, mask=r < R, other=-1)
+                hit = (names[None, :] == wanted[:, None]) & (v < V)[None, :]
+                value = tl.sum(tl.where(hit, logits, 0.0), 1)
+                found = tl.max(hit.to(tl.int32), 1) > 0
+                tl.store(given_ptr + r * stride_given + i, value, mask=found & (r < R))
+        ranks = tl.where((v < V)[None, :], rank(logits, v[None, :]), LOWEST)
+        best = tl.max(ranks, 1)
+        tiles = tl.num_programs(1)
+        entry = (r * tiles + tile) * TOP_K
+        tl.store(best_ptr + entry, best, mask=r < R)
+        p = tl.exp(logits - _finite(ranked_value(best))[:, None])
+        total = sum_pairs(tl.where((v < V)[None, :], p, 0.0))
+        tl.store(sum_ptr + r * tiles + tile, total, mask=r < R)
+        for i in range(1, TOP_K):
+            ranks = tl.where(ranks == best[:, None], LOWEST, ranks)
+            best = tl.max(ranks, 1)
+            tl.store(best_ptr + entry + i, best, mask=r < R)
+
+
+@device
+def _finite(largest):
+    """What to subtract before exp: the largest logit, unless it is infinite."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@jit("TOP_K", "TILES")
+def _vocabulary_merge_kernel(
+    best_ptr,
+    sum_ptr,
+    token_ids_ptr,
+    value_ptr,
+    id_ptr,
+    logsumexp_ptr,
+    stride_vr,
+    stride_ir,
+    TOP_K: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    r = tl.program_id(0).to(tl.int64)
+    best_ptr += r * TILES * TOP_K
+    largest = 0.0
+    above = tl.full([], HIGHEST, tl.int64)
+    for i in range(TOP_K):
+        best = tl.full([BLOCK], LOWEST, tl.int64)
+        for begin in range(0, TILES * TOP_K, BLOCK):
+            j = begin + tl.arange(0, BLOCK)
+            ranks = tl.load(best_ptr + j, mask=j < TILES * TOP_K, other=LOWEST)
+            best = tl.maximum(best, tl.where(ranks < above, ranks, LOWEST))
+        above = tl.max(best)
+        value, column = ranked_value(above), ranked_column(above)
+        if i == 0:
+            largest = value
+        tl.store(value_ptr + r * stride_vr + i, value)
+        if token_ids_ptr is not None:
+            column = tl.load(token_ids_ptr + column)
+        tl.store(id_ptr + r * stride_ir + i, column)
+    shift = _finite(largest)
+    total = tl.zeros([1, BLOCK], tl.float32)
+    for begin in range(0, TILES, BLOCK):
+        j = begin + tl.arange(0, BLOCK)
+        ranks = tl.load(best_ptr + j * TOP_K, mask=j < TILES, other=LOWEST)
+        sums = tl.load(sum_ptr + r * TILES + j, mask=j < TILES, other=0.0)
+        scaled = sums * tl.exp(_finite(ranked_value(ranks)) - shift)
+        total += tl.where(j < TILES, scaled, 0.0)[None, :]
+    tl.store(logsumexp_ptr + r + tl.arange(0, 1), tl.log(sum_pairs(total)) + shift)
+
+
+def _vocabulary_tier(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Rows of a chunk, chunks, BLOCK_E, stages and warps for a tier of `rows`."""
+    depth = 128 // itemsize
+    return {
+        16: (16, 1, depth, 6, 4),
+        32: (32, 1, depth, 6, 4),
+        64: (32, 2, depth, 5, 4),
+        128: (32, 4, depth, 4, 8),
+        160: (32, 5, depth, 3, 8),
+        256: (32, 8, depth // 2, 4, 8),
+    }[rows]
+
+
+def multi_head_projection(
+    hidden: Tensor,
+    vocabulary: Tensor,
+    *,
+    top_k: int = 1,
+    given: Tensor | None = None,
+    logits_rows: int = 0,
+    token_ids: Tensor | None = None,
+    out: Projection | None = None,
+    pdl: bool = False,
+) -> Projection:
+    """Project normed rows: hidden [R, E], vocabulary [V, E] -> what `Projection` lists, float32.
+
+    Rows of the LM head and of other heads are alike. The top_k largest logits come in descending
+    order, between equal ones the lowest column first; a NaN is larger than every number, as in
+    torch.max. given [R, n] int64 are token ids whose logits are wanted, -inf where the vocabulary
+    lacks the id. The first `logits_rows` rows' logits are written out as well. token_ids [V] int64
+    name the columns of a reduced vocabulary. `out` may bring any of its tensors' strides but the
+    last. `pdl`: see `linear`.
+    """
+    (R, E), V = hidden.shape, vocabulary.shape[0]
+    check_shape("vocabulary", vocabulary, "[V, E]", V, E)
+    check_shape("hidden", hidden, "[R, E]", R, E)
+    if vocabulary.dtype != hidden.dtype:
+        raise ValueError(
+            f"vocabulary must have hidden's dtype {hidden.dtype}, got {vocabulary.dtype}"
+        )
+    if not 1 <= top_k <= V:
+        raise ValueError(f"top_k must be 1..V={V}, got {top_k}")
+    if not 0 <= logits_rows <= R:
+        raise ValueError(f"logits_rows must be 0..R={R}, got {logits_rows}")
+    n = 0 if given is None else given.shape[1]
+    if given is not None:
+        check_shape("given", given, "[R, n]", R, n)
+    if token_ids is not None:
+        check_shape("token_ids", token_ids, "[V]", V)
+    if out is None:
+        out = Projection(
+            hidden.new_empty(R, top_k, dtype=torch.float32),
+            hidden.new_empty(R, top_k, dtype=torch.int64),
+            hidden.new_empty(R, dtype=torch.float32),
+            None if given is None else hidden.new_empty(R, n, dtype=torch.float32),
+            hidden.new_empty(logits_rows, V, dtype=torch.float32) if logits_rows else None,
+        )
+    check_shape("out.values", out.values, "[R, top_k]", R, top_k)
+    check_shape("out.ids", out.ids, "[R, top_k]", R, top_k)
+    check_shape("out.logsumexp", out.logsumexp, "[R]", R)
+    if (out.given is None) != (given is None) or (out.logits is None) != (logits_rows == 0):
+        raise ValueError("out must have given and logits exactly where they are asked for")
+    if out.given is not None:
+        check_shape("out.given", out.given, "[R, n]", R, n)
+        out.given.fill_(float("-inf"))
+    if out.logits is not None:
+        check_shape("out.logits", out.logits, "[logits_rows, V]", logits_rows, V)
+    if R == 0:
+        return out
+    tiles, rows = ceil_div(V, BLOCK_V), sum(row_tier(R))
+    chunk, chunks, block_e, stages, warps = _vocabulary_tier(rows, hidden.element_size())
+    best = torch.empty(R, tiles * top_k, dtype=torch.int64, device=hidden.device)
+    sums = torch.empty(R, tiles, dtype=torch.float32, device=hidden.device)
+    # The passes over one tile are neighbours, so that they find it in the L2.
+    _vocabulary_tiles_kernel[(ceil_div(R, rows), tiles)](
+        hidden,
+        vocabulary,
+        token_ids,
+        given,
+        best,
+        sums,
+        out.given,
+        out.logits,
+        R,
+        logits_rows,
+        n,
+        hidden.stride(0),
+        vocabulary.stride(0),
+        0 if given is None else given.stride(0),
+        0 if out.given is None else out.given.stride(0),
+        0 if out.logits is None else out.logits.stride(0),
+        V=V,
+        E=E,
+        TOP_K=top_k,
+        HAS_GIVEN=n > 0,
+        HAS_LOGITS=logits_rows > 0,
+        CHUNK=chunk,
+        CHUNKS=chunks,
+        BLOCK_V=BLOCK_V,
+        BLOCK_E=block_e,
+        PDL=pdl,
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    _vocabulary_merge_kernel[(R,)](
+        best,
+        sums,
+        token_ids,
+        out.values,
+        out.ids,
+        out.logsumexp,
+        out.values.stride(0),
+        out.ids.stride(0),
+        TOP_K=top_k,
+        TILES=tiles,
+        BLOCK=BLOCK_MERGE,
+        PDL=pdl,
+        num_warps=4,
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    return out
+
+
+def crossover_rows(
+    V: int,
+    E: int,
+    *,
+    bandwidth: float,
+    flops: float,
+    overhead: float = 0.0,
+    itemsize: int = 2,
+) -> float:
+    """Rows from which two reads of vocabulary [V, E] cost less than one; see the header.
+
+    `bandwidth` in bytes and `flops` in operations a second, both as attained; `overhead` in
+    seconds, what a second pass costs beside its read; itemsize in bytes a weight.
+    """
+    return flops * (itemsize / bandwidth + overhead / (2 * V * E))
+
+
+def project_window(
+    normed: Tensor,
+    vocabulary: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    accept: Callable[[Tensor], Tensor],
+    *,
+    crossover: float,
+    top_k: int = 1,
+    with_logits: bool = False,
+    pdl: bool = False,
+) -> tuple[Projection, Projection]:
+    """Project a window: normed [B, T, E] -> the LM head's B * T rows, and the heads' B * H rows, each
+    sequence's at one row of its window.
+
+    accept(ids [B, T]) -> [B] int64 says at which, from what the LM head found likeliest. One read of
+    the vocabulary for all heads at all rows, or, for more rows than `crossover` (see
+    `crossover_rows`), one for the LM head and one for the heads where they are wanted. w and bias:
+    see `medusa_blocks`.
+    """
+    (B, T, E), H = normed.shape, w.shape[0]
+    R = B * T
+    rows = normed.reshape(R, E)
+    begins = torch.arange(B, device=normed.device) * T
+    logits_rows = R if with_logits else 0
+    if R * (1 + H) <= crossover:
+        hidden = medusa_blocks(rows, w, bias, pdl=pdl).transpose(0, 1).reshape(-1, E)
+        both = multi_head_projection(
+            hidden, vocabulary, top_k=top_k, logits_rows=logits_rows, pdl=pdl
+        )
+        at = begins + accept(both.ids[:R, 0].view(B, T))
+        at = (at[:, None] + R * torch.arange(1, 1 + H, device=at.device)).view(-1)
+        kept = (both.values, both.ids, both.logsumexp)
+        first = Projection(*(t[:R] for t in kept), None, both.logits)
+        return first, Projection(*(t[at] for t in kept), None, None)
+    first = multi_head_projection(rows, vocabulary, top_k=top_k, logits_rows=logits_rows, pdl=pdl)
+    at = begins + accept(first.ids[:, 0].view(B, T))
+    hidden = medusa_blocks(rows[at], w, bias, pdl=pdl)[:, 1:].reshape(-1, E)
+    return first, multi_head_projection(hidden, vocabulary, top_k=top_k, pdl=pdl)

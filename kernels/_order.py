@@ -1,0 +1,46 @@
+"""One order for logits, and one order for sums: neither depends on a tile's shape or its layout."""
+
+from __future__ import annotations
+
+from ._launch import device, tl
+
+# Below and above the rank of every value.
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+if tl is not None:
+    LOWEST, HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
+
+
+@device
+def rank(value, column):
+    """value [...] float, column [...] below 2^31 -> int64, larger for the larger value and, between
+    equal ones, for the lower column. NaN is larger than every number, as in torch.max.
+    """
+    value = value.to(tl.float32)
+    bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where(value == 0, 0, tl.where(value != value, 0x7FC00000, bits))
+    # Negative floats ascend as their other 31 bits descend.
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+
+
+@device
+def ranked_value(ranks):
+    key = (ranks >> 32).to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@device
+def ranked_column(ranks):
+    return 0x7FFFFFFF - (ranks & 0x7FFFFFFF)
+
+
+@device
+def sum_pairs(x):
+    """Sum x [rows, n] over n, a power of two, neighbours first, then neighbouring sums, -> [rows].
+
+    tl.sum would go by how the tile happens to be spread over threads.
+    """
+    if x.shape[1] == 1:
+        return tl.reshape(x, [x.shape[0]])
+    left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return sum_pairs(left + right)

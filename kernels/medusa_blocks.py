@@ -1,0 +1,152 @@
+"""Residual blocks of parallel heads: h_i = h + silu(h w_i^T + b_i), all heads in one launch per depth.
+
+Medusa, Cai et al. 2024, section 2.1. Their logits are `multi_head_projection`'s.
+
+Bytes moved: H * E * E weights of a depth once for 256 rows; R * E of x read by each of H * E /
+BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._launch import (
+    ceil_div,
+    check_shape,
+    column_tile,
+    depth_tile,
+    device,
+    jit,
+    prefetch_l2,
+    row_tier,
+    tl,
+    wait_for_producer,
+)
+from ._tiles import multiply_rows
+
+
+@jit("ROWS", "TAIL", "HEADS", "E")
+def _medusa_blocks_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    R,
+    stride_xr,
+    stride_xh,
+    stride_wh,
+    stride_wn,
+    stride_bh,
+    stride_or,
+    stride_oh,
+    HEADS: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    h = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_ptr += h * stride_wh
+    if PDL:
+        prefetch_l2(w_ptr, n, stride_wn, E, E)
+        wait_for_producer()
+    x_ptr += h * stride_xh
+    out_ptr += h * stride_oh
+    bias = tl.load(bias_ptr + h * stride_bh + n, mask=n < E, other=0.0).to(tl.float32)
+    r = tl.program_id(2) * (ROWS + TAIL) + tl.arange(0, ROWS)
+    tail_r = tl.program_id(2) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
+    acc, tail_acc, _, _ = multiply_rows(
+        w_ptr + n.to(tl.int64) * stride_wn,
+        n < E,
+        x_ptr,
+        stride_xr,
+        r,
+        tail_r,
+        R,
+        None,
+        K=E,
+        NORM=False,
+        ROWS=ROWS,
+        TAIL=TAIL,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
+    _store_block(acc, bias, r, n, x_ptr, out_ptr, R, E, stride_xr, stride_or)
+    if TAIL > 0:
+        _store_block(tail_acc, bias, tail_r, n, x_ptr, out_ptr, R, E, stride_xr, stride_or)
+
+
+@device
+def _store_block(acc, bias, r, n, x_ptr, out_ptr, R, E, stride_xr, stride_or):
+    """Finish acc [BLOCK_N, rows] and store x + silu(acc + bias) as rows r, columns n."""
+    mask = (n < E)[:, None] & (r < R)[None, :]
+    wide_r = r.to(tl.int64)
+    x = tl.load(x_ptr + (wide_r * stride_xr)[None, :] + n[:, None], mask=mask, other=0.0)
+    gate = acc + bias[:, None]
+    y = x.to(tl.float32) + gate / (1 + tl.exp(-gate))
+    ptrs = out_ptr + (wide_r * stride_or)[None, :] + n[:, None]
+    tl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def medusa_blocks(
+    normed: Tensor, w: Tensor, bias: Tensor, *, out: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
+    [R, 1 + H, E], the LM head's rows, which are `normed`, first.
+
+    The result is a view of memory [1 + H, R, E], so that transposed and flattened it lists the LM
+    head's rows and then each head's without a copy. `out` has any strides but the last; normed may
+    be out[:, 0], and is copied there if it is not. `pdl`: see `linear`.
+    """
+    (R, E), (H, depth) = normed.shape, w.shape[:2]
+    check_shape("normed", normed, "[R, E]", R, E)
+    check_shape("w", w, "[H, depth, E, E]", H, depth, E, E)
+    check_shape("bias", bias, "[H, depth, E]", H, depth, E)
+    out = normed.new_empty(1 + H, R, E).transpose(0, 1) if out is None else out
+    check_shape("out", out, "[R, 1 + H, E]", R, 1 + H, E)
+    if out.data_ptr() != normed.data_ptr() or out.stride(0) != normed.stride(0):
+        out[:, 0].copy_(normed)
+    if R == 0 or H == 0:
+        return out
+    heads = out[:, 1:]
+    if depth == 0:
+        heads.copy_(normed[:, None].expand_as(heads))
+        return out
+    # A block reads all of a row and writes a part of it, so neighbours in a stack change places.
+    other = torch.empty_like(heads) if depth > 1 else heads
+    rows, tail = row_tier(R)
+    block_n, (block_k, stages) = column_tile(H * E), depth_tile(rows + tail)
+    x, stride_xh = normed, 0
+    for d in range(depth):
+        y = heads if (depth - d) % 2 else other
+        _medusa_blocks_kernel[(ceil_div(E, block_n), H, ceil_div(R, rows + tail))](
+            x,
+            w[:, d],
+            bias[:, d],
+            y,
+            R,
+            x.stride(0),
+            stride_xh,
+            w.stride(0),
+            w.stride(2),
+            bias.stride(0),
+            y.stride(0),
+            y.stride(1),
+            HEADS=H,
+            E=E,
+            ROWS=rows,
+            TAIL=tail,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            PDL=pdl,
+            num_warps=4,
+            num_stages=stages,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+        x, stride_xh = y, y.stride(1)
+    return out
