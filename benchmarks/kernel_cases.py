@@ -12,16 +12,22 @@ import torch
 import torch.nn.functional as F
 from checkout import ROOT  # noqa: F401
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from mtpkern.cache import rotary_tables
 from mtpkern.kernels.gate_up_silu import gate_up_silu
 from mtpkern.kernels.linear import linear
+from mtpkern.kernels.medusa_blocks import medusa_blocks
+from mtpkern.kernels.multi_head_projection import BLOCK_V, Projection, multi_head_projection
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm
+from mtpkern.kernels.verify_attention import SPLIT, verify_attention, workspace_size
 
 DTYPE = torch.bfloat16
 EPS = 1e-5
 PAGE_SIZE = 64
+CONTEXTS = (1024, 8192, 32768)  # keys of a sequence, those of the window included
+K = 4  # parallel heads
 
 
 class Model(NamedTuple):
@@ -48,10 +54,11 @@ STEPS = ((1, 1), (1, 5), (8, 5), (32, 5))
 
 
 class Call(NamedTuple):
-    """One set of inputs, ready to run. All four return the same tensors, or tuples of them.
+    """One set of inputs, ready to run. The first three return the same tensors, or tuples of them.
 
-    `truth` computes in float32 or wider, `in_dtype` as torch does in the inputs' dtype, whose
-    error sets the tolerance. `baseline` is what the kernel is timed against.
+    `truth` computes in float64, and may look at what the launch before it left; `in_dtype` as torch
+    does in the inputs' dtype, whose error sets the tolerance. `baseline` is timed against the
+    kernel.
     """
 
     launch: Callable[[bool], object]  # takes pdl
@@ -190,9 +197,135 @@ def qkv_rope_cache_cases(model: Model, B: int, T: int) -> Iterator[Case]:
     yield Case("qkv", f"R={R} Hq={Hq} Hk={Hk} D={D} E={E}", moved, inputs)
 
 
+def verify_attention_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """A chain of T rows a sequence behind full contexts, pages in random order."""
+    Hq, Hk, D = model.Hq, model.Hk, model.D
+    for keys in CONTEXTS[: None if B <= 8 else 2]:
+        pages = keys // PAGE_SIZE
+
+        def inputs(device: str, keys: int = keys, pages: int = pages) -> Call:
+            q, out = normal(device, B, T, Hq, D), normal(device, B, T, Hq, D)
+            k_pages, v_pages = (normal(device, B * pages, PAGE_SIZE, Hk, D) for _ in range(2))
+            table = torch.randperm(B * pages, device=device, dtype=torch.int32).view(B, pages)
+            lengths = torch.full((B,), keys - T, device=device)
+            size = workspace_size(B, T, Hq, D, pages, PAGE_SIZE)
+            workspace = torch.empty(size, device=device)
+            given = (q, k_pages, v_pages, table, lengths)
+            dense = [t[table.view(-1)].view(B, keys, Hk, D) for t in (k_pages, v_pages)]
+            mask = causal_lower_right(T, keys) if T > 1 else None
+
+            def truth() -> Tensor:
+                rows = torch.arange(T, device=device)[:, None] + keys - T
+                unseen = torch.arange(keys, device=device) > rows
+                exact = []
+                for row, k, v in zip(q, *dense, strict=True):
+                    grouped = row.double().view(T, Hk, -1, D)
+                    scores = torch.einsum("thgd,nhd->hgtn", grouped, k.double()) * D**-0.5
+                    p = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+                    exact.append(torch.einsum("hgtn,nhd->thgd", p, v.double()).reshape(T, Hq, D))
+                return torch.stack(exact)
+
+            def in_dtype() -> Tensor:
+                heads_first = (t.transpose(1, 2) for t in (q, *dense))
+                y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+                return y.transpose(1, 2)
+
+            return Call(
+                lambda pdl: verify_attention(*given, workspace=workspace, out=out, pdl=pdl),
+                truth,
+                in_dtype,
+                in_dtype,
+            )
+
+        moved = DTYPE.itemsize * (2 * B * keys * Hk * D + 2 * B * T * Hq * D)
+        moved += 2 * 4 * (D + 2) * B * T * Hq * -(-keys // SPLIT) + 4 * B * pages + 8 * B
+        yield Case(f"{keys} keys", f"B={B} T={T} Hq={Hq} Hk={Hk} D={D}", moved, inputs)
+
+
+def medusa_blocks_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """One residual block for each of K parallel heads."""
+    R, E = B * T, model.E
+
+    def inputs(device: str) -> Call:
+        w, bias = normal(device, K, 1, E, E, scale=E**-0.5), normal(device, K, 1, E)
+        out = normal(device, 1 + K, R, E).transpose(0, 1)
+        x = out[:, 0]  # where the norm before it left them
+
+        def blocks(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+            heads = [x + F.silu(F.linear(x, w[i, 0], bias[i, 0])) for i in range(K)]
+            return torch.stack([x, *heads], 1)
+
+        in_dtype = partial(blocks, x, w, bias)
+        return Call(
+            lambda pdl: medusa_blocks(x, w, bias, out=out, pdl=pdl),
+            lambda: blocks(x.double(), w.double(), bias.double()),
+            in_dtype,
+            in_dtype,
+        )
+
+    moved = DTYPE.itemsize * (K * E * E + K * E + R * E + R * K * E)
+    yield Case("K heads", f"R={R} H={K} E={E}", moved, inputs)
+
+
+def multi_head_projection_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """The LM head alone, with all K heads, and with what sampling needs."""
+    E, V = model.E, model.V
+    tiles = -(-V // BLOCK_V)
+    # Name, rows, top_k, and whether logits are wanted: one of given ids, and the whole rows.
+    for name, R, top_k, wanted in (
+        ("LM head", B * T, 1, False),
+        ("all heads", B * T * (1 + K), 4, False),
+        ("LM head, logits", B * T, 4, True),
+    ):
+
+        def inputs(device: str, R: int = R, top_k: int = top_k, wanted: bool = wanted) -> Call:
+            x, w = normal(device, R, E), normal(device, V, E, scale=E**-0.5)
+            given = torch.randint(V, (R, 1), device=device) if wanted else None
+            out = Projection(
+                torch.empty(R, top_k, device=device),
+                torch.empty(R, top_k, device=device, dtype=torch.int64),
+                torch.empty(R, device=device),
+                torch.empty(R, 1, device=device) if wanted else None,
+                torch.empty(R, V, device=device) if wanted else None,
+            )
+
+            def launch(pdl: bool) -> tuple[Tensor, ...]:
+                logits_rows = R if wanted else 0
+                options = dict(top_k=top_k, given=given, logits_rows=logits_rows, out=out, pdl=pdl)
+                kept = multi_head_projection(x, w, **options)
+                values, _, total, scores, logits = kept
+                return (values, values, total, *((scores, logits) if wanted else ()))
+
+            def kept(logits: Tensor) -> tuple[Tensor, ...]:
+                """The largest logits twice: as they are, and as those of the ids found."""
+                found = logits.gather(1, out.ids.clamp(0, V - 1))
+                largest, total = logits.topk(top_k).values, logits.logsumexp(1)
+                if given is None:
+                    return largest, found, total
+                return largest, found, total, logits.gather(1, given), logits
+
+            def baseline() -> tuple[Tensor, ...]:
+                logits = F.linear(x, w).float()
+                return (*logits.topk(top_k), logits.logsumexp(1))
+
+            return Call(
+                launch,
+                lambda: kept(F.linear(x.double(), w.double())),
+                lambda: kept(F.linear(x, w).float()),
+                baseline,
+            )
+
+        moved = DTYPE.itemsize * (V * E + R * E) + 2 * tiles * R * (8 * top_k + 4)
+        moved += R * (12 * top_k + 4) + (R * (8 + 4) + 4 * R * V if wanted else 0)
+        yield Case(name, f"R={R} V={V} E={E} top_k={top_k}", moved, inputs)
+
+
 OPS: dict[str, Callable[[Model, int, int], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
     "qkv_rope_cache": qkv_rope_cache_cases,
     "linear": linear_cases,
     "gate_up_silu": gate_up_silu_cases,
+    "verify_attention": verify_attention_cases,
+    "medusa_blocks": medusa_blocks_cases,
+    "multi_head_projection": multi_head_projection_cases,
 }

@@ -104,7 +104,9 @@ FAULTS = [
         "linear",
         "the tail reads the weights a second time",
         "            tail_acc = tl.dot(w, x,",
-        "            w = tl.load(w_ptrs[:, None] + k[None, :], mask=in_n[:, None] & in_k[None, :], other=0.0)\n            tail_acc = tl.dot(w, x,",
+        "            in_w = in_n[:, None] & in_k[None, :]\n"
+        "            w = tl.load(w_ptrs[:, None] + k[None, :], mask=in_w, other=0.0)\n"
+        "            tail_acc = tl.dot(w, x,",
         "_tiles",
     ),
     Fault(
@@ -141,7 +143,7 @@ FAULTS = [
         "gate_up_silu",
         "the tail's rows are normalised by the main rows' squares",
         "tail_acc, tail_squares / E + eps",
-        "tail_acc, tl.max(squares) / E + eps",
+        "tail_acc, (0 * tail_squares + tl.max(squares)) / E + eps",
     ),
     Fault(
         "gate_up_silu",
@@ -152,9 +154,9 @@ FAULTS = [
     ),
     Fault(
         "gate_up_silu",
-        "only the leading half of a square is added",
-        "    return tl.dot(ones, (square - high.to(tl.float32)).to(tl.bfloat16), squares)",
-        "    return squares",
+        "a row's mean square is of the last columns only",
+        "            squares = add_squares(squares, x)\n            x = (x",
+        "            squares = add_squares(tl.zeros_like(squares), x)\n            x = (x",
         "_tiles",
     ),
     Fault(

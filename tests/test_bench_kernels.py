@@ -30,6 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(bench_kernels, "milliseconds", two)
     monkeypatch.setattr(bench_kernels, "PROBE_BYTES", 2**18)
     monkeypatch.setattr(bench_kernels, "MAX_SETS", 2)
+    monkeypatch.setattr(kernel_cases, "CONTEXTS", (512,))
     monkeypatch.setitem(bench_kernels.MODELS, "tiny", kernel_cases.Model(**TINY))
     monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", kernel_cases.Model(**TINY, qk_norm=True))
     yield bench_kernels
