@@ -58,7 +58,7 @@ CEILINGS = {
     "gate_up_silu": Ceiling(registers=168, multiplies=True),
     "verify_attention": Ceiling(registers=200, multiplies=True),
     "merge_splits": Ceiling(registers=64, wide=False),
-    "medusa_blocks": Ceiling(registers=168, multiplies=True),
+    "medusa_blocks": Ceiling(registers=208, multiplies=True),
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
     "vocabulary_merge": Ceiling(registers=64),
 }

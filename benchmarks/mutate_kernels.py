@@ -148,8 +148,10 @@ FAULTS = [
     Fault(
         "gate_up_silu",
         "the tail's squares are of the rows after the gain",
-        "                tail_squares = add_squares(tail_squares, x)\n                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)",
-        "                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)\n                tail_squares = add_squares(tail_squares, x)",
+        "                tail_squares = add_squares(tail_squares, x)\n"
+        "                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)",
+        "                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)\n"
+        "                tail_squares = add_squares(tail_squares, x)",
         "_tiles",
     ),
     Fault(

@@ -120,13 +120,12 @@ def make_launch(R: int, Hq: int, Hk: int, D: int, E: int, dtype: torch.dtype, gp
     slots[R // 2 : R // 2 + 1] = -1
     cos, sin = rotary_tables(1 / 100.0 ** (torch.arange(0, D, 2) / D), 1.5, 97)
     nan = torch.full((pages + 1, page_size, Hk, D + 3), float("nan"), dtype=dtype, device=gpu)
-    # V lies as vLLM and FlashInfer may have it: heads before slots.
-    head_first = (
-        nan[1:].transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-    )
+    # V lies as vLLM and FlashInfer may have it, heads before slots, and its pages further apart.
+    apart = torch.full((pages, Hk, page_size + 1, D + 3), float("nan"), dtype=dtype, device=gpu)
+    v_pages = apart[:, :, :page_size, 3:].transpose(1, 2)
     positions = torch.randint(0, 97, (R,))
     inputs = [t.to(dtype) for t in tensors]
-    return Launch(*inputs, slots, positions, cos, sin, nan[1:, :, :, :D], head_first[..., 3:])
+    return Launch(*inputs, slots, positions, cos, sin, nan[1:, :, :, :D], v_pages)
 
 
 # R, Hq, Hk, D, E: empty, one row, heads that tiles cut, one past a tier, a tail.
