@@ -42,5 +42,6 @@ def sum_pairs(x):
     """
     if x.shape[1] == 1:
         return tl.reshape(x, [x.shape[0]])
-    left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    return sum_pairs(left + right)
+    else:
+        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        return sum_pairs(left + right)
