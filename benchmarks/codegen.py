@@ -64,6 +64,10 @@ CEILINGS = {
 }
 
 
+# A symbol, what it does, and the GPU.
+Offence = tuple[str, str, str]
+
+
 class Compiled(NamedTuple):
     """One kernel as one launch on one GPU would have it."""
 
@@ -98,14 +102,14 @@ def main(argv: list[str] | None = None) -> int:
         jobs = [pool.submit(compile_target, target, models, ops) for target in args.target]
         results = [job.result() for job in jobs]
     compiled = [kernel for kernels, _ in results for kernel in kernels]
-    found = [line for _, failures in results for line in failures]
-    found += [line for kernel in compiled for line in offences(kernel)]
-    found += two_binaries(compiled)
-    found += [f"{name}: no line in CEILINGS" for name in kernels() - CEILINGS.keys()]
+    wrong = [line for _, failures in results for line in failures]
+    wrong += [line for kernel in compiled for line in offences(kernel)]
+    wrong += two_binaries(compiled)
+    wrong += [(name, "has no line in CEILINGS", "") for name in kernels() - CEILINGS.keys()]
     if not (args.model or args.op):
         launched = {kernel.kernel for kernel in compiled}
-        found += [f"{name}: no case launches it" for name in kernels() - launched]
-    found = sorted(set(found))
+        wrong += [(name, "is launched by no case", "") for name in kernels() - launched]
+    found = together(wrong)
     text = table(compiled)
     if args.write_table:
         TABLE.parent.mkdir(exist_ok=True)
@@ -127,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compile_target(
     target: str, models: list[str], ops: list[str]
-) -> tuple[list[Compiled], list[str]]:
+) -> tuple[list[Compiled], list[Offence]]:
     """Compile what every case launches for one GPU; the second list says what does not compile."""
     arch = int(target.removeprefix("sm_"))
     triton.runtime.driver.set_active(Device(arch))
@@ -141,8 +145,8 @@ def compile_target(
                         try:
                             case.inputs("meta").launch(arch >= 90)
                         except (TritonError, RuntimeError) as error:
-                            label = f"{op} {target} ({model}, {case.name}, {B * T} rows)"
-                            failures.append(f"{label}: does not compile: {first_cause(error)}")
+                            what = f"does not compile: {first_cause(error)}"
+                            failures.append((f"{op} ({case.name}, {B * T} rows)", what, target))
                     for kernel, binary in launched:
                         if binary.hash not in measured:
                             measured[binary.hash] = measure(binary)
@@ -202,24 +206,27 @@ def op_name(function: str) -> str:
 
 def measure(binary: Any) -> dict[str, Any]:
     """What one compiled kernel uses, read off its machine code and its PTX."""
-    ptx = binary.asm["ptx"]
-    # An asynchronous copy names its bytes behind its addresses; a load its lanes and their width.
-    copies = [
-        int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
-    ]
-    loads = [
-        int(lanes or 1) * int(bits) // 8
-        for lanes, bits in re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    ]
-    mma = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*?(\.m\d+n\d+k\d+|[\s;])", ptx)
-    kinds = ["".join(kind).strip(" \t\n;") for kind in mma]
     return {
         "symbol": binary.metadata.name,
         "binary": binary.hash,
-        **resources(binary.asm["cubin"]),
         "shared": binary.metadata.shared,
-        "wide": sum(size >= 16 for size in copies + loads),
-        "narrow": 100 * sum(size for size in copies if size < 16) // max(1, sum(copies)),
+        **resources(binary.asm["cubin"]),
+        **instructions(binary.asm["ptx"]),
+    }
+
+
+def instructions(ptx: str) -> dict[str, Any]:
+    """How wide the loads of a kernel are, and what it multiplies with."""
+    # An asynchronous copy names its bytes behind its addresses; a load its lanes and their width.
+    copies = re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
+    copied = [int(size, 0) for size in copies]
+    loads = re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    loaded = [int(lanes or 1) * int(bits) // 8 for lanes, bits in loads]
+    mma = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*?(\.m\d+n\d+k\d+|[\s;])", ptx)
+    kinds = ["".join(kind).strip(" \t\n;") for kind in mma]
+    return {
+        "wide": sum(size >= 16 for size in copied + loaded),
+        "narrow": 100 * sum(size for size in copied if size < 16) // max(1, sum(copied)),
         "mma": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
     }
 
@@ -238,7 +245,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def offences(kernel: Compiled) -> list[str]:
+def offences(kernel: Compiled) -> list[Offence]:
     """Say what a kernel does that it must not.
 
     A tensor-core instruction of another kind would round differently, and Triton chooses among
@@ -249,32 +256,42 @@ def offences(kernel: Compiled) -> list[str]:
     ceiling = CEILINGS.get(kernel.kernel, Ceiling(255))
     wrong = []
     if kernel.stack:
-        wrong.append(f"spills: {kernel.stack} bytes of stack a thread")
+        wrong.append(f"spills {kernel.stack} bytes a thread")
     if kernel.registers > ceiling.registers:
-        wrong.append(f"{kernel.registers} registers, at most {ceiling.registers}")
+        wrong.append(f"takes {kernel.registers} registers, at most {ceiling.registers}")
     if kernel.shared > MAX_SHARED:
-        wrong.append(f"{kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
+        wrong.append(f"takes {kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
     if ceiling.wide and not kernel.wide:
-        wrong.append("no 16-byte load")
+        wrong.append("loads nothing 16 bytes at a time")
     if ceiling.wide and kernel.narrow > MAX_NARROW:
-        wrong.append(f"{kernel.narrow} % of what is copied comes in less than 16 bytes a time")
+        wrong.append(f"copies {kernel.narrow} % in less than 16 bytes at a time")
     if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
         wrong.append(f"multiplies with {', '.join(kernel.mma) or 'nothing'}")
-    return [f"{kernel.symbol} {kernel.target} ({kernel.model}): {what}" for what in wrong]
+    return [(kernel.symbol, what, kernel.target) for what in wrong]
 
 
-def two_binaries(compiled: list[Compiled]) -> list[str]:
+def two_binaries(compiled: list[Compiled]) -> list[Offence]:
     """A symbol must be one binary at every row count, else a step compiles, and may round, anew."""
     binaries: dict[tuple[str, ...], dict[str, int]] = {}
     for k in compiled:
-        seen = binaries.setdefault((k.target, k.model, k.op, k.case, k.symbol), {})
+        seen = binaries.setdefault((k.symbol, k.target, k.model, k.case), {})
         seen.setdefault(k.binary, k.rows)
     return [
-        f"{symbol} {target} ({model}, {case}): a binary of its own for each of "
-        f"{', '.join(map(str, seen.values()))} rows"
-        for (target, model, _, case, symbol), seen in binaries.items()
+        (symbol, f"is {len(seen)} binaries, at {', '.join(map(str, seen.values()))} rows", target)
+        for (symbol, target, _, _), seen in binaries.items()
         if len(seen) > 1
     ]
+
+
+def together(wrong: list[Offence]) -> list[str]:
+    """A line for each offence of a symbol, whatever the GPUs that show it."""
+    targets: dict[tuple[str, str], dict[str, None]] = {}
+    for symbol, what, target in wrong:
+        targets.setdefault((symbol, what), {})[target] = None
+    lines = [(symbol, what, " ".join(where)) for (symbol, what), where in targets.items()]
+    return sorted(
+        f"{symbol} {what}" + (f" ({where})" if where else "") for symbol, what, where in lines
+    )
 
 
 def kernels() -> set[str]:

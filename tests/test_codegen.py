@@ -1,0 +1,74 @@
+"""codegen: what it reads off PTX, and which kernels it refuses. Its matrix is a step of CI."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+PTX = """
+    @%p1 ld.global.L1::evict_first.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ], %rd2;
+    ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+    cp.async.cg.shared.global [ %r18 + 0 ], [ %rd3 + 0 ], 0x10, %r19;
+    cp.async.ca.shared.global.L2::cache_hint [ %r18 + 0 ], [ %rd3 + 0 ], 0x8, %r19, %rd9;
+    cp.async.commit_group;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 };
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 { %f1 };
+    tcgen05.mma.cta_group::1.kind::f16 [ %r1 ], %rd1;
+"""
+
+
+@pytest.fixture
+def codegen(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import codegen
+
+    return codegen
+
+
+def test_loads_copies_and_multiplications_are_counted(codegen: Any) -> None:
+    assert codegen.instructions(PTX) == {
+        "wide": 2,
+        "narrow": 33,
+        "mma": {"mma.sync.m16n8k16": 1, "tcgen05.mma": 1, "wgmma.mma_async.m64n16k16": 1},
+    }
+
+
+def sound(codegen: Any) -> Any:
+    label = ("sm_90", "tiny", "linear", "down", 5, "linear", "mtpkern_linear_16", "f00")
+    return codegen.Compiled(*label, 64, 0, 65536, 8, 0, {"mma.sync.m16n8k16": 8})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, []),
+        ({"stack": 8}, ["spills 8 bytes a thread"]),
+        ({"registers": 250}, ["takes 250 registers, at most 168"]),
+        ({"shared": 102401}, ["takes 102401 bytes of shared memory, at most 102400"]),
+        ({"wide": 0}, ["loads nothing 16 bytes at a time"]),
+        ({"narrow": 50}, ["copies 50 % in less than 16 bytes at a time"]),
+        ({"mma": {}}, ["multiplies with nothing"]),
+        (
+            {"mma": {"mma.sync.m16n8k16": 8, "wgmma.mma_async.m64n16k16": 1}},
+            ["multiplies with mma.sync.m16n8k16, wgmma.mma_async.m64n16k16"],
+        ),
+    ],
+)
+def test_an_offence_is_named(codegen: Any, changed: dict[str, Any], said: list[str]) -> None:
+    found = codegen.offences(sound(codegen)._replace(**changed))
+    assert found == [("mtpkern_linear_16", what, "sm_90") for what in said]
+
+
+def test_row_counts_of_one_symbol_must_share_a_binary(codegen: Any) -> None:
+    five = sound(codegen)
+    assert codegen.two_binaries([five, five._replace(rows=1)]) == []
+    assert codegen.two_binaries([five, five._replace(rows=1, binary="f01")]) == [
+        ("mtpkern_linear_16", "is 2 binaries, at 5, 1 rows", "sm_90")
+    ]
+
+
+def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
+    assert codegen.kernels() == codegen.CEILINGS.keys()
