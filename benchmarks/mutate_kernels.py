@@ -253,9 +253,9 @@ FAULTS = [
     ),
     Fault(
         "verify_attention",
-        "a split ends one key early",
-        "end_of_split = tl.minimum((split + 1) * SPLIT, end)",
-        "end_of_split = tl.minimum((split + 1) * SPLIT - 1, end)",
+        "a split begins one key late",
+        "begin = tl.maximum(split * SPLIT, first",
+        "begin = tl.maximum(split * SPLIT + 1, first",
     ),
     Fault(
         "verify_attention",
