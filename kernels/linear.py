@@ -1,17 +1,34 @@
 """Skinny matmul: y = x @ w^T + b (+ residual), for the few rows of a decode step.
 
-Bytes moved: N * K weights once; R rows of K read and N written, which is little.
+Bytes moved: N * K weights once for 256 rows; R * K of x read by each of N / BLOCK_N blocks, mostly
+from L2; R * N of y written, and of the residual read.
 
 A row's bits must not depend on how many rows share the launch. Matmul libraries choose their
 blocking by the row count, so `pack_ref` asks this machine's library, once per weight shape, for
 which row counts a row keeps its bits; `linear_ref` pads or splits the rows to stay among those.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._launch import (
+    ceil_div,
+    check_shape,
+    column_tile,
+    depth_tile,
+    device,
+    jit,
+    prefetch_l2,
+    row_tier,
+    tl,
+    wait_for_producer,
+)
+from ._tiles import multiply_rows
 
 # Row counts that a probe tries; other counts are padded up to the next one. Each costs a library
 # some megabytes of generated code per shape, so they are few.
@@ -115,3 +132,122 @@ def _stable_rows(w: PackedWeight) -> tuple[int, ...]:
 
 
 _PROBED_ELEMENTS = 2**19
+
+
+@jit("ROWS", "TAIL", "N", "K")
+def _linear_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    R,
+    stride_xr,
+    stride_wn,
+    stride_rr,
+    stride_or,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PDL:
+        prefetch_l2(w_ptr, n, stride_wn, N, K)
+        wait_for_producer()
+    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
+    tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
+    acc, tail_acc, _, _ = multiply_rows(
+        w_ptr + n.to(tl.int64) * stride_wn,
+        n < N,
+        x_ptr,
+        stride_xr,
+        r,
+        tail_r,
+        R,
+        None,
+        K=K,
+        NORM=False,
+        ROWS=ROWS,
+        TAIL=TAIL,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
+    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0) if HAS_BIAS else None
+    residual = residual_ptr if HAS_RESIDUAL else None
+    _store_rows(acc, r, n, bias, residual, out_ptr, R, N, stride_rr, stride_or)
+    if TAIL > 0:
+        _store_rows(tail_acc, tail_r, n, bias, residual, out_ptr, R, N, stride_rr, stride_or)
+
+
+@device
+def _store_rows(acc, r, n, bias, residual_ptr, out_ptr, R, N, stride_rr, stride_or):
+    """Finish acc [BLOCK_N, rows] and store it as rows r, columns n."""
+    in_out = (n < N)[:, None] & (r < R)[None, :]
+    if bias is not None:
+        acc += bias.to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        ptrs = residual_ptr + r.to(tl.int64)[None, :] * stride_rr + n[:, None]
+        acc += tl.load(ptrs, mask=in_out, other=0.0).to(tl.float32)
+    ptrs = out_ptr + r.to(tl.int64)[None, :] * stride_or + n[:, None]
+    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Multiply rows: x [R, K], w [N, K], bias [N] or None, residual [R, N] or None -> [R, N].
+
+    bfloat16, float16 or float32, all alike; float32 sums. `out` may be `residual`. `pdl` makes it a
+    programmatic dependent launch (sm_90 and newer), for kernels that all wait for their producers.
+    """
+    (R, K), N = x.shape, w.shape[0]
+    check_shape("w", w, "[N, K]", N, K)
+    check_shape("x", x, "[R, K]", R, K)
+    out = x.new_empty(R, N) if out is None else out
+    check_shape("out", out, "[R, N]", R, N)
+    if bias is not None:
+        check_shape("bias", bias, "[N]", N)
+    if residual is not None:
+        check_shape("residual", residual, "[R, N]", R, N)
+    if R == 0:
+        return out
+    rows, tail = row_tier(R)
+    block_n, (block_k, stages) = column_tile(N), depth_tile(rows + tail)
+    _linear_kernel[(ceil_div(N, block_n), ceil_div(R, rows + tail))](
+        x,
+        w,
+        bias,
+        residual,
+        out,
+        R,
+        x.stride(0),
+        w.stride(0),
+        residual.stride(0) if residual is not None else 0,
+        out.stride(0),
+        N=N,
+        K=K,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=rows,
+        TAIL=tail,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        PDL=pdl,
+        num_warps=4,
+        num_stages=stages,
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    return out

@@ -2,12 +2,29 @@
 
     [q k v] = rms_norm(x) w^T + b;  q, k rotated by position (Su et al. 2021);  cache[slot] = k, v
 
-Bytes moved: (Hq + 2 Hk) * D * E weights once; R rows of E read, R rows of q, k and v written.
+Bytes moved: (Hq + 2 Hk) * D * E weights once for 256 rows; R * E of x read by each block, mostly
+from L2; R rows of q, k and v written. With norms of q and k those are read and written once more.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ._launch import (
+    ceil_div,
+    check_shape,
+    column_tile,
+    depth_tile,
+    device,
+    jit,
+    power_of_two,
+    prefetch_l2,
+    row_tier,
+    tl,
+    wait_for_producer,
+)
+from ._tiles import multiply_rows, split_pairs
 from .linear import PackedWeight, linear_ref
 from .rms_norm import rms_norm_ref
 from .step_plan import StepPlan
@@ -39,3 +56,279 @@ def qkv_rope_cache_ref(
         0, plan.slots, qkv[:, :, -heads:].reshape(-1, heads, head_dim)
     )
     return rotated[:, :, :-heads]
+
+
+@jit("ROWS", "TAIL", "HEADS", "KV_HEADS", "D", "E")
+def _qkv_rope_cache_kernel(
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    bias_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    R,
+    eps,
+    page_size,
+    stride_xr,
+    stride_wn,
+    stride_qr,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # A tile of pairs that rotation mixes, dimensions i and i + D/2 of a head, their weights' rows
+    # one behind the other: so a tile may be narrower than a head.
+    N: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    i = tl.arange(0, BLOCK_N)
+    pair = tl.program_id(0) * (BLOCK_N // 2) + i // 2
+    in_n = pair < N // 2
+    n = pair // (D // 2) * D + pair % (D // 2) + i % 2 * (D // 2)
+    if PDL:
+        prefetch_l2(w_ptr, tl.where(in_n, n, 0), stride_wn, N, E)
+        wait_for_producer()
+    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
+    tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
+    acc, tail_acc, squares, tail_squares = multiply_rows(
+        w_ptr + n.to(tl.int64) * stride_wn,
+        in_n,
+        x_ptr,
+        stride_xr,
+        r,
+        tail_r,
+        R,
+        norm_ptr,
+        K=E,
+        NORM=True,
+        ROWS=ROWS,
+        TAIL=TAIL,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)
+    for part in tl.static_range(2 if TAIL > 0 else 1):
+        if part == 1:
+            acc, squares, r = tail_acc, tail_squares, tail_r
+        low, high = split_pairs(acc * tl.rsqrt(squares / E + eps)[None, :] + bias[:, None])
+        pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        head, d = pairs // (D // 2), pairs % (D // 2)
+        if ROTATE:
+            low, high = _rotate(
+                low, high, r, d, r < R, head < HEADS + KV_HEADS, positions_ptr, cos_ptr, sin_ptr, D
+            )
+        slot = tl.load(slots_ptr + r, mask=r < R, other=-1)
+        page, offset = slot // page_size, slot % page_size
+        in_q = (r < R)[:, None] & (head < HEADS)[None, :]
+        in_k = (slot >= 0)[:, None] & ((head >= HEADS) & (head < HEADS + KV_HEADS))[None, :]
+        in_v = (slot >= 0)[:, None] & ((head >= HEADS + KV_HEADS) & (pairs < N // 2))[None, :]
+        q_ptrs = q_ptr + (r.to(tl.int64) * stride_qr)[:, None] + (head * D + d)[None, :]
+        k_rows = page * stride_kp + offset * stride_ks
+        k_heads = (head - HEADS).to(tl.int64) * stride_kh + d
+        v_rows = page * stride_vp + offset * stride_vs
+        v_heads = (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh + d
+        _store_halves(q_ptrs, low, high, in_q, D)
+        _store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
+        _store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
+
+
+@device
+def _rotate(low, high, r, d, in_r, rotated, positions_ptr, cos_ptr, sin_ptr, D):
+    """Rotate low, high [rows, pairs] by their rows' positions where the columns are `rotated`."""
+    position = tl.load(positions_ptr + r, mask=in_r, other=0)
+    index = position[:, None] * D + d[None, :] + D // 2
+    mask = in_r[:, None] & rotated[None, :]
+    cos = tl.load(cos_ptr + index, mask=mask, other=1.0)
+    sin = tl.load(sin_ptr + index, mask=mask, other=0.0)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@device
+def _store_halves(ptrs, low, high, mask, D):
+    tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
+    tl.store(ptrs + D // 2, high.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@jit("HEADS", "KV_HEADS", "D")
+def _head_norm_rope_kernel(
+    q_ptr,
+    k_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    page_size,
+    stride_qr,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    r, head = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots_ptr + r)
+    ptr, norm_ptr, live = q_ptr + r.to(tl.int64) * stride_qr + head * D, q_norm_ptr, slot == slot
+    if head >= HEADS:
+        offset = slot // page_size * stride_kp + slot % page_size * stride_ks
+        ptr, norm_ptr = k_ptr + offset + (head - HEADS).to(tl.int64) * stride_kh, k_norm_ptr
+        live = slot >= 0
+    d = tl.arange(0, BLOCK_D)
+    in_d = (d < D // 2) & live
+    low = tl.load(ptr + d, mask=in_d, other=0.0).to(tl.float32)
+    high = tl.load(ptr + D // 2 + d, mask=in_d, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(low * low + high * high) / D + eps)
+    low *= factor * tl.load(norm_ptr + d, mask=in_d, other=0.0).to(tl.float32)
+    high *= factor * tl.load(norm_ptr + D // 2 + d, mask=in_d, other=0.0).to(tl.float32)
+    index = tl.load(positions_ptr + r) * D + D // 2 + d
+    cos = tl.load(cos_ptr + index, mask=in_d, other=0.0)
+    sin = tl.load(sin_ptr + index, mask=in_d, other=0.0)
+    _store_halves(ptr + d, low * cos - high * sin, high * cos + low * sin, in_d, D)
+
+
+def qkv_rope_cache(
+    x: Tensor,
+    norm_w: Tensor,
+    eps: float,
+    w: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    *,
+    bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Project, rotate and cache: x [R, E] -> q [R, Hq, D]; K and V written into pages, in place.
+
+    norm_w [E]; w [(Hq + 2 Hk) * D, E] and bias, q above k above v; pages [pages, page_size, Hk, D]
+    of any strides but the last; slots [R] int64 = page * page_size + offset, distinct, -1 to write
+    no K and V; positions [R] int64; tables [any, D] float32 (mtpkern.cache.rotary_tables).
+    q_norm and k_norm [D] normalise each head before it is rotated (Qwen3), in a second launch.
+    `pdl`: see `linear`.
+    """
+    (R, E), N, (_, page_size, Hk, D) = x.shape, w.shape[0], k_pages.shape
+    Hq = N // D - 2 * Hk
+    if D % 2 or Hq < 1 or (Hq + 2 * Hk) * D != N:
+        raise ValueError(
+            f"w must be [(Hq + 2 Hk) * D, E] with Hk={Hk} and an even D={D} as in k_pages, "
+            f"got {list(w.shape)}"
+        )
+    check_shape("w", w, "[N, E]", N, E)
+    check_shape("x", x, "[R, E]", R, E)
+    check_shape("norm_w", norm_w, "[E]", E)
+    check_shape("v_pages", v_pages, "[pages, page_size, Hk, D]", *k_pages.shape)
+    check_shape("k_pages", k_pages, "[pages, page_size, Hk, D]", *k_pages.shape)
+    check_shape("slots", slots, "[R]", R)
+    check_shape("positions", positions, "[R]", R)
+    for name, table in (("cos_table", cos_table), ("sin_table", sin_table)):
+        check_shape(name, table, "[positions, D]", table.shape[0], D)
+        if not table.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(table.stride())}")
+    if bias is not None:
+        check_shape("bias", bias, "[N]", N)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm go together, got one of them")
+    if q_norm is not None and k_norm is not None:
+        check_shape("q_norm", q_norm, "[D]", D)
+        check_shape("k_norm", k_norm, "[D]", D)
+    out = x.new_empty(R, Hq, D) if out is None else out
+    check_shape("out", out, "[R, Hq, D]", R, Hq, D)
+    if out.stride(1) != D:
+        raise ValueError(f"out must have strides [any, D, 1], got {list(out.stride())}")
+    if R == 0:
+        return out
+    rows, tail = row_tier(R)
+    block_n = 16 if tail else column_tile(N)  # what the registers hold
+    block_k, stages = depth_tile(rows + tail, norm=True)
+    _qkv_rope_cache_kernel[(ceil_div(N, block_n), ceil_div(R, rows + tail))](
+        x,
+        norm_w,
+        w,
+        bias,
+        out,
+        k_pages,
+        v_pages,
+        slots,
+        positions,
+        cos_table,
+        sin_table,
+        R,
+        eps,
+        page_size,
+        x.stride(0),
+        w.stride(0),
+        out.stride(0),
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        HEADS=Hq,
+        KV_HEADS=Hk,
+        D=D,
+        E=E,
+        HAS_BIAS=bias is not None,
+        ROTATE=q_norm is None,
+        ROWS=rows,
+        TAIL=tail,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        PDL=pdl,
+        num_warps=4 if rows <= 64 else 8,  # of a larger tile's sums, half each
+        num_stages=stages,
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    if q_norm is not None:
+        _head_norm_rope_kernel[(R, Hq + Hk)](
+            out,
+            k_pages,
+            q_norm,
+            k_norm,
+            slots,
+            positions,
+            cos_table,
+            sin_table,
+            eps,
+            page_size,
+            out.stride(0),
+            *k_pages.stride()[:3],
+            HEADS=Hq,
+            KV_HEADS=Hk,
+            D=D,
+            BLOCK_D=power_of_two(D // 2),
+            PDL=pdl,
+            num_warps=1,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+    return out

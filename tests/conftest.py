@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -121,3 +122,17 @@ def tiny_checkpoint(
     write_sharded(directory, tensors, shards)
     write_tiny_tokenizer(directory)
     return directory
+
+
+@pytest.fixture
+def gpu() -> str:
+    """Where kernels run: a CUDA device, or the CPU that ttsem shows as one."""
+    if not torch.cuda.is_available():
+        pytest.skip("kernels need a GPU, or `python -m ttsem.sanitize pytest -m kernel`")
+    return "cuda"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in getattr(item, "fixturenames", ()):
+            item.add_marker("kernel")

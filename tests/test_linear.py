@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from launches import assert_within_budget, guarded_output
 
 from mtpkern.kernels import linear as linear_module
-from mtpkern.kernels.linear import linear_ref, pack_ref
+from mtpkern.kernels.linear import linear, linear_ref, pack_ref
 
 # Shapes odd and prime, one past a tile, and one real one.
 SHAPES = [(1, 1), (7, 13), (65, 33), (129, 64), (576, 1536)]
@@ -70,3 +71,52 @@ def test_a_row_count_is_refused_whose_bits_differ_in_one_element_of_ten_thousand
     monkeypatch.setattr(linear_module, "_probed", {})
     rows = pack_ref(torch.randn(576, 64).bfloat16()).rows
     assert 3 not in rows and 16 in rows
+
+
+# R, N, K: empty, one row, one past a tier, several passes; odd, prime and real.
+LAUNCHES = [
+    (0, 16, 16),
+    (1, 1, 1),
+    (5, 7, 13),
+    (16, 48, 128),
+    (17, 65, 129),
+    (33, 33, 40),
+    (160, 33, 65),
+    (257, 17, 33),
+    (5, 576, 192),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_kernel_is_within_twice_the_error_of_the_dtype(
+    gpu: str, launch: tuple[int, int, int], dtype: torch.dtype, extras: bool
+) -> None:
+    R, N, K = launch
+    torch.manual_seed(1)
+    x, w = torch.randn(R, K).to(dtype), torch.randn(N, K).to(dtype)
+    bias, residual = torch.randn(N).to(dtype), torch.randn(R, N).to(dtype)
+    truth = x.double() @ w.double().T
+    in_dtype = x @ w.T
+    if extras:
+        truth, in_dtype = truth + bias + residual, in_dtype + bias + residual
+    given = (bias.to(gpu), residual.to(gpu)) if extras else (None, None)
+    with guarded_output((R, N), dtype, gpu) as out:
+        linear(x.to(gpu), w.to(gpu), given[0], residual=given[1], out=out)
+        assert_within_budget(out, in_dtype, truth, terms=K)
+
+
+@pytest.mark.parametrize("tier", [16, 32])
+def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(gpu: str, tier: int) -> None:
+    torch.manual_seed(2)
+    w, x = torch.randn(48, 144).bfloat16().to(gpu), torch.randn(tier, 144).bfloat16().to(gpu)
+    expected = linear(x, w)
+    for count in (tier // 2 + 1, tier - 1):
+        for shift in (0, 3):
+            rows = x.roll(shift, 0)[:count]
+            torch.testing.assert_close(
+                linear(rows, w), expected.roll(shift, 0)[:count], atol=0, rtol=0
+            )
+    x[1:] = float("nan")
+    torch.testing.assert_close(linear(x, w)[0], expected[0], atol=0, rtol=0)

@@ -1,11 +1,16 @@
 """qkv_rope_cache: its equations in float64, written to the right slots and to no others."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from launches import assert_within_budget, guarded_output
 from paged import gathered, make_paged
+from torch import Tensor
 
+from mtpkern.cache import rotary_tables
 from mtpkern.kernels.linear import pack_ref
-from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
+from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache, qkv_rope_cache_ref
 
 LENGTHS = [0, 62, 127]
 
@@ -46,3 +51,143 @@ def test_projects_rotates_and_writes_in_place(biased: bool, dtype: torch.dtype) 
         others = ~flat.view(paged.k[0].shape[:2])
         assert torch.equal(cache[0].isnan()[others], was_nan[0][others])
         assert not cache[0][~others].isnan().any()
+
+
+class Launch(NamedTuple):
+    """Inputs of one launch, and pages with strides that differ between K and V."""
+
+    x: Tensor
+    norm_w: Tensor
+    w: Tensor
+    bias: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+    slots: Tensor
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+
+    def run(
+        self, device: str, out: Tensor | None, extras: bool, rows: slice = slice(None)
+    ) -> Tensor:
+        x, norm_w, w, bias, q_norm, k_norm, slots, positions, cos, sin = (
+            t.to(device) for t in self[:10]
+        )
+        given = {"bias": bias, "q_norm": q_norm, "k_norm": k_norm} if extras else {}
+        return qkv_rope_cache(
+            x[rows],
+            norm_w,
+            1e-5,
+            w,
+            self.k_pages,
+            self.v_pages,
+            slots[rows],
+            positions[rows],
+            cos,
+            sin,
+            out=out,
+            **given,
+        )
+
+    def defined(self, dtype: torch.dtype, extras: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q [R, Hq, D], k and v [R, Hk, D], computed in `dtype`."""
+        Hk, D = self.k_pages.shape[2:]
+        x, norm_w, w, bias, q_norm, k_norm = (t.to(dtype) for t in self[:6])
+        normed = torch.nn.functional.rms_norm(x, x.shape[1:], norm_w, 1e-5)
+        heads = (normed @ w.T + (bias if extras else 0)).unflatten(1, (-1, D))
+        q, k, v = heads[:, : -2 * Hk], heads[:, -2 * Hk : -Hk], heads[:, -Hk:]
+        if extras:
+            q = torch.nn.functional.rms_norm(q, (D,), q_norm, 1e-5)
+            k = torch.nn.functional.rms_norm(k, (D,), k_norm, 1e-5)
+        cos, sin = (t[self.positions][:, None].to(dtype) for t in (self.cos, self.sin))
+        q, k = (t * cos + t.roll(D // 2, -1) * sin for t in (q, k))
+        return q, k, v
+
+
+def make_launch(R: int, Hq: int, Hk: int, D: int, E: int, dtype: torch.dtype, gpu: str) -> Launch:
+    torch.manual_seed(R + D)
+    page_size, pages = 16, -(-R // 16) + 2
+    tensors = [
+        3 * torch.randn(R, E),
+        1 + torch.randn(E) / 4,
+        torch.randn((Hq + 2 * Hk) * D, E) / E**0.5,
+    ]
+    tensors += [torch.randn((Hq + 2 * Hk) * D), 1 + torch.randn(D) / 4, 1 + torch.randn(D) / 4]
+    slots = torch.randperm(pages * page_size)[:R]
+    slots[R // 2 : R // 2 + 1] = -1
+    cos, sin = rotary_tables(1 / 100.0 ** (torch.arange(0, D, 2) / D), 1.5, 97)
+    nan = torch.full((pages + 1, page_size, Hk, D + 3), float("nan"), dtype=dtype, device=gpu)
+    # V lies as vLLM and FlashInfer may have it: heads before slots.
+    head_first = (
+        nan[1:].transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    )
+    positions = torch.randint(0, 97, (R,))
+    inputs = [t.to(dtype) for t in tensors]
+    return Launch(*inputs, slots, positions, cos, sin, nan[1:, :, :, :D], head_first[..., 3:])
+
+
+# R, Hq, Hk, D, E: empty, one row, heads that tiles cut, one past a tier, a tail.
+LAUNCHES = [
+    (0, 1, 1, 16, 16),
+    (1, 1, 1, 2, 1),
+    (5, 3, 1, 20, 33),
+    (17, 4, 2, 32, 129),
+    (133, 1, 1, 24, 40),
+    (5, 9, 3, 64, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", LAUNCHES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_kernel_is_within_twice_the_error_of_the_dtype(
+    gpu: str, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, extras: bool
+) -> None:
+    R, Hq, Hk, D, E = sizes
+    launch = make_launch(*sizes, dtype, gpu)
+    truth, in_dtype = launch.defined(torch.float64, extras), launch.defined(dtype, extras)
+    with guarded_output((R, Hq * D), dtype, gpu) as out:
+        launch.run(gpu, out.unflatten(1, (Hq, D)), extras)
+        assert_within_budget(out, in_dtype[0].flatten(1), truth[0].flatten(1), terms=E)
+    written = launch.slots[launch.slots >= 0]
+    for pages, values, exact in (
+        (launch.k_pages, in_dtype[1], truth[1]),
+        (launch.v_pages, in_dtype[2], truth[2]),
+    ):
+        rows = pages.reshape(-1, Hk, D).cpu()
+        live = launch.slots >= 0
+        assert_within_budget(rows[written], values[live], exact[live], terms=E)
+        rows[written] = float("nan")
+        assert bool(rows.isnan().all()), "a slot was written that is nobody's"
+    whole = launch.k_pages._base
+    assert bool(whole[0].isnan().all() and whole[..., D:].isnan().all())
+
+
+@pytest.mark.parametrize("tier", [16, 32])
+@pytest.mark.parametrize("extras", [False, True])
+def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(
+    gpu: str, tier: int, extras: bool
+) -> None:
+    launch = make_launch(tier, 3, 1, 16, 144, torch.bfloat16, gpu)
+    expected = launch.run(gpu, None, extras).clone()
+    k, v = launch.k_pages.clone(), launch.v_pages.clone()
+    for rows in (slice(0, tier // 2 + 1), slice(3, tier), slice(1, tier)):
+        launch.k_pages.fill_(7.0)
+        launch.v_pages.fill_(7.0)
+        torch.testing.assert_close(
+            launch.run(gpu, None, extras, rows), expected[rows], atol=0, rtol=0
+        )
+        for pages, whole in ((launch.k_pages, k), (launch.v_pages, v)):
+            slots = launch.slots[rows][launch.slots[rows] >= 0]
+            page, offset = slots // 16, slots % 16
+            torch.testing.assert_close(pages[page, offset], whole[page, offset], atol=0, rtol=0)
+
+
+def test_the_kernel_names_what_does_not_fit(gpu: str) -> None:
+    launch = make_launch(5, 3, 1, 16, 32, torch.bfloat16, gpu)
+    with pytest.raises(ValueError, match=r"w must be \[\(Hq \+ 2 Hk\) \* D, E\]"):
+        launch._replace(w=launch.w[:-1]).run(gpu, None, False)
+    with pytest.raises(ValueError, match=r"slots must be \[R\]=\[5\], got \[4\]"):
+        launch._replace(slots=launch.slots[:4]).run(gpu, None, False)

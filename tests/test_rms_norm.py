@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from launches import assert_within_budget, guarded_output
 
-from mtpkern.kernels.rms_norm import rms_norm_ref
+from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -24,3 +25,19 @@ def test_values_and_row_bits(width: int, dtype: torch.dtype) -> None:
 
 def test_a_row_of_zeros_stays_zero() -> None:
     assert (rms_norm_ref(torch.zeros(1, 8), torch.ones(8), 1e-5) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 13), (17, 576), (3, 1031)])
+def test_the_kernel_is_within_twice_the_error_of_the_dtype(
+    gpu: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(5)
+    x, w = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[1]).to(dtype)
+    truth = torch.nn.functional.rms_norm(x.double(), shape[1:], w.double(), 1e-5)
+    with guarded_output(shape, dtype, gpu) as out:
+        rms_norm(x.to(gpu), w.to(gpu), 1e-5, out=out)
+        in_dtype = torch.nn.functional.rms_norm(x, shape[1:], w, 1e-5)
+        assert_within_budget(out, in_dtype, truth, terms=shape[1])
+        alone = rms_norm(x[-1:].to(gpu), w.to(gpu), 1e-5)
+        torch.testing.assert_close(alone, out[-1:], atol=0, rtol=0)

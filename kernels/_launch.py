@@ -1,0 +1,125 @@
+"""What every launcher shares: Triton where there is one, kernel names, tiles of rows, checks.
+
+Numbers here are the same for every launch of an op, so that a row's bits cannot depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for macOS and Windows: the references work without it
+    triton = tl = None
+
+# Blocks that a launch wants at least: the multiprocessors of an H100.
+FILL = 132
+
+# Row counts that share one pass over the weights: a main tile, and a second one behind it. Rows are
+# padded to the first tier that holds them; more than the last tier's take further passes.
+TIERS = ((16, 0), (32, 0), (64, 0), (128, 0), (128, 32), (256, 0))
+
+
+def jit(*named: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a kernel `_op_kernel` under the symbol mtpkern_op_<the constants `named`>.
+
+    Without Triton the kernel is an object whose launch says that Triton is missing.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Any:
+        if triton is None:
+            return _Missing()
+        op = fn.__name__.strip("_").removesuffix("_kernel")
+
+        def symbol(specialization: Any) -> str:
+            values = (specialization.constants[name] for name in named)
+            return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
+
+        return triton.jit(fn, repr=symbol)
+
+    return decorate
+
+
+class _Missing:
+    def __getitem__(self, grid: Any) -> Any:
+        raise ImportError("Triton is not installed: the kernels need it, the references do not")
+
+
+def device(fn: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call."""
+    return _Missing() if triton is None else triton.jit(fn)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def row_tier(rows: int) -> tuple[int, int]:
+    """The tier (main, tail) that holds `rows` rows, or the largest one."""
+    return next((tier for tier in TIERS if rows <= sum(tier)), TIERS[-1])
+
+
+def column_tile(columns: int) -> int:
+    """Output columns of a block: 32, or 16 where that would leave multiprocessors without any."""
+    return 32 if columns >= 32 * FILL else 16
+
+
+def depth_tile(rows: int, *, norm: bool = False) -> tuple[int, int]:
+    """Input columns of a block's step, and how many steps are in flight, for a tier of `rows`.
+
+    A block keeps some 60 KB under way, so that two, or two kernels, fit on a multiprocessor. With a
+    norm in the prologue, x passes through registers, and large tiers take shorter steps.
+    """
+    plain = {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}
+    normed = {16: (128, 6), 32: (64, 8), 64: (64, 6), 128: (32, 6), 160: (32, 6), 256: (32, 4)}
+    return (normed if norm else plain)[rows]
+
+
+def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:
+    """Raise ValueError unless `tensor` has `shape`, its last stride 1.
+
+    `symbols` is the shape in letters, as in "[R, K]".
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {symbols}={list(shape)}, got {list(tensor.shape)}")
+    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must have last stride 1, got strides {list(tensor.stride())}")
+
+
+@device
+def wait_for_producer():
+    """Let the next kernel be set up, then wait for the one before (sm_90 and newer).
+
+    To come before the first read of what an earlier kernel wrote, and before the first write
+    of what one may still be reading; a kernel of a chain that lacks it breaks those behind it.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@device
+def prefetch_l2(w_ptr, n, stride_wn, N: tl.constexpr, K: tl.constexpr):
+    """Ask for the beginnings of the rows n of w [N, K], up to 1024 elements, while waiting."""
+    line: tl.constexpr = 64  # 128 bytes of a 16-bit weight
+    count: tl.constexpr = 16
+    k = tl.arange(0, count) * line
+    ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]
+    # A row or column too far is as good as any other address in w.
+    ptrs = tl.where((n < N)[:, None] & (k < K)[None, :], ptrs, w_ptr)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [ptrs],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
