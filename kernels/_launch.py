@@ -88,7 +88,7 @@ def depth_tile(rows: int, *, norm: bool = False) -> tuple[int, int]:
     norm in the prologue, x passes through registers, and large tiers take shorter steps.
     """
     plain = {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}
-    normed = {16: (128, 6), 32: (64, 8), 64: (64, 6), 128: (32, 6), 160: (32, 6), 256: (32, 4)}
+    normed = {16: (128, 6), 32: (64, 8), 64: (64, 6), 128: (32, 6), 160: (64, 4), 256: (32, 4)}
     return (normed if norm else plain)[rows]
 
 

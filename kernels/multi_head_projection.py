@@ -7,9 +7,9 @@ On a GPU these are launches of their own, so that nothing is computed once per v
 `rms_norm`, `medusa_blocks`, then here the tiles of the vocabulary and their merge. Logits stay in
 registers: a tile leaves its largest ones, its sum of exponentials and those that were asked for.
 
-Bytes moved: V * E weights once for 256 rows, ceil(R / 256) times for more, though the passes over a
-tile run side by side and share it in the L2; R * E of the rows, read by each of V / 128 tiles,
-mostly from the L2; R * V / 128 * (8 top_k + 4) bytes of partial results, written and read; the
+Bytes moved: V * E weights once for 224 rows, ceil(R / 224) times for more, though the passes over a
+tile run side by side and share it in the L2; R * E of the rows, read by each of V / 64 tiles,
+mostly from the L2; R * V / 64 * (8 top_k + 4) bytes of partial results, written and read; the
 logits that were asked for.
 
 One read or two. All heads at all of a window's rows take R = B * T * (1 + H) rows and one read. If
@@ -37,7 +37,6 @@ from ._launch import (
     device,
     jit,
     prefetch_l2,
-    row_tier,
     tl,
     wait_for_producer,
 )
@@ -47,7 +46,7 @@ from .medusa_blocks import medusa_blocks
 from .rms_norm import rms_norm_ref
 
 # Columns of a vocabulary tile: the same for every row count, as sums of exponentials go by tile.
-BLOCK_V = 128
+BLOCK_V = 64
 # Partial results that a step of the merge reads.
 BLOCK_MERGE = 1024
 
@@ -86,7 +85,7 @@ class Projection(NamedTuple):
     logits: Tensor | None  # [logits_rows, V]
 
 
-@jit("CHUNK", "CHUNKS", "TOP_K", "V", "E")
+@jit("CHUNK", "CHUNKS", "TOP_K", "V", "E", do_not_specialize=("logits_rows", "given_count"))
 def _vocabulary_tiles_kernel(
     x_ptr,
     w_ptr,
@@ -218,17 +217,29 @@ def _vocabulary_merge_kernel(
     tl.store(logsumexp_ptr + r + tl.arange(0, 1), tl.log(sum_pairs(total)) + shift)
 
 
-def _vocabulary_tier(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Rows of a chunk, chunks, BLOCK_E, stages and warps for a tier of `rows`."""
-    depth = 128 // itemsize
-    return {
-        16: (16, 1, depth, 6, 4),
-        32: (32, 1, depth, 6, 4),
-        64: (32, 2, depth, 5, 4),
-        128: (32, 4, depth, 4, 8),
-        160: (32, 5, depth, 3, 8),
-        256: (32, 8, depth // 2, 4, 8),
-    }[rows]
+class _Tier(NamedTuple):
+    """How a pass over the vocabulary takes its rows: some 80 KB under way in each."""
+
+    chunk: int  # rows that are multiplied at a time
+    chunks: int
+    depth: int  # bytes of a row in a step
+    stages: int
+    num_warps: int
+
+    @property
+    def rows(self) -> int:
+        return self.chunk * self.chunks
+
+
+# An eighth chunk would not fit into registers.
+_TIERS = (
+    _Tier(16, 1, 256, 5, 4),
+    _Tier(32, 1, 256, 5, 4),
+    _Tier(32, 2, 128, 6, 4),
+    _Tier(32, 4, 128, 5, 8),
+    _Tier(32, 5, 128, 4, 8),
+    _Tier(32, 7, 128, 3, 8),
+)
 
 
 def multi_head_projection(
@@ -287,12 +298,12 @@ def multi_head_projection(
         check_shape("out.logits", out.logits, "[logits_rows, V]", logits_rows, V)
     if R == 0:
         return out
-    tiles, rows = ceil_div(V, BLOCK_V), sum(row_tier(R))
-    chunk, chunks, block_e, stages, warps = _vocabulary_tier(rows, hidden.element_size())
+    tiles = ceil_div(V, BLOCK_V)
+    tier = next((tier for tier in _TIERS if R <= tier.rows), _TIERS[-1])
     best = torch.empty(R, tiles * top_k, dtype=torch.int64, device=hidden.device)
     sums = torch.empty(R, tiles, dtype=torch.float32, device=hidden.device)
     # The passes over one tile are neighbours, so that they find it in the L2.
-    _vocabulary_tiles_kernel[(ceil_div(R, rows), tiles)](
+    _vocabulary_tiles_kernel[(ceil_div(R, tier.rows), tiles)](
         hidden,
         vocabulary,
         token_ids,
@@ -314,13 +325,13 @@ def multi_head_projection(
         TOP_K=top_k,
         HAS_GIVEN=n > 0,
         HAS_LOGITS=logits_rows > 0,
-        CHUNK=chunk,
-        CHUNKS=chunks,
+        CHUNK=tier.chunk,
+        CHUNKS=tier.chunks,
         BLOCK_V=BLOCK_V,
-        BLOCK_E=block_e,
+        BLOCK_E=tier.depth // hidden.element_size(),
         PDL=pdl,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tier.num_warps,
+        num_stages=tier.stages,
         enable_fp_fusion=True,
         launch_pdl=pdl,
     )
