@@ -63,7 +63,7 @@ CEILINGS = {
     "merge_splits": Ceiling(registers=64, wide=False),
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
-    "vocabulary_merge": Ceiling(registers=96),
+    "vocabulary_merge": Ceiling(registers=96, multiplies=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""One order for logits, and one order for sums: neither depends on a tile's shape or its layout."""
+"""One order for logits: by value, then by column, in one integer that any reduction may compare."""
 
 from __future__ import annotations
 
@@ -32,16 +32,3 @@ def ranked_value(ranks):
 @device
 def ranked_column(ranks):
     return 0x7FFFFFFF - (ranks & 0x7FFFFFFF)
-
-
-@device
-def sum_pairs(x):
-    """Sum x [rows, n] over n, a power of two, neighbours first, then neighbouring sums, -> [rows].
-
-    tl.sum would go by how the tile happens to be spread over threads.
-    """
-    if x.shape[1] == 1:
-        return tl.reshape(x, [x.shape[0]])
-    else:
-        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        return sum_pairs(left + right)

@@ -40,7 +40,8 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._order import HIGHEST, LOWEST, rank, ranked_column, ranked_value, sum_pairs
+from ._order import HIGHEST, LOWEST, rank, ranked_column, ranked_value
+from ._tiles import sum_columns
 from .linear import PackedWeight, linear_ref
 from .medusa_blocks import medusa_blocks
 from .rms_norm import rms_norm_ref
@@ -157,7 +158,7 @@ def _vocabulary_tiles_kernel(
         entry = (r * tiles + tile) * TOP_K
         tl.store(best_ptr + entry, best, mask=r < R)
         p = tl.exp(logits - _finite(ranked_value(best))[:, None])
-        total = sum_pairs(tl.where((v < V)[None, :], p, 0.0))
+        total = sum_columns(tl.where((v < V)[None, :], p, 0.0))
         tl.store(sum_ptr + r * tiles + tile, total, mask=r < R)
         for i in range(1, TOP_K):
             ranks = tl.where(ranks == best[:, None], LOWEST, ranks)
@@ -207,14 +208,17 @@ def _vocabulary_merge_kernel(
             column = tl.load(token_ids_ptr + column)
         tl.store(id_ptr + r * stride_ir + i, column)
     shift = _finite(largest)
-    total = tl.zeros([1, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, TILES, BLOCK):
         j = begin + tl.arange(0, BLOCK)
         ranks = tl.load(best_ptr + j * TOP_K, mask=j < TILES, other=LOWEST)
         sums = tl.load(sum_ptr + r * TILES + j, mask=j < TILES, other=0.0)
         scaled = sums * tl.exp(_finite(ranked_value(ranks)) - shift)
-        total += tl.where(j < TILES, scaled, 0.0)[None, :]
-    tl.store(logsumexp_ptr + r + tl.arange(0, 1), tl.log(sum_pairs(total)) + shift)
+        total += tl.where(j < TILES, scaled, 0.0)
+    sixteen = sum_columns(tl.reshape(total, [16, BLOCK // 16]))
+    total = tl.max(sum_columns(tl.broadcast_to(sixteen[None, :], [16, 16])), 0)
+    infinite = largest == float("inf")
+    tl.store(logsumexp_ptr + r, tl.where(infinite, largest, tl.log(total) + shift))
 
 
 class _Tier(NamedTuple):

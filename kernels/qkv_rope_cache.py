@@ -305,7 +305,7 @@ def qkv_rope_cache(
         PDL=pdl,
         num_warps=4 if rows <= 64 else 8,  # of a larger tile's sums, half each
         # Three blocks of four warps: left to itself, ptxas spills a little to fit a fourth.
-        maxnreg=160 if rows <= 64 else None,
+        maxnreg=168 if 16 < rows <= 64 else None,
         num_stages=stages,
         enable_fp_fusion=True,
         launch_pdl=pdl,
