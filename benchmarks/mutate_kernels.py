@@ -302,7 +302,7 @@ FAULTS = [
     Fault(
         "verify_attention",
         "a tree's positions are those of a chain",
-        "position = length + _depth(ancestors)",
+        "position = length + node_depth(ancestors)",
         "position = length + t",
     ),
     Fault(

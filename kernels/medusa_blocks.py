@@ -1,6 +1,6 @@
-"""Residual blocks of parallel heads: h_i = h + silu(h w_i^T + b_i), all heads in one launch per depth.
+"""Residual blocks of parallel heads, all heads in one launch per depth: h + silu(h w_i^T + b_i).
 
-Medusa, Cai et al. 2024, section 2.1. Their logits are `multi_head_projection`'s.
+Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` makes logits of them.
 
 Bytes moved: H * E * E weights of a depth once for 256 rows; R * E of x read by each of H * E /
 BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written.

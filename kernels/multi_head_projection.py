@@ -7,7 +7,7 @@ On a GPU these are launches of their own, so that nothing is computed once per v
 `rms_norm`, `medusa_blocks`, then here the tiles of the vocabulary and their merge. Logits stay in
 registers: a tile leaves its largest ones, its sum of exponentials and those that were asked for.
 
-Bytes moved: V * E weights once for 224 rows, ceil(R / 224) times for more, though the passes over a
+Bytes moved: V * E weights once for 160 rows, ceil(R / 160) times for more, though the passes over a
 tile run side by side and share it in the L2; R * E of the rows, read by each of V / 64 tiles,
 mostly from the L2; R * V / 64 * (8 top_k + 4) bytes of partial results, written and read; the
 logits that were asked for.
@@ -235,14 +235,13 @@ class _Tier(NamedTuple):
         return self.chunk * self.chunks
 
 
-# An eighth chunk would not fit into registers.
+# More sums than those of 160 rows would not fit into registers.
 _TIERS = (
     _Tier(16, 1, 256, 5, 4),
     _Tier(32, 1, 256, 5, 4),
     _Tier(32, 2, 128, 6, 4),
     _Tier(32, 4, 128, 5, 8),
     _Tier(32, 5, 128, 4, 8),
-    _Tier(32, 7, 128, 3, 8),
 )
 
 
@@ -335,6 +334,7 @@ def multi_head_projection(
         BLOCK_E=tier.depth // hidden.element_size(),
         PDL=pdl,
         num_warps=tier.num_warps,
+        maxnreg=200,  # left to itself, ptxas spills a little to fit a further block
         num_stages=tier.stages,
         enable_fp_fusion=True,
         launch_pdl=pdl,
@@ -388,11 +388,11 @@ def project_window(
     with_logits: bool = False,
     pdl: bool = False,
 ) -> tuple[Projection, Projection]:
-    """Project a window: normed [B, T, E] -> the LM head's B * T rows, and the heads' B * H rows, each
-    sequence's at one row of its window.
+    """Project a window: normed [B, T, E] -> the LM head's B * T rows, and the heads' B * H rows,
+    each sequence's at one row of its window.
 
-    accept(ids [B, T]) -> [B] int64 says at which, from what the LM head found likeliest. One read of
-    the vocabulary for all heads at all rows, or, for more rows than `crossover` (see
+    accept(ids [B, T]) -> [B] int64 says at which, from what the LM head found likeliest. One read
+    of the vocabulary for all heads at all rows, or, for more rows than `crossover` (see
     `crossover_rows`), one for the LM head and one for the heads where they are wanted. w and bias:
     see `medusa_blocks`.
     """

@@ -2,11 +2,16 @@
 
 Prompt lookup (Saxena 2023): no weights, and strong wherever an answer repeats its prompt or itself.
 
-Bytes moved: B * length ids, read once per token of the pattern.
+Bytes moved: 8 B known ids from the end back to the match, each read once per token of the pattern,
+from the L1 but for the first time.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._launch import check_dtype, check_shape, jit, power_of_two, tl, wait_for_producer
 
 
 def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
@@ -29,3 +34,90 @@ def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tupl
     copied = (latest + size)[:, None] + torch.arange(drafts) % period[:, None]
     drafted = tokens.gather(1, copied.clamp_(0, length - 1))
     return torch.where(found[:, None], drafted, 0), found
+
+
+@jit("SIZE", "BLOCK_K")
+def _ngram_kernel(
+    tokens_ptr,
+    known_ptr,
+    drafts_ptr,
+    found_ptr,
+    K,
+    stride_tb,
+    stride_db,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    b = tl.program_id(0).to(tl.int64)
+    tokens_ptr += b * stride_tb
+    known = tl.load(known_ptr + b)
+    # A match begins before the end's own tokens do.
+    behind = known - SIZE
+    latest = tl.full([], -1, tl.int64)
+    begin = (behind - 1) // BLOCK * BLOCK
+    while (behind > 0) & (begin >= 0) & (latest < 0):
+        start = begin + tl.arange(0, BLOCK)
+        match = start < behind
+        for i in tl.static_range(SIZE):
+            token = tl.load(tokens_ptr + start + i, mask=start < behind, other=0)
+            match &= token == tl.load(tokens_ptr + behind + i)
+        latest = tl.max(tl.where(match, start, -1))
+        begin -= BLOCK
+    k = tl.arange(0, BLOCK_K)
+    period = tl.maximum(behind - latest, 1)
+    copied = latest + SIZE + k % period
+    draft = tl.load(tokens_ptr + copied, mask=(latest >= 0) & (k < K), other=0)
+    tl.store(drafts_ptr + b * stride_db + k, draft, mask=k < K)
+    tl.store(found_ptr + b, latest >= 0)
+
+
+def ngram(
+    tokens: Tensor,
+    known: Tensor,
+    drafts: int,
+    size: int = 3,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Draft by copying: tokens [B, max_length] int64, of which known [B] int64 count.
+
+    -> (drafts [B, K] int64, found [B] bool), as `ngram_ref` defines them, or into `out`. `size` is
+    1 or more. `pdl`: see `linear`.
+    """
+    B, length = tokens.shape
+    check_shape("tokens", tokens, "[B, max_length]", B, length)
+    check_shape("known", known, "[B]", B)
+    for name, tensor in (("tokens", tokens), ("known", known)):
+        check_dtype(name, tensor, torch.int64)
+    if size < 1 or drafts < 0:
+        raise ValueError(f"size must be 1 or more and drafts 0 or more, got {size} and {drafts}")
+    if out is None:
+        out = tokens.new_empty(B, drafts), torch.empty(B, dtype=torch.bool, device=tokens.device)
+    drafted, found = out
+    check_shape("drafts", drafted, "[B, K]", B, drafts)
+    check_dtype("drafts", drafted, torch.int64)
+    check_shape("found", found, "[B]", B)
+    check_dtype("found", found, torch.bool)
+    if B:
+        _ngram_kernel[(B,)](
+            tokens,
+            known,
+            drafted,
+            found,
+            drafts,
+            tokens.stride(0),
+            drafted.stride(0),
+            SIZE=size,
+            BLOCK=1024,
+            BLOCK_K=power_of_two(max(drafts, 1)),
+            PDL=pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+    return drafted, found

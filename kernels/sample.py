@@ -10,10 +10,15 @@ stays equality, and heads that draft with the same noise guess the sampled token
 Bytes moved: R * V logits once; the noise is computed, not read.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._launch import check_dtype, check_shape, jit, tl, wait_for_producer
+from ._order import LOWEST, rank, ranked_column
 
 
 class SamplingRows(NamedTuple):
@@ -105,3 +110,66 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+@jit("BLOCK")
+def _sample_kernel(
+    logits_ptr,
+    token_ids_ptr,
+    out_ptr,
+    columns,
+    stride_lr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    r = tl.program_id(0).to(tl.int64)
+    best = tl.full([BLOCK], LOWEST, tl.int64)
+    for begin in range(0, columns, BLOCK):
+        v = begin + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + r * stride_lr + v, mask=v < columns, other=0.0)
+        best = tl.maximum(best, tl.where(v < columns, rank(logits, v), LOWEST))
+    token = ranked_column(tl.max(best))
+    if token_ids_ptr is not None:
+        token = tl.load(token_ids_ptr + token)
+    tl.store(out_ptr + r, token)
+
+
+def sample(
+    logits: Tensor,
+    token_ids: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Choose the likeliest tokens: logits [R, n] -> [R] int64. Ties go to the lowest column.
+
+    token_ids [n] int64 names the columns where they are not 0..n-1. Temperature 0 only; a step
+    whose logits nobody else wants takes it from `multi_head_projection`, which keeps none. `pdl`:
+    see `linear`.
+    """
+    R, n = logits.shape
+    check_shape("logits", logits, "[R, n]", R, n)
+    if n == 0:
+        raise ValueError(f"logits must be [R, n] with n >= 1, got {list(logits.shape)}")
+    if token_ids is not None:
+        check_shape("token_ids", token_ids, "[n]", n)
+        check_dtype("token_ids", token_ids, torch.int64)
+    out = torch.empty(R, dtype=torch.int64, device=logits.device) if out is None else out
+    check_shape("out", out, "[R]", R)
+    check_dtype("out", out, torch.int64)
+    if R:
+        _sample_kernel[(R,)](
+            logits,
+            token_ids,
+            out,
+            n,
+            logits.stride(0),
+            BLOCK=4096,
+            PDL=pdl,
+            num_warps=8,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+    return out

@@ -8,10 +8,14 @@ gives it weight zero, and zero times NaN is NaN, so the slots behind the window 
 for all layers at once.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._launch import ceil_div, check_dtype, check_shape, device, jit, tl, wait_for_producer
 
 # Keys are read up to a multiple of this, so that a row's bits do not depend on where the window
 # ends; query rows are packed into tiles of ROW_TILE, so that they do not depend on its width.
@@ -85,3 +89,100 @@ def _clear(k_cache: Tensor, v_cache: Tensor, pages: Tensor, begin: int, end: int
         index = int(pages[page])
         for cache in (k_cache, v_cache):
             cache[:, index, offset : offset + end - begin] = 0
+
+
+@device
+def node_depth(ancestors):
+    """How many ancestors a node of a tree has: the bits of its mask [...] int64, less its own."""
+    bits = (tl.expand_dims(ancestors, -1) >> tl.arange(0, 64)) & 1
+    return tl.sum(bits, -1).to(tl.int32) - 1
+
+
+@jit("BLOCK")
+def _window_slots_kernel(
+    lengths_ptr,
+    page_table_ptr,
+    active_ptr,
+    tree_ptr,
+    slots_ptr,
+    positions_ptr,
+    B,
+    T,
+    page_size,
+    stride_pb,
+    stride_tb,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_rows = r < B * T
+    b, t = (r // T).to(tl.int64), r % T
+    length = tl.load(lengths_ptr + b, mask=in_rows, other=0)
+    live = in_rows
+    if active_ptr is not None:
+        live &= tl.load(active_ptr + b, mask=in_rows, other=0) != 0
+    place = length + t
+    page = tl.load(page_table_ptr + b * stride_pb + place // page_size, mask=live, other=0)
+    slot = tl.where(live, page.to(tl.int64) * page_size + place % page_size, -1)
+    tl.store(slots_ptr + r, slot, mask=in_rows)
+    position = place
+    if tree_ptr is not None:
+        ancestors = tl.load(tree_ptr + b * stride_tb + t, mask=in_rows, other=1)
+        position = length + node_depth(ancestors)
+    tl.store(positions_ptr + r, position, mask=in_rows)
+
+
+def window_slots(
+    lengths: Tensor,
+    page_table: Tensor,
+    rows: int,
+    page_size: int,
+    *,
+    active: Tensor | None = None,
+    tree: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Say where T = `rows` window rows go: lengths [B] int64, page_table [B, max_pages] int32 ->
+    (slots [B * T], positions [B * T]), int64, as `qkv_rope_cache` takes them.
+
+    Row t of a sequence goes to slot lengths[b] + t of its pages, or, where active [B] int64 is 0,
+    nowhere: -1. Positions count on from lengths[b], or, with tree [B, T] int64 (see
+    `verify_attention`), follow depth. `pdl`: see `linear`.
+    """
+    B, max_pages = page_table.shape
+    check_shape("page_table", page_table, "[B, max_pages]", B, max_pages)
+    check_dtype("page_table", page_table, torch.int32)
+    for name, counts in (("lengths", lengths), ("active", active)):
+        if counts is not None:
+            check_shape(name, counts, "[B]", B)
+            check_dtype(name, counts, torch.int64)
+    if tree is not None:
+        check_shape("tree", tree, "[B, T]", B, rows)
+        check_dtype("tree", tree, torch.int64)
+    slots, positions = (lengths.new_empty(B * rows) for _ in range(2)) if out is None else out
+    for name, tensor in (("slots", slots), ("positions", positions)):
+        check_shape(name, tensor, "[B * T]", B * rows)
+        check_dtype(name, tensor, torch.int64)
+    if B * rows:
+        _window_slots_kernel[(ceil_div(B * rows, 64),)](
+            lengths,
+            page_table,
+            active,
+            tree,
+            slots,
+            positions,
+            B,
+            rows,
+            page_size,
+            page_table.stride(0),
+            0 if tree is None else tree.stride(0),
+            BLOCK=64,
+            PDL=pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+    return slots, positions

@@ -35,7 +35,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from .step_plan import StepPlan
+from .step_plan import StepPlan, node_depth
 
 # Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.
@@ -159,7 +159,7 @@ def _verify_attention_kernel(
         ancestors = tl.load(tree_ptr + b * stride_tb + t, mask=in_window, other=0)
         seen = tl.reduce(ancestors, 0, _either)
         if WINDOW:
-            position = length + _depth(ancestors)
+            position = length + node_depth(ancestors)
 
     d = tl.arange(0, BLOCK_D)
     q_rows = b * stride_qb + t.to(tl.int64) * stride_qt + h * stride_qh
@@ -214,13 +214,6 @@ def _either(a, b):
     return a | b
 
 
-@device
-def _depth(ancestors):
-    """How many ancestors a node has: the bits of its mask, less its own."""
-    bits = (tl.expand_dims(ancestors, -1) >> tl.arange(0, 64)) & 1
-    return tl.sum(bits, -1).to(tl.int32) - 1
-
-
 @jit("D", "WINDOW", do_not_specialize=("splits",))
 def _merge_splits_kernel(
     acc_ptr,
@@ -250,7 +243,7 @@ def _merge_splits_kernel(
     if HAS_TREE:
         last = length + T - 1
         if WINDOW:
-            position = length + _depth(tl.load(tree_ptr + b * stride_tb + t))
+            position = length + node_depth(tl.load(tree_ptr + b * stride_tb + t))
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
 
     row = ((b * T + t) * HEADS + h) * splits
