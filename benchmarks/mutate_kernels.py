@@ -278,8 +278,8 @@ FAULTS = [
     Fault(
         "verify_attention",
         "the sum is not rescaled when the maximum moves",
-        "l = l * decay + tl.sum(p, 1)",
-        "l = l + tl.sum(p, 1)",
+        "z = z * decay + tl.sum(p, 1)",
+        "z = z + tl.sum(p, 1)",
     ),
     Fault(
         "verify_attention",
@@ -326,8 +326,8 @@ FAULTS = [
     Fault(
         "verify_attention",
         "a row that sees nothing is NaN",
-        "out = acc / tl.where(l == 0.0, 1.0, l)",
-        "out = acc / l",
+        "out = acc / tl.where(z == 0.0, 1.0, z)",
+        "out = acc / z",
     ),
     Fault(
         "multi_head_projection",

@@ -32,9 +32,9 @@ def kv_rollback_ref(
     """Commit in place; see `kv_rollback`."""
     page_size = k_cache.shape[2]
     advance = (accepted + 1) * (1 if active is None else active)
-    for b in range(len(lengths) if path is not None else 0):
+    for b, nodes in enumerate([] if path is None else path):
         rows = lengths[b] + torch.arange(int(advance[b]), device=lengths.device)
-        sources = lengths[b] + path[b, : len(rows)]
+        sources = lengths[b] + nodes[: len(rows)]
         to, of = (
             (page_table[b].long()[slot // page_size], slot % page_size) for slot in (rows, sources)
         )
@@ -127,8 +127,8 @@ def kv_rollback(
     path: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Keep accepted[b] + 1 rows of each window, in place: caches [L, pages, page_size, Hk, D] of any
-    strides but the last; page_table [B, max_pages] int32; lengths and accepted [B] int64.
+    """Keep accepted[b] + 1 rows of each window, in place: caches [L, pages, page_size, Hk, D] of
+    any strides but the last; page_table [B, max_pages] int32; lengths and accepted [B] int64.
 
     The window's rows lie in slots lengths[b] + t. path [B, T] int64, T <= 64, names the accepted
     rows of a tree: path[b, j], its root path[b, 0] included, becomes row j; sources and targets may

@@ -25,7 +25,7 @@ rows (`crossover_rows`): 532 at 798 TFLOP/s and 3.0 TB/s, fewer where the flops 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ def _vocabulary_tiles_kernel(
         e = begin + tl.arange(0, BLOCK_E)
         in_w = (e < E)[:, None] & (v < V)[None, :]
         w = tl.load(w_ptrs + e[:, None], mask=in_w, other=0.0, eviction_policy="evict_first")
-        sums = ()
+        sums: Any = ()
         for c in tl.static_range(CHUNKS):
             r = first + c * CHUNK + rows
             x_ptrs = x_ptr + r.to(tl.int64)[:, None] * stride_xr + e[None, :]
@@ -408,9 +408,11 @@ def project_window(
         )
         at = begins + accept(both.ids[:R, 0].view(B, T))
         at = (at[:, None] + R * torch.arange(1, 1 + H, device=at.device)).view(-1)
-        kept = (both.values, both.ids, both.logsumexp)
-        first = Projection(*(t[:R] for t in kept), None, both.logits)
-        return first, Projection(*(t[at] for t in kept), None, None)
+        first, second = (
+            Projection(both.values[rows], both.ids[rows], both.logsumexp[rows], None, None)
+            for rows in (slice(R), at)
+        )
+        return first._replace(logits=both.logits), second
     first = multi_head_projection(rows, vocabulary, top_k=top_k, logits_rows=logits_rows, pdl=pdl)
     at = begins + accept(first.ids[:, 0].view(B, T))
     hidden = medusa_blocks(rows[at], w, bias, pdl=pdl)[:, 1:].reshape(-1, E)

@@ -107,7 +107,7 @@ def _verify_attention_kernel(
     tree_ptr,
     acc_ptr,
     m_ptr,
-    l_ptr,
+    z_ptr,
     T,
     splits,
     scale,
@@ -170,7 +170,7 @@ def _verify_attention_kernel(
     page_table_ptr += b * stride_pb
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    z = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(begin, end_of_split, KEYS):
         n = start + tl.arange(0, KEYS)
@@ -198,14 +198,14 @@ def _verify_attention_kernel(
         p = tl.exp2(s - shift[:, None])
         decay = tl.exp2(m - shift)
         m = m_new
-        l = l * decay + tl.sum(p, 1)
+        z = z * decay + tl.sum(p, 1)
         in_v = in_reach[:, None] & (d < D)[None, :]
         v = tl.load(v_ptr + v_rows[:, None] + d[None, :], mask=in_v, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
     partial = ((b * T + t) * HEADS + h) * splits + split
     tl.store(m_ptr + partial, m, mask=in_window)
-    tl.store(l_ptr + partial, l, mask=in_window)
+    tl.store(z_ptr + partial, z, mask=in_window)
     tl.store(acc_ptr + partial[:, None] * D + d[None, :], acc, mask=in_q)
 
 
@@ -218,7 +218,7 @@ def _either(a, b):
 def _merge_splits_kernel(
     acc_ptr,
     m_ptr,
-    l_ptr,
+    z_ptr,
     lengths_ptr,
     tree_ptr,
     out_ptr,
@@ -248,20 +248,20 @@ def _merge_splits_kernel(
 
     row = ((b * T + t) * HEADS + h) * splits
     d = tl.arange(0, BLOCK_D)
-    m, l = float("-inf"), 0.0
+    m, z = float("-inf"), 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for split in tl.range(first // SPLIT, last // SPLIT + 1, num_stages=4):
         m_split = tl.load(m_ptr + row + split)
-        l_split = tl.load(l_ptr + row + split)
+        z_split = tl.load(z_ptr + row + split)
         acc_split = tl.load(acc_ptr + (row + split) * D + d, mask=d < D, other=0.0)
         m_new = tl.maximum(m, m_split)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay, weight = tl.exp2(m - shift), tl.exp2(m_split - shift)
-        l = l * decay + l_split * weight
+        z = z * decay + z_split * weight
         acc = acc * decay + acc_split * weight
         m = m_new
     # A row that sees nothing, such as one that fills up a tree, is zero.
-    out = acc / tl.where(l == 0.0, 1.0, l)
+    out = acc / tl.where(z == 0.0, 1.0, z)
     out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * stride_oh
     tl.store(out_ptr + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
@@ -352,7 +352,7 @@ def verify_attention(
     if B == 0:
         return out
     splits, rows = ceil_div(max_pages * page_size, SPLIT), B * T * Hq
-    acc, m, l = workspace.view(-1)[:size].split([rows * splits * D, rows * splits, rows * splits])
+    acc, m, z = workspace.view(-1)[:size].split([rows * splits * D, rows * splits, rows * splits])
     stride_tb = 0 if tree is None else tree.stride(0)
     block_d = power_of_two(D)
     tiles = ceil_div(T * Hq // Hk, ROWS)
@@ -365,7 +365,7 @@ def verify_attention(
         tree,
         acc,
         m,
-        l,
+        z,
         T,
         splits,
         # exp2 is one instruction: the scores are in units of log 2.
@@ -394,7 +394,7 @@ def verify_attention(
     _merge_splits_kernel[(Hq, T, B)](
         acc,
         m,
-        l,
+        z,
         lengths,
         tree,
         out,
