@@ -25,7 +25,7 @@ rows (`crossover_rows`): 532 at 798 TFLOP/s and 3.0 TB/s, fewer where the flops 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,12 +130,13 @@ def _vocabulary_tiles_kernel(
         e = begin + tl.arange(0, BLOCK_E)
         in_w = (e < E)[:, None] & (v < V)[None, :]
         w = tl.load(w_ptrs + e[:, None], mask=in_w, other=0.0, eviction_policy="evict_first")
-        sums: Any = ()
+        sums = ()
         for c in tl.static_range(CHUNKS):
             r = first + c * CHUNK + rows
             x_ptrs = x_ptr + r.to(tl.int64)[:, None] * stride_xr + e[None, :]
             x = tl.load(x_ptrs, mask=(r < R)[:, None] & (e < E)[None, :], other=0.0)
-            sums = sums + (tl.dot(x, w, accs[c], input_precision="ieee"),)
+            total = tl.dot(x, w, accs[c], input_precision="ieee")
+            sums = sums + (total,)  # type: ignore[assignment]
         accs = sums
     names = tl.load(token_ids_ptr + v, mask=v < V, other=-1) if token_ids_ptr is not None else v
     for c in tl.static_range(CHUNKS):

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from launches import guarded_output
 
-from mtpkern.kernels.accept import accept_ref
+from mtpkern.kernels.accept import accept, accept_ref
 
 
 @pytest.mark.parametrize("k", range(5))
@@ -25,3 +26,30 @@ def test_every_pattern_of_agreement(k: int) -> None:
 def test_shapes_that_differ_are_named() -> None:
     with pytest.raises(ValueError, match=r"target must be \[B, T\]=\[2, 3\]"):
         accept_ref(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 17, 64])
+def test_the_kernel_decides_as_the_definition_does(gpu: str, T: int) -> None:
+    torch.manual_seed(T)
+    target = torch.randint(2**40, (7, T + 2))[:, :T]
+    window = torch.randint(2**40, (7, T + 3))[:, 3:]
+    for b in range(7):
+        standing = min(T - 1, b * T // 6)
+        window[b, 1 : 1 + standing] = target[b, :standing]
+    # A draft that agrees behind one that does not counts for nothing.
+    window[0, 2:] = target[0, 1:-1]
+    with (
+        guarded_output((7,), torch.int64, gpu) as accepted,
+        guarded_output((7,), torch.int64, gpu) as bonus,
+    ):
+        accept(window.to(gpu), target.to(gpu), out=(accepted, bonus))
+        expected = accept_ref(window, target)
+        assert torch.equal(accepted.cpu(), expected[0]) and torch.equal(bonus.cpu(), expected[1])
+
+
+def test_the_launcher_names_what_does_not_fit() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"target must be \[B, T\]=\[2, 3\], got \[2, 4\]"):
+        accept(ids, torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="window must be torch.int64, got torch.int32"):
+        accept(ids.int(), ids)

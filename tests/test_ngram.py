@@ -1,10 +1,12 @@
 """ngram: the most recent earlier match, by brute force, and copies that never leave the text."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import guarded_output
 
-from mtpkern.kernels.ngram import ngram_ref
+from mtpkern.kernels.ngram import ngram, ngram_ref
 
 
 def brute_force(known: list[int], drafts: int, size: int) -> list[int] | None:
@@ -31,3 +33,42 @@ def test_equals_a_search_by_hand(texts: list[list[int]], drafts: int, size: int)
         expected = brute_force(text, drafts, size)
         assert bool(found[b]) == (expected is not None)
         assert got[b].tolist() == (expected or [0] * drafts)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("drafts", [0, 1, 5])
+def test_the_kernel_equals_the_definition_on_short_texts(gpu: str, drafts: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(drafts + size)
+    tokens = torch.randint(3, (64, 60), generator=generator)[:, :47]
+    known = torch.randint(1, 48, (64,), generator=generator)
+    expected = ngram_ref(tokens, known, drafts, size)
+    with (
+        guarded_output((64, drafts), torch.int64, gpu) as drafted,
+        guarded_output((64,), torch.bool, gpu) as found,
+    ):
+        ngram(tokens.to(gpu), known.to(gpu), drafts, size, out=(drafted, found))
+        assert torch.equal(drafted.cpu(), expected[0]) and torch.equal(found.cpu(), expected[1])
+    assert bool(expected[1].any()) and not bool(expected[1].all())
+
+
+def test_the_kernel_finds_a_match_wherever_it_lies_in_a_long_text(gpu: str) -> None:
+    """Its search goes in blocks, from the end back."""
+    places = [0, 1, 1020, 1021, 1023, 1024, 1025, 2046, 2047, 2048, 2049]
+    tokens = torch.arange(10, 10 + 2100).repeat(len(places), 1)
+    known = torch.tensor([2060 + b for b in range(len(places))])
+    for b, place in enumerate(places):
+        tokens[b, int(known[b]) - 3 : int(known[b])] = tokens[b, place : place + 3]
+    drafts, found = ngram(tokens.to(gpu), known.to(gpu), 4)
+    expected = ngram_ref(tokens, known, 4)
+    assert torch.equal(drafts.cpu(), expected[0]) and bool(found.all())
+    assert drafts[:, 0].tolist() == [10 + place + 3 for place in places]
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"known must be \[B\]=\[2\], got \[3\]"):
+        ngram(tokens, torch.zeros(3, dtype=torch.int64), 4)
+    with pytest.raises(
+        ValueError, match="size must be 1 or more and drafts 0 or more, got 0 and 4"
+    ):
+        ngram(tokens, tokens[:, 0], 4, 0)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from launches import guarded_output
 from torch import Tensor
 
-from mtpkern.kernels.sample import SamplingRows, gumbel_ref, sample_ref, sampling_key
+from mtpkern.kernels.sample import SamplingRows, gumbel_ref, sample, sample_ref, sampling_key
 
 
 def rows(
@@ -124,3 +125,34 @@ def test_one_batch_may_mix_greedy_and_sampled_sequences() -> None:
     drawn = sample_ref(logits, position, mixed)
     assert torch.equal(drawn[0], logits[0].argmax(-1))
     assert not torch.equal(drawn[1], logits[1].argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 2, 4095, 4096, 4097, 9001])
+def test_the_greedy_kernel_takes_the_lowest_of_the_largest(
+    gpu: str, columns: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(columns)
+    logits = torch.randn(9, columns + 5).to(dtype)[:, :columns]
+    logits[1] = -torch.inf
+    logits[2, columns // 2 :] = 1e30
+    logits[3] = torch.tensor([-0.0, 0.0]).repeat(columns)[:columns]
+    logits[4, -1] = logits[4, 0] = 50.0
+    logits[5, columns // 3] = torch.inf
+    logits[6] = -logits[6].abs() - 1
+    logits[7, [columns // 2, -1]] = torch.nan
+    token_ids = torch.randperm(2 * columns)[:columns]
+    expected = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits.float()[:7]])
+    with guarded_output((9,), torch.int64, gpu) as out:
+        found = sample(logits.to(gpu), out=out).cpu()
+        assert torch.equal(found[:7], expected) and int(found[7]) == columns // 2
+        assert int(found[8]) == int(logits[8].float().argmax())
+        named = sample(logits.to(gpu), token_ids.to(gpu), out=out).cpu()
+        assert torch.equal(named, token_ids[found])
+
+
+def test_the_greedy_kernel_names_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"logits must be \[R, n\] with n >= 1, got \[3, 0\]"):
+        sample(torch.empty(3, 0))
+    with pytest.raises(ValueError, match=r"token_ids must be \[n\]=\[4\], got \[5\]"):
+        sample(torch.empty(3, 4), torch.arange(5))

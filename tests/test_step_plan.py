@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from launches import guarded_output
 from paged import fill, make_paged
+
+from mtpkern.kernels.step_plan import window_slots
 
 
 def test_slots_follow_the_page_table_across_a_page_border() -> None:
@@ -47,3 +50,46 @@ def test_pages_that_are_no_whole_tiles_are_refused() -> None:
     paged = make_paged(1, 1, 96, 1, 4, torch.float32)
     with pytest.raises(ValueError, match="page_size must be a multiple of 64, got 96"):
         paged.plan([0], rows=1, group=1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+def test_the_kernel_follows_the_page_table_and_leaves_out_who_is_finished(
+    gpu: str, rows: int
+) -> None:
+    lengths, active = [0, 15, 16, 62, 100], [1, 1, 0, 1, 5]
+    paged = make_paged(5, 9, 16, 1, 4, torch.float32)
+    table = paged.page_table.clone()
+    for b, length in enumerate(lengths):  # entries that nobody may look at
+        table[b, (length + rows - 1) // 16 + 1 :] = -(2**20)
+    table[2] = -(2**20)
+    tree = torch.tensor([[1 << t | 1 for t in range(rows)]] * 5)
+    tree[3, -1] = (1 << rows) - 1
+    with (
+        guarded_output((5 * rows,), torch.int64, gpu) as slots,
+        guarded_output((5 * rows,), torch.int64, gpu) as positions,
+    ):
+        given = torch.tensor(lengths).to(gpu), table.to(gpu), rows, 16
+        live = torch.tensor(active).to(gpu)
+        window_slots(*given, active=live, out=(slots, positions))
+        expected = [
+            [-1] * rows
+            if b == 2
+            else [page * 16 + at for t in range(rows) for page, at in [paged.slot(b, n + t)]]
+            for b, n in enumerate(lengths)
+        ]
+        assert slots.view(5, rows).tolist() == expected
+        counted = torch.tensor(lengths)[:, None] + torch.arange(rows)
+        assert torch.equal(positions.cpu().view(5, rows), counted)
+        window_slots(*given, active=live, tree=tree.to(gpu), out=(slots, positions))
+        assert slots.view(5, rows).tolist() == expected
+        depth = torch.tensor([[t > 0 for t in range(rows)]] * 5).long()
+        depth[3, -1] = rows - 1
+        assert torch.equal(positions.cpu().view(5, rows), torch.tensor(lengths)[:, None] + depth)
+
+
+def test_the_launcher_names_what_does_not_fit() -> None:
+    lengths, table = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="page_table must be torch.int32, got torch.int64"):
+        window_slots(lengths, table.long(), 4, 16)
+    with pytest.raises(ValueError, match=r"tree must be \[B, T\]=\[2, 4\], got \[2, 3\]"):
+        window_slots(lengths, table, 4, 16, tree=table.long())
