@@ -338,8 +338,8 @@ def verify_attention(
         check_shape("tree", tree, "[B, T]", B, T)
         check_dtype("tree", tree, torch.int64)
     if window < 0 or (tree is not None and 0 < window < T):
-        least = "0" if tree is None else f"0, or T={T} or more with a tree,"
-        raise ValueError(f"window must be at least {least} got {window}")
+        least = "0" if tree is None else f"0, or T={T} or more with a tree"
+        raise ValueError(f"window must be {least}, got {window}")
     size = workspace_size(B, T, Hq, D, max_pages, page_size)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)

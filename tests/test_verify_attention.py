@@ -1,10 +1,21 @@
 """verify_attention: against a dense softmax in float64, and bit for bit against itself."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+import torch.nn.functional as F
+from launches import assert_within_budget, guarded_output
 from paged import Paged, fill, gathered, make_paged
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import flex_attention
 
-from mtpkern.kernels.verify_attention import verify_attention_ref
+from mtpkern.kernels.verify_attention import (
+    verify_attention,
+    verify_attention_ref,
+    workspace_size,
+)
 
 HEADS = [(1, 1, 8), (3, 3, 64), (2, 1, 20), (1, 8, 16), (1, 24, 6)]  # Hk, group, D
 LENGTHS = [0, 1, 63, 64, 130]
@@ -79,3 +90,222 @@ def test_query_heads_that_do_not_fit_are_named() -> None:
     paged, q = setup((2, 3, 16), torch.float32, 64, rows=3)
     with pytest.raises(ValueError, match="heads, got 5"):
         attend(paged, q[:, :, :5], LENGTHS, 3)
+
+
+class Launch(NamedTuple):
+    """A window of T rows behind `lengths` committed keys, and what a launch of it takes.
+
+    Pages lie in random order, K's and V's with strides of their own; slots that nobody may read are
+    NaN, entries of the page table that nobody may follow lead outside.
+    """
+
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor
+    lengths: Tensor
+
+    def at(self, rows: slice, begin: int) -> "Launch":
+        """These rows of the window alone, behind `begin` more keys, in a table as long as theirs."""
+        return self._replace(q=self.q[:, rows], lengths=self.lengths + begin)
+
+    def dense(self, b: int) -> tuple[Tensor, Tensor]:
+        """K and V [Hk, keys, D] of one sequence, its window's included."""
+        places = torch.arange(int(self.lengths[b]) + self.q.shape[1])
+        page_size = self.k_pages.shape[1]
+        pages = self.page_table[b].cpu().long()[places // page_size]
+        k, v = (t.cpu()[pages, places % page_size] for t in (self.k_pages, self.v_pages))
+        return k.transpose(0, 1), v.transpose(0, 1)
+
+
+def make_launch(
+    gpu: str,
+    lengths: list[int],
+    T: int,
+    heads: tuple[int, int, int],
+    page_size: int,
+    dtype: torch.dtype,
+) -> Launch:
+    (Hk, group, D), B = heads, len(lengths)
+    torch.manual_seed(T + D)
+    max_pages = -(-(max(lengths) + T) // page_size) + 1
+    pages = B * max_pages + 2
+    k_pages = torch.full((pages, page_size, Hk, D + 8), float("nan"), dtype=dtype)[..., 8:]
+    v_pages = torch.full((pages, Hk, page_size + 1, D), float("nan"), dtype=dtype)
+    v_pages = v_pages[:, :, :page_size].transpose(1, 2)
+    table = torch.randperm(pages)[: B * max_pages].view(B, max_pages).int()
+    for b, length in enumerate(lengths):
+        used = -(-(length + T) // page_size)
+        for place in range(length + T):
+            page, offset = int(table[b, place // page_size]), place % page_size
+            k_pages[page, offset] = torch.randn(Hk, D).to(dtype)
+            v_pages[page, offset] = torch.randn(Hk, D).to(dtype)
+        table[b, used:] = 2**20
+    # q's rows have room between them, and its heads too.
+    q = torch.randn(B, T + 1, Hk * group + 1, D + 8).to(dtype)[:, :T, :-1, :D]
+    inputs = q, k_pages, v_pages, table, torch.tensor(lengths)
+    return Launch(*(t.to(gpu) for t in inputs))
+
+
+def random_tree(B: int, T: int) -> Tensor:
+    """Ancestor masks [B, T] of random trees, the last node a filler that nothing leads to."""
+    masks = []
+    for _ in range(B):
+        mask = [1]
+        for t in range(1, T):
+            mask.append(mask[int(torch.randint(t, ()))] | 1 << t)
+        if T > 1:
+            mask[-1] = 0
+        masks.append([m - (m >> 63 << 64) for m in mask])
+    return torch.tensor(masks)
+
+
+def visible(length: int, T: int, tree: Tensor | None, window: int) -> Tensor:
+    """Which of length + T keys the rows see, [T, length + T]."""
+    t, n = torch.arange(T)[:, None], torch.arange(length + T)
+    if tree is None:
+        sees, position = n <= length + t, length + t
+    else:
+        bits = tree[:, None] >> torch.arange(64) & 1
+        sees = torch.cat([torch.ones(T, length), bits[:, :T]], 1).bool()
+        position = length + bits.sum(1, keepdim=True) - 1
+    return sees & (n > position - window) if window else sees
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+    """q [T, Hq, D], k and v [Hk, n, D], sees [T, n] -> [T, Hq, D]; zero where nothing is seen."""
+    T, Hq, D = q.shape
+    k, v = (t.repeat_interleave(Hq // len(t), 0) for t in (k, v))
+    scores = torch.einsum("thd,hnd->htn", q, k) * D**-0.5
+    p = scores.masked_fill(~sees, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("htn,hnd->thd", p, v)
+
+
+# Lengths, T, (Hk, group, D), page_size: nothing yet, around a split's edge, tiles of rows, a head of
+# 20, the widest tree, as many pages as splits and more of either.
+LAUNCHES = [
+    ([0, 1, 255, 256, 257], 1, (1, 1, 8), 16),
+    ([3, 251, 252, 511], 5, (2, 4, 64), 16),
+    ([0, 300], 33, (1, 3, 20), 128),
+    ([130, 700], 64, (2, 1, 16), 1024),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", LAUNCHES)
+@pytest.mark.parametrize(("in_tree", "window"), [(0, 0), (0, 70), (1, 0), (1, 70)])
+def test_the_kernel_is_within_twice_the_error_of_the_dtype(
+    gpu: str,
+    sizes: tuple[list[int], int, tuple[int, int, int], int],
+    dtype: torch.dtype,
+    in_tree: int,
+    window: int,
+) -> None:
+    lengths, T, (Hk, group, D), _ = sizes
+    launch, B = make_launch(gpu, *sizes, dtype), len(lengths)
+    tree = random_tree(B, T) if in_tree else None
+    shape = (B, T, Hk * group, D)
+    with guarded_output(shape, dtype, gpu) as out:
+        given = None if tree is None else tree.to(gpu)
+        verify_attention(*launch, tree=given, window=window, out=out)
+        exact, in_dtype = [], []
+        for b, length in enumerate(lengths):
+            sees = visible(length, T, None if tree is None else tree[b], window)
+            dense = launch.q[b].cpu(), *launch.dense(b)
+            exact.append(attention(*(t.double() for t in dense), sees))
+            in_dtype.append(attention(*dense, sees))
+        assert_within_budget(out, torch.stack(in_dtype), torch.stack(exact), terms=max(lengths) + T)
+
+
+@pytest.mark.parametrize("heads", [(1, 4, 16), (2, 1, 40)])
+def test_a_row_of_the_kernel_has_its_bits_in_every_window_and_beside_any_neighbour(
+    gpu: str, heads: tuple[int, int, int]
+) -> None:
+    """Row t of a window at length s is row 0 of a window at s + t, alone, in a longer table."""
+    lengths, T = [0, 60, 250, 505], 17
+    launch = make_launch(gpu, lengths, T, heads, 16, torch.bfloat16)
+    expected = verify_attention(*launch)
+    for begin, count in ((0, 5), (3, 1), (7, 9), (16, 1)):
+        rows = slice(begin, begin + count)
+        out = verify_attention(*launch.at(rows, begin))
+        torch.testing.assert_close(out, expected[:, rows], atol=0, rtol=0)
+    for b in range(len(lengths)):
+        far = torch.full((1, 40), 2**20, dtype=torch.int32, device=gpu)
+        table = torch.cat([launch.page_table[b : b + 1], far], 1)
+        alone = Launch(launch.q[b : b + 1], *launch[1:3], table, launch.lengths[b : b + 1])
+        out = verify_attention(*alone)
+        torch.testing.assert_close(out[0], expected[b], atol=0, rtol=0)
+
+
+def test_a_path_down_a_tree_has_the_tokens_of_a_chain(gpu: str) -> None:
+    """A tree that is a chain sees what a chain sees, whatever its fillers hold."""
+    launch = make_launch(gpu, [5, 300], 7, (2, 2, 16), 64, torch.float32)
+    chain = torch.tensor([[(2 << t) - 1 for t in range(7)]] * 2).to(gpu)
+    for window in (0, 64):
+        torch.testing.assert_close(
+            verify_attention(*launch, tree=chain, window=window),
+            verify_attention(*launch, window=window),
+            atol=0,
+            rtol=0,
+        )
+
+
+def test_the_kernel_equals_torch_on_a_dense_chain_and_flex_attention_on_a_dense_tree(
+    gpu: str,
+) -> None:
+    length, T, (Hk, group, D) = 290, 9, (2, 3, 32)
+    launch = make_launch(gpu, [length], T, (Hk, group, D), 16, torch.float32)
+    q = launch.q.cpu().transpose(1, 2)
+    k, v = (t[None] for t in launch.dense(0))
+    bias = causal_lower_right(T, length + T)
+    peer = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    torch.testing.assert_close(verify_attention(*launch).cpu(), peer.transpose(1, 2))
+
+    tree = random_tree(1, T)
+    sees = visible(length, T, tree[0], 0)
+
+    def ancestors_only(score: Tensor, b: Tensor, h: Tensor, t: Tensor, n: Tensor) -> Tensor:
+        return torch.where(sees[t, n], score, -float("inf"))
+
+    peer = flex_attention(q, k, v, score_mod=ancestors_only, enable_gqa=True)
+    out = verify_attention(*launch, tree=tree.to(gpu)).cpu()
+    torch.testing.assert_close(out, peer.transpose(1, 2))
+
+
+def test_a_finished_launch_leaves_nothing_in_a_larger_workspace(gpu: str) -> None:
+    launch = make_launch(gpu, [100, 300], 5, (1, 2, 16), 64, torch.bfloat16)
+    size = workspace_size(2, 5, 2, 16, launch.page_table.shape[1], 64)
+    workspace = torch.full((size + 100,), float("nan"), device=gpu)
+    out = verify_attention(*launch, workspace=workspace)
+    torch.testing.assert_close(out, verify_attention(*launch), atol=0, rtol=0)
+    assert bool(workspace[size:].isnan().all())
+
+
+def test_arguments_of_the_launcher_that_do_not_fit_are_named() -> None:
+    launch = make_launch("cpu", [3, 9], 5, (2, 2, 16), 16, torch.bfloat16)
+    tree = random_tree(2, 5)
+    refused: list[tuple[str, Launch, dict[str, Any]]] = [
+        ("T=1..64, Hq a multiple of Hk=2", launch._replace(q=launch.q[:, :, :3]), {}),
+        (
+            "k_pages must be torch.bfloat16, got torch.float32",
+            launch._replace(k_pages=launch.k_pages.float()),
+            {},
+        ),
+        (
+            "page_table must be torch.int32, got torch.int64",
+            launch._replace(page_table=launch.page_table.long()),
+            {},
+        ),
+        (
+            r"lengths must be \[B\]=\[2\], got \[1\]",
+            launch._replace(lengths=launch.lengths[:1]),
+            {},
+        ),
+        (r"tree must be \[B, T\]=\[2, 5\], got \[2, 4\]", launch, dict(tree=tree[:, :4])),
+        ("window must be 0, or T=5 or more with a tree, got 4", launch, dict(tree=tree, window=4)),
+        ("window must be 0, got -1", launch, dict(window=-1)),
+        ("workspace must be contiguous, of 720 elements", launch, dict(workspace=torch.empty(9))),
+    ]
+    for message, changed, options in refused:
+        with pytest.raises(ValueError, match=message):
+            verify_attention(*changed, **options)
