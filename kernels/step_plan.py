@@ -93,9 +93,12 @@ def _clear(k_cache: Tensor, v_cache: Tensor, pages: Tensor, begin: int, end: int
 
 @device
 def node_depth(ancestors):
-    """How many ancestors a node of a tree has: the bits of its mask [...] int64, less its own."""
+    """How many ancestors a node of a tree has: the bits of its mask [...] int64, less its own.
+
+    A filler, whose mask is empty, is as deep as the root.
+    """
     bits = (tl.expand_dims(ancestors, -1) >> tl.arange(0, 64)) & 1
-    return tl.sum(bits, -1).to(tl.int32) - 1
+    return tl.maximum(tl.sum(bits, -1).to(tl.int32) - 1, 0)
 
 
 @jit("BLOCK")

@@ -132,6 +132,16 @@ def gpu() -> str:
     return "cuda"
 
 
+@pytest.fixture
+def plain_devices(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ttsem makes every tensor say that it lies on a GPU, let them tell the truth: torch's own
+    compiler goes by it.
+    """
+    for name in ("device", "is_cuda"):
+        if name in vars(torch.Tensor):
+            monkeypatch.delattr(torch.Tensor, name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in getattr(item, "fixturenames", ()):

@@ -106,7 +106,7 @@ class Launch(NamedTuple):
     lengths: Tensor
 
     def at(self, rows: slice, begin: int) -> "Launch":
-        """These rows of the window alone, behind `begin` more keys, in a table as long as theirs."""
+        """These rows of the window alone, behind `begin` more keys."""
         return self._replace(q=self.q[:, rows], lengths=self.lengths + begin)
 
     def dense(self, b: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def visible(length: int, T: int, tree: Tensor | None, window: int) -> Tensor:
     else:
         bits = tree[:, None] >> torch.arange(64) & 1
         sees = torch.cat([torch.ones(T, length), bits[:, :T]], 1).bool()
-        position = length + bits.sum(1, keepdim=True) - 1
+        position = length + (bits.sum(1, keepdim=True) - 1).clamp(min=0)
     return sees & (n > position - window) if window else sees
 
 
@@ -181,8 +181,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     return torch.einsum("htn,hnd->thd", p, v)
 
 
-# Lengths, T, (Hk, group, D), page_size: nothing yet, around a split's edge, tiles of rows, a head of
-# 20, the widest tree, as many pages as splits and more of either.
+# Lengths, T, (Hk, group, D), page_size: nothing yet, around a split's edge, several tiles of rows,
+# a head of 20, the widest window, pages smaller and larger than a split.
 LAUNCHES = [
     ([0, 1, 255, 256, 257], 1, (1, 1, 8), 16),
     ([3, 251, 252, 511], 5, (2, 4, 64), 16),
@@ -250,8 +250,9 @@ def test_a_path_down_a_tree_has_the_tokens_of_a_chain(gpu: str) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_kernel_equals_torch_on_a_dense_chain_and_flex_attention_on_a_dense_tree(
-    gpu: str,
+    gpu: str, plain_devices: None
 ) -> None:
     length, T, (Hk, group, D) = 290, 9, (2, 3, 32)
     launch = make_launch(gpu, [length], T, (Hk, group, D), 16, torch.float32)

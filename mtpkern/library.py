@@ -1,0 +1,167 @@
+"""The kernels as operators of torch, torch.ops.mtpkern.*: for torch.compile and for other engines.
+
+Importing this module registers them. An operator takes what the launcher of the same name in
+kernels/ takes, but for `out` and `pdl`, on CUDA tensors. It returns new tensors, and writes only
+where its schema says so: `print(torch.ops.mtpkern.kv_rollback.default._schema)`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.accept import accept
+from mtpkern.kernels.gate_up_silu import gate_up_silu
+from mtpkern.kernels.kv_rollback import kv_rollback
+from mtpkern.kernels.linear import linear
+from mtpkern.kernels.medusa_blocks import medusa_blocks
+from mtpkern.kernels.multi_head_projection import multi_head_projection
+from mtpkern.kernels.ngram import ngram
+from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
+from mtpkern.kernels.rms_norm import rms_norm
+from mtpkern.kernels.sample import sample
+from mtpkern.kernels.step_plan import window_slots
+from mtpkern.kernels.verify_attention import verify_attention
+
+_library = torch.library.Library("mtpkern", "DEF")
+
+
+def _operator(
+    launcher: Callable[..., Any], signature: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register `launcher` under its own name; what is decorated says shapes alone (a fake kernel)."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        name = launcher.__name__
+        _library.define(name + signature, tags=(torch.Tag.needs_exact_strides,))
+        _library.impl(name, launcher, "CUDA")
+        torch.library.register_fake(f"mtpkern::{name}", fake, lib=_library)
+        return fake
+
+    return register
+
+
+@_operator(rms_norm, "(Tensor x, Tensor w, float eps) -> Tensor")
+def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_operator(linear, "(Tensor x, Tensor w, Tensor? bias=None, *, Tensor? residual=None) -> Tensor")
+def _linear(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None
+) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+@_operator(
+    gate_up_silu, "(Tensor x, Tensor norm_w, float eps, Tensor w, Tensor? bias=None) -> Tensor"
+)
+def _gate_up_silu(
+    x: Tensor, norm_w: Tensor, eps: float, w: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0] // 2)
+
+
+@_operator(
+    qkv_rope_cache,
+    "(Tensor x, Tensor norm_w, float eps, Tensor w, Tensor(a!) k_pages, Tensor(b!) v_pages,"
+    " Tensor slots, Tensor positions, Tensor cos_table, Tensor sin_table, *, Tensor? bias=None,"
+    " Tensor? q_norm=None, Tensor? k_norm=None) -> Tensor",
+)
+def _qkv_rope_cache(
+    x: Tensor, norm_w: Tensor, eps: float, w: Tensor, k_pages: Tensor, *rest: Tensor, **options: Any
+) -> Tensor:
+    Hk, D = k_pages.shape[2:]
+    return x.new_empty(x.shape[0], w.shape[0] // D - 2 * Hk, D)
+
+
+@_operator(
+    verify_attention,
+    "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, *,"
+    " Tensor? tree=None, int window=0, float? scale=None) -> Tensor",
+)
+def _verify_attention(q: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_operator(medusa_blocks, "(Tensor normed, Tensor w, Tensor bias) -> Tensor")
+def _medusa_blocks(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return normed.new_empty(1 + w.shape[0], *normed.shape).transpose(0, 1)
+
+
+def _kept(hidden: Tensor, vocabulary: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """multi_head_projection, with an empty tensor for what was not asked for."""
+    values, ids, logsumexp, given, logits = multi_head_projection(hidden, vocabulary, **options)
+    given = values.new_empty(len(hidden), 0) if given is None else given
+    logits = values.new_empty(0, len(vocabulary)) if logits is None else logits
+    return values, ids, logsumexp, given, logits
+
+
+_kept.__name__ = "multi_head_projection"
+
+
+@_operator(
+    _kept,
+    "(Tensor hidden, Tensor vocabulary, *, int top_k=1, Tensor? given=None, int logits_rows=0,"
+    " Tensor? token_ids=None)"
+    " -> (Tensor values, Tensor ids, Tensor logsumexp, Tensor given_logits, Tensor logits)",
+)
+def _multi_head_projection(
+    hidden: Tensor,
+    vocabulary: Tensor,
+    *,
+    top_k: int = 1,
+    given: Tensor | None = None,
+    logits_rows: int = 0,
+    token_ids: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    R = hidden.shape[0]
+    wanted = 0 if given is None else given.shape[1]
+    return (
+        hidden.new_empty(R, top_k, dtype=torch.float32),
+        hidden.new_empty(R, top_k, dtype=torch.int64),
+        hidden.new_empty(R, dtype=torch.float32),
+        hidden.new_empty(R, wanted, dtype=torch.float32),
+        hidden.new_empty(logits_rows, vocabulary.shape[0], dtype=torch.float32),
+    )
+
+
+@_operator(accept, "(Tensor window, Tensor target) -> (Tensor accepted, Tensor bonus)")
+def _accept(window: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return window.new_empty(window.shape[0]), window.new_empty(window.shape[0])
+
+
+@_operator(
+    kv_rollback,
+    "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor(c!) lengths,"
+    " Tensor accepted, *, Tensor? active=None, Tensor? path=None) -> ()",
+)
+def _kv_rollback(*tensors: Tensor, **options: Any) -> None:
+    pass
+
+
+@_operator(sample, "(Tensor logits, Tensor? token_ids=None) -> Tensor")
+def _sample(logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@_operator(
+    ngram,
+    "(Tensor tokens, Tensor known, int drafts, int size=3) -> (Tensor drafted, Tensor found)",
+)
+def _ngram(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
+    B = tokens.shape[0]
+    return tokens.new_empty(B, drafts), tokens.new_empty(B, dtype=torch.bool)
+
+
+@_operator(
+    window_slots,
+    "(Tensor lengths, Tensor page_table, int rows, int page_size, *, Tensor? active=None,"
+    " Tensor? tree=None) -> (Tensor slots, Tensor positions)",
+)
+def _window_slots(
+    lengths: Tensor, page_table: Tensor, rows: int, page_size: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    count = lengths.shape[0] * rows
+    return lengths.new_empty(count), lengths.new_empty(count)
