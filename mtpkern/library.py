@@ -30,7 +30,7 @@ _library = torch.library.Library("mtpkern", "DEF")
 def _operator(
     launcher: Callable[..., Any], signature: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `launcher` under its own name; what is decorated says shapes alone (a fake kernel)."""
+    """Register `launcher` under its name; what is decorated says its shapes (a fake kernel)."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__

@@ -1,4 +1,4 @@
-"""torch.ops.mtpkern.*: each operator passes torch's own checks, and a step compiles as one graph."""
+"""torch.ops.mtpkern.*: each operator passes torch's own checks, and a layer is one graph."""
 
 from collections.abc import Iterator
 from typing import Any
