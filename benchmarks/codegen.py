@@ -64,6 +64,12 @@ CEILINGS = {
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
     "vocabulary_merge": Ceiling(registers=96, multiplies=True),
+    "accept": Ceiling(registers=32, wide=False),
+    "compact_path": Ceiling(registers=128),
+    "commit": Ceiling(registers=32, wide=False),
+    "sample": Ceiling(registers=96),
+    "ngram": Ceiling(registers=64, wide=False),
+    "window_slots": Ceiling(registers=64, wide=False),
 }
 
 

@@ -15,12 +15,17 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from mtpkern.cache import rotary_tables
+from mtpkern.kernels.accept import accept, accept_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu
+from mtpkern.kernels.kv_rollback import kv_rollback
 from mtpkern.kernels.linear import linear
 from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.multi_head_projection import BLOCK_V, Projection, multi_head_projection
+from mtpkern.kernels.ngram import ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm
+from mtpkern.kernels.sample import sample
+from mtpkern.kernels.step_plan import window_slots
 from mtpkern.kernels.verify_attention import SPLIT, verify_attention, workspace_size
 
 DTYPE = torch.bfloat16
@@ -39,14 +44,15 @@ class Model(NamedTuple):
     Hk: int
     D: int
     V: int
+    L: int
     qk_norm: bool = False
 
 
 MODELS = {
-    "smollm2-135m": Model(E=576, F=1536, Hq=9, Hk=3, D=64, V=49152),
-    "llama-3.2-1b": Model(E=2048, F=8192, Hq=32, Hk=8, D=64, V=128256),
-    "llama-3.1-8b": Model(E=4096, F=14336, Hq=32, Hk=8, D=128, V=128256),
-    "qwen3-8b": Model(E=4096, F=12288, Hq=32, Hk=8, D=128, V=151936, qk_norm=True),
+    "smollm2-135m": Model(E=576, F=1536, Hq=9, Hk=3, D=64, V=49152, L=30),
+    "llama-3.2-1b": Model(E=2048, F=8192, Hq=32, Hk=8, D=64, V=128256, L=16),
+    "llama-3.1-8b": Model(E=4096, F=14336, Hq=32, Hk=8, D=128, V=128256, L=32),
+    "qwen3-8b": Model(E=4096, F=12288, Hq=32, Hk=8, D=128, V=151936, L=36, qk_norm=True),
 }
 
 # Sequences and window rows [B, T] of a step: plain decoding, K = 4, and K = 4 in batches.
@@ -320,6 +326,130 @@ def multi_head_projection_cases(model: Model, B: int, T: int) -> Iterator[Case]:
         yield Case(name, f"R={R} V={V} E={E} top_k={top_k}", moved, inputs)
 
 
+def accept_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """Drafts of which about one half stands."""
+
+    def inputs(device: str) -> Call:
+        window, target = (torch.randint(2, (B, T + 1), device=device)[:, :T] for _ in range(2))
+        out = window.new_empty(B), window.new_empty(B)
+        decided = partial(accept_ref, window, target)
+        return Call(lambda pdl: accept(window, target, out=out, pdl=pdl), decided, decided, decided)
+
+    yield Case("greedy", f"B={B} T={T}", 8 * B * (2 * T - 1) + 24 * B, inputs)
+
+
+def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """All rows of a chain stay; of a tree every second one, so that all of those but one move. The
+    lengths are set back before each call, here and in the baseline.
+    """
+    L, Hk, D, page_size = model.L, model.Hk, model.D, 16
+    kept = torch.arange(0, T, 2)
+    for name, path_rows in (("chain", None), ("tree", kept)):
+
+        def inputs(device: str, path_rows: Tensor | None = path_rows) -> Call:
+            k, v = (normal(device, L, 2 * B, page_size, Hk, D) for _ in range(2))
+            before = k.clone(), v.clone()
+            table = torch.randperm(2 * B, device=device, dtype=torch.int32).view(B, 2)
+            begin = torch.full((B,), 13, device=device)
+            lengths = begin.clone()
+            count = T if path_rows is None else len(path_rows)
+            accepted = torch.full((B,), count - 1, device=device)
+            path = None
+            if path_rows is not None:
+                path = path_rows.to(device).expand(B, -1).contiguous()
+
+            def launch(pdl: bool) -> tuple[Tensor, ...]:
+                lengths.copy_(begin)
+                kv_rollback(k, v, table, lengths, accepted, path=path, pdl=pdl)
+                return k, v, lengths
+
+            def moved() -> tuple[Tensor, ...]:
+                after = [t.clone() for t in before]
+                move(*after)
+                return *after, begin + count
+
+            def move(k: Tensor, v: Tensor) -> None:
+                if path is None:
+                    return
+                places = (13 + torch.arange(count, device=device).expand(B, -1), 13 + path)
+                to, of = ((table.long().gather(1, p // page_size), p % page_size) for p in places)
+                for cache in (k, v):
+                    cache[:, to[0], to[1]] = cache[:, of[0], of[1]]
+
+            def baseline() -> tuple[Tensor, ...]:
+                lengths.copy_(begin)
+                move(k, v)
+                lengths.add_(accepted + 1)
+                return k, v, lengths
+
+            return Call(launch, moved, moved, baseline)
+
+        rows = 0 if path_rows is None else len(path_rows) - 1
+        bytes_moved = 4 * DTYPE.itemsize * L * Hk * D * B * rows + 24 * B
+        yield Case(name, f"B={B} T={T} L={L} Hk={Hk} D={D}", bytes_moved, inputs)
+
+
+def sample_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    R, V = B * T, model.V
+
+    def inputs(device: str) -> Call:
+        logits, out = torch.randn(R, V, device=device), torch.empty(R, device=device).long()
+        likeliest = partial(torch.argmax, logits, 1)
+        return Call(lambda pdl: sample(logits, out=out, pdl=pdl), likeliest, likeliest, likeliest)
+
+    yield Case("greedy", f"R={R} V={V}", 4 * R * V + 8 * R, inputs)
+
+
+def ngram_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """No match anywhere, which takes longest."""
+    known, size = 8000, 3
+
+    def inputs(device: str) -> Call:
+        tokens = torch.randint(model.V, (B, known + 100), device=device)
+        tokens[:, known - 1] = model.V
+        counts = torch.full((B,), known, device=device)
+        out = tokens.new_empty(B, T), torch.empty(B, dtype=torch.bool, device=device)
+
+        def searched() -> tuple[Tensor, Tensor]:
+            with torch.device(device):
+                return ngram_ref(tokens, counts, T, size)
+
+        return Call(
+            lambda pdl: ngram(tokens, counts, T, size, out=out, pdl=pdl),
+            searched,
+            searched,
+            searched,
+        )
+
+    yield Case("no match", f"B={B} K={T} known={known}", 8 * B * known, inputs)
+
+
+def window_slots_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    for name in ("chain", "tree"):
+
+        def inputs(device: str, name: str = name) -> Call:
+            table = torch.randperm(B * 16, device=device, dtype=torch.int32).view(B, 16)
+            lengths = torch.randint(16 * PAGE_SIZE - T, (B,), device=device)
+            t = torch.arange(T, device=device)
+            tree = ((2 << t) - 1).expand(B, T).contiguous() if name == "tree" else None
+            out = lengths.new_empty(B * T), lengths.new_empty(B * T)
+
+            def placed() -> tuple[Tensor, Tensor]:
+                place = lengths[:, None] + t
+                pages = table.long().gather(1, place // PAGE_SIZE)
+                return (pages * PAGE_SIZE + place % PAGE_SIZE).view(-1), place.view(-1)
+
+            return Call(
+                lambda pdl: window_slots(lengths, table, T, PAGE_SIZE, tree=tree, out=out, pdl=pdl),
+                placed,
+                placed,
+                placed,
+            )
+
+        moved = 8 * B + B * T * (4 + 16 + (8 if name == "tree" else 0))
+        yield Case(name, f"B={B} T={T}", moved, inputs)
+
+
 OPS: dict[str, Callable[[Model, int, int], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
     "qkv_rope_cache": qkv_rope_cache_cases,
@@ -328,4 +458,9 @@ OPS: dict[str, Callable[[Model, int, int], Iterator[Case]]] = {
     "verify_attention": verify_attention_cases,
     "medusa_blocks": medusa_blocks_cases,
     "multi_head_projection": multi_head_projection_cases,
+    "accept": accept_cases,
+    "kv_rollback": kv_rollback_cases,
+    "sample": sample_cases,
+    "ngram": ngram_cases,
+    "window_slots": window_slots_cases,
 }

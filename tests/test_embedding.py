@@ -46,20 +46,16 @@ def test_a_foreign_loop_decodes_with_a_tree_to_the_tokens_it_has_without(gpu: st
     tree, text, written = torch.tensor([TREE, TREE]).to(gpu), text.cpu(), [1, 1]
     for step in range(16):
         # By turns the first guess is right, the second and the one behind it are, or the second.
-        ways = [(step + b) % 3 for b in range(2)]
-        guesses = [text[b, n - 1 : n + 2].tolist() for b, n in enumerate(written)]
-        rows = [
-            [(g, a, V, V), (g, V, a, c), (g, V, a, V)][way]
-            for way, (g, a, c) in zip(ways, guesses, strict=True)
-        ]
+        ways, rows = [(step + b) % 3 for b in range(2)], []
+        for b, way in enumerate(ways):
+            last, a, c = text[b, written[b] - 1 : written[b] + 2].tolist()
+            rows.append([(last, a, V, V), (last, V, a, c), (last, V, a, V)][way])
         target = speculative.forward(torch.tensor(rows).to(gpu), tree).cpu()
-        path, accepted = torch.tensor([PATHS[way] for way in ways]), [1 + (w == 1) for w in ways]
-        counts = torch.tensor(accepted).to(gpu)
-        given = *speculative.split(), speculative.pages, speculative.lengths, counts
-        kv_rollback(*given, path=path.to(gpu))
-        for b, n in enumerate(accepted):
+        path = torch.tensor([PATHS[way] for way in ways])
+        accepted = torch.tensor([1 + (way == 1) for way in ways]).to(gpu)
+        cache, pages = speculative.split(), speculative.pages
+        kv_rollback(*cache, pages, speculative.lengths, accepted, path=path.to(gpu))
+        for b, n in enumerate(accepted.tolist()):
             emitted = target[b, path[b, : n + 1]]
             assert torch.equal(emitted, text[b, written[b] : written[b] + n + 1])
             written[b] += n + 1
-
-    assert written[0] > 36

@@ -98,10 +98,9 @@ def test_a_layer_compiles_as_one_graph_and_gives_what_it_gives_without(gpu: str,
     E, F, Hq, Hk, D = 24, 40, 4, 2, 8
     cos, sin = (t.to(gpu) for t in rotary_tables(torch.ones(D // 2), 1.0, 64))
     w = [random(*shape).to(gpu) / 5 for shape in ((64, E), (E, Hq * D), (2 * F, E), (E, F))]
-    norm, vocabulary = random(E).to(gpu), random(31, E).to(gpu)
+    norm, vocabulary, pages = random(E).to(gpu), random(31, E).to(gpu), PAGES.to(gpu)
 
     def step(x: Tensor, k: Tensor, v: Tensor, window: Tensor, lengths: Tensor) -> Tensor:
-        pages = PAGES.to(gpu)
         slots, positions = ops.window_slots(lengths, pages, 3, 16)
         q = ops.qkv_rope_cache(x, norm, 1e-5, w[0], k[0], v[0], slots, positions, cos, sin)
         attended = ops.verify_attention(q.view(2, 3, Hq, D), k[0], v[0], pages, lengths)
