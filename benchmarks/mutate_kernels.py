@@ -338,8 +338,8 @@ FAULTS = [
     Fault(
         "multi_head_projection",
         "the sum of exponentials counts columns behind the vocabulary",
-        "total = sum_pairs(tl.where((v < V)[None, :], p, 0.0))",
-        "total = sum_pairs(p)",
+        "total = sum_columns(tl.where((v < V)[None, :], p, 0.0))",
+        "total = sum_columns(p)",
     ),
     Fault(
         "multi_head_projection",
@@ -423,8 +423,10 @@ FAULTS = [
     Fault(
         "kv_rollback",
         "a row is written before another is read",
-        "    v = tl.load(v_ptr + v_source[:, None] + d[None, :], mask=mask, other=0.0)\n",
-        "    tl.store(k_ptr + (target_page * stride_kp + target % PAGE_SIZE * stride_ks)[:, None] + d[None, :], k, mask=mask)\n    k = tl.load(k_ptr + k_source[:, None] + d[None, :], mask=mask, other=0.0)\n    v = tl.load(v_ptr + v_source[:, None] + d[None, :], mask=mask, other=0.0)\n",
+        "    tl.store(v_ptr + v_target",
+        "    k = tl.load(k_ptr + k_source[:, None] + d[None, :], mask=mask, other=0.0)\n"
+        "    tl.store(k_ptr + k_target[:, None] + d[None, :], k, mask=mask)\n"
+        "    tl.store(v_ptr + v_target",
     ),
     Fault(
         "kv_rollback",
@@ -460,7 +462,8 @@ FAULTS = [
         "ngram",
         "the earliest match of a block wins",
         "latest = tl.max(tl.where(match, start, -1))",
-        "latest = tl.min(tl.where(match, start, 2**40))\n        latest = tl.where(latest == 2**40, -1, latest)",
+        "latest = tl.min(tl.where(match, start, 2**40))\n"
+        "        latest = tl.where(latest == 2**40, -1, latest)",
     ),
     Fault(
         "sample",
@@ -503,8 +506,8 @@ FAULTS = [
     Fault(
         "step_plan",
         "a node counts among its own ancestors",
-        "return tl.maximum(tl.sum(bits, -1).to(tl.int32) - 1, 0)",
-        "return tl.sum(bits, -1).to(tl.int32)",
+        "return tl.maximum(bits.to(tl.int32) - 1, 0)",
+        "return bits.to(tl.int32)",
     ),
 ]
 

@@ -36,7 +36,7 @@ def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tupl
     return torch.where(found[:, None], drafted, 0), found
 
 
-@jit("SIZE", "BLOCK_K")
+@jit("SIZE", "BLOCK_K", do_not_specialize=("K", "stride_db"))
 def _ngram_kernel(
     tokens_ptr,
     known_ptr,

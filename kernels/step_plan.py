@@ -97,11 +97,15 @@ def node_depth(ancestors):
 
     A filler, whose mask is empty, is as deep as the root.
     """
-    bits = (tl.expand_dims(ancestors, -1) >> tl.arange(0, 64)) & 1
-    return tl.maximum(tl.sum(bits, -1).to(tl.int32) - 1, 0)
+    # Bits are counted in pairs, in fours, in bytes, and those added up in the highest one.
+    x = ancestors - ((ancestors >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    bits = (x * 0x0101010101010101) >> 56
+    return tl.maximum(bits.to(tl.int32) - 1, 0)
 
 
-@jit("BLOCK")
+@jit("BLOCK", do_not_specialize=("stride_tb",))
 def _window_slots_kernel(
     lengths_ptr,
     page_table_ptr,
