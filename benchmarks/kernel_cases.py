@@ -335,7 +335,7 @@ def accept_cases(model: Model, B: int, T: int) -> Iterator[Case]:
         decided = partial(accept_ref, window, target)
         return Call(lambda pdl: accept(window, target, out=out, pdl=pdl), decided, decided, decided)
 
-    yield Case("greedy", f"B={B} T={T}", 8 * B * (2 * T - 1) + 24 * B, inputs)
+    yield Case("greedy", f"B={B} T={T}", 8 * B * (2 * T - 1) + 16 * B, inputs)
 
 
 def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:
@@ -384,9 +384,13 @@ def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:
 
             return Call(launch, moved, moved, baseline)
 
-        rows = 0 if path_rows is None else len(path_rows) - 1
-        bytes_moved = 4 * DTYPE.itemsize * L * Hk * D * B * rows + 24 * B
-        yield Case(name, f"B={B} T={T} L={L} Hk={Hk} D={D}", bytes_moved, inputs)
+        moved = 24 * B
+        if path_rows is not None:
+            pairs = list(enumerate(path_rows.tolist()))[1:]
+            pages = {(13 + row) // page_size for pair in pairs for row in pair}
+            moved += B * (8 * len(path_rows) + 4 * len(pages))
+            moved += 4 * DTYPE.itemsize * L * Hk * D * B * len(pairs)
+        yield Case(name, f"B={B} T={T} L={L} Hk={Hk} D={D}", moved, inputs)
 
 
 def sample_cases(model: Model, B: int, T: int) -> Iterator[Case]:
@@ -421,7 +425,8 @@ def ngram_cases(model: Model, B: int, T: int) -> Iterator[Case]:
             searched,
         )
 
-    yield Case("no match", f"B={B} K={T} known={known}", 8 * B * known, inputs)
+    moved = B * (8 * (known + 1 + T) + 1)
+    yield Case("no match", f"B={B} K={T} known={known}", moved, inputs)
 
 
 def window_slots_cases(model: Model, B: int, T: int) -> Iterator[Case]:
@@ -429,7 +434,7 @@ def window_slots_cases(model: Model, B: int, T: int) -> Iterator[Case]:
 
         def inputs(device: str, name: str = name) -> Call:
             table = torch.randperm(B * 16, device=device, dtype=torch.int32).view(B, 16)
-            lengths = torch.randint(16 * PAGE_SIZE - T, (B,), device=device)
+            lengths = torch.arange(B, device=device) % 15 * PAGE_SIZE + 3
             t = torch.arange(T, device=device)
             tree = ((2 << t) - 1).expand(B, T).contiguous() if name == "tree" else None
             out = lengths.new_empty(B * T), lengths.new_empty(B * T)
@@ -446,7 +451,7 @@ def window_slots_cases(model: Model, B: int, T: int) -> Iterator[Case]:
                 placed,
             )
 
-        moved = 8 * B + B * T * (4 + 16 + (8 if name == "tree" else 0))
+        moved = 12 * B + B * T * (16 + (8 if name == "tree" else 0))
         yield Case(name, f"B={B} T={T}", moved, inputs)
 
 

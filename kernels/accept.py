@@ -4,7 +4,7 @@ Row t's target is the token that the model itself puts after window row t, so dr
 iff it equals target t and all before it stood; the target after the last one standing is the bonus
 token (Leviathan et al. 2023, section 2, with a deterministic target).
 
-Bytes moved: 8 B (2 T - 1) of ids read, the bonus once more, 16 B written.
+Bytes moved: 8 B (2 T - 1) of ids read, 16 B written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _accept_kernel(
     t = tl.arange(0, BLOCK_T)
     in_drafts = t + 1 < T
     draft = tl.load(window_ptr + b * stride_wb + t + 1, mask=in_drafts, other=0)
-    target = tl.load(target_ptr + b * stride_tb + t, mask=in_drafts, other=0)
+    target = tl.load(target_ptr + b * stride_tb + t, mask=t < T, other=0)
     # The first row whose draft falls; the last row has none.
     accepted = tl.min(tl.where(in_drafts & (draft == target), BLOCK_T, t))
     tl.store(accepted_ptr + b, accepted.to(tl.int64))

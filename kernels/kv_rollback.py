@@ -8,7 +8,7 @@ path[b, j] to the j-th slot of the window, for all layers in one launch. Positio
 when keys were rotated, so none is rotated again.
 
 Bytes moved, with s bytes an element: 4 s L Hk D for each row that changes its place (K and V, read
-and written); 24 B of counts.
+and written); 24 B of counts, and of a path its ids and 4 for each page that it touches.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from traffic import recorded_traffic
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-TINY = dict(E=48, F=112, Hq=4, Hk=2, D=16, V=307)
+TINY = dict(E=48, F=112, Hq=4, Hk=2, D=16, V=307, L=3)
 
 
 @pytest.fixture
