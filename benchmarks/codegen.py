@@ -2,7 +2,7 @@
 
     python benchmarks/codegen.py                                  # the whole matrix
     python benchmarks/codegen.py --model smollm2-135m             # what CI runs
-    python benchmarks/codegen.py --write-table                    # results/codegen.md anew
+    python benchmarks/codegen.py --write-table                    # results/codegen-triton-*.md anew
 
 The launchers themselves run, on tensors without data and with Triton's launch replaced by its
 compilation, so that what is compiled is what a GPU would run: same tiles, same specialisation. A
@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 # Steps at the tiers of rows that STEPS leaves out: 20, 125 and 255 rows.
 OTHER_TIERS = ((4, 5), (25, 5), (51, 5))
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
-TABLE = Path(__file__).with_name("results") / "codegen.md"
+TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
 # Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.
 MAX_SHARED = 100 * 1024
 

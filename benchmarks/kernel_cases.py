@@ -363,7 +363,7 @@ def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:
                 kv_rollback(k, v, table, lengths, accepted, path=path, pdl=pdl)
                 return k, v, lengths
 
-            def moved() -> tuple[Tensor, ...]:
+            def committed() -> tuple[Tensor, ...]:
                 after = [t.clone() for t in before]
                 move(*after)
                 return *after, begin + count
@@ -382,7 +382,7 @@ def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:
                 lengths.add_(accepted + 1)
                 return k, v, lengths
 
-            return Call(launch, moved, moved, baseline)
+            return Call(launch, committed, committed, baseline)
 
         moved = 24 * B
         if path_rows is not None:
