@@ -1,8 +1,8 @@
 """A row's bits do not depend on how many rows there are: across all tiers, for every matmul.
 
-Exact on a GPU, where every tier multiplies with one instruction in one order. The CPU's own dot, which
-ttsem multiplies with, goes by shape: there the values agree. Within a tier all is exact everywhere;
-the tests of each op say so.
+Exact on a GPU, where every tier multiplies with one instruction in one order. The CPU's own dot,
+which ttsem multiplies with, goes by shape: there the values agree. Within a tier all is exact
+everywhere; the tests of each op say so.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def cached(gpu: str, q_norm: bool) -> Callable[[Tensor], Tensor]:
         rows = torch.arange(len(x), device=gpu)
         plan = k, v, rows, rows, cos, sin
         q = qkv_rope_cache(x, weight(gpu, E), 1e-5, weight(gpu, 128, E), *plan, **norms)
-        return torch.cat([t.flatten(1) for t in (q[:16], k[0], v[0])], 1)[: len(x)]
+        return torch.cat([t[: len(x)].flatten(1) for t in (q[:16], k[0], v[0])], 1)
 
     return run
 
