@@ -1,0 +1,100 @@
+"""advance: what a step decided reaches the cache, the tokens and the ring as defined."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.advance import STEP_MASK, Progress, advance, advance_ref
+
+
+def make(batch: int, rows: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor, Progress]:
+    """A batch before the end of a step, drafts right now and then, one sequence finished."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(*shape: int, high: int = 5) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    window, target = ids(batch, rows), ids(batch, rows)
+    right = ids(batch, high=rows + 1)
+    for b in range(batch):
+        window[b, 1 : 1 + right[b]] = target[b, : right[b]][: rows - 1]
+    lengths = ids(batch, high=9)
+    active = torch.ones(batch, dtype=torch.int64)
+    active[batch // 2 :: 3] = 0
+    limits = lengths + 2 + ids(batch, high=2 * rows)
+    ends = torch.where(ids(batch, 2, high=3) == 0, ids(batch, 2), -1)
+    source, drafted = ids(batch, high=3), ids(batch, high=rows)
+    clock = torch.full((batch,), 2 * 2**31 - 2 + seed % 3)
+    tokens, ring = ids(batch, 9 + 2 * rows + 3), torch.zeros(3, batch, 2 * rows + 3).long()
+    progress = (tokens, lengths, active, limits, ends, source, drafted, clock, ring)
+    return window.to(device), target.to(device), Progress(*(t.to(device) for t in progress))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 17, 64])
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_the_kernel_ends_a_step_as_the_definition_does(
+    gpu: str, rows: int, with_logprobs: bool
+) -> None:
+    for batch, seed in ((1, 0), (7, 1), (33, 2)):
+        window, target, progress = make(batch, rows, seed)
+        logprobs = -torch.rand(batch, rows, generator=torch.Generator().manual_seed(3))
+        given = (window.to(gpu).clone(), target.to(gpu), logprobs.to(gpu))
+        on_gpu = Progress(*(t.to(gpu).clone() for t in progress))
+        out = advance(*given[:2], given[2] if with_logprobs else None, on_gpu)
+        expected = advance_ref(window, target, logprobs if with_logprobs else None, progress)
+        for mine, theirs in zip((*out, given[0]), (*expected, window), strict=True):
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0)
+        written = 1 + rows * (2 if with_logprobs else 1)
+        for name, mine, theirs in zip(Progress._fields, on_gpu, progress, strict=True):
+            if name == "ring":
+                mine, theirs = mine[..., :written], theirs[..., :written]
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, msg=name)
+
+
+def test_a_word_of_the_ring_carries_its_step_and_its_content() -> None:
+    window, target, progress = make(4, 3, 5)
+    before = progress.active.clone()
+    logprobs = torch.tensor([[-0.5, -1.5, -2.5]] * 4)
+    accepted, _ = advance_ref(window, target, logprobs, progress)
+    step = int(progress.clock[0])
+    words = progress.ring[step % 3]
+    assert (words[:, :7] >> 32 == step & STEP_MASK).all()
+    assert torch.equal(words[:, 0] & 0xFF, accepted)
+    assert torch.equal(words[:, 0] >> 24 & 0xFF, before)
+    assert torch.equal(words[:, 1:4] & 0xFFFFFFFF, target)
+    assert torch.equal(words[:, 4:7].to(torch.int32).view(torch.float32), logprobs)
+
+
+def test_a_finished_sequence_stays_as_it_is() -> None:
+    window, target, progress = make(6, 4, 7)
+    progress.active.zero_()
+    before = [t.clone() for t in (*progress[:3], window)]
+    _, count = advance_ref(window, target, None, progress)
+    assert not count.any()
+    for mine, theirs in zip((*progress[:3], window), before, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_sequence_ends_at_its_limit_and_at_its_tokens() -> None:
+    def after(limit: int, end: int) -> int:
+        window, target = torch.tensor([[9, 1, 2]]), torch.tensor([[1, 2, 3]])
+        one = torch.ones(1, dtype=torch.int64)
+        progress = Progress(
+            torch.zeros(1, 20).long(),
+            4 * one,
+            one.clone(),
+            limit * one,
+            torch.tensor([[-1, end]]),
+            one,
+            one,
+            one,
+            torch.zeros(2, 1, 7).long(),
+        )
+        advance_ref(window, target, None, progress)
+        assert progress.lengths.item() == 7
+        return int(progress.active)
+
+    assert after(limit=9, end=7) == 1
+    assert after(limit=8, end=7) == 0
+    for end in (1, 2, 3):
+        assert after(limit=100, end=end) == 0
