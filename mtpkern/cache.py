@@ -5,15 +5,19 @@ it by advancing `lengths`. Rejected rows stay where they are and count for nothi
 not advancing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# The page that entries of a page table name where a sequence has none: written, never believed.
+SCRATCH = 0
+
 
 @dataclass(frozen=True)
 class KVCache:
-    """K and V of L layers for B sequences, in pages.
+    """K and V of L layers for B sequences, in pages; page 0 is a scratch page.
 
     `lengths[b]` counts the committed tokens; slots behind it are free to write and never read as
     they are. One long page per sequence is a contiguous cache.
@@ -27,33 +31,38 @@ class KVCache:
     sin: Tensor  # [capacity, D] float32, first half negated
 
     @classmethod
-    def contiguous(
+    def empty(
         cls,
         *,
         layers: int,
-        batch: int,
-        capacity: int,
+        pages: int,
+        page_size: int,
+        page_table: Tensor,
         kv_heads: int,
         head_dim: int,
         inverse_frequencies: Tensor,
         rope_scaling: float,
         dtype: torch.dtype,
     ) -> "KVCache":
-        """One page of `capacity` slots, a multiple of 64, for each of `batch` sequences.
+        """`pages` pages beside the scratch page, of page_size slots, a multiple of 64.
 
-        inverse_frequencies [D/2] are radians per position; rope_scaling multiplies cos and sin.
+        page_table [B, max_pages] int32 may be shared with another cache: a head's keys then lie in
+        the same pages as the trunk's. inverse_frequencies [D/2] are radians per position;
+        rope_scaling multiplies cos and sin.
         """
-        if capacity % 64:
-            raise ValueError(f"capacity must be a multiple of 64, got {capacity}")
-        shape = (layers, batch, capacity, kv_heads, head_dim)
-        cos, sin = rotary_tables(inverse_frequencies, rope_scaling, capacity)
+        if page_size % 64:
+            raise ValueError(f"page_size must be a multiple of 64, got {page_size}")
+        device = page_table.device
+        shape = (layers, 1 + pages, page_size, kv_heads, head_dim)
+        cos, sin = rotary_tables(inverse_frequencies, rope_scaling, page_table.shape[1] * page_size)
+        # Zeros, which cost nothing until touched: a masked key's value must be a number.
         return cls(
-            k=torch.empty(shape, dtype=dtype),
-            v=torch.empty(shape, dtype=dtype),
-            page_table=torch.arange(batch, dtype=torch.int32)[:, None],
-            lengths=torch.zeros(batch, dtype=torch.int64),
-            cos=cos,
-            sin=sin,
+            k=torch.zeros(shape, dtype=dtype, device=device),
+            v=torch.zeros(shape, dtype=dtype, device=device),
+            page_table=page_table,
+            lengths=torch.zeros(len(page_table), dtype=torch.int64, device=device),
+            cos=cos.to(device),
+            sin=sin.to(device),
         )
 
     def rows(self, begin: int, end: int) -> "KVCache":
@@ -71,13 +80,32 @@ class KVCache:
         """The same storage seen at other lengths [B]; committing through this view is lost."""
         return KVCache(self.k, self.v, self.page_table, lengths, self.cos, self.sin)
 
-    def commit(self, count: Tensor) -> None:
-        """Keep the next count[b] written slots of each sequence; the others are rolled back."""
-        self.lengths.add_(count)
+    def assign(self, sequence: int, pages: Sequence[int]) -> None:
+        """Give one sequence these pages, in order, and nothing behind them."""
+        row = torch.full(self.page_table.shape[1:], SCRATCH, dtype=torch.int32)
+        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.page_table[sequence].copy_(row)
 
     def reset(self, sequence: int) -> None:
-        """Forget one sequence, so that its slots can serve another."""
-        self.lengths[sequence] = 0
+        """Forget one sequence: its slot can serve another; what it still writes goes nowhere."""
+        self.page_table[sequence].fill_(SCRATCH)
+        self.lengths[sequence].zero_()
+
+
+class PagePool:
+    """Which pages are free. A page is in one sequence's hands, or here."""
+
+    def __init__(self, pages: int):
+        self.free = list(range(pages, 0, -1))
+
+    def claim(self, count: int) -> list[int] | None:
+        """Take `count` pages, or None where so many are not free."""
+        if count > len(self.free):
+            return None
+        return [self.free.pop() for _ in range(count)]
+
+    def release(self, pages: Sequence[int]) -> None:
+        self.free.extend(reversed(pages))
 
 
 def rotary_tables(inverse_frequencies: Tensor, scaling: float, count: int) -> tuple[Tensor, Tensor]:

@@ -11,84 +11,112 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.heads import NONE, Drafter, DraftInput
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import Ops, SamplingRows
+from mtpkern.ops import Ops, Progress, SamplingRows
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecodeState:
     """Everything a step reads and changes, for B sequences with K drafts each.
 
-    `tokens[b, :cache.lengths[b] + 1]` are known; the last of them is `window[b, 0]`, which has no
-    K/V yet. What `tokens` holds behind them is garbage.
+    `progress.tokens[b, : lengths[b] + 1]` are known; the last of them is `window[b, 0]`, which has
+    no K/V yet. What tokens holds behind them is garbage.
     """
 
-    tokens: Tensor  # [B, max_length + K + 1] int64
     window: Tensor  # [B, K + 1] int64
-    source: Tensor  # [B] int64, where the window's drafts came from (heads.SOURCES)
-    drafted: Tensor  # [B] int64, how many of the window's drafts are meant as such
-    active: Tensor  # [B] int64, 1 or 0: a finished sequence does not advance
+    progress: Progress  # its lengths are the cache's
     sampling: SamplingRows
     cache: KVCache
 
     @classmethod
-    def empty(cls, cache: KVCache, max_length: int, num_speculative_tokens: int) -> "DecodeState":
-        """No sequence active, sampling greedy."""
+    def empty(
+        cls,
+        cache: KVCache,
+        max_length: int,
+        num_speculative_tokens: int,
+        *,
+        ends: int = 1,
+        ring: Tensor | None = None,
+    ) -> "DecodeState":
+        """No sequence active, sampling greedy; `ends` end tokens a sequence at most.
+
+        ring [slots, B, 1 + 2 (K + 1)] int64 lies where the host can read it.
+        """
         batch, k = cache.lengths.shape[0], num_speculative_tokens
-        zeros = torch.zeros(batch)
+        device = cache.lengths.device
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        progress = Progress(
+            # A finished sequence may stand K tokens behind its limit, and the last window behind.
+            tokens=torch.zeros(batch, max_length + 2 * (k + 1), dtype=torch.int64, device=device),
+            lengths=cache.lengths,
+            active=zeros.clone(),
+            limits=zeros + max_length,
+            ends=torch.full((batch, ends), -1, device=device),
+            source=torch.full((batch,), NONE, device=device),
+            drafted=zeros.clone(),
+            clock=zeros.clone(),
+            ring=torch.zeros(1, batch, 2 * k + 3, dtype=torch.int64) if ring is None else ring,
+        )
+        real = torch.zeros(batch, device=device)
         return cls(
-            tokens=torch.zeros(batch, max_length + k + 1, dtype=torch.int64),
-            window=torch.zeros(batch, k + 1, dtype=torch.int64),
-            source=torch.full((batch,), NONE),
-            drafted=torch.zeros(batch, dtype=torch.int64),
-            active=torch.zeros(batch, dtype=torch.int64),
-            sampling=SamplingRows(zeros, zeros.long(), zeros + 1, zeros.clone(), zeros.long()),
+            window=torch.zeros(batch, k + 1, dtype=torch.int64, device=device),
+            progress=progress,
+            sampling=SamplingRows(real, zeros.clone(), real + 1, real.clone(), zeros.clone()),
             cache=cache,
+        )
+
+    def view(self, batch: int, num_speculative_tokens: int) -> "DecodeState":
+        """The same state seen for the first `batch` sequences and drafts."""
+        p = self.progress
+        progress = Progress(*(t[:batch] for t in p[:-1]), p.ring[:, :batch])  # type: ignore[arg-type]
+        return DecodeState(
+            self.window[:batch, : num_speculative_tokens + 1],
+            progress,
+            SamplingRows(*(t[:batch] for t in self.sampling)),
+            self.cache.rows(0, batch),
         )
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step decided: sequence b emits target[b, : accepted[b] + 1]."""
+    """What a step decided: sequence b emits target[b, : count[b]]."""
 
     target: Tensor  # [B, T] int64
     accepted: Tensor  # [B] int64, 0..K
-    source: Tensor  # [B] int64, where the drafts that were verified came from
-    drafted: Tensor  # [B] int64, how many of them were meant as such, not fillers
-    logits: Tensor  # [B, T, V], the model's own, before sampling
+    count: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
 
 
-def decode_step(state: DecodeState, model: Llama, drafter: Drafter, ops: Ops) -> StepOutput:
-    """Advance every active sequence of `state` by 1 to K + 1 tokens, in place."""
-    config, cache = model.config, state.cache
+def decode_step(
+    state: DecodeState, model: Llama, drafter: Drafter, ops: Ops, *, logprobs: bool = False
+) -> StepOutput:
+    """Advance every active sequence of `state` by 1 to K + 1 tokens, in place.
+
+    The host finds them in the ring, with their log-probabilities where those are asked for.
+    """
+    config, progress = model.config, state.progress
     batch, rows = state.window.shape
 
     inner = [tap for tap in drafter.taps if tap < config.num_layers]
-    hidden, tapped = run_trunk(model, state.window, cache, ops, inner)
-    normed, logits = ops.multi_head_projection(
-        hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.blocks
+    hidden, tapped = run_trunk(model, state.window, state.cache, ops, inner)
+    normed, projected = ops.project(
+        hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
     )
-    logits = logits.view(batch, rows, logits.shape[1], -1)
-
-    position = cache.lengths[:, None] + 1 + torch.arange(rows)
-    target = ops.sample(logits[:, :, 0], position, state.sampling)
-    accepted, bonus = ops.accept(state.window, target)
-
-    state.tokens.scatter_(1, position, target)
-    advance = (accepted + 1) * state.active
-    cache.commit(advance)
-
-    step = DraftInput(
-        features=torch.cat([*tapped, normed], -1).view(batch, rows, -1),
-        head_logits=logits[:, :, 1:],
-        tokens=state.tokens,
-        lengths=cache.lengths,
-        accepted=accepted,
-        advance=advance,
-        sampling=state.sampling,
-    )
-    drafter.observe(step)
-    drafts = drafter.guess(step, rows - 1)
-    output = StepOutput(target, accepted, state.source, state.drafted, logits[:, :, 0])
-    state.window = torch.cat([bonus[:, None], drafts.tokens], 1)
-    state.source, state.drafted = drafts.source, drafts.length
-    return output
+    target = projected.target((batch, rows), progress.lengths, state.sampling)
+    chances = projected.logprobs(target) if logprobs else None
+    accepted, count = ops.advance(state.window, target, chances, progress)
+    if rows > 1:
+        features = torch.cat([*tapped, normed], -1) if tapped else normed
+        step = DraftInput(
+            features=features.view(batch, rows, -1),
+            projected=projected,
+            tokens=progress.tokens,
+            lengths=progress.lengths,
+            accepted=accepted,
+            advance=count,
+            sampling=state.sampling,
+        )
+        drafter.observe(step)
+        drafts = drafter.guess(step, rows - 1)
+        state.window[:, 1:] = drafts.tokens
+        progress.source.copy_(drafts.source)
+        progress.drafted.copy_(drafts.length)
+    return StepOutput(target, accepted, count)

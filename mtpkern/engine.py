@@ -1,20 +1,20 @@
-"""LLM: prompts in, completions out. Prefill, batching, the loop, stop conditions, statistics.
+"""LLM: prompts in, completions out. Prefill, batching, the loop.
 
-The only file that waits for the device: a step's tokens are read here, once, at its end.
+The only file that waits for the device: what a step emitted is read here, from the ring.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtpkern.cache import KVCache
+from mtpkern.cache import KVCache, PagePool
 from mtpkern.checkpoint import load_config
+from mtpkern.completion import Completion, Event, Request, Stats
 from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,
     ModelConfig,
@@ -22,165 +22,34 @@ from mtpkern.config import (
     UserError,
     resolve_dtype,
 )
-from mtpkern.decode import DecodeState, StepOutput, decode_step
+from mtpkern.decode import DecodeState, decode_step
 from mtpkern.fetch import model_name, resolve_model
+from mtpkern.graph import capture
 from mtpkern.head_checkpoint import find_heads, load_heads
-from mtpkern.heads import (
-    SOURCES,
-    CompanionDrafter,
-    Drafter,
-    NgramDrafter,
-    NoDrafter,
-)
+from mtpkern.heads import MAX_PENDING, CompanionDrafter, Drafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import TORCH, Ops, sampling_key
+from mtpkern.ops import TORCH, Ops, sampling_key, with_pdl
+from mtpkern.prefill import prefill_ops
+from mtpkern.ring import Ring
 from mtpkern.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 128
+__all__ = ["LLM", "Completion", "Event", "Stats"]
+
 DEFAULT_SPECULATIVE_TOKENS = 4
+# Tokens that prefill takes at a time: what fills the machine.
+CPU_CHUNK, GPU_CHUNK = 128, 512
+GPU_PAGE = 64
+# Steps that a GPU may be ahead of the host, which then never waits for a step that just began.
+STEPS_AHEAD = 4
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
-@dataclass
-class Stats:
-    """What one completion cost. Drafts are counted by where they came from and by position."""
+class _Flight(NamedTuple):
+    """A step that was started: its number, and whose slots it decodes."""
 
-    num_speculative_tokens: int
-    prompt_tokens: int
-    new_tokens: int = 0
-    steps: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    # source -> [K] counts
-    drafted: dict[str, list[int]] = field(default_factory=dict)
-    accepted: dict[str, list[int]] = field(default_factory=dict)
-    # source -> steps whose drafts came from it, and tokens that those steps emitted
-    source_steps: dict[str, int] = field(default_factory=dict)
-    source_tokens: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens emitted per step, the corrected or bonus token included; plain decoding has 1."""
-        return self.new_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Accepted at position i over drafted at position i, all sources together."""
-        k = self.num_speculative_tokens
-        drafted = [sum(counts[i] for counts in self.drafted.values()) for i in range(k)]
-        accepted = [sum(counts[i] for counts in self.accepted.values()) for i in range(k)]
-        return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
-
-    def count_step(self, source: str, drafts: int, accepted: int, emitted: int) -> None:
-        k = self.num_speculative_tokens
-        self.steps += 1
-        self.new_tokens += emitted
-        self.source_steps[source] = self.source_steps.get(source, 0) + 1
-        self.source_tokens[source] = self.source_tokens.get(source, 0) + emitted
-        drafted = self.drafted.setdefault(source, [0] * k)
-        stood = self.accepted.setdefault(source, [0] * k)
-        for i in range(drafts):
-            drafted[i] += 1
-            stood[i] += i < accepted
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "new_tokens": self.new_tokens,
-            "steps": self.steps,
-            "num_speculative_tokens": self.num_speculative_tokens,
-            "mean_acceptance_length": self.mean_acceptance_length,
-            "acceptance_by_position": self.acceptance_by_position,
-            "prefill_seconds": self.prefill_seconds,
-            "decode_seconds": self.decode_seconds,
-            "tokens_per_second": self.tokens_per_second,
-        }
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. `token_ids` includes a final end-of-text id, `text` does not show it."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float] | None
-    finish_reason: str  # "stop" or "length"
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Event:
-    """One token of a stream. The text may lag behind: no half character, no half stop string."""
-
-    text: str
-    token_id: int
-    drafted: bool  # guessed by a drafter and accepted, rather than computed by the model itself
-    completion: Completion | None  # with the last token
-
-
-class _Request:
-    """One prompt on its way: its tokens so far, and whether they are enough."""
-
-    def __init__(
-        self,
-        index: int,
-        prompt: list[int],
-        params: SamplingParams,
-        llm: "LLM",
-        k: int,
-    ):
-        self.index, self.prompt, self.params = index, prompt, params
-        self.stats = Stats(k, len(prompt))
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason: str | None = None
-        self.started = 0.0
-        self._eos = () if params.ignore_eos else llm.eos_token_ids
-        self._room = min(params.max_tokens, llm.max_length - len(prompt))
-        self._detokenizer = llm.tokenizer.stream() if llm.tokenizer else None
-        self._text = ""
-        self._printed = 0
-
-    def push(self, token_id: int) -> str:
-        """Take one token; -> the text that is certain now. Sets `finish_reason` at the end."""
-        self.token_ids.append(token_id)
-        text = self._detokenizer.push(token_id) if self._detokenizer else ""
-        if token_id in self._eos:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self._room:
-            self.finish_reason = "length"
-        if self.finish_reason and self._detokenizer:
-            text += self._detokenizer.flush()
-        self._text += text
-        return self._release(len(text))
-
-    def _release(self, fresh: int) -> str:
-        """Cut at a stop string, and hold back what could become one."""
-        longest = max(map(len, self.params.stop), default=0)
-        # A match must end in the fresh text, or it would have been found before.
-        begin = max(0, len(self._text) - fresh - longest + 1)
-        found = [at for s in self.params.stop if (at := self._text.find(s, begin)) >= 0]
-        if found:
-            self._text = self._text[: min(found)]
-            self.finish_reason = "stop"
-        end = len(self._text)
-        if not self.finish_reason:
-            held = (
-                n for s in self.params.stop for n in range(1, len(s)) if self._text.endswith(s[:n])
-            )
-            end -= max(held, default=0)
-        released = self._text[self._printed : end]
-        self._printed = max(self._printed, end)
-        return released
-
-    def completion(self) -> Completion:
-        logprobs = self.logprobs if self.params.logprobs else None
-        assert self.finish_reason is not None, "a completion is made when the request has finished"
-        return Completion(self._text, self.token_ids, logprobs, self.finish_reason, self.stats)
+    number: int
+    slots: tuple[Request | None, ...]
 
 
 class LLM:
@@ -189,6 +58,9 @@ class LLM:
     `model` is a name, a directory or a hub id (None: the default model); `heads` "auto" (those that
     ship for the model, if any), "none", a name or a directory; `ngram` adds drafting from the
     sequence itself. num_speculative_tokens is K in 0..16 (None: 4 where anything drafts).
+    `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
+    for all of them); one waits until there are pages for all that it may become. device is "auto",
+    "cpu" or "cuda". `graph=False` launches a GPU's kernels one by one, as a profiler wants them.
     Raises UserError for whatever the caller can mend.
     """
 
@@ -203,52 +75,89 @@ class LLM:
         dtype: str = "auto",
         max_batch: int = 8,
         max_length: int | None = None,
-        ops: Ops = TORCH,
+        cache_tokens: int | None = None,
+        graph: bool = True,
     ):
-        if device not in ("auto", "cpu"):
-            raise UserError(f"device must be auto or cpu in this version, got {device}")
+        self.device, self.ops = _resolve_device(device)
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         directory = resolve_model(None if model is None else str(model))
         config = load_config(directory)
         self.name = model_name(directory)
         heads_directory = find_heads(str(heads), self.name)
-        self.ops = ops
         self._running = False
         self._threads = torch.get_num_threads()
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
+        self.max_batch = max_batch
         self.config = config
         self.tokenizer = _load_tokenizer(directory, config)
         self.eos_token_ids = config.eos_token_ids
         if not self.eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids = (self.tokenizer.eos_token_id,)
         with torch.inference_mode():
-            self.trunk = Llama.load(directory, dtype=self.dtype, ops=ops)
-            capacity = -(-(self.max_length + self.k) // PREFILL_CHUNK) * PREFILL_CHUNK
-            inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
-            self._cache = KVCache.contiguous(
-                layers=config.num_layers,
-                batch=max_batch,
-                capacity=capacity,
-                kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                inverse_frequencies=inverse_frequencies,
-                rope_scaling=scaling,
-                dtype=self.dtype,
-            )
-            self.drafter: Drafter = NgramDrafter(ops) if ngram else NoDrafter()
+            self.trunk = Llama.load(directory, dtype=self.dtype, ops=self.ops, device=self.device)
+            self._cache, self._pool = self._make_cache(cache_tokens)
+            self.drafter: Drafter = NgramDrafter(self.ops) if ngram else NoDrafter()
             if heads_directory is not None and self.k:
                 drafter = load_heads(
-                    heads_directory,
-                    self.trunk,
-                    batch=max_batch,
-                    capacity=capacity,
-                    k=self.k,
-                    ops=ops,
+                    heads_directory, self.trunk, self._cache, k=self.k, ops=self.ops
                 )
-                self.drafter = CompanionDrafter(NgramDrafter(ops), drafter) if ngram else drafter
+                if ngram:
+                    drafter = CompanionDrafter(NgramDrafter(self.ops), drafter)
+                self.drafter = drafter
+            self._prefill_ops = prefill_ops(self.ops)
+            on_cpu = self.device.type == "cpu"
+            self._ahead = 1 if on_cpu else STEPS_AHEAD
+            self._ring = Ring(2 * self._ahead, max_batch, self.k + 1, pinned=not on_cpu)
+            self._state = DecodeState.empty(
+                self._cache,
+                self.max_length,
+                self.k,
+                ends=max(1, len(self.eos_token_ids)),
+                ring=self._ring.words,
+            )
+            self._clock = 0
+            self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+            if graph and not on_cpu:
+                self._capture_all()
+
+    def _make_cache(self, cache_tokens: int | None) -> tuple[KVCache, PagePool]:
+        """The cache and its free pages: on a CPU one long page a sequence, read without a copy."""
+        most = self._capacity(self.max_length)
+        page_size = GPU_PAGE if self.device.type == "cuda" else most
+        max_pages = -(-most // page_size)
+        pages = max_pages * self.max_batch
+        if cache_tokens is not None:
+            pages = min(pages, cache_tokens // page_size)
+        if pages < max_pages:
+            raise UserError(
+                f"cache_tokens must be at least {max_pages * page_size} to hold one sequence of "
+                f"max_length={self.max_length}, got {cache_tokens}"
+            )
+        inverse_frequencies, scaling = self.config.rope.inverse_frequencies(self.config.head_dim)
+        cache = KVCache.empty(
+            layers=self.config.num_layers,
+            pages=pages,
+            page_size=page_size,
+            page_table=torch.zeros(
+                self.max_batch, max_pages, dtype=torch.int32, device=self.device
+            ),
+            kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            inverse_frequencies=inverse_frequencies,
+            rope_scaling=scaling,
+            dtype=self.dtype,
+        )
+        return cache, PagePool(pages)
+
+    def _capacity(self, tokens: int) -> int:
+        """Slots for a sequence of at most `tokens` tokens, a whole number of CPU chunks.
+
+        The last windows may overhang, and so may pairs that a head has put off.
+        """
+        return -(-(tokens + 2 * (self.k + 1) + MAX_PENDING) // CPU_CHUNK) * CPU_CHUNK
 
     def generate(
         self,
@@ -311,108 +220,185 @@ class LLM:
                 f"torch had {self._threads} threads when this LLM was loaded and has "
                 f"{torch.get_num_threads()} now: load it again"
             )
+        if params.temperature > 0 and not self.ops.branches:
+            raise UserError("temperature above 0 needs device cpu in this version")
         self._running = True
+        slots: list[Request | None] = []
         try:
-            yield from self._decode(prompts, params, speculate)
+            yield from self._decode(slots, prompts, params, self.k if speculate else 0)
         finally:
+            for slot, request in enumerate(slots):
+                if request is not None:
+                    self._leave(slot, request)
             self._running = False
 
     def _decode(
-        self, prompts: list[list[int]], params: SamplingParams, speculate: bool
+        self,
+        slots: list[Request | None],
+        prompts: list[list[int]],
+        params: SamplingParams,
+        k: int,
     ) -> Iterator[tuple[int, Event]]:
         """Take steps until all are done, refilling a slot as soon as its sequence has finished."""
-        k = self.k if speculate else 0
-        drafter = self.drafter if speculate else NoDrafter()
-        waiting = deque(_Request(i, p, params, self, k) for i, p in enumerate(prompts))
-        batch = min(self._cache.lengths.shape[0], len(prompts))
-        state = DecodeState.empty(self._cache.rows(0, batch), self.max_length, k)
-        slots: list[_Request | None] = [None] * batch
-        for slot in range(batch):
-            drafter.reset(slot)
-            state.cache.reset(slot)
+        waiting = deque(
+            Request(
+                index,
+                prompt,
+                params,
+                k=k,
+                room=self.max_length - len(prompt),
+                ends=self.eos_token_ids,
+                tokenizer=self.tokenizer,
+            )
+            for index, prompt in enumerate(prompts)
+        )
+        batch = self._bucket(min(self.max_batch, len(prompts)))
+        slots += [None] * batch
+        state = self._state.view(batch, k)
+        state.progress.clock.fill_(self._clock)
+        step = self._step(state, k, params.logprobs)
+        flights: deque[_Flight] = deque()
         while waiting or any(slots):
             for slot in range(batch):
                 if slots[slot] is None and waiting:
+                    pages = self._pool.claim(self._pages(waiting[0]))
+                    if pages is None:
+                        break
                     slots[slot] = request = waiting.popleft()
-                    self._admit(state, drafter, slot, request)
-            output = decode_step(state, self.trunk, drafter, self.ops)
-            yield from self._read(output, slots)
+                    request.pages = pages
+                    self._admit(slot, request, k)
+            # A step brings a token at least, so more would only be thrown away.
+            wanted = max(request.left for request in slots if request is not None)
+            while len(flights) < min(self._ahead, wanted):
+                step()
+                self._clock += 1
+                flights.append(_Flight(self._clock, tuple(slots)))
+            yield from self._land(flights.popleft(), k + 1, params.logprobs)
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
+                    self._leave(slot, occupant)
                     slots[slot] = None
-                    state.active[slot] = 0
-                    state.cache.reset(slot)
-                    drafter.reset(slot)
 
-    def _admit(self, state: DecodeState, drafter: Drafter, slot: int, request: _Request) -> None:
+    def _step(self, state: DecodeState, k: int, logprobs: bool) -> Callable[[], object]:
+        """One step of this state's shape: a graph's replay, or the launches themselves."""
+        graph = self._graphs.get((state.window.shape[0], k))
+        if graph is not None:
+            return graph
+        drafter = self.drafter if k else NoDrafter()
+        return lambda: decode_step(state, self.trunk, drafter, self.ops, logprobs=logprobs)
+
+    def _capture_all(self) -> None:
+        """Capture every shape that may be wanted, while no sequence is active."""
+        pool = torch.cuda.graph_pool_handle()
+        for batch in sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True):
+            for k in sorted({0, self.k}):
+                step = self._step(self._state.view(batch, k), k, logprobs=True)
+                self._graphs[batch, k] = capture(step, pool)
+
+    def _bucket(self, batch: int) -> int:
+        """The sequences of a step's shape: on a GPU a power of two, since each shape is a graph."""
+        if self.device.type == "cpu":
+            return batch
+        return min(self.max_batch, 1 << (batch - 1).bit_length())
+
+    def _pages(self, request: Request) -> int:
+        """How many pages a request may come to need."""
+        tokens = self._capacity(len(request.prompt) + request.room)
+        return -(-tokens // self._cache.k.shape[2])
+
+    def _admit(self, slot: int, request: Request, k: int) -> None:
         """Fill a slot: settings, known tokens, and the cache for all but the last of them."""
         started = time.perf_counter()
+        state, progress = self._state, self._state.progress
         prompt = torch.tensor(request.prompt)
-        state.tokens[slot, : len(prompt)] = prompt
+        progress.tokens[slot, : len(prompt)] = prompt.to(self.device)
         state.window[slot] = 0
-        state.window[slot, 0] = prompt[-1]
-        state.source[slot] = SOURCES.index("none")
-        state.drafted[slot] = 0
-        state.active[slot] = 1
-        params, sampling = request.params, state.sampling
-        sampling.temperature[slot] = params.temperature
-        sampling.top_k[slot], sampling.top_p[slot] = params.top_k, params.top_p
-        sampling.min_p[slot] = params.min_p
-        sampling.key[slot] = sampling_key(params.seed, 0)
-        self._prefill(state.cache.rows(slot, slot + 1), drafter, slot, prompt)
+        state.window[slot, 0] = request.prompt[-1]
+        for tensor, value in (
+            (progress.limits, len(prompt) + request.room),
+            (progress.source, 0),
+            (progress.drafted, 0),
+            (state.sampling.temperature, request.params.temperature),
+            (state.sampling.top_k, request.params.top_k),
+            (state.sampling.top_p, request.params.top_p),
+            (state.sampling.min_p, request.params.min_p),
+            (state.sampling.key, sampling_key(request.params.seed, 0)),
+        ):
+            tensor[slot] = value
+        ends = progress.ends[slot].fill_(-1)
+        known = request.ends[: len(ends)]  # the host knows them all
+        ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
+        state.cache.assign(slot, request.pages)
+        self._prefill(slot, prompt, self.drafter if k else NoDrafter())
+        progress.active[slot] = 1
         request.started = time.perf_counter()
         request.stats.prefill_seconds = request.started - started
 
-    def _prefill(self, cache: KVCache, drafter: Drafter, slot: int, prompt: Tensor) -> None:
+    def _prefill(self, slot: int, prompt: Tensor, drafter: Drafter) -> None:
         """Run all but the last prompt token, in padded chunks at absolute multiples."""
         layers, eps = self.config.num_layers, self.config.rms_norm_eps
         inner = [tap for tap in drafter.taps if tap < layers]
-        for begin in range(0, len(prompt) - 1, PREFILL_CHUNK):
-            chunk = prompt[begin : min(begin + PREFILL_CHUNK, len(prompt) - 1)]
-            padded = torch.zeros(1, PREFILL_CHUNK, dtype=torch.int64)
+        cache = self._cache.rows(slot, slot + 1)
+        count = len(prompt) - 1
+        on_cpu = self.device.type == "cpu"
+        most = CPU_CHUNK if on_cpu else GPU_CHUNK
+        for begin in range(0, count, most):
+            chunk = prompt[begin : min(begin + most, count)]
+            rows = most if on_cpu else -(-len(chunk) // GPU_PAGE) * GPU_PAGE
+            padded = torch.zeros(1, rows, dtype=torch.int64)
             padded[0, : len(chunk)] = chunk
-            hidden, tapped = run_trunk(self.trunk, padded, cache, self.ops, inner)
-            if drafter.taps:
-                normed = self.ops.rms_norm(hidden, self.trunk.norm, eps)
-                features = torch.cat([*tapped, normed], -1)[: len(chunk)]
-                drafter.prefill(slot, features, prompt[begin + 1 : begin + 1 + len(chunk)])
-            cache.commit(torch.tensor([len(chunk)]))
-
-    def _read(
-        self, output: StepOutput, slots: list[_Request | None]
-    ) -> Iterator[tuple[int, Event]]:
-        """Hand a step's tokens to their requests, each of which stops where it must."""
-        now = time.perf_counter()
-        target, accepted = output.target.tolist(), output.accepted.tolist()
-        source, drafted = output.source.tolist(), output.drafted.tolist()
-        for slot, request in enumerate(slots):
-            if request is None:
-                continue
-            request.stats.decode_seconds = now - request.started
-            run = target[slot][: accepted[slot] + 1]
-            if request.params.logprobs:
-                request.logprobs += _logprobs(output.logits[slot], output.target[slot], len(run))
-            events = []
-            for i, token_id in enumerate(run):
-                text = request.push(token_id)
-                events.append((text, token_id, i < min(accepted[slot], drafted[slot])))
-                if request.finish_reason:
-                    break
-            del request.logprobs[len(request.token_ids) :]
-            request.stats.count_step(
-                SOURCES[source[slot]], drafted[slot], accepted[slot], len(events)
+            hidden, tapped = run_trunk(
+                self.trunk,
+                padded.to(self.device),
+                cache.at(torch.tensor([begin])),
+                self._prefill_ops,
+                inner,
             )
-            for i, (text, token_id, guessed) in enumerate(events):
-                last = bool(request.finish_reason) and i + 1 == len(events)
-                done = request.completion() if last else None
-                yield request.index, Event(text, token_id, guessed, done)
+            if drafter.taps:
+                normed = self._prefill_ops.rms_norm(hidden, self.trunk.norm, eps)
+                features = torch.cat([*tapped, normed], -1)[: len(chunk)]
+                after = prompt[begin + 1 : begin + 1 + len(chunk)].to(self.device)
+                drafter.prefill(slot, features, after)
+        cache.lengths.fill_(count)
+
+    def _land(self, flight: _Flight, rows: int, logprobs: bool) -> Iterator[tuple[int, Event]]:
+        """Hand a step's tokens to their requests, each of which stops where it must."""
+        records = self._ring.read(
+            flight.number,
+            len(flight.slots),
+            rows,
+            logprobs=logprobs,
+            check=self._check_device,
+        )
+        now = time.perf_counter()
+        for request, record in zip(flight.slots, records, strict=True):
+            if request is not None and not request.finish_reason:
+                for event in request.take(record, now):
+                    yield request.index, event
+
+    def _check_device(self) -> None:
+        """Raise what the device died of, if it did."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().query()
+
+    def _leave(self, slot: int, request: Request) -> None:
+        """Free a slot. The device follows in order, behind the steps that are under way."""
+        self._state.progress.active[slot] = 0
+        self._cache.reset(slot)
+        self.drafter.reset(slot)
+        self._pool.release(request.pages)
 
 
-def _logprobs(logits: Tensor, target: Tensor, count: int) -> list[float]:
-    """Log-probabilities of the emitted tokens under the model itself (temperature 1)."""
-    # Row by row: a row's bits must not depend on how many rows stand beside it.
-    rows = (logits[i].float().log_softmax(-1)[target[i]] for i in range(count))
-    return torch.stack(list(rows)).tolist()
+def _resolve_device(name: str) -> tuple[torch.device, Ops]:
+    """Where to run, and on which code; "auto" is a GPU that can run the kernels, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {name}")
+    usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if name == "cpu" or (name == "auto" and not usable):
+        return torch.device("cpu"), TORCH
+    if not usable:
+        raise UserError("device cuda needs an NVIDIA GPU of compute capability 8.0 or newer")
+    return torch.device("cuda"), with_pdl(torch.cuda.get_device_capability() >= (9, 0))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtpkern.cache import KVCache
 from mtpkern.checkpoint import LayerWeights, load_tensors
 from mtpkern.config import (
     ModelConfig,
@@ -47,10 +48,8 @@ def find_heads(name: str, model: str) -> Path | None:
     )
 
 
-def load_heads(
-    directory: Path, trunk: Llama, *, batch: int, capacity: int, k: int, ops: Ops
-) -> Drafter:
-    """Load heads for a trunk. Raises ModelLoadError where they do not fit it.
+def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Ops) -> Drafter:
+    """Load heads for a trunk and its cache. Raises ModelLoadError where they do not fit.
 
     config.json names the kind by `model_type`: "mtpkern_mtp" or "mtpkern_medusa".
     """
@@ -82,12 +81,23 @@ def load_heads(
                 f"num_speculative_tokens must be at most {settings['num_heads']}, the number of "
                 f"heads, got {k}"
             )
-        dtype = trunk.embedding.dtype
-        typed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        typed = {name: tensor.to(trunk.embedding) for name, tensor in tensors.items()}
         return MedusaDrafter(typed, settings, ops)
     config = _mtp_layer_config(settings, trunk.config)
     weights = _pack_mtp(tensors, config, settings["tap_layers"], trunk, ops)
-    return MtpDrafter(weights, trunk, batch=batch, capacity=capacity, ops=ops)
+    inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
+    own = KVCache.empty(
+        layers=1,
+        pages=cache.k.shape[1] - 1,
+        page_size=cache.k.shape[2],
+        page_table=cache.page_table,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inverse_frequencies=inverse_frequencies,
+        rope_scaling=scaling,
+        dtype=cache.k.dtype,
+    )
+    return MtpDrafter(weights, trunk, own, ops)
 
 
 def _medusa_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -150,10 +160,9 @@ def _pack_mtp(
     ops: Ops,
 ) -> MtpWeights:
     """Pack a module's tensors (names as in MiMo's MTP layers, plus fc and draft_vocab)."""
-    dtype = trunk.embedding.dtype
 
     def named(*names: str) -> Tensor:
-        return torch.cat([tensors[f"{name}.weight"].to(dtype) for name in names])
+        return torch.cat([tensors[f"{name}.weight"].to(trunk.embedding) for name in names])
 
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     layer = LayerWeights(
@@ -169,7 +178,8 @@ def _pack_mtp(
         down_bias=None,
     )
     reduced = "draft_vocab" in tensors
-    token_ids = tensors["draft_vocab"].long() if reduced else torch.arange(trunk.config.vocab_size)
+    ids = tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
+    token_ids = ids.to(trunk.embedding.device, torch.int64)
     return MtpWeights(
         taps=tuple(taps),
         fc=ops.pack(named("fc")) if len(taps) > 1 else None,

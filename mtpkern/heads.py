@@ -8,7 +8,7 @@
 Every drafter is told of each step after it was committed, through one `DraftInput`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.config import ModelConfig
 from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
-from mtpkern.ops import Ops
+from mtpkern.ops import Ops, Projected
 
 # Where a step's drafts came from; statistics are kept per source.
 SOURCES = ("none", "heads", "ngram")
@@ -27,10 +27,10 @@ NONE, HEADS, NGRAM = range(3)
 
 
 class DraftInput(NamedTuple):
-    """One committed step, as a drafter sees it. n is the number of taps, H of parallel heads."""
+    """One committed step, as a drafter sees it. n is the number of taps."""
 
     features: Tensor  # [B, T, n*E], the tapped hidden states of the window's rows
-    head_logits: Tensor  # [B, T, H, V]
+    projected: Projected  # what the LM head and the parallel heads say of those rows
     tokens: Tensor  # [B, max_length + ...] int64, committed ones, then garbage
     lengths: Tensor  # [B] int64, after the commit: tokens[b, lengths[b]] is the bonus token
     accepted: Tensor  # [B] int64
@@ -47,10 +47,14 @@ class Drafts(NamedTuple):
 
 
 class Drafter(Protocol):
-    """What a decode step needs of a drafter. `taps` are layers counted from 1; L is post-norm."""
+    """What a decode step needs of a drafter. `taps` are layers counted from 1; L is post-norm.
+
+    `heads` are parallel heads as `ops.pack_heads` made them, or None: they share the step's one
+    read of the vocabulary.
+    """
 
     taps: tuple[int, ...]
-    blocks: Sequence[Sequence[Any]]
+    heads: Any
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         """Take in the next pairs of a prompt: features [n, ...] and the tokens [n] after them."""
@@ -72,7 +76,7 @@ class NoDrafter:
     """Drafts nothing: plain decoding is K = 0, and fillers before there is anything better."""
 
     taps: tuple[int, ...] = ()
-    blocks: Sequence[Sequence[Any]] = ()
+    heads: Any = None
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         pass
@@ -84,12 +88,8 @@ class NoDrafter:
         return False
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        batch = step.tokens.shape[0]
-        return Drafts(
-            torch.zeros(batch, count, dtype=torch.int64),
-            torch.full((batch,), NONE),
-            torch.zeros(batch, dtype=torch.int64),
-        )
+        zeros = torch.zeros_like(step.accepted)
+        return Drafts(zeros[:, None].expand(-1, count), zeros + NONE, zeros)
 
     def reset(self, sequence: int) -> None:
         pass
@@ -103,7 +103,7 @@ class NgramDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
-        return Drafts(drafts, torch.where(found, NGRAM, NONE), found * count)
+        return Drafts(drafts, found * NGRAM, found * count)
 
 
 class MedusaDrafter(NoDrafter):
@@ -114,22 +114,21 @@ class MedusaDrafter(NoDrafter):
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], ops: Ops):
         heads, depth = config["num_heads"], config["num_layers"]
-        self.ops = ops
-        self.blocks = [
+        self.heads = ops.pack_heads(
             [
-                ops.pack(tensors[f"{h}.{d}.linear.weight"], tensors[f"{h}.{d}.linear.bias"])
-                for d in range(depth)
+                [
+                    (tensors[f"{h}.{d}.linear.weight"], tensors[f"{h}.{d}.linear.bias"])
+                    for d in range(depth)
+                ]
+                for h in range(heads)
             ]
-            for h in range(heads)
-        ]
+        )
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        batch, _, _, vocabulary = step.head_logits.shape
-        row = step.accepted.view(-1, 1, 1, 1).expand(-1, 1, count, vocabulary)
-        logits = step.head_logits.gather(1, row)[:, 0]
-        position = step.lengths[:, None] + 1 + torch.arange(count)
-        drafts = self.ops.sample(logits, position, step.sampling)
-        return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), count))
+        drafts = step.projected.drafts(step.accepted, count, step.lengths, step.sampling)
+        return Drafts(
+            drafts, torch.full_like(step.accepted, HEADS), torch.full_like(step.accepted, count)
+        )
 
 
 @dataclass(frozen=True)
@@ -160,25 +159,16 @@ class MtpDrafter:
     elsewhere costs nothing here.
     """
 
-    blocks: Sequence[Sequence[Any]] = ()
+    heads: Any = None
 
-    def __init__(self, weights: MtpWeights, trunk: Llama, *, batch: int, capacity: int, ops: Ops):
-        config = weights.config
-        inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
-        self.weights, self.ops = weights, ops
+    def __init__(self, weights: MtpWeights, trunk: Llama, cache: KVCache, ops: Ops):
+        """`cache` is the head's own, of one layer, in the pages of the trunk's."""
+        self.weights, self.ops, self.cache = weights, ops, cache
         self.embedding, self.taps = trunk.embedding, weights.taps
-        self.cache = KVCache.contiguous(
-            layers=1,
-            batch=batch,
-            capacity=capacity + MAX_PENDING,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            inverse_frequencies=inverse_frequencies,
-            rope_scaling=scaling,
-            dtype=trunk.embedding.dtype,
-        )
         width = len(weights.taps) * trunk.config.hidden_size
-        self.pending = torch.zeros(batch, MAX_PENDING, width, dtype=trunk.embedding.dtype)
+        batch, embedding = cache.lengths.shape[0], trunk.embedding
+        waiting = MAX_PENDING if ops.branches else 0
+        self.pending = embedding.new_zeros(batch, waiting, width)
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         cache = self.cache.rows(sequence, sequence + 1)
@@ -190,6 +180,8 @@ class MtpDrafter:
         cache.lengths.add_(features.shape[0])
 
     def observe(self, step: DraftInput) -> None:
+        if not self.ops.branches:
+            return  # every step guesses, and takes in its own pairs
         # Behind the pending rows; those that were not committed do not count.
         begin = step.lengths - step.advance - self._cache_of(step).lengths
         index = begin[:, None] + torch.arange(step.features.shape[1])
@@ -197,38 +189,46 @@ class MtpDrafter:
         pending.scatter_(1, index[:, :, None].expand_as(step.features), step.features)
 
     def is_due(self, step: DraftInput) -> bool:
+        if not self.ops.branches:
+            return True
         waiting = (step.lengths - self._cache_of(step).lengths).max()
         return bool(waiting > MAX_PENDING - step.features.shape[1])
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         cache = self._cache_of(step)
+        device = step.tokens.device
         waiting = (step.lengths - cache.lengths).clamp_(min=1)
-        rows = int(waiting.max())
-        after = cache.lengths[:, None] + 1 + torch.arange(rows)
-        batch = after.shape[0]
+        features = step.features
+        if self.ops.branches:
+            features = self.pending[: len(waiting), : int(waiting.max())]
+        batch, rows = features.shape[:2]
+        after = cache.lengths[:, None] + 1 + torch.arange(rows, device=device)
         x = self._inputs(
-            self._hidden(self.pending[:batch, :rows].flatten(0, 1)),
-            step.tokens.gather(1, after).view(-1),
+            self._hidden(features.flatten(0, 1)), step.tokens.gather(1, after).view(-1)
         )
         out = self._layer(x, cache, rows).view(batch, rows, -1)
-        hidden = out[torch.arange(batch), waiting - 1]
+        hidden = out[torch.arange(batch, device=device), waiting - 1]
         cache.lengths.copy_(step.lengths)
-        drafts = torch.zeros(batch, count, dtype=torch.int64)
-        confidence = torch.ones(batch)
+        drafts = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        source = torch.full_like(waiting, HEADS)
+        confidence = torch.ones(batch, device=device)
         for i in range(count):
             if i > 0:
-                # A pass costs more than a draft is worth that hardly ever stands. The host may
-                # branch here on a CPU only.
-                if bool((confidence < MIN_CONFIDENCE).all()):
-                    return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), i))
+                # A pass costs more than a draft is worth that hardly ever stands.
+                if self.ops.branches and bool((confidence < MIN_CONFIDENCE).all()):
+                    return Drafts(drafts, source, torch.full_like(waiting, i))
                 ahead = cache.at(step.lengths + i - 1)
                 hidden = self._layer(self._inputs(hidden, drafts[:, i - 1]), ahead, 1)
-            drafts[:, i], probability = self._choose(hidden, step, i)
+            w = self.weights
+            drafts[:, i], probability = self.ops.choose(
+                hidden, w.vocabulary, w.token_ids, step.lengths + i, step.sampling
+            )
             confidence *= probability
-        return Drafts(drafts, torch.full((batch,), HEADS), torch.full((batch,), count))
+        return Drafts(drafts, source, torch.full_like(waiting, count))
 
     def reset(self, sequence: int) -> None:
-        self.cache.reset(sequence)
+        # The page table is the trunk's.
+        self.cache.lengths[sequence].zero_()
 
     def _cache_of(self, step: DraftInput) -> KVCache:
         """The cache of the sequences in this step, which may be fewer than there are slots."""
@@ -250,13 +250,6 @@ class MtpDrafter:
         x = decoder_layer(x, w.layer, w.config.rms_norm_eps, cache, 0, plan, self.ops)
         return self.ops.rms_norm(x, w.final_norm, w.config.rms_norm_eps)
 
-    def _choose(self, hidden: Tensor, step: DraftInput, i: int) -> tuple[Tensor, Tensor]:
-        """Draft i of each sequence [B], and the probability of the likeliest token there [B]."""
-        logits = self.ops.linear(hidden, self.weights.vocabulary)
-        position = step.lengths[:, None] + 1 + i
-        token = self.ops.sample(logits[:, None], position, step.sampling, self.weights.token_ids)
-        return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
-
 
 # A sequential head goes on while the product of its drafts' probabilities is at least this.
 MIN_CONFIDENCE = 0.1
@@ -271,25 +264,26 @@ class CompanionDrafter:
     Where every sequence has a match, the heads are skipped, which is where the time is.
     """
 
-    def __init__(self, ngram: NgramDrafter, heads: Drafter):
-        self.ngram, self.heads = ngram, heads
-        self.taps, self.blocks = heads.taps, heads.blocks
+    def __init__(self, ngram: NgramDrafter, drafter: Drafter):
+        self.ngram, self.drafter, self.ops = ngram, drafter, ngram.ops
+        self.taps, self.heads = drafter.taps, drafter.heads
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
-        self.heads.prefill(sequence, features, tokens)
+        self.drafter.prefill(sequence, features, tokens)
 
     def observe(self, step: DraftInput) -> None:
-        self.heads.observe(step)
+        self.drafter.observe(step)
 
     def is_due(self, step: DraftInput) -> bool:
-        return self.heads.is_due(step)
+        return self.drafter.is_due(step)
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
         found = copied.source == NGRAM
-        if bool((found | (step.advance == 0)).all()) and not self.heads.is_due(step):
-            return copied
-        guessed = self.heads.guess(step, count)
+        if self.ops.branches and bool((found | (step.advance == 0)).all()):
+            if not self.drafter.is_due(step):
+                return copied
+        guessed = self.drafter.guess(step, count)
         return Drafts(
             torch.where(found[:, None], copied.tokens, guessed.tokens),
             torch.where(found, copied.source, guessed.source),
@@ -297,4 +291,4 @@ class CompanionDrafter:
         )
 
     def reset(self, sequence: int) -> None:
-        self.heads.reset(sequence)
+        self.drafter.reset(sequence)

@@ -43,10 +43,20 @@ class Llama:
     vocabulary: Any  # [V, E], the LM head packed
 
     @classmethod
-    def load(cls, directory: Path, *, dtype: torch.dtype, ops: Ops) -> "Llama":
+    def load(
+        cls,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        ops: Ops,
+        device: str | torch.device = "cpu",
+    ) -> "Llama":
         """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice."""
         config, w = load_model(
-            directory, dtype=dtype, pack_layer=lambda layer: pack_layer(layer, ops)
+            directory,
+            dtype=dtype,
+            device=device,
+            pack_layer=lambda layer: pack_layer(layer, ops),
         )
         vocabulary = ops.pack(w.lm_head)
         # Packed weights are copies: the pages they were read from need not stay resident.
@@ -102,7 +112,7 @@ def run_trunk(
     """
     config = model.config
     plan = plan_window(cache, window.shape[1], config.num_heads, ops)
-    x = F.embedding(window.reshape(-1), model.embedding)
+    x = F.embedding(window, model.embedding).view(-1, config.hidden_size)
     tapped = {}
     for index, layer in enumerate(model.layers):
         x = decoder_layer(x, layer, config.rms_norm_eps, cache, index, plan, ops)

@@ -1,51 +1,284 @@
 """The operations of a step as one value: pass another `Ops` and the same step runs on other code.
 
-TORCH holds the references, which are also the runtime on a CPU.
+TORCH holds the references, which are also the runtime on a CPU; TRITON the kernels.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-from mtpkern.kernels.accept import accept_ref
-from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
-from mtpkern.kernels.linear import linear_ref, pack_ref
-from mtpkern.kernels.multi_head_projection import multi_head_projection_ref
-from mtpkern.kernels.ngram import ngram_ref
-from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
-from mtpkern.kernels.rms_norm import rms_norm_ref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.advance import Progress, advance, advance_ref
+from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
+from mtpkern.kernels.linear import PackedWeight, linear, linear_ref, pack_ref
+from mtpkern.kernels.medusa_blocks import medusa_blocks
+from mtpkern.kernels.multi_head_projection import (
+    Projection,
+    multi_head_projection,
+    multi_head_projection_ref,
+)
+from mtpkern.kernels.ngram import ngram, ngram_ref
+from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache, qkv_rope_cache_ref
+from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
 from mtpkern.kernels.sample import SamplingRows, sample_ref, sampling_key
-from mtpkern.kernels.step_plan import plan_ref
-from mtpkern.kernels.verify_attention import verify_attention_ref
+from mtpkern.kernels.step_plan import plan_ref, window_slots
+from mtpkern.kernels.verify_attention import verify_attention, verify_attention_ref
 
-__all__ = ["TORCH", "Ops", "SamplingRows", "sampling_key"]
+__all__ = ["TORCH", "TRITON", "Ops", "Progress", "SamplingRows", "sampling_key", "with_pdl"]
+
+# Row counts that prefill's matmuls take: their library's blocking follows the count.
+PREFILL_ROWS = tuple(range(64, 513, 64))
+
+
+class Projected(Protocol):
+    """What a window's rows say about the next tokens: of the LM head and of H parallel heads.
+
+    Row t of a sequence with `behind[b]` tokens before the window's first chooses the token at
+    index behind[b] + 1 + t.
+    """
+
+    def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
+        """The model's own choices [B, T] = shape, int64."""
+
+    def drafts(
+        self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
+    ) -> Tensor:
+        """The first `count` heads' choices at row accepted[b] of each window: [B, count] int64."""
+
+    def logprobs(self, target: Tensor) -> Tensor:
+        """Log-probabilities [B, T] float32 of target under the model itself (temperature 1)."""
 
 
 class Ops(NamedTuple):
     """One implementation of every operation; the references in kernels/ define what each does."""
 
-    pack: Callable[..., Any]
+    pack: Callable[..., Any]  # (w, bias) -> what linear, gate_up_silu and qkv_rope_cache take
+    pack_heads: Callable[..., Any]  # ([H][depth] of (w, bias)) -> what project takes
     plan: Callable[..., Any]
-    rms_norm: Callable[..., Any]
-    qkv_rope_cache: Callable[..., Any]
-    verify_attention: Callable[..., Any]
-    linear: Callable[..., Any]
-    gate_up_silu: Callable[..., Any]
-    multi_head_projection: Callable[..., Any]
-    sample: Callable[..., Any]
-    accept: Callable[..., Any]
-    ngram: Callable[..., Any]
+    rms_norm: Callable[..., Tensor]
+    qkv_rope_cache: Callable[..., Tensor]
+    verify_attention: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    gate_up_silu: Callable[..., Tensor]
+    project: Callable[..., tuple[Tensor, Projected]]
+    choose: Callable[..., tuple[Tensor, Tensor]]
+    advance: Callable[..., tuple[Tensor, Tensor]]
+    ngram: Callable[..., tuple[Tensor, Tensor]]
+    # Whether the host may look at values inside a step: free on a CPU, never under a CUDA graph.
+    branches: bool
+
+
+class Logits(NamedTuple):
+    """`Projected` that holds everything."""
+
+    logits: Tensor  # [B * T, 1 + H, V]
+
+    def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
+        own = self.logits[:, 0].view(*shape, -1)
+        return sample_ref(own, _positions(behind, shape[1]), sampling)
+
+    def drafts(
+        self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
+    ) -> Tensor:
+        batch, (rows, _, vocabulary) = len(accepted), self.logits.shape
+        heads = self.logits[:, 1:].view(batch, rows // batch, -1, vocabulary)
+        row = accepted.view(-1, 1, 1, 1).expand(-1, 1, count, vocabulary)
+        logits = heads.gather(1, row)[:, 0]
+        return sample_ref(logits, _positions(behind, count), sampling)
+
+    def logprobs(self, target: Tensor) -> Tensor:
+        # Row by row: a row's bits must not depend on how many rows stand beside it.
+        rows = (row[0].float().log_softmax(-1) for row in self.logits)
+        chosen = [row[i] for row, i in zip(rows, target.reshape(-1), strict=True)]
+        return torch.stack(chosen).view(target.shape)
+
+
+def _positions(behind: Tensor, count: int) -> Tensor:
+    return behind[:, None] + 1 + torch.arange(count, device=behind.device)
+
+
+def _project_torch(
+    hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: Any, heads: Any
+) -> tuple[Tensor, Projected]:
+    normed, logits = multi_head_projection_ref(hidden, norm_w, eps, vocabulary, heads or ())
+    return normed, Logits(logits)
+
+
+def _choose_torch(
+    hidden: Tensor, vocabulary: Any, token_ids: Tensor, behind: Tensor, sampling: SamplingRows
+) -> tuple[Tensor, Tensor]:
+    """Rows [B, E] through a head's own vocabulary -> (tokens [B], the likeliest's probability)."""
+    logits = linear_ref(hidden, vocabulary)
+    token = sample_ref(logits[:, None], _positions(behind, 1), sampling, token_ids)
+    return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
+
+
+def _pack_heads_torch(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
+    return [[pack_ref(*block) for block in stack] for stack in heads]
 
 
 TORCH = Ops(
     pack=pack_ref,
+    pack_heads=_pack_heads_torch,
     plan=plan_ref,
     rms_norm=rms_norm_ref,
     qkv_rope_cache=qkv_rope_cache_ref,
     verify_attention=verify_attention_ref,
     linear=linear_ref,
     gate_up_silu=gate_up_silu_ref,
-    multi_head_projection=multi_head_projection_ref,
-    sample=sample_ref,
-    accept=accept_ref,
+    project=_project_torch,
+    choose=_choose_torch,
+    advance=advance_ref,
     ngram=ngram_ref,
+    branches=True,
 )
+
+
+class Likeliest(NamedTuple):
+    """`Projected` that holds what a greedy step needs: no logits were written."""
+
+    kept: Projection  # of (1 + H) * B * T rows, the LM head's first, then each head's
+    heads: int  # H
+
+    def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
+        return self.kept.ids[: shape[0] * shape[1], 0].view(shape)
+
+    def drafts(
+        self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
+    ) -> Tensor:
+        # ids[h, b, accepted[b]] of [1 + H, B, T], without a row of its own for each head.
+        batch = len(accepted)
+        ids = self.kept.ids[:, 0].view(1 + self.heads, batch, -1)[1 : 1 + count]
+        row = accepted[None, :, None].expand(count, batch, 1)
+        return ids.gather(2, row)[:, :, 0].t()
+
+    def logprobs(self, target: Tensor) -> Tensor:
+        rows = target.numel()
+        chosen = self.kept.values[:rows, 0] - self.kept.logsumexp[:rows]
+        return chosen.view(target.shape)
+
+
+class DevicePlan(NamedTuple):
+    """What the kernels share for a window; they read lengths and page table themselves."""
+
+    slots: Tensor  # [B * T] int64
+    positions: Tensor  # [B * T] int64
+    cos: Tensor  # [capacity, D] float32
+    sin: Tensor
+    lengths: Tensor  # [B] int64
+
+
+def _plan_triton(
+    lengths: Tensor,
+    rows: int,
+    *,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    group: int,
+    pdl: bool = False,
+) -> DevicePlan:
+    slots, positions = window_slots(lengths, page_table, rows, k_cache.shape[2], pdl=pdl)
+    return DevicePlan(slots, positions, cos_table, sin_table, lengths)
+
+
+def _qkv_triton(
+    x: Tensor,
+    norm_w: Tensor,
+    eps: float,
+    w: PackedWeight,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: DevicePlan,
+    *,
+    pdl: bool = False,
+) -> Tensor:
+    q = qkv_rope_cache(x, norm_w, eps, w.data, k_pages, v_pages, *plan[:4], bias=w.bias, pdl=pdl)
+    return q.view(len(plan.lengths), -1, *q.shape[1:])
+
+
+def _attention_triton(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    plan: DevicePlan,
+    *,
+    scale: float | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    return verify_attention(q, k_pages, v_pages, page_table, plan.lengths, scale=scale, pdl=pdl)
+
+
+def _linear_triton(
+    x: Tensor, w: PackedWeight, *, residual: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    return linear(x, w.data, w.bias, residual=residual, pdl=pdl)
+
+
+def _gate_up_triton(
+    x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight, *, pdl: bool = False
+) -> Tensor:
+    return gate_up_silu(x, norm_w, eps, w.data, w.bias, pdl=pdl)
+
+
+def _project_triton(
+    hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: PackedWeight, heads: Any, pdl: bool
+) -> tuple[Tensor, Projected]:
+    normed = rms_norm(hidden, norm_w, eps, pdl=pdl)
+    rows = normed
+    if heads is not None:
+        rows = medusa_blocks(normed, *heads, pdl=pdl).transpose(0, 1).reshape(-1, normed.shape[1])
+    kept = multi_head_projection(rows, vocabulary.data, pdl=pdl)
+    return normed, Likeliest(kept, 0 if heads is None else len(heads[0]))
+
+
+def _choose_triton(
+    hidden: Tensor,
+    vocabulary: PackedWeight,
+    token_ids: Tensor,
+    behind: Tensor,
+    sampling: SamplingRows,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    kept = multi_head_projection(hidden, vocabulary.data, token_ids=token_ids, pdl=pdl)
+    return kept.ids[:, 0], (kept.values[:, 0] - kept.logsumexp).exp()
+
+
+def _pack_triton(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
+    """As it is; `linear_ref`, which prefill takes, is given row counts that it may use."""
+    return PackedWeight(w, bias, w.shape[0], w.shape[1], False, PREFILL_ROWS)
+
+
+def _pack_heads_triton(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
+    """(w [H, depth, E, E], bias [H, depth, E])"""
+    stacked = ([torch.stack([block[i] for block in stack]) for stack in heads] for i in (0, 1))
+    return tuple(torch.stack(tensors) for tensors in stacked)
+
+
+def with_pdl(pdl: bool) -> Ops:
+    """The kernels; `pdl` makes each a programmatic dependent launch (sm_90 and newer)."""
+    return Ops(
+        pack=_pack_triton,
+        pack_heads=_pack_heads_triton,
+        plan=partial(_plan_triton, pdl=pdl),
+        rms_norm=partial(rms_norm, pdl=pdl),
+        qkv_rope_cache=partial(_qkv_triton, pdl=pdl),
+        verify_attention=partial(_attention_triton, pdl=pdl),
+        linear=partial(_linear_triton, pdl=pdl),
+        gate_up_silu=partial(_gate_up_triton, pdl=pdl),
+        project=partial(_project_triton, pdl=pdl),
+        choose=partial(_choose_triton, pdl=pdl),
+        advance=partial(advance, pdl=pdl),
+        ngram=partial(ngram, pdl=pdl),
+        branches=False,
+    )
+
+
+TRITON = with_pdl(False)

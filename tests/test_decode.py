@@ -120,9 +120,9 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
     @torch.inference_mode()
     def poison() -> None:
         for b in range(2):
-            live = int(llm._cache.lengths[b])
+            live, page = int(llm._cache.lengths[b]), int(llm._cache.page_table[b, 0])
             for cache in (llm._cache.k, llm._cache.v):
-                cache[:, b, live:] = float("nan")
+                cache[:, page, live:] = float("nan")
 
     class Poisoner(NgramDrafter):
         def guess(self, step: DraftInput, count: int) -> Drafts:
@@ -130,7 +130,8 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
             return super().guess(step, count)
 
     llm.drafter = Poisoner(TORCH)
-    poison()
+    llm._cache.k.fill_(float("nan"))
+    llm._cache.v.fill_(float("nan"))
     got = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 
@@ -144,12 +145,13 @@ def test_rejected_tokens_leave_no_trace(tmp_path: Path) -> None:
         llm.drafter = drafter
         with torch.inference_mode():
             state = DecodeState.empty(llm._cache, llm.max_length, k)
-            state.window[0, 0] = state.tokens[0, 0] = 9
-            state.active[0] = 1
+            state.window[0, 0] = state.progress.tokens[0, 0] = 9
+            state.progress.active[0] = 1
+            state.cache.assign(0, [1])
             while state.cache.lengths[0] < 100:
                 decode_step(state, llm.trunk, drafter, TORCH)
-            caches.append([c[:, 0, :100].clone() for c in (llm._cache.k, llm._cache.v)])
-            caches[-1].append(state.tokens[:, :101].clone())
+            caches.append([c[:, 1, :100].clone() for c in (llm._cache.k, llm._cache.v)])
+            caches[-1].append(state.progress.tokens[:, :101].clone())
     for other in caches[1:]:
         for mine, theirs in zip(caches[0], other, strict=True):
             assert torch.equal(mine, theirs)

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FETCH = {"fetch", "gguf_checkpoint", "package_index"}
 FLOOR = {"config", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
-STEP = FLOOR | {"kernels", "ops", "model", "heads", "head_checkpoint", "decode", "graph"}
-EVERYTHING = STEP | {"library", "engine"}
+STEP = FLOOR | {"kernels", "ops", "model", "heads", "head_checkpoint", "decode", "graph", "prefill"}
+EVERYTHING = STEP | {"library", "ring", "completion", "engine"}
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
 # LIBRARIES says otherwise. "mtpkern" is the package itself, whose names are the public ones.
@@ -28,10 +28,13 @@ ARROWS: dict[str, set[str]] = {
     "library": {"kernels", "ops"},
     "model": {"config", "cache", "ops", "checkpoint"},
     "heads": {"config", "cache", "ops", "checkpoint", "model"},
-    "head_checkpoint": {"config", "ops", "checkpoint", "model", "heads"},
+    "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model", "heads"},
     "decode": {"config", "cache", "ops", "model", "heads"},
     "graph": set(),
-    "engine": STEP,
+    "prefill": {"kernels", "ops"},
+    "ring": {"kernels"},
+    "completion": {"config", "heads", "ring", "tokenizer"},
+    "engine": STEP | {"ring", "completion"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference"},

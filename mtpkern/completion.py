@@ -1,0 +1,179 @@
+"""What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mtpkern.config import SamplingParams
+from mtpkern.heads import SOURCES
+from mtpkern.ring import StepRecord
+from mtpkern.tokenizer import Tokenizer
+
+
+@dataclass
+class Stats:
+    """What one completion cost. Drafts are counted by where they came from and by position."""
+
+    num_speculative_tokens: int
+    prompt_tokens: int
+    new_tokens: int = 0
+    steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    # source -> [K] counts
+    drafted: dict[str, list[int]] = field(default_factory=dict)
+    accepted: dict[str, list[int]] = field(default_factory=dict)
+    # source -> steps whose drafts came from it, and tokens that those steps emitted
+    source_steps: dict[str, int] = field(default_factory=dict)
+    source_tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens emitted per step, the corrected or bonus token included; plain decoding has 1."""
+        return self.new_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Accepted at position i over drafted at position i, all sources together."""
+        k = self.num_speculative_tokens
+        drafted = [sum(counts[i] for counts in self.drafted.values()) for i in range(k)]
+        accepted = [sum(counts[i] for counts in self.accepted.values()) for i in range(k)]
+        return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
+
+    def count_step(self, source: str, drafts: int, accepted: int, emitted: int) -> None:
+        k = self.num_speculative_tokens
+        self.steps += 1
+        self.new_tokens += emitted
+        self.source_steps[source] = self.source_steps.get(source, 0) + 1
+        self.source_tokens[source] = self.source_tokens.get(source, 0) + emitted
+        drafted = self.drafted.setdefault(source, [0] * k)
+        stood = self.accepted.setdefault(source, [0] * k)
+        for i in range(drafts):
+            drafted[i] += 1
+            stood[i] += i < accepted
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "new_tokens": self.new_tokens,
+            "steps": self.steps,
+            "num_speculative_tokens": self.num_speculative_tokens,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "acceptance_by_position": self.acceptance_by_position,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `token_ids` includes a final end-of-text id, `text` does not show it."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str  # "stop" or "length"
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of a stream. The text may lag behind: no half character, no half stop string."""
+
+    text: str
+    token_id: int
+    drafted: bool  # guessed by a drafter and accepted, rather than computed by the model itself
+    completion: Completion | None  # with the last token
+
+
+class Request:
+    """One prompt on its way: its tokens so far, and whether they are enough."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        k: int,
+        room: int,
+        ends: tuple[int, ...],
+        tokenizer: Tokenizer | None,
+    ):
+        """`room` is how many tokens the context can still take, `ends` are the tokens that end."""
+        self.index, self.prompt, self.params = index, prompt, params
+        self.stats = Stats(k, len(prompt))
+        self.pages: list[int] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self.started = 0.0
+        self.ends = () if params.ignore_eos else ends
+        self.room = min(params.max_tokens, room)
+        self._detokenizer = tokenizer.stream() if tokenizer else None
+        self._text = ""
+        self._printed = 0
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come; one step brings at least one."""
+        return 0 if self.finish_reason else self.room - len(self.token_ids)
+
+    def take(self, record: StepRecord, now: float) -> list[Event]:
+        """Take what a step emitted, up to where the completion ends."""
+        self.stats.decode_seconds = now - self.started
+        pieces = []
+        for token_id in record.target[: record.accepted + 1]:
+            pieces.append((self.push(token_id), token_id))
+            if self.finish_reason:
+                break
+        if self.params.logprobs:
+            self.logprobs += record.logprobs[: len(pieces)]
+        source, k = record.source, self.stats.num_speculative_tokens
+        drafted = min(record.drafted, k)
+        self.stats.count_step(SOURCES[source], drafted, record.accepted, len(pieces))
+        guessed = min(record.accepted, drafted)
+        events = [Event(text, token, i < guessed, None) for i, (text, token) in enumerate(pieces)]
+        if self.finish_reason:
+            events[-1] = replace(events[-1], completion=self.completion())
+        return events
+
+    def push(self, token_id: int) -> str:
+        """Take one token; -> the text that is certain now. Sets `finish_reason` at the end."""
+        self.token_ids.append(token_id)
+        text = self._detokenizer.push(token_id) if self._detokenizer else ""
+        if token_id in self.ends:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.room:
+            self.finish_reason = "length"
+        if self.finish_reason and self._detokenizer:
+            text += self._detokenizer.flush()
+        self._text += text
+        return self._release(len(text))
+
+    def _release(self, fresh: int) -> str:
+        """Cut at a stop string, and hold back what could become one."""
+        longest = max(map(len, self.params.stop), default=0)
+        # A match must end in the fresh text, or it would have been found before.
+        begin = max(0, len(self._text) - fresh - longest + 1)
+        found = [at for s in self.params.stop if (at := self._text.find(s, begin)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.finish_reason = "stop"
+        end = len(self._text)
+        if not self.finish_reason:
+            held = (
+                n for s in self.params.stop for n in range(1, len(s)) if self._text.endswith(s[:n])
+            )
+            end -= max(held, default=0)
+        released = self._text[self._printed : end]
+        self._printed = max(self._printed, end)
+        return released
+
+    def completion(self) -> Completion:
+        logprobs = self.logprobs if self.params.logprobs else None
+        assert self.finish_reason is not None, "a completion is made when the request has finished"
+        return Completion(self._text, self.token_ids, logprobs, self.finish_reason, self.stats)

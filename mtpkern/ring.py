@@ -1,0 +1,66 @@
+"""What steps emitted, read by the host while the device runs ahead.
+
+The device writes (kernels/advance.py); the host polls memory that both see, and waits for nothing
+but the words it wants: each carries the number of its step.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy
+import torch
+
+from mtpkern.kernels.advance import STEP_MASK
+
+# How long the host sleeps between two looks, and after how long it asks whether the device lives.
+_PAUSE, _DOUBT = 20e-6, 1.0
+
+
+class StepRecord(NamedTuple):
+    """What one step decided for one sequence."""
+
+    accepted: int
+    drafted: int
+    source: int
+    target: list[int]  # T tokens, of which accepted + 1 were emitted
+    logprobs: list[float]  # of the targets, where the step wrote them
+
+
+class Ring:
+    """The last `slots` steps' words of `batch` sequences, windows of up to `rows` rows."""
+
+    def __init__(self, slots: int, batch: int, rows: int, *, pinned: bool):
+        self.words = torch.zeros(slots, batch, 1 + 2 * rows, dtype=torch.int64, pin_memory=pinned)
+        self._seen = self.words.numpy()
+
+    def read(
+        self,
+        step: int,
+        batch: int,
+        rows: int,
+        *,
+        logprobs: bool = False,
+        check: Callable[[], object] = lambda: None,
+    ) -> list[StepRecord]:
+        """Wait for step number `step`, counted from 1, of the first `batch` sequences.
+
+        `check` is called now and then while waiting; it raises where the device has failed.
+        """
+        count = 1 + rows * (2 if logprobs else 1)
+        place = self._seen[step % len(self._seen), :batch, :count]
+        doubt = time.monotonic() + _DOUBT
+        words = place.copy()
+        while ((words >> 32) != step & STEP_MASK).any():
+            time.sleep(_PAUSE)
+            if time.monotonic() > doubt:
+                check()
+                doubt += _DOUBT
+            words = place.copy()
+        low = (words & 0xFFFFFFFF).astype(numpy.uint32)
+        targets = low[:, 1 : 1 + rows].tolist()
+        chances = low[:, 1 + rows :].view(numpy.float32).tolist()
+        return [
+            StepRecord(word & 0xFF, word >> 8 & 0xFF, word >> 16 & 0xFF, target, chance)
+            for word, target, chance in zip(low[:, 0].tolist(), targets, chances, strict=True)
+        ]
