@@ -115,10 +115,10 @@ def _stable_rows(w: PackedWeight) -> tuple[int, ...]:
     Another order of summing shows in few elements, one in some thousands, since a row is rounded to
     its dtype at the end: so many rows are tried, at changing places.
     """
-    generator = torch.Generator(w.data.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     most = max(_TRIED[-1], _PROBED_ELEMENTS // w.out_features)
-    x = torch.empty(min(most, 2048), w.in_features, dtype=w.data.dtype, device=w.data.device)
-    x.normal_(generator=generator)
+    x = torch.empty(min(most, 2048), w.in_features, dtype=w.data.dtype)
+    x = x.normal_(generator=generator).to(w.data.device)
 
     def stable(count: int) -> bool:
         some = x[: max(count, _PROBED_ELEMENTS // w.out_features)]

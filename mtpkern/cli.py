@@ -113,7 +113,7 @@ def _add_generate(commands: Any) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     add("--system", metavar="TEXT", help="the system message of the chat")
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
-    add("--device", default="auto", help="auto or cpu")
+    add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--compare", action="store_true", help="run again without drafts, and compare")
     add("--json", action="store_true", help="print one JSON object and nothing else")
@@ -257,7 +257,7 @@ def _as_json(
     return {
         "schema": 1,
         "model": model or llm.name,
-        "device": "cpu",
+        "device": llm.device.type,
         "dtype": str(llm.dtype).removeprefix("torch."),
         "prompt_tokens": completion.stats.prompt_tokens,
         "text": completion.text,

@@ -60,7 +60,8 @@ class LLM:
     sequence itself. num_speculative_tokens is K in 0..16 (None: 4 where anything drafts).
     `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
     for all of them); one waits until there are pages for all that it may become. device is "auto",
-    "cpu" or "cuda". `graph=False` launches a GPU's kernels one by one, as a profiler wants them.
+    "cpu" or "cuda". `graph=False` launches a GPU's kernels one by one, as a profiler wants them;
+    `ops` are others than the device's own.
     Raises UserError for whatever the caller can mend.
     """
 
@@ -77,8 +78,10 @@ class LLM:
         max_length: int | None = None,
         cache_tokens: int | None = None,
         graph: bool = True,
+        ops: Ops | None = None,
     ):
-        self.device, self.ops = _resolve_device(device)
+        self.device, usual = _resolve_device(device)
+        self.ops = usual if ops is None else ops
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         directory = resolve_model(None if model is None else str(model))

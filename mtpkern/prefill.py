@@ -58,4 +58,4 @@ VENDOR = TORCH._replace(plan=plan_prefill, verify_attention=prefill_attention)
 
 def prefill_ops(ops: Ops) -> Ops:
     """What a prompt runs through, given what a step runs through."""
-    return TORCH if ops.branches else VENDOR
+    return ops if ops.branches else VENDOR

@@ -31,7 +31,8 @@ class Ring:
     """The last `slots` steps' words of `batch` sequences, windows of up to `rows` rows."""
 
     def __init__(self, slots: int, batch: int, rows: int, *, pinned: bool):
-        self.words = torch.zeros(slots, batch, 1 + 2 * rows, dtype=torch.int64, pin_memory=pinned)
+        words = torch.zeros(slots, batch, 1 + 2 * rows, dtype=torch.int64)
+        self.words = words.pin_memory() if pinned else words
         self._seen = self.words.numpy()
 
     def read(

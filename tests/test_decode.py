@@ -130,8 +130,9 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
             return super().guess(step, count)
 
     llm.drafter = Poisoner(TORCH)
-    llm._cache.k.fill_(float("nan"))
-    llm._cache.v.fill_(float("nan"))
+    with torch.inference_mode():
+        llm._cache.k.fill_(float("nan"))
+        llm._cache.v.fill_(float("nan"))
     got = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 

@@ -122,7 +122,11 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
         (dict(max_length=513), r"max_length must be in 2\.\.512"),
         (dict(max_batch=0), "max_batch must be at least 1"),
         (dict(dtype="int3"), "dtype must be auto or one of"),
-        (dict(device="cuda"), "device must be auto or cpu"),
+        (dict(device="tpu"), "device must be auto, cpu or cuda, got tpu"),
+        (
+            dict(cache_tokens=256, max_length=256),
+            "cache_tokens must be at least 384 to hold one sequence",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             LLM(directory, **arguments)  # type: ignore[arg-type]

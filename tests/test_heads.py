@@ -82,7 +82,7 @@ class Recorder:
     """Wraps a drafter and keeps what it drafted: known tokens -> drafts."""
 
     def __init__(self, inner: Any):
-        self.inner, self.taps, self.blocks = inner, inner.taps, inner.blocks
+        self.inner, self.taps, self.heads = inner, inner.taps, inner.heads
         self.drafted: list[tuple[list[int], list[int]]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -177,11 +177,11 @@ def test_a_sequential_head_drafts_what_its_definition_says(
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads", taps=taps, reduced=len(taps) != 2)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
-    inner = llm.drafter.heads if isinstance(llm.drafter, CompanionDrafter) else llm.drafter
+    inner = llm.drafter.drafter if isinstance(llm.drafter, CompanionDrafter) else llm.drafter
     assert isinstance(inner, MtpDrafter)
     recorder = Recorder(inner)
     if isinstance(llm.drafter, CompanionDrafter):
-        llm.drafter.heads = recorder
+        llm.drafter.drafter = recorder
     else:
         llm.drafter = recorder
     prompts = [PROMPT, [30, 31], [50 + i % 9 for i in range(140)]]
@@ -242,8 +242,8 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
             return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM), torch.tensor([count]))
 
     assert isinstance(llm.drafter, CompanionDrafter)
-    recorder = Recorder(llm.drafter.heads)
-    llm.drafter.heads = recorder  # type: ignore[assignment]
+    recorder = Recorder(llm.drafter.drafter)
+    llm.drafter.drafter = recorder  # type: ignore[assignment]
     llm.drafter.ngram = AlwaysCopies()  # type: ignore[assignment]
     llm.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     assert recorder.drafted, "the heads must have run when their rows were full"

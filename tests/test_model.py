@@ -9,7 +9,7 @@ from families import FAMILIES, write_family
 from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import TORCH
+from mtpkern.ops import TORCH, Logits
 
 PROMPT = [5, 9, 33, 7, 61, 12, 80, 2, 44]
 
@@ -36,9 +36,9 @@ def _logits(trunk: Llama, tokens: torch.Tensor, llm: LLM) -> torch.Tensor:
     for window in tokens.split(5, dim=1):
         hidden, _ = run_trunk(trunk, window, cache, TORCH)
         config = trunk.config
-        _, logits = TORCH.multi_head_projection(
-            hidden, trunk.norm, config.rms_norm_eps, trunk.vocabulary
-        )
-        rows.append(logits[:, 0])
-        cache.commit(torch.tensor([window.shape[1]]))
+        eps = config.rms_norm_eps
+        _, projected = TORCH.project(hidden, trunk.norm, eps, trunk.vocabulary, None)
+        assert isinstance(projected, Logits)
+        rows.append(projected.logits[:, 0])
+        cache.lengths.add_(window.shape[1])
     return torch.cat(rows)

@@ -1,0 +1,69 @@
+"""The whole runtime on the kernels: what LLM does on a GPU, which ttsem shows on a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_checkpoint
+from test_heads import write_medusa, write_mtp
+
+from mtpkern.config import SamplingParams, UserError
+from mtpkern.engine import LLM
+from mtpkern.ops import TORCH, TRITON
+
+PROMPTS = [[5, 9, 33, 7, 7, 12, 9, 33, 7], [11], [40 + i % 60 for i in range(70)]]
+# Against the references tokens are compared, so that the model must have no near-ties.
+GREEDY = SamplingParams(max_tokens=9, ignore_eos=True, logprobs=True)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "trunk", max_position_embeddings=256)
+
+
+@pytest.fixture(autouse=True)
+def pinnable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ttsem shows a GPU, all memory is the host's."""
+    if torch.version.cuda is None:
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+def load(directory: Path, device: str, **options: Any) -> LLM:
+    settings: dict[str, Any] = {"max_length": 128, "max_batch": 2}
+    if torch.version.cuda is None:
+        # ttsem knows neither graphs nor dependent launches.
+        settings |= {"graph": False, "ops": TRITON if device == "cuda" else TORCH}
+    return LLM(directory, device=device, **settings | options)
+
+
+@pytest.mark.parametrize("heads", ["none", "mtp", "medusa"])
+def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
+    gpu: str, directory: Path, tmp_path: Path, heads: str
+) -> None:
+    """Three prompts over two slots: ragged, one admitted while another is under way."""
+    write = {"mtp": write_mtp, "medusa": write_medusa}.get(heads)
+    options = {
+        "heads": write(tmp_path / "heads") if write else "none",
+        "ngram": heads != "medusa",
+        "num_speculative_tokens": 3,
+    }
+    expected = load(directory, "cpu", **options).generate(PROMPTS, GREEDY)
+    llm = load(directory, gpu, **options)
+    plain = llm.generate(PROMPTS, GREEDY, speculate=False)
+    for drafted, undrafted, theirs in zip(
+        llm.generate(PROMPTS, GREEDY), plain, expected, strict=True
+    ):
+        assert drafted.token_ids == undrafted.token_ids == theirs.token_ids
+        assert drafted.logprobs == undrafted.logprobs, "with and without drafts bit for bit"
+        torch.testing.assert_close(
+            torch.tensor(drafted.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=1e-4
+        )
+        assert undrafted.stats.steps == 9
+    assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
+
+
+def test_what_needs_the_host_inside_a_step_is_refused(gpu: str, directory: Path) -> None:
+    llm = load(directory, gpu)
+    with pytest.raises(UserError, match="temperature above 0 needs device cpu"):
+        llm.generate(PROMPTS[0], SamplingParams(max_tokens=2, temperature=0.5))
