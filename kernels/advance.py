@@ -66,6 +66,8 @@ def advance_ref(
     emitted = torch.arange(T, device=window.device) < count[:, None]
     ended = ((target[:, :, None] == p.ends[:, None]).any(-1) & emitted).any(-1)
     p.active.mul_(~ended & (p.lengths + 1 < p.limits))
+    p.drafted.zero_()
+    p.source.zero_()
     return accepted, count
 
 
@@ -139,6 +141,8 @@ def _advance_kernel(
     tl.store(lengths_ptr + b, length)
     tl.store(active_ptr + b, active * goes_on.to(tl.int64))
     tl.store(clock_ptr + b, clock)
+    tl.store(drafted_ptr + b, 0)
+    tl.store(source_ptr + b, 0)
     tl.store(accepted_ptr + b, accepted)
     tl.store(count_ptr + b, count)
 
@@ -154,9 +158,9 @@ def advance(
     """End a step: window [B, T] int64 and target [B, T] int64, T <= 64, logprobs [B, T] float32 or
     None -> (accepted [B], count [B]) int64, count = accepted + 1, or 0 for a finished sequence.
 
-    In place: tokens, lengths, active, clock and ring of `progress`, and the bonus token goes to
-    window[:, 0]. Tokens and counts must fit into their words' 32 bits and bytes. `pdl`: see
-    `linear`.
+    In place: tokens, lengths, active, clock and ring of `progress`; source and drafted become 0,
+    for a drafter to say more; the bonus token goes to window[:, 0]. Tokens and counts must fit into
+    their words' 32 bits and bytes. `pdl`: see `linear`.
     """
     (B, T), p = window.shape, progress
     check_shape("window", window, "[B, T]", B, T)

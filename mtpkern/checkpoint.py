@@ -109,14 +109,21 @@ def load_model(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     pack_layer: Callable[[LayerWeights], Any] = lambda layer: layer,
+    dummy: bool = False,
 ) -> tuple[ModelConfig, ModelWeights]:
     """Load a checkpoint in `dtype` onto `device`; ModelLoadError names the file and the tensor.
 
     Each layer goes through `pack_layer` before the next is read, so that a layout of the caller's
-    own never stands in memory beside a second copy of all the weights.
+    own never stands in memory beside a second copy of all the weights. `dummy` makes up weights
+    for a directory that holds a config.json alone.
     """
-    config, entries = check_checkpoint(directory)
-    place = _Placer(entries, dtype, torch.device(device))
+    place: _Placer | _Inventor
+    if dummy:
+        config = load_config(directory)
+        place = _Inventor(config, dtype, torch.device(device))
+    else:
+        config, entries = check_checkpoint(directory)
+        place = _Placer(entries, dtype, torch.device(device))
     layers = []
     for i in range(config.num_layers):
         fields: dict[str, Any] = {
@@ -350,6 +357,23 @@ class _Placer:
         low, high = torch.aminmax(weight)
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise ModelLoadError(f"{entry} holds values that are not finite in {self.dtype}")
+
+
+class _Inventor:
+    """Stands in for `_Placer` where there are no weights: random ones of the right shapes."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        self.shapes, self.dtype, self.device = dict(expected_tensors(config)), dtype, device
+        self.maps: dict[Path, mmap.mmap] = {}
+
+    def __call__(self, names: list[str]) -> Tensor:
+        """Random tensors under these names, stacked: rows of a matrix keep their input's size."""
+        shapes = [self.shapes[name] for name in names]
+        rows = sum(shape[0] for shape in shapes)
+        weight = torch.empty((rows, *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        if weight.dim() == 1:
+            return weight.fill_(1.0 if names[0].endswith("norm.weight") else 0.0)
+        return weight.normal_(std=weight.shape[1] ** -0.5)
 
 
 def _read_into(entry: TensorEntry, target: Tensor) -> None:

@@ -12,6 +12,7 @@ from mtpkern.cache import KVCache
 from mtpkern.heads import NONE, Drafter, DraftInput
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import Ops, Progress, SamplingRows
+from mtpkern.synthetic import force_acceptance
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DecodeState:
     progress: Progress  # its lengths are the cache's
     sampling: SamplingRows
     cache: KVCache
+    forced: Tensor | None = None  # counts to accept whatever was drafted (synthetic.py)
 
     @classmethod
     def empty(
@@ -36,6 +38,7 @@ class DecodeState:
         *,
         ends: int = 1,
         ring: Tensor | None = None,
+        forced: Tensor | None = None,
     ) -> "DecodeState":
         """No sequence active, sampling greedy; `ends` end tokens a sequence at most.
 
@@ -62,6 +65,7 @@ class DecodeState:
             progress=progress,
             sampling=SamplingRows(real, zeros.clone(), real + 1, real.clone(), zeros.clone()),
             cache=cache,
+            forced=forced,
         )
 
     def view(self, batch: int, num_speculative_tokens: int) -> "DecodeState":
@@ -73,6 +77,7 @@ class DecodeState:
             progress,
             SamplingRows(*(t[:batch] for t in self.sampling)),
             self.cache.rows(0, batch),
+            self.forced,
         )
 
 
@@ -102,6 +107,8 @@ def decode_step(
     )
     target = projected.target((batch, rows), progress.lengths, state.sampling)
     chances = projected.logprobs(target) if logprobs else None
+    if state.forced is not None:
+        force_acceptance(state.window, target, state.forced, progress.clock)
     accepted, count = ops.advance(state.window, target, chances, progress)
     if rows > 1:
         features = torch.cat([*tapped, normed], -1) if tapped else normed

@@ -31,6 +31,7 @@ from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
+from mtpkern.synthetic import draw_counts
 from mtpkern.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]
@@ -60,7 +61,9 @@ class LLM:
     sequence itself. num_speculative_tokens is K in 0..16 (None: 4 where anything drafts).
     `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
     for all of them); one waits until there are pages for all that it may become. device is "auto",
-    "cpu" or "cuda". `graph=False` launches a GPU's kernels one by one, as a profiler wants them;
+    "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
+    alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
+    for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by one, as a profiler wants them;
     `ops` are others than the device's own.
     Raises UserError for whatever the caller can mend.
     """
@@ -77,6 +80,8 @@ class LLM:
         max_batch: int = 8,
         max_length: int | None = None,
         cache_tokens: int | None = None,
+        load_format: str = "auto",
+        synthetic_acceptance: Sequence[float] | None = None,
         graph: bool = True,
         ops: Ops | None = None,
     ):
@@ -84,6 +89,8 @@ class LLM:
         self.ops = usual if ops is None else ops
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
+        if load_format not in ("auto", "dummy"):
+            raise UserError(f"load_format must be auto or dummy, got {load_format}")
         directory = resolve_model(None if model is None else str(model))
         config = load_config(directory)
         self.name = model_name(directory)
@@ -100,7 +107,13 @@ class LLM:
         if not self.eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids = (self.tokenizer.eos_token_id,)
         with torch.inference_mode():
-            self.trunk = Llama.load(directory, dtype=self.dtype, ops=self.ops, device=self.device)
+            self.trunk = Llama.load(
+                directory,
+                dtype=self.dtype,
+                ops=self.ops,
+                device=self.device,
+                dummy=load_format == "dummy",
+            )
             self._cache, self._pool = self._make_cache(cache_tokens)
             self.drafter: Drafter = NgramDrafter(self.ops) if ngram else NoDrafter()
             if heads_directory is not None and self.k:
@@ -113,6 +126,11 @@ class LLM:
             self._prefill_ops = prefill_ops(self.ops)
             on_cpu = self.device.type == "cpu"
             self._ahead = 1 if on_cpu else STEPS_AHEAD
+            self.synthetic_acceptance = synthetic_acceptance and tuple(synthetic_acceptance)
+            forced = None
+            if self.synthetic_acceptance:
+                rates = self.synthetic_acceptance[: self.k]
+                forced = draw_counts(rates).to(self.device)
             self._ring = Ring(2 * self._ahead, max_batch, self.k + 1, pinned=not on_cpu)
             self._state = DecodeState.empty(
                 self._cache,
@@ -120,6 +138,7 @@ class LLM:
                 self.k,
                 ends=max(1, len(self.eos_token_ids)),
                 ring=self._ring.words,
+                forced=forced,
             )
             self._clock = 0
             self._graphs: dict[tuple[int, int], Callable[[], object]] = {}

@@ -197,16 +197,18 @@ class MtpDrafter:
     def guess(self, step: DraftInput, count: int) -> Drafts:
         cache = self._cache_of(step)
         device = step.tokens.device
-        waiting = (step.lengths - cache.lengths).clamp_(min=1)
+        # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
+        begin = cache.lengths.clone() if self.ops.branches else step.lengths - step.advance
+        waiting = (step.lengths - begin).clamp_(min=1)
         features = step.features
         if self.ops.branches:
             features = self.pending[: len(waiting), : int(waiting.max())]
         batch, rows = features.shape[:2]
-        after = cache.lengths[:, None] + 1 + torch.arange(rows, device=device)
+        after = begin[:, None] + 1 + torch.arange(rows, device=device)
         x = self._inputs(
             self._hidden(features.flatten(0, 1)), step.tokens.gather(1, after).view(-1)
         )
-        out = self._layer(x, cache, rows).view(batch, rows, -1)
+        out = self._layer(x, cache.at(begin), rows).view(batch, rows, -1)
         hidden = out[torch.arange(batch, device=device), waiting - 1]
         cache.lengths.copy_(step.lengths)
         drafts = torch.zeros(batch, count, dtype=torch.int64, device=device)

@@ -50,12 +50,17 @@ class Llama:
         dtype: torch.dtype,
         ops: Ops,
         device: str | torch.device = "cpu",
+        dummy: bool = False,
     ) -> "Llama":
-        """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice."""
+        """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice.
+
+        `dummy` makes up weights of the shapes that config.json names.
+        """
         config, w = load_model(
             directory,
             dtype=dtype,
             device=device,
+            dummy=dummy,
             pack_layer=lambda layer: pack_layer(layer, ops),
         )
         vocabulary = ops.pack(w.lm_head)

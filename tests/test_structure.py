@@ -9,7 +9,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FETCH = {"fetch", "gguf_checkpoint", "package_index"}
 FLOOR = {"config", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
-STEP = FLOOR | {"kernels", "ops", "model", "heads", "head_checkpoint", "decode", "graph", "prefill"}
+STEP = FLOOR | {
+    "kernels",
+    "ops",
+    "model",
+    "heads",
+    "head_checkpoint",
+    "decode",
+    "graph",
+    "prefill",
+    "synthetic",
+}
 EVERYTHING = STEP | {"library", "ring", "completion", "engine"}
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
@@ -29,9 +39,10 @@ ARROWS: dict[str, set[str]] = {
     "model": {"config", "cache", "ops", "checkpoint"},
     "heads": {"config", "cache", "ops", "checkpoint", "model"},
     "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model", "heads"},
-    "decode": {"config", "cache", "ops", "model", "heads"},
+    "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
     "prefill": {"kernels", "ops"},
+    "synthetic": {"config"},
     "ring": {"kernels"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion"},
