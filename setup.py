@@ -40,6 +40,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "profile": ["nvtx>=0.2.10"],
         "hub": ["huggingface_hub>=0.30"],
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5.0", "setuptools>=77"],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "uv==0.13.9"],

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mtpkern
@@ -85,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="DIR", help="a model's directory, name or hub id")
     inspect.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     inspect.set_defaults(run=_inspect)
+    profile = commands.add_parser(
+        "profile",
+        help="profile an answer with Nsight",
+        description="Print the profiler's command for `mtpkern generate ARGUMENTS`, and run it.",
+    )
+    profile.add_argument("-o", "--output", default="mtpkern", help="the report (default mtpkern)")
+    profile.add_argument("tool", choices=("nsys", "ncu"), help="Nsight Systems or Nsight Compute")
+    profile.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
+    profile.set_defaults(run=_profile)
     doctor = commands.add_parser("doctor", help="versions, this machine, what runs where")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -115,6 +125,15 @@ def _add_generate(commands: Any) -> None:
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--load-format", default="auto", help="dummy: made-up weights, for measuring")
+    add(
+        "--synthetic-acceptance",
+        type=_rates,
+        metavar="R1,R2,...",
+        help="accept drafts at these rates by position, whatever they are, for measuring",
+    )
+    add("--no-graph", action="store_true", help="launch a GPU's kernels one by one")
+    add("--cuda-profile", action="store_true", help="let a profiler see the answer alone")
     add("--compare", action="store_true", help="run again without drafts, and compare")
     add("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -144,24 +163,53 @@ def _generate(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         max_batch=1,
+        load_format=args.load_format,
+        synthetic_acceptance=args.synthetic_acceptance,
+        graph=not args.no_graph,
     )
     prompt = _encode(llm, text, args)
-    if args.compare:
+    if args.compare or args.cuda_profile:
         # The first steps of a process set things up; neither side is to pay for them.
         brief = SamplingParams(max_tokens=_WARM_UP_TOKENS)
         for speculate in (True, False):
             llm.generate(prompt, brief, speculate=speculate)
-    if args.json:
-        completion = llm.generate(prompt, params)[0]
-    else:
-        completion = _print_stream(llm.stream(prompt, params))
-        print(summary(completion.stats), file=sys.stderr)
+    with _profiled(llm) if args.cuda_profile else nullcontext():
+        if args.json:
+            completion = llm.generate(prompt, params)[0]
+        else:
+            completion = _print_stream(llm.stream(prompt, params))
+            print(summary(completion.stats), file=sys.stderr)
+    if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
+        print(_MADE_UP, file=sys.stderr)
     plain = llm.generate(prompt, params, speculate=False)[0] if args.compare else None
     if args.json:
         print(json.dumps(_as_json(llm, args.model, completion, plain), allow_nan=False))
     elif plain is not None:
         print(_comparison(completion, plain), file=sys.stderr)
     return 0 if plain is None or _identical(completion, plain) else 1
+
+
+_MADE_UP = "made-up weights or acceptance: the rates are meant, the text and its tokens are not"
+
+
+def _rates(text: str) -> list[float]:
+    """The numbers of R1,R2,..."""
+    return [float(rate) for rate in text.split(",")]
+
+
+@contextmanager
+def _profiled(llm: "LLM") -> "Iterator[None]":
+    """What a profiler that waits for cudaProfilerStart is to see."""
+    import torch
+
+    if llm.device.type != "cuda":
+        raise _UsageError("--cuda-profile needs device cuda")
+    torch.cuda.profiler.start()
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
 def _read_prompt(given: str | None) -> str:
@@ -254,7 +302,8 @@ def _as_json(
         "plain": plain.stats.as_json(),
         "speedup": _speedup(completion, plain),
     }
-    return {
+    made_up = {"synthetic_acceptance": llm.synthetic_acceptance}
+    return (made_up if llm.synthetic_acceptance else {}) | {
         "schema": 1,
         "model": model or llm.name,
         "device": llm.device.type,
@@ -286,6 +335,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
     _print_table(describe_checkpoint(resolve_model(args.model), args.dtype))
     return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from mtpkern.profile import run_profiler
+
+    return run_profiler(args.tool, args.arguments or ["Why is the sky blue?"], args.output)
 
 
 def _doctor(args: argparse.Namespace) -> int:

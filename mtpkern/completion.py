@@ -132,10 +132,9 @@ class Request:
                 break
         if self.params.logprobs:
             self.logprobs += record.logprobs[: len(pieces)]
-        source, k = record.source, self.stats.num_speculative_tokens
-        drafted = min(record.drafted, k)
-        self.stats.count_step(SOURCES[source], drafted, record.accepted, len(pieces))
-        guessed = min(record.accepted, drafted)
+        source = SOURCES[record.source]
+        self.stats.count_step(source, record.drafted, record.accepted, len(pieces))
+        guessed = min(record.accepted, record.drafted)
         events = [Event(text, token, i < guessed, None) for i, (text, token) in enumerate(pieces)]
         if self.finish_reason:
             events[-1] = replace(events[-1], completion=self.completion())

@@ -23,8 +23,9 @@ from mtpkern.config import (
     resolve_dtype,
 )
 from mtpkern.decode import DecodeState, decode_step
+from mtpkern.draft_length import DraftLength
 from mtpkern.fetch import model_name, resolve_model
-from mtpkern.graph import capture
+from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import MAX_PENDING, CompanionDrafter, Drafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama, run_trunk
@@ -33,6 +34,7 @@ from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.synthetic import draw_counts
 from mtpkern.tokenizer import Tokenizer
+from mtpkern.trace import span
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]
 
@@ -46,10 +48,14 @@ STEPS_AHEAD = 4
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
+_ADMIT, _STEP, _READ = span("admit"), span("step"), span("read")
+
+
 class _Flight(NamedTuple):
-    """A step that was started: its number, and whose slots it decodes."""
+    """A step that was started: its number, its K, and whose slots it decodes."""
 
     number: int
+    drafts: int
     slots: tuple[Request | None, ...]
 
 
@@ -58,13 +64,14 @@ class LLM:
 
     `model` is a name, a directory or a hub id (None: the default model); `heads` "auto" (those that
     ship for the model, if any), "none", a name or a directory; `ngram` adds drafting from the
-    sequence itself. num_speculative_tokens is K in 0..16 (None: 4 where anything drafts).
+    sequence itself. num_speculative_tokens is K in 0..16; None is 4 where anything drafts, and on a
+    GPU the best of 0, 1, 2 and 4, chosen while running.
     `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
     for all of them); one waits until there are pages for all that it may become. device is "auto",
     "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
     alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
-    for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by one, as a profiler wants them;
-    `ops` are others than the device's own.
+    for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by
+    one, as a profiler wants them; `ops` are others than the device's own.
     Raises UserError for whatever the caller can mend.
     """
 
@@ -142,6 +149,9 @@ class LLM:
             )
             self._clock = 0
             self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+            # What a step of (batch, K) costs, where K is chosen while running.
+            self._seconds: dict[tuple[int, int], float] = {}
+            self._adaptive = num_speculative_tokens is None
             if graph and not on_cpu:
                 self._capture_all()
 
@@ -278,7 +288,8 @@ class LLM:
         slots += [None] * batch
         state = self._state.view(batch, k)
         state.progress.clock.fill_(self._clock)
-        step = self._step(state, k, params.logprobs)
+        steps = {k: self._step(state, k, params.logprobs)}
+        lengths = self._draft_length(batch) if k else None
         flights: deque[_Flight] = deque()
         while waiting or any(slots):
             for slot in range(batch):
@@ -288,14 +299,20 @@ class LLM:
                         break
                     slots[slot] = request = waiting.popleft()
                     request.pages = pages
-                    self._admit(slot, request, k)
+                    with _ADMIT:
+                        self._admit(slot, request, k)
             # A step brings a token at least, so more would only be thrown away.
             wanted = max(request.left for request in slots if request is not None)
             while len(flights) < min(self._ahead, wanted):
-                step()
+                drafts = k if lengths is None else lengths.choose()
+                if drafts not in steps:
+                    view = self._state.view(batch, drafts)
+                    steps[drafts] = self._step(view, drafts, params.logprobs)
+                with _STEP:
+                    steps[drafts]()
                 self._clock += 1
-                flights.append(_Flight(self._clock, tuple(slots)))
-            yield from self._land(flights.popleft(), k + 1, params.logprobs)
+                flights.append(_Flight(self._clock, drafts, tuple(slots)))
+            yield from self._land(flights.popleft(), lengths, params.logprobs)
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
                     self._leave(slot, occupant)
@@ -313,9 +330,17 @@ class LLM:
         """Capture every shape that may be wanted, while no sequence is active."""
         pool = torch.cuda.graph_pool_handle()
         for batch in sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True):
-            for k in sorted({0, self.k}):
+            ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
+            for k in sorted(ladder | {self.k}):
                 step = self._step(self._state.view(batch, k), k, logprobs=True)
-                self._graphs[batch, k] = capture(step, pool)
+                self._graphs[batch, k] = replay = capture(step, pool)
+                if self._adaptive:
+                    self._seconds[batch, k] = measure(replay)
+
+    def _draft_length(self, batch: int) -> DraftLength | None:
+        """Who chooses K for this batch; None where it is fixed."""
+        seconds = {k: cost for (size, k), cost in self._seconds.items() if size == batch}
+        return DraftLength(seconds) if seconds else None
 
     def _bucket(self, batch: int) -> int:
         """The sequences of a step's shape: on a GPU a power of two, since each shape is a graph."""
@@ -383,18 +408,24 @@ class LLM:
                 drafter.prefill(slot, features, after)
         cache.lengths.fill_(count)
 
-    def _land(self, flight: _Flight, rows: int, logprobs: bool) -> Iterator[tuple[int, Event]]:
+    def _land(
+        self, flight: _Flight, lengths: DraftLength | None, logprobs: bool
+    ) -> Iterator[tuple[int, Event]]:
         """Hand a step's tokens to their requests, each of which stops where it must."""
-        records = self._ring.read(
-            flight.number,
-            len(flight.slots),
-            rows,
-            logprobs=logprobs,
-            check=self._check_device,
-        )
+        with _READ:
+            records = self._ring.read(
+                flight.number,
+                len(flight.slots),
+                flight.drafts + 1,
+                logprobs=logprobs,
+                check=self._check_device,
+            )
         now = time.perf_counter()
         for request, record in zip(flight.slots, records, strict=True):
             if request is not None and not request.finish_reason:
+                record = record._replace(drafted=min(record.drafted, flight.drafts))
+                if lengths is not None:
+                    lengths.observe(record.drafted, record.accepted)
                 for event in request.take(record, now):
                     yield request.index, event
 

@@ -23,3 +23,14 @@ def capture(step: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph.replay
+
+
+def measure(replay: Callable[[], object], repeat: int = 10) -> float:
+    """Seconds of one replay, of `repeat` one behind the other."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeat):
+        replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / repeat

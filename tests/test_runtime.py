@@ -67,3 +67,16 @@ def test_what_needs_the_host_inside_a_step_is_refused(gpu: str, directory: Path)
     llm = load(directory, gpu)
     with pytest.raises(UserError, match="temperature above 0 needs device cpu"):
         llm.generate(PROMPTS[0], SamplingParams(max_tokens=2, temperature=0.5))
+
+
+def test_a_chosen_number_of_drafts_changes_no_token(gpu: str, directory: Path) -> None:
+    """K goes up and down from step to step: windows of stale drafts, and steps without any."""
+    llm = load(directory, gpu, num_speculative_tokens=3, max_batch=1)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=True)
+    (plain,) = llm.generate(PROMPTS[0], params, speculate=False)
+    # A K of 3 that looks so dear that it is only probed, and one that is always best.
+    for seconds in ({0: 1.0, 1: 1.5, 3: 9.0}, {0: 1.0, 1: 1.01, 3: 1.02}):
+        llm._seconds = {(1, k): cost for k, cost in seconds.items()}
+        (completion,) = llm.generate(PROMPTS[0], params)
+        assert completion.token_ids == plain.token_ids
+        assert completion.logprobs == plain.logprobs

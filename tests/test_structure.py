@@ -20,7 +20,7 @@ STEP = FLOOR | {
     "prefill",
     "synthetic",
 }
-EVERYTHING = STEP | {"library", "ring", "completion", "engine"}
+EVERYTHING = STEP | {"library", "ring", "completion", "draft_length", "trace", "engine"}
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
 # LIBRARIES says otherwise. "mtpkern" is the package itself, whose names are the public ones.
@@ -44,14 +44,17 @@ ARROWS: dict[str, set[str]] = {
     "prefill": {"kernels", "ops"},
     "synthetic": {"config"},
     "ring": {"kernels"},
+    "draft_length": set(),
+    "trace": set(),
+    "profile": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
-    "engine": STEP | {"ring", "completion"},
+    "engine": STEP | {"ring", "completion", "draft_length", "trace"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference"},
     "integrations": EVERYTHING | {"mtpkern"},
     "diagnose": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING | {"mtpkern", "diagnose", "train", "integrations"},
+    "cli": EVERYTHING | {"mtpkern", "diagnose", "profile", "train", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,251 @@
+"""What a step costs: made-up weights of real shapes, every batch and K, beside torch's own step.
+
+    python benchmarks/bench_steps.py --model llama-3.1-8b --context 1024
+
+The cost of a step does not depend on what the weights say, so that none are needed. A row is one
+(batch, K) at one context: the median time of a step with its spread, the bytes that it must read
+(weights once, keys and values of the context) over that time, and the ratio to the best plain step
+of the same batch. The floor is a plain step in plain torch under a CUDA graph (`F.linear`,
+`scaled_dot_product_attention`), which need not keep the numerics contract. The last line is one
+JSON object. On a CPU it runs the references, to show that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import Progress, environment, first_line, gpu_environment, gpu_first_line
+from kernel_cases import MODELS, Model
+from torch import Tensor
+
+from mtpkern.decode import decode_step
+from mtpkern.engine import LLM
+from mtpkern.graph import capture
+from mtpkern.heads import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
+from mtpkern.model import Llama
+
+TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
+HEADER = "| batch | K | drafter | context | ms | spread | GB/s | over the plain step |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    on_gpu = torch.cuda.is_available()
+    facts = gpu_environment() if on_gpu else environment()
+    print(gpu_first_line(facts) if on_gpu else first_line(facts), flush=True)
+    shapes = {"tiny": TINY} | MODELS
+    report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
+    models = args.model or (["llama-3.1-8b", "llama-3.2-1b"] if on_gpu else ["tiny"])
+    progress = Progress(len(models))
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
+        for name in models:
+            directory = write_config(shapes[name], Path(work) / name)
+            rows = time_model(directory, args)
+            report["rows"] += [{"model": name} | row for row in rows]
+            print_rows(name, rows)
+            progress(name)
+    text = json.dumps(report)
+    if args.output_json:
+        args.output_json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=["tiny", *MODELS], action="append", help="default: 8B and 1B")
+    add("--batch", type=int, action="append", metavar="B", help="default: 1")
+    add("-K", type=int, action="append", metavar="K", help="default: 0 and 4")
+    add("--context", type=int, action="append", metavar="S", help="default: 1024")
+    add("--repeat", type=int, default=20, metavar="N", help="times a median is taken of")
+    add("--output-json", type=Path, metavar="OUT")
+    args = parser.parse_args(argv)
+    args.batch, args.K = args.batch or [1], args.K or [0, 4]
+    args.context = args.context or [1024]
+    return args
+
+
+def write_config(model: Model, directory: Path) -> Path:
+    """A config.json of this shape, which is all that made-up weights need."""
+    directory.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": model.V,
+        "hidden_size": model.E,
+        "intermediate_size": model.F,
+        "num_hidden_layers": model.L,
+        "num_attention_heads": model.Hq,
+        "num_key_value_heads": model.Hk,
+        "head_dim": model.D,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": model.E < 4096,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": None,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def time_model(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one model: every batch, context and K, and the floor of each batch and context."""
+    most = max(args.context)
+    llm = LLM(
+        directory,
+        load_format="dummy",
+        num_speculative_tokens=max(args.K),
+        max_batch=max(args.batch),
+        max_length=most + 64,
+        graph=False,
+    )
+    parallel = medusa_heads(llm, max(args.K))
+    rows = []
+    for batch in args.batch:
+        for context in args.context:
+            drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
+            for k in args.K:
+                if k:
+                    drafters += [("n-gram", k, NgramDrafter(llm.ops)), ("medusa", k, parallel)]
+            timed = [("torch", 0, *time_step(floor_step(llm.trunk, batch, context), args.repeat))]
+            for name, k, drafter in drafters:
+                timed.append(
+                    (name, k, *time_step(own_step(llm, batch, k, context, drafter), args.repeat))
+                )
+            plain = min(ms for _, k, ms, _ in timed if k == 0)
+            for name, k, ms, spread in timed:
+                read = bytes_read(llm, batch, context)
+                rows.append(
+                    {
+                        "batch": batch,
+                        "num_speculative_tokens": k,
+                        "drafter": name,
+                        "context": context,
+                        "ms": ms,
+                        "spread_ms": spread,
+                        "gbps": read / ms / 1e6,
+                        "over_plain": ms / plain,
+                    }
+                )
+    return rows
+
+
+def medusa_heads(llm: LLM, heads: int) -> MedusaDrafter:
+    """Parallel heads of one block each, made up."""
+    E, like = llm.config.hidden_size, llm.trunk.embedding
+    tensors = {}
+    for h in range(heads):
+        tensors[f"{h}.0.linear.weight"] = like.new_empty(E, E).normal_(std=E**-0.5)
+        tensors[f"{h}.0.linear.bias"] = like.new_zeros(E)
+    return MedusaDrafter(tensors, {"num_heads": heads, "num_layers": 1}, llm.ops)
+
+
+def bytes_read(llm: LLM, batch: int, context: int) -> int:
+    """What a plain step must read: every weight once, and keys and values of the context."""
+    c, trunk = llm.config, llm.trunk
+    weights = sum(
+        w.out_features * w.in_features
+        for layer in trunk.layers
+        for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    )
+    cached = 2 * c.num_layers * batch * context * c.num_kv_heads * c.head_dim
+    return (weights + trunk.lm_head.numel() + cached) * trunk.embedding.element_size()
+
+
+def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Callable[[], object]:
+    """One step of mtpkern at a context; no sequence is active, so that it can be repeated."""
+    state = llm._state.view(batch, k)
+    for slot in range(batch):
+        pages = -(-(context + 64) // llm._cache.k.shape[2])
+        # Contents do not matter: all sequences may lie in pages of their own or share them.
+        first = 1 + slot * pages % max(1, llm._cache.k.shape[1] - pages)
+        llm._cache.assign(slot, list(range(first, first + pages)))
+    state.cache.lengths.fill_(context)
+    step = lambda: decode_step(state, llm.trunk, drafter, llm.ops, logprobs=True)  # noqa: E731
+    return capture(step) if torch.cuda.is_available() else step
+
+
+def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
+    """A plain step in plain torch, as fast as the vendor's matmuls and attention make it."""
+    c, like = trunk.config, trunk.embedding
+    heads, kv_heads, D = c.num_heads, c.num_kv_heads, c.head_dim
+    keys = like.new_zeros(c.num_layers, 2, batch, kv_heads, context + 1, D)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
+    cos = like.new_ones(D)
+
+    def weight(w: Any) -> Tensor:
+        """Row-major, as torch takes it, where the references have a layout of their own."""
+        return like.new_zeros(w.out_features, w.in_features) if w.blocked else w.data
+
+    matrices = [
+        [weight(w) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        for layer in trunk.layers
+    ]
+
+    def step() -> Tensor:
+        x = F.embedding(token, like)
+        for i, (layer, (qkv_w, o_w, gate_up_w, down_w)) in enumerate(
+            zip(trunk.layers, matrices, strict=True)
+        ):
+            normed = F.rms_norm(x, (c.hidden_size,), layer.input_norm, c.rms_norm_eps)
+            qkv = F.linear(normed, qkv_w).view(batch, 1, -1, D).transpose(1, 2)
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+            q, k = q * cos + q.roll(D // 2, -1) * cos, k * cos + k.roll(D // 2, -1) * cos
+            keys[i, 0, :, :, -1:], keys[i, 1, :, :, -1:] = k, v
+            attended = F.scaled_dot_product_attention(q, keys[i, 0], keys[i, 1], enable_gqa=True)
+            x = x + F.linear(attended.transpose(1, 2).reshape(batch, 1, -1), o_w)
+            normed = F.rms_norm(x, (c.hidden_size,), layer.post_attention_norm, c.rms_norm_eps)
+            gate, up = F.linear(normed, gate_up_w).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, down_w)
+        normed = F.rms_norm(x, (c.hidden_size,), trunk.norm, c.rms_norm_eps)
+        token.copy_(F.linear(normed, trunk.lm_head)[:, -1:].argmax(-1))
+        return token
+
+    return capture(step) if torch.cuda.is_available() else step
+
+
+def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:
+    """Milliseconds of a step: the median of `repeat`, and the distance of its quartiles."""
+    times = []
+    for _ in range(repeat + 2):
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            step()
+            times.append(1000 * (time.perf_counter() - started))
+    low, median, high = statistics.quantiles(times[2:], n=4)
+    return median, high - low
+
+
+def print_rows(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"\n{name}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+    for row in rows:
+        print(
+            f"| {row['batch']} | {row['num_speculative_tokens']} | {row['drafter']} "
+            f"| {row['context']} | {row['ms']:.3f} | {row['spread_ms']:.3f} "
+            f"| {row['gbps']:.0f} | {row['over_plain']:.3f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

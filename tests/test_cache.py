@@ -1,0 +1,61 @@
+"""Pages: each is in one sequence's hands or free, whatever comes and goes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_checkpoint
+
+from mtpkern.cache import SCRATCH, PagePool
+from mtpkern.config import SamplingParams
+from mtpkern.engine import LLM
+
+
+def test_a_pool_hands_out_every_page_once() -> None:
+    pool = PagePool(7)
+    first, second = pool.claim(3), pool.claim(4)
+    assert first is not None and second is not None
+    assert sorted(first + second) == list(range(1, 8)), "the scratch page is nobody's"
+    assert pool.claim(1) is None
+    pool.release(first)
+    assert pool.claim(4) is None
+    assert sorted(pool.claim(3) or []) == sorted(first)
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LLM:
+    directory = tiny_checkpoint(tmp_path, eos_token_id=None)
+    # Two pages for three slots: the third sequence waits until one has ended.
+    return LLM(directory, num_speculative_tokens=2, max_batch=3, max_length=200, cache_tokens=768)
+
+
+def test_a_sequence_waits_for_pages_and_gets_what_it_would_have_got(llm: LLM) -> None:
+    prompts = [[3 + i, 20, 30 + i] * (1 + i) for i in range(6)]
+    params = SamplingParams(max_tokens=30)
+    alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
+    assert len(llm._pool.free) == 2
+    assert [c.token_ids for c in llm.generate(prompts, params)] == alone
+    assert sorted(llm._pool.free) == [1, 2]
+
+
+def test_no_page_leaks_when_a_stream_is_given_up(llm: LLM) -> None:
+    whole = llm.generate([7, 8, 9], SamplingParams(max_tokens=20))[0].token_ids
+    for count in (1, 3, 8):
+        stream = llm.stream([5, 6], SamplingParams(max_tokens=100))
+        for _ in range(count):
+            next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert sorted(llm._pool.free) == [1, 2]
+        assert bool((llm._cache.page_table == SCRATCH).all())
+        assert not llm._state.progress.active.any()
+    assert llm.generate([7, 8, 9], SamplingParams(max_tokens=20))[0].token_ids == whole
+
+
+def test_a_sequence_reads_no_other_ones_pages(llm: LLM) -> None:
+    """All that is not its own is NaN, which would poison whatever saw it."""
+    params = SamplingParams(max_tokens=40)
+    expected = llm.generate([7, 8, 9], params)[0].token_ids
+    with torch.inference_mode():
+        llm._cache.k.fill_(float("nan"))
+        llm._cache.v.fill_(float("nan"))
+    assert llm.generate([7, 8, 9], params)[0].token_ids == expected
