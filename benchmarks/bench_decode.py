@@ -3,8 +3,8 @@
     python benchmarks/bench_decode.py --limit 12
 
 1. Check. Per prompt, K drafts against K = 0: token ids and log-probabilities bitwise equal, one
-   prompt at a time, in ragged batches of 3, and at temperature 0.8 with a fixed seed. Anything red:
-   exit code 1 and no speed.
+   prompt at a time, in ragged batches of 3, and on a CPU at temperature 0.8 with a fixed seed.
+   Anything red: exit code 1 and no speed.
 2. Time, without log-probabilities, batch 1. Per prompt, in alternating order: plain decoding
    without any of the padding that drafts need (the baseline), K = 0 through the drafting setup
    (what the padding costs), and drafts.
@@ -23,12 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Progress, environment, first_line, load, read_prompts
+from common import (
+    Progress,
+    environment,
+    first_line,
+    gpu_environment,
+    gpu_first_line,
+    load,
+    read_prompts,
+)
 
 from mtpkern import LLM, SamplingParams, Stats, UserError
 from mtpkern.kernels.linear import PackedWeight, pack_ref
 from mtpkern.kernels.step_plan import plan_ref
-from mtpkern.ops import TORCH
+from mtpkern.ops import TORCH, Ops
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 RAGGED_BATCH = 3
@@ -54,10 +62,13 @@ class Case:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    facts = environment()
-    print(first_line(facts))
-    open_model = partial(LLM, args.model, dtype=args.dtype, max_batch=RAGGED_BATCH)
+    open_model = partial(
+        LLM, args.model, dtype=args.dtype, device=args.device, max_batch=RAGGED_BATCH
+    )
     llm = open_model(heads=args.heads, num_speculative_tokens=args.k)
+    on_gpu = llm.device.type == "cuda"
+    facts = gpu_environment() if on_gpu else environment()
+    print(gpu_first_line(facts) if on_gpu else first_line(facts))
     cases = [
         Case(row["category"], encode(llm, row["turns"][0]))
         for row in read_prompts(args.prompts, args.limit)
@@ -73,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         "environment": facts
         | {"model": llm.name, "dtype": str(llm.dtype).removeprefix("torch.")}
         | {"heads": args.heads, "prompts": args.prompts.name, "max_tokens": args.max_tokens},
-        "checks": {name: sum(case.identical[name] for case in cases) for name in CHECKS},
+        "checks": {name: sum(c.identical[name] for c in cases) for name in cases[0].identical},
     }
     print(", ".join(f"{n}: {same}/{len(cases)}" for n, same in report["checks"].items()))
     if not all(all(case.identical.values()) for case in cases):
@@ -114,6 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-K", dest="k", type=int, default=4)
     add("--threads", type=int, default=2)
     add("--dtype", default="auto")
+    add("--device", default="auto")
     add("--peers", action="store_true", help="time transformers on the same weights too")
     add("--no-sources", dest="sources", action="store_false", help="skip heads and n-gram alone")
     add("--output-json", type=Path, metavar="OUT")
@@ -125,8 +137,13 @@ def encode(llm: LLM, text: str) -> list[int]:
     return llm.encode([{"role": "user", "content": text}] if chat else text)
 
 
-def unpadded(llm: LLM) -> Any:
-    """Ops for plain decoding at its fastest: no row is added for the sake of a window's bits."""
+def unpadded(llm: LLM) -> Ops | None:
+    """Ops for plain decoding at its fastest: no row is added for the sake of a window's bits.
+
+    The kernels pad their rows in registers, for nothing: on a GPU they are the device's own.
+    """
+    if llm.device.type == "cuda":
+        return None
 
     def pack(w: torch.Tensor, bias: torch.Tensor | None = None) -> PackedWeight:
         return pack_ref(w, bias)._replace(rows=tuple(range(1, 129)))
@@ -155,10 +172,11 @@ def check(llm: LLM, cases: list[Case], max_tokens: int, progress: Progress) -> N
         case.stats = completion.stats
         case.identical[single] = (completion.token_ids, completion.logprobs) == plain[-1]
 
-        (expected,) = llm.generate([case.prompt], sampled, speculate=False)
-        (completion,) = llm.generate([case.prompt], sampled)
-        same = (completion.token_ids, completion.logprobs)
-        case.identical[warm] = same == (expected.token_ids, expected.logprobs)
+        if llm.device.type == "cpu":
+            (expected,) = llm.generate([case.prompt], sampled, speculate=False)
+            (completion,) = llm.generate([case.prompt], sampled)
+            same = (completion.token_ids, completion.logprobs)
+            case.identical[warm] = same == (expected.token_ids, expected.logprobs)
         progress("checked")
     for begin in range(0, len(cases), RAGGED_BATCH):
         batch = cases[begin : begin + RAGGED_BATCH]
@@ -216,23 +234,24 @@ def time_peers(
     except ImportError:
         print("transformers is not installed: no comparison with it")
         return None
-    peer = Peer(model, plain.dtype)
+    peer = Peer(model, plain.dtype, plain.device)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    ours, theirs = [0, 0.0], [0, 0.0]
-    peer.decode(cases[0].prompt, REPEAT)
+    # Compiling pays where launches are what costs: on a GPU.
+    ways = {"transformers": False} | (
+        {"transformers_compiled": True} if plain.device.type == "cuda" else {}
+    )
+    timed: dict[str, list[tuple[int, float]]] = {name: [] for name in ("plain", *ways)}
+    for compiled in ways.values():
+        for _ in range(2):
+            peer.decode(cases[0].prompt, REPEAT, compiled=compiled)
     for case in cases:
         (completion,) = plain.generate([case.prompt], params, speculate=False)
-        ours[0] += completion.stats.new_tokens
-        ours[1] += completion.stats.decode_seconds
-        count, seconds = peer.decode(case.prompt, max_tokens)
-        theirs[0] += count
-        theirs[1] += seconds
-    rates = ours[0] / ours[1], theirs[0] / theirs[1]
-    return {
-        "plain_tokens_per_second": rates[0],
-        "transformers_tokens_per_second": rates[1],
-        "ratio": rates[0] / rates[1],
-    }
+        timed["plain"].append((completion.stats.new_tokens, completion.stats.decode_seconds))
+        for name, compiled in ways.items():
+            timed[name].append(peer.decode(case.prompt, max_tokens, compiled=compiled))
+    rates = {name: rate(pairs) for name, pairs in timed.items()}
+    found = {f"{name}_tokens_per_second": value for name, value in rates.items()}
+    return found | {"ratio": rates["plain"] / max(rates[name] for name in ways)}
 
 
 def row(category: str, cases: list[Case], k: int, base: str) -> dict[str, Any]:

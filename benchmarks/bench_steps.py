@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,22 @@ from common import Progress, environment, first_line, gpu_environment, gpu_first
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
+from mtpkern.cache import KVCache
 from mtpkern.decode import decode_step
 from mtpkern.engine import LLM
 from mtpkern.graph import capture
-from mtpkern.heads import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
+from mtpkern.heads import (
+    Drafter,
+    MedusaDrafter,
+    MtpDrafter,
+    MtpWeights,
+    NgramDrafter,
+    NoDrafter,
+)
 from mtpkern.model import Llama
 
 TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
+DRAFT_VOCABULARY = 32000
 HEADER = "| batch | K | drafter | context | ms | spread | GB/s | over the plain step |"
 
 
@@ -112,14 +122,18 @@ def time_model(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]
         max_length=most + 64,
         graph=False,
     )
-    parallel = medusa_heads(llm, max(args.K))
+    parallel, sequential = medusa_heads(llm, max(args.K)), mtp_module(llm)
     rows = []
     for batch in args.batch:
         for context in args.context:
             drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
             for k in args.K:
                 if k:
-                    drafters += [("n-gram", k, NgramDrafter(llm.ops)), ("medusa", k, parallel)]
+                    drafters += [
+                        ("n-gram", k, NgramDrafter(llm.ops)),
+                        ("medusa", k, parallel),
+                        ("mtp", k, sequential),
+                    ]
             timed = [("torch", 0, *time_step(floor_step(llm.trunk, batch, context), args.repeat))]
             for name, k, drafter in drafters:
                 timed.append(
@@ -153,6 +167,37 @@ def medusa_heads(llm: LLM, heads: int) -> MedusaDrafter:
     return MedusaDrafter(tensors, {"num_heads": heads, "num_layers": 1}, llm.ops)
 
 
+def mtp_module(llm: LLM) -> MtpDrafter:
+    """A sequential head like one layer of the trunk, with a draft vocabulary of 32k, made up."""
+    c, ops, trunk, like = llm.config, llm.ops, llm.trunk, llm.trunk.embedding
+    E, ids = c.hidden_size, torch.arange(min(DRAFT_VOCABULARY, c.vocab_size), device=like.device)
+    inverse_frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
+    weights = MtpWeights(
+        taps=(c.num_layers,),
+        fc=None,
+        hidden_norm=like.new_ones(E),
+        token_norm=like.new_ones(E),
+        input_proj=ops.pack(like.new_empty(E, 2 * E).normal_(std=(2 * E) ** -0.5)),
+        layer=trunk.layers[0],
+        final_norm=like.new_ones(E),
+        vocabulary=ops.pack(trunk.lm_head[: len(ids)]),
+        token_ids=ids,
+        config=replace(c, num_layers=1),
+    )
+    cache = KVCache.empty(
+        layers=1,
+        pages=llm._cache.k.shape[1] - 1,
+        page_size=llm._cache.k.shape[2],
+        page_table=llm._cache.page_table,
+        kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        inverse_frequencies=inverse_frequencies,
+        rope_scaling=scaling,
+        dtype=llm.dtype,
+    )
+    return MtpDrafter(weights, trunk, cache, ops)
+
+
 def bytes_read(llm: LLM, batch: int, context: int) -> int:
     """What a plain step must read: every weight once, and keys and values of the context."""
     c, trunk = llm.config, llm.trunk
@@ -174,6 +219,8 @@ def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Ca
         first = 1 + slot * pages % max(1, llm._cache.k.shape[1] - pages)
         llm._cache.assign(slot, list(range(first, first + pages)))
     state.cache.lengths.fill_(context)
+    if isinstance(drafter, MtpDrafter):
+        drafter.cache.lengths.fill_(context)
     step = lambda: decode_step(state, llm.trunk, drafter, llm.ops, logprobs=True)  # noqa: E731
     return capture(step) if torch.cuda.is_available() else step
 

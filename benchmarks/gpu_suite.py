@@ -87,7 +87,7 @@ def parts(on_gpu: bool) -> list[Part]:
         Part("kernels", script("bench_kernels.py", "--pdl", *models, "--repeat", "10"), 150),
         Part("steps", script("bench_steps.py", *small, *models, *contexts), 100),
         Part("batches", script("bench_steps.py", "--model", "llama-3.1-8b", *batches), 60),
-        Part("decode", script("bench_decode.py", "--limit", "8", "--max-tokens", "128"), 60),
+        Part("decode", script("bench_decode.py", "--limit", "8", "--peers", "--no-sources"), 60),
     ]
 
 

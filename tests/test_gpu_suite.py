@@ -25,6 +25,7 @@ def test_the_suite_runs_without_a_gpu_and_claims_no_speed(tmp_path: Path) -> Non
         ("none", 0),
         ("n-gram", 4),
         ("medusa", 4),
+        ("mtp", 4),
     ]
     assert all(row["ms"] > 0 and row["gbps"] > 0 for row in rows)
     page = (tmp_path / "suite.md").read_text()
