@@ -65,6 +65,7 @@ CEILINGS = {
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
     "vocabulary_merge": Ceiling(registers=96, multiplies=True),
     "accept": Ceiling(registers=32, wide=False),
+    "advance": Ceiling(registers=64, wide=False),
     "compact_path": Ceiling(registers=128),
     "commit": Ceiling(registers=32, wide=False),
     "sample": Ceiling(registers=96),

@@ -77,7 +77,7 @@ def parts(on_gpu: bool) -> list[Part]:
     if not on_gpu:
         steps = script("bench_steps.py", "--model", "tiny", "--context", "64", "--repeat", "3")
         return [Part("steps", steps, 120)]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "kernel or cuda", "-p", "no:cacheprovider"]
     models = ["--model", "llama-3.1-8b", "--model", "llama-3.2-1b"]
     small = ["--model", "smollm2-135m"]
     contexts = ["--context", "1024", "--context", "8192", "--context", "32768"]

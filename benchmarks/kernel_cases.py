@@ -6,7 +6,7 @@ on any machine from tensors without data (device "meta").
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mtpkern.cache import rotary_tables
 from mtpkern.kernels.accept import accept, accept_ref
+from mtpkern.kernels.advance import Progress, advance, advance_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu
 from mtpkern.kernels.kv_rollback import kv_rollback
 from mtpkern.kernels.linear import linear
@@ -338,6 +339,41 @@ def accept_cases(model: Model, B: int, T: int) -> Iterator[Case]:
     yield Case("greedy", f"B={B} T={T}", 8 * B * (2 * T - 1) + 16 * B, inputs)
 
 
+def advance_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """A step's end: drafts of which about one half stands. What it changes in place, it goes on
+    changing; the bonus is compared, and where each sequence stands is set back before each call.
+    """
+    begin = 1000
+
+    def inputs(device: str) -> Call:
+        drafts, target = (torch.randint(2, (B, T), device=device) for _ in range(2))
+        logprobs = torch.randn(B, T, device=device)
+        ids = torch.zeros(B, dtype=torch.int64, device=device)
+        progress = Progress(
+            tokens=torch.zeros(B, begin + 200, dtype=torch.int64, device=device),
+            lengths=ids + begin,
+            active=ids + 1,
+            limits=ids + begin + 100,
+            ends=torch.full((B, 2), -1, device=device),
+            source=ids.clone(),
+            drafted=ids.clone(),
+            clock=ids.clone(),
+            ring=torch.zeros(8, B, 1 + 2 * T, dtype=torch.int64, device=device),
+        )
+        window = drafts.clone()
+
+        def run(op: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> tuple[Tensor, ...]:
+            progress.lengths.fill_(begin)
+            window.copy_(drafts)
+            return *op(window, target, logprobs, progress, **options), window
+
+        reference = partial(run, advance_ref)
+        return Call(lambda pdl: run(advance, pdl=pdl), reference, reference, reference)
+
+    # ids and words, of which the counts are eleven; two end tokens
+    yield Case("chain", f"B={B} T={T}", 8 * B * (5 * T + 11) + 4 * B * T, inputs)
+
+
 def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:
     """All rows of a chain stay; of a tree every second one, so that all of those but one move. The
     lengths are set back before each call, here and in the baseline.
@@ -464,6 +500,7 @@ OPS: dict[str, Callable[[Model, int, int], Iterator[Case]]] = {
     "medusa_blocks": medusa_blocks_cases,
     "multi_head_projection": multi_head_projection_cases,
     "accept": accept_cases,
+    "advance": advance_cases,
     "kv_rollback": kv_rollback_cases,
     "sample": sample_cases,
     "ngram": ngram_cases,

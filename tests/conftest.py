@@ -133,6 +133,14 @@ def gpu() -> str:
 
 
 @pytest.fixture
+def cuda() -> str:
+    """A real GPU, for what ttsem does not show: graphs, streams, waiting."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return "cuda"
+
+
+@pytest.fixture
 def plain_devices(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ttsem makes torch say that there is a GPU, let it tell the truth: its compiler asks."""
     if torch.version.cuda is None:
@@ -143,5 +151,6 @@ def plain_devices(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in getattr(item, "fixturenames", ()):
-            item.add_marker("kernel")
+        for fixture, marker in (("gpu", "kernel"), ("cuda", "cuda")):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)

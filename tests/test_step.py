@@ -1,7 +1,5 @@
 """A step on a GPU: no value travels to the host, and nothing is launched that need not be."""
 
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,72 +7,25 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, tiny_checkpoint
 from test_heads import write_medusa, write_mtp
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtpkern.cache import KVCache
-from mtpkern.config import ModelConfig
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.head_checkpoint import load_heads
 from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, Drafts, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
 from mtpkern.ops import TRITON
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-# Tensors without data: whoever wants a value of one, or a shape that depends on it, is refused.
-META = torch.device("meta")
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 K = 3
-# What torch does without launching anything.
-VIEWS = {
-    *("view", "_unsafe_view", "reshape", "select", "slice", "unsqueeze", "expand", "transpose"),
-    *("t", "alias", "split_with_sizes", "permute", "detach"),
-    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
-}
-
-
-class Launches(TorchDispatchMode):
-    """Counts what would be launched: the kernels by name, and torch's own operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels: Counter[str] = Counter()
-        self.others: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in VIEWS:
-            self.others[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    counts = Launches()
+def predict_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import predict_steps
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        counts.kernels[self.fn.__name__.strip("_").removesuffix("_kernel")] += 1
-
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    yield counts
-
-
-def meta_state(directory: Path, batch: int, forced: bool = False) -> tuple[Llama, DecodeState]:
-    config = ModelConfig.from_json(directory)
-    trunk = Llama.load(directory, dtype=torch.bfloat16, ops=TRITON, device=META, dummy=True)
-    cache = KVCache.empty(
-        layers=config.num_layers,
-        pages=8,
-        page_size=64,
-        page_table=torch.zeros(batch, 4, dtype=torch.int32, device=META),
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        inverse_frequencies=torch.ones(config.head_dim // 2),
-        rope_scaling=1.0,
-        dtype=torch.bfloat16,
-    )
-    counts = torch.zeros(8, dtype=torch.int64, device=META) if forced else None
-    ring = torch.zeros(4, batch, 2 * K + 3, dtype=torch.int64, device=META)
-    return trunk, DecodeState.empty(cache, 200, K, ring=ring, forced=counts)
+    return predict_steps
 
 
 def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> Drafter:
@@ -93,40 +44,69 @@ KINDS = ["none", "n-gram", "medusa", "mtp", "mtp with n-gram", "medusa with n-gr
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("forced", [False, True])
 def test_no_value_of_a_step_travels_to_the_host(
-    launches: Launches, tmp_path: Path, kind: str, forced: bool
+    predict_steps: Any, tmp_path: Path, kind: str, forced: bool
 ) -> None:
-    trunk, state = meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, forced)
+    counts = torch.zeros(8, dtype=torch.int64, device="meta") if forced else None
+    directory = tiny_checkpoint(tmp_path / "trunk")
+    trunk, state = predict_steps.meta_state(directory, 2, K, forced=counts)
     drafter = drafter_of(kind, trunk, state, tmp_path / "heads")
     for k in (0, 1, K):
-        decode_step(state.view(2, k), trunk, drafter if k else NoDrafter(), TRITON, logprobs=True)
+        with predict_steps.traced():
+            one = drafter if k else NoDrafter()
+            decode_step(state.view(2, k), trunk, one, TRITON, logprobs=True)
 
 
-def test_a_drafter_that_looks_is_found(launches: Launches, tmp_path: Path) -> None:
+def test_a_drafter_that_looks_is_found(predict_steps: Any, tmp_path: Path) -> None:
     class Looks(NgramDrafter):
         def guess(self, step: DraftInput, count: int) -> Drafts:
             drafts = super().guess(step, count)
             return drafts if bool(drafts.source.any()) else drafts
 
-    trunk, state = meta_state(tiny_checkpoint(tmp_path / "trunk"), 2)
-    with pytest.raises(RuntimeError, match="meta"):
+    trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, K)
+    with predict_steps.traced(), pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         decode_step(state, trunk, Looks(TRITON), TRITON)
 
 
-def test_a_step_launches_six_kernels_a_layer_and_few_things_beside(
-    launches: Launches, tmp_path: Path
+def test_a_step_launches_six_kernels_a_layer_and_reads_each_weight_once(
+    predict_steps: Any, tmp_path: Path
 ) -> None:
     layers = TINY_CONFIG["num_hidden_layers"]
-    trunk, state = meta_state(tiny_checkpoint(tmp_path / "trunk"), 2)
-    per_layer = {
+    trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, K)
+    with predict_steps.traced() as trace:
+        decode_step(state.view(2, 0), trunk, NoDrafter(), TRITON, logprobs=True)
+    once = ("window_slots", "rms_norm", "vocabulary_tiles", "vocabulary_merge", "advance")
+    assert trace.kernels == {
         "qkv_rope_cache": layers,
         "verify_attention": layers,
         "merge_splits": layers,
         "linear": 2 * layers,
         "gate_up_silu": layers,
-    }
-    once = ("window_slots", "rms_norm", "vocabulary_tiles", "vocabulary_merge", "advance")
-    with launches:
-        decode_step(state.view(2, 0), trunk, NoDrafter(), TRITON, logprobs=True)
-    assert launches.kernels == per_layer | dict.fromkeys(once, 1)
+    } | dict.fromkeys(once, 1)
     # The embedding's rows, and log-probabilities from a value and its normaliser.
-    assert launches.others == {"embedding": 1, "sub": 1}
+    assert trace.others == {"embedding": 1, "sub": 1}
+    matrices = [
+        w for layer in trunk.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    ]
+    weights = sum(w.data.numel() for w in matrices) + trunk.lm_head.numel()
+    assert trace.weight_bytes == 2 * weights
+    slot = 2 * 2 * TINY_CONFIG["num_key_value_heads"] * trunk.config.head_dim
+    assert trace.cached_slots_bytes == 2 * layers * slot
+
+
+def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_path: Path) -> None:
+    trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 1, K)
+    heads = load_heads(write_medusa(tmp_path / "h"), trunk, state.cache, k=K, ops=TRITON)
+    read = []
+    for k, drafter in ((0, NoDrafter()), (K, heads)):
+        with predict_steps.traced() as trace:
+            decode_step(state.view(1, k), trunk, drafter, TRITON)
+        read.append(trace.weight_bytes)
+        assert trace.kernels["vocabulary_tiles"] == 1
+    blocks = heads.heads[0]
+    assert read[1] - read[0] == blocks.numel() * blocks.element_size()
+
+
+def test_the_prediction_runs_and_says_what_it_assumes(predict_steps: Any, capsys: Any) -> None:
+    assert predict_steps.main(["--model", "tiny", "--context", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted, not measured" in out and "| tiny | 1 | 4 | mtp |" in out

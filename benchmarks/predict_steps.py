@@ -1,0 +1,184 @@
+"""What a step should cost on a GPU, from the launches that it makes and the bytes that they read.
+
+    python benchmarks/predict_steps.py --model llama-3.1-8b --context 1024
+
+The step is run on tensors without data (torch's meta device), which counts every kernel and every
+operator of torch that it would launch, and the weights that those would read; keys and values are
+counted by formula. A prediction is bytes over a bandwidth plus a bubble for every launch. Both are
+assumptions until they are measured, and are printed with the result: nothing here is a measurement.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from bench_steps import TINY, medusa_heads, mtp_module, write_config
+from kernel_cases import MODELS, PAGE_SIZE, Model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtpkern.cache import KVCache
+from mtpkern.config import ModelConfig
+from mtpkern.decode import DecodeState, decode_step
+from mtpkern.heads import Drafter, NgramDrafter, NoDrafter
+from mtpkern.model import Llama
+from mtpkern.ops import TRITON
+
+META = torch.device("meta")
+# What torch does without launching anything.
+VIEWS = {
+    *("view", "_unsafe_view", "reshape", "select", "slice", "unsqueeze", "expand", "transpose"),
+    *("t", "alias", "split_with_sizes", "permute", "detach"),
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+}
+HEADER = "| model | batch | K | drafter | kernels | other launches | GB | ms | over K = 0 |"
+
+
+class Trace(TorchDispatchMode):
+    """What a step would launch, and the bytes of weights that its kernels would read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+        self.weight_bytes = 0
+        self.cached_slots_bytes = 0  # of one cached token of every sequence, in all launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.others[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, name: str, given: dict[str, Any]) -> None:
+        """Count a kernel, whose arguments go by the names of its signature."""
+        self.kernels[name] += 1
+        if "w_ptr" in given and name != "rms_norm":
+            w = given["w_ptr"]
+            self.weight_bytes += w.numel() * w.element_size()
+        if name == "verify_attention":
+            k = given["k_ptr"]
+            slot = 2 * k.shape[-2] * k.shape[-1] * k.element_size()
+            self.cached_slots_bytes += slot * len(given["lengths_ptr"])
+
+
+@contextmanager
+def traced() -> Iterator[Trace]:
+    """Count instead of launching. Whoever wants a value of a tensor is refused: it has none."""
+    trace = Trace()
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        trace.launch(self.fn.__name__.strip("_").removesuffix("_kernel"), given)
+
+    with patch.object(triton.runtime.jit.JITFunction, "run", run), trace:
+        yield trace
+
+
+def meta_state(directory: Path, batch: int, k: int, **options: Any) -> tuple[Llama, DecodeState]:
+    """A model and a state without data, of the shapes that config.json names."""
+    config = ModelConfig.from_json(directory)
+    trunk = Llama.load(directory, dtype=torch.bfloat16, ops=TRITON, device=META, dummy=True)
+    cache = KVCache.empty(
+        layers=config.num_layers,
+        pages=8,
+        page_size=PAGE_SIZE,
+        page_table=torch.zeros(batch, 4, dtype=torch.int32, device=META),
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inverse_frequencies=torch.ones(config.head_dim // 2),
+        rope_scaling=1.0,
+        dtype=torch.bfloat16,
+    )
+    ring = torch.zeros(4, batch, 2 * k + 3, dtype=torch.int64, device=META)
+    return trunk, DecodeState.empty(cache, 200, k, ring=ring, **options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    print(
+        f"assumed: {args.gbps} GB/s, {args.bubble_us} us for every launch, context {args.context}; "
+        "predicted, not measured"
+    )
+    shapes: dict[str, Model] = {"tiny": TINY} | MODELS
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
+        for name in args.model or [model for model in MODELS if not MODELS[model].qk_norm]:
+            directory = write_config(shapes[name], Path(work) / name)
+            for batch in args.batch or [1]:
+                rows += predict(name, directory, batch, args)
+    print(f"\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+    for row in rows:
+        print(
+            f"| {row['model']} | {row['batch']} | {row['num_speculative_tokens']} "
+            f"| {row['drafter']} | {row['kernels']} | {row['other_launches']} "
+            f"| {row['bytes'] / 1e9:.3f} | {row['predicted_ms']:.3f} | {row['over_plain']:.3f} |"
+        )
+    assumed = {"gbps": args.gbps, "bubble_us": args.bubble_us, "context": args.context}
+    print(json.dumps({"schema": 1, "assumed": assumed, "rows": rows}))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=["tiny", *MODELS], action="append", help="default: the Llamas")
+    add("--batch", type=int, action="append", metavar="B", help="default: 1")
+    add("-K", dest="k", type=int, default=4)
+    add("--context", type=int, default=1024)
+    add("--gbps", type=float, default=3000.0, help="assumed bandwidth (default: an H100's copy)")
+    add("--bubble-us", type=float, default=0.6, help="assumed cost of a launch in a graph")
+    return parser.parse_args(argv)
+
+
+def predict(
+    name: str, directory: Path, batch: int, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Rows of one model and batch: plain, and each kind of drafter at K."""
+    trunk, state = meta_state(directory, batch, args.k)
+    # What bench_steps needs of an LLM to make heads up.
+    llm: Any = SimpleNamespace(
+        trunk=trunk, config=trunk.config, ops=TRITON, _cache=state.cache, dtype=torch.bfloat16
+    )
+    drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
+    if args.k:
+        drafters += [
+            ("n-gram", args.k, NgramDrafter(TRITON)),
+            ("medusa", args.k, medusa_heads(llm, args.k)),
+            ("mtp", args.k, mtp_module(llm)),
+        ]
+    plain = 0.0
+    for kind, k, drafter in drafters:
+        with traced() as trace:
+            decode_step(state.view(batch, k), trunk, drafter, TRITON, logprobs=True)
+        kernels, others = trace.kernels.total(), trace.others.total()
+        read = trace.weight_bytes + trace.cached_slots_bytes * args.context
+        ms = read / args.gbps / 1e6 + (kernels + others) * args.bubble_us / 1e3
+        plain = plain or ms
+        yield {
+            "model": name,
+            "batch": batch,
+            "num_speculative_tokens": k,
+            "drafter": kind,
+            "kernels": kernels,
+            "other_launches": others,
+            "bytes": read,
+            "predicted_ms": ms,
+            "over_plain": ms / plain,
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
