@@ -71,7 +71,10 @@ def advance_ref(
     return accepted, count
 
 
-@jit("BLOCK_T", do_not_specialize=("ends_count", "ring_slots", "stride_eb", "stride_rs"))
+_STRIDES = tuple(f"stride_{name}" for name in ("wb", "gb", "lb", "tb", "eb", "rs", "rb"))
+
+
+@jit("BLOCK_T", do_not_specialize=("ends_count", "ring_slots", *_STRIDES))
 def _advance_kernel(
     window_ptr,
     target_ptr,
