@@ -336,6 +336,8 @@ class LLM:
                 self._graphs[batch, k] = replay = capture(step, pool)
                 if self._adaptive:
                     self._seconds[batch, k] = measure(replay)
+        # Those steps left words in the ring: no later one may bear their numbers.
+        self._clock = int(self._state.progress.clock.max())
 
     def _draft_length(self, batch: int) -> DraftLength | None:
         """Who chooses K for this batch; None where it is fixed."""

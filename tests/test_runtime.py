@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_checkpoint
 from test_heads import write_medusa, write_mtp
 
+from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
 from mtpkern.ops import TORCH, TRITON
@@ -80,3 +81,23 @@ def test_a_chosen_number_of_drafts_changes_no_token(gpu: str, directory: Path) -
         (completion,) = llm.generate(PROMPTS[0], params)
         assert completion.token_ids == plain.token_ids
         assert completion.logprobs == plain.logprobs
+
+
+def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
+    gpu: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = load(directory, gpu).generate(PROMPTS[0], GREEDY, speculate=False)
+    if torch.version.cuda is None:
+
+        def runs_once(step: Any, pool: Any) -> Any:
+            step()
+            return step
+
+        monkeypatch.setattr(engine, "capture", runs_once)
+        monkeypatch.setattr(engine, "measure", lambda replay: float(bool(replay())) + 1.0)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    llm = load(directory, gpu, graph=True)
+    assert set(llm._graphs) == set(llm._seconds) == {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
+    (completion,) = llm.generate(PROMPTS[0], GREEDY)
+    assert completion.token_ids == expected.token_ids
+    assert completion.logprobs == expected.logprobs
