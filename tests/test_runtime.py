@@ -98,6 +98,8 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     llm = load(directory, gpu, graph=True)
     assert set(llm._graphs) == set(llm._seconds) == {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
+    # A word that lies in the ring already must not be taken for one of a later step.
+    assert llm._clock >= int((llm._ring.words >> 32).max()) > 0
     (completion,) = llm.generate(PROMPTS[0], GREEDY)
     assert completion.token_ids == expected.token_ids
     assert completion.logprobs == expected.logprobs
