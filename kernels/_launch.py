@@ -47,9 +47,26 @@ def jit(
             values = (specialization.constants[name] for name in named)
             return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
 
-        return triton.jit(fn, repr=symbol, do_not_specialize=(*COUNTS, *do_not_specialize))
+        return triton.jit(
+            fn,
+            repr=symbol,
+            do_not_specialize=(*COUNTS, *do_not_specialize),
+            launch_metadata=_costs,
+        )
 
     return decorate
+
+
+def _costs(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """What a profiler that asks (Proton) may show beside a matmul's time: its weights and work.
+
+    What the other kernels move depends on counts that only the device knows.
+    """
+    costs, w = {"name": metadata.name}, args.get("w_ptr")
+    if w is not None and w.dim() > 1:
+        costs["bytes"] = w.numel() * w.element_size()
+        costs[f"flops{8 * w.element_size()}"] = 2 * w.numel() * args["R"]
+    return costs
 
 
 class _Missing:

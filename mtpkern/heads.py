@@ -223,9 +223,10 @@ class MtpDrafter:
                 hidden = self._layer(self._inputs(hidden, drafts[:, i - 1]), ahead, 1)
             w = self.weights
             drafts[:, i], probability = self.ops.choose(
-                hidden, w.vocabulary, w.token_ids, step.lengths + i, step.sampling
+                hidden, w.vocabulary, w.token_ids, step.lengths, i, step.sampling
             )
-            confidence *= probability
+            if self.ops.branches:
+                confidence *= probability
         return Drafts(drafts, source, torch.full_like(waiting, count))
 
     def reset(self, sequence: int) -> None:

@@ -65,7 +65,7 @@ class Ops(NamedTuple):
     linear: Callable[..., Tensor]
     gate_up_silu: Callable[..., Tensor]
     project: Callable[..., tuple[Tensor, Projected]]
-    choose: Callable[..., tuple[Tensor, Tensor]]
+    choose: Callable[..., tuple[Tensor, Tensor | None]]
     advance: Callable[..., tuple[Tensor, Tensor]]
     ngram: Callable[..., tuple[Tensor, Tensor]]
     # Whether the host may look at values inside a step: free on a CPU, never under a CUDA graph.
@@ -109,11 +109,17 @@ def _project_torch(
 
 
 def _choose_torch(
-    hidden: Tensor, vocabulary: Any, token_ids: Tensor, behind: Tensor, sampling: SamplingRows
+    hidden: Tensor,
+    vocabulary: Any,
+    token_ids: Tensor,
+    behind: Tensor,
+    draft: int,
+    sampling: SamplingRows,
 ) -> tuple[Tensor, Tensor]:
-    """Rows [B, E] through a head's own vocabulary -> (tokens [B], the likeliest's probability)."""
+    """Rows [B, E] through a head's own vocabulary -> draft number `draft`, counted from 0, of each
+    sequence [B], and the probability of the likeliest token there [B]."""
     logits = linear_ref(hidden, vocabulary)
-    token = sample_ref(logits[:, None], _positions(behind, 1), sampling, token_ids)
+    token = sample_ref(logits[:, None], _positions(behind + draft, 1), sampling, token_ids)
     return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
 
 
@@ -244,11 +250,13 @@ def _choose_triton(
     vocabulary: PackedWeight,
     token_ids: Tensor,
     behind: Tensor,
+    draft: int,
     sampling: SamplingRows,
     pdl: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, None]:
+    # Nobody may branch on a probability here, so there is none.
     kept = multi_head_projection(hidden, vocabulary.data, token_ids=token_ids, pdl=pdl)
-    return kept.ids[:, 0], (kept.values[:, 0] - kept.logsumexp).exp()
+    return kept.ids[:, 0], None
 
 
 def _pack_triton(w: Tensor, bias: Tensor | None = None) -> PackedWeight:

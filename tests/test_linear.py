@@ -1,5 +1,7 @@
 """linear: values within the budget, and a row's bits the same whatever stands beside it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from launches import assert_within_budget, guarded_output
@@ -136,3 +138,11 @@ def test_a_weight_is_read_once_for_256_rows(gpu: str, rows: int, passes: int) ->
     assert bool((traffic.reads(bias) == passes).all())
     assert bool((traffic.reads(residual) == 1).all())
     assert bool((traffic.writes(out) == 1).all())
+
+
+def test_a_profiler_is_told_what_a_launch_reads_and_computes() -> None:
+    pytest.importorskip("triton")
+    w = torch.empty(6, 8, dtype=torch.bfloat16)
+    given = {"w_ptr": w, "R": 5, "x_ptr": torch.empty(5, 8)}
+    costs = linear_module._linear_kernel.launch_metadata((1,), SimpleNamespace(name="it"), given)
+    assert costs == {"name": "it", "bytes": 96, "flops16": 480}
