@@ -225,7 +225,7 @@ class MtpDrafter:
             drafts[:, i], probability = self.ops.choose(
                 hidden, w.vocabulary, w.token_ids, step.lengths, i, step.sampling
             )
-            if self.ops.branches:
+            if probability is not None:
                 confidence *= probability
         return Drafts(drafts, source, torch.full_like(waiting, count))
 
