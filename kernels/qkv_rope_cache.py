@@ -38,14 +38,21 @@ def qkv_rope_cache_ref(
     k_pages: Tensor,
     v_pages: Tensor,
     plan: StepPlan,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
 ) -> Tensor:
     """Project, rotate and cache: x [B*T, E] -> q [B, T, Hq, D]; K, V written at the plan's slots.
 
-    norm_w [E]; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size, Hk, D], written in place.
+    norm_w [E]; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size, Hk, D], written in place. q_norm
+    and k_norm [D] normalise each head before it is rotated.
     """
     batch, rows = plan.cos.shape[:2]
     heads, head_dim = k_pages.shape[-2:]
     qkv = linear_ref(rms_norm_ref(x, norm_w, eps), w).view(batch, rows, -1, head_dim)
+    if q_norm is not None and k_norm is not None:
+        q, k, v = qkv.split([qkv.shape[2] - 2 * heads, heads, heads], 2)
+        qkv = torch.cat([rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps), v], 2)
     rotated = qkv[:, :, :-heads].float()
     turned = torch.roll(rotated, head_dim // 2, -1)
     rotated = torch.addcmul(rotated * plan.cos, turned, plan.sin).to(x.dtype)

@@ -45,12 +45,14 @@ def plan_ref(
     cos_table: Tensor,
     sin_table: Tensor,
     group: int,
+    window: int = 0,
     row_tile: int = ROW_TILE,
 ) -> StepPlan:
     """Plan T = `rows` window rows that start at slot lengths[b] of each sequence.
 
     lengths [B] int64; k_cache and v_cache [L, pages, page_size, Hk, D], page_size a multiple of
-    KEY_TILE; page_table [B, max_pages] int32; tables [positions, D] float32.
+    KEY_TILE; page_table [B, max_pages] int32; tables [positions, D] float32. `window` > 0 limits a
+    row to the last `window` positions, its own included.
     """
     page_size = k_cache.shape[2]
     if page_size % KEY_TILE:
@@ -67,7 +69,10 @@ def plan_ref(
     packed = (torch.arange(tiles * row_tile) // group).clamp_(max=rows - 1)
     masks = []
     for b, (start, extent) in enumerate(zip(starts, extents, strict=True)):
-        hidden = torch.arange(extent) > (start + packed)[:, None]
+        position, keys = (start + packed)[:, None], torch.arange(extent)
+        hidden = keys > position
+        if window:
+            hidden |= keys <= position - window
         mask = torch.zeros(hidden.shape, dtype=k_cache.dtype).masked_fill_(hidden, float("-inf"))
         masks.append(mask.view(tiles, 1, row_tile, extent))
         _clear(k_cache, v_cache, page_table[b], start + rows, extent)

@@ -30,6 +30,8 @@ class LayerWeights:
     input_norm: Tensor  # [E]
     qkv: Tensor  # [(Hq+2Hk)*D, E]
     qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [D], of each head before it is rotated
+    k_norm: Tensor | None  # [D]
     o: Tensor  # [E, Hq*D]
     o_bias: Tensor | None
     post_attention_norm: Tensor  # [E]
@@ -84,7 +86,10 @@ _TORCH_DTYPES = {
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Buffers that some exporters saved and that the config already says.
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Computed here, or heads that a trunk does without (MiMo).
+_IGNORED = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.mtp_layers\..*"
+)
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -161,13 +166,15 @@ def layer_parts(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]
     mlp = [("mlp.gate_proj", F), ("mlp.up_proj", F)]
-    biased, mlp_biased = config.attention_bias, config.mlp_bias
+    mlp_biased, per_head = config.mlp_bias, (config.head_dim,)
     return {
         "input_norm": [("input_layernorm.weight", (E,))],
         "qkv": [(f"{name}.weight", (rows, E)) for name, rows in attention],
-        "qkv_bias": [(f"{name}.bias", (rows,)) for name, rows in attention if biased],
+        "qkv_bias": [(f"{name}.bias", (rows,)) for name, rows in attention if config.qkv_bias],
         "o": [("self_attn.o_proj.weight", (E, q))],
-        "o_bias": [("self_attn.o_proj.bias", (E,))] if biased else [],
+        "q_norm": [("self_attn.q_norm.weight", per_head)] if config.qk_norm else [],
+        "k_norm": [("self_attn.k_norm.weight", per_head)] if config.qk_norm else [],
+        "o_bias": [("self_attn.o_proj.bias", (E,))] if config.o_bias else [],
         "post_attention_norm": [("post_attention_layernorm.weight", (E,))],
         "gate_up": [(f"{name}.weight", (rows, E)) for name, rows in mlp],
         "gate_up_bias": [(f"{name}.bias", (rows,)) for name, rows in mlp if mlp_biased],

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,9 +118,25 @@ _ROPE_REQUIRED = {
     "yarn": ("factor",),
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SUPPORTED = (
-    "supported: LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, SmolLM2 and other plain Llama layouts)"
-)
+
+
+class _Family(NamedTuple):
+    """What an architecture adds to Llama's computation, beside what config.json says."""
+
+    model_type: str
+    qkv_bias: bool = False  # always, and none for o; else `attention_bias` decides for all four
+    qk_norm: bool = False
+    sliding_window: bool = False  # every layer's, where config.json gives one
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family("llama"),
+    "MistralForCausalLM": _Family("mistral", sliding_window=True),
+    "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True),
+    "Qwen3ForCausalLM": _Family("qwen3", qk_norm=True),
+    "MiMoForCausalLM": _Family("mimo", qkv_bias=True),
+}
+_SUPPORTED = f"supported: {', '.join(_FAMILIES)}"
 
 
 @dataclass(frozen=True)
@@ -138,12 +154,15 @@ class ModelConfig:
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
     dtype: torch.dtype
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     model_type: str = "llama"
+    qk_norm: bool = False  # RMS norm of each head of q and k, before it is rotated
+    sliding_window: int = 0  # positions that a token sees, its own included; 0: all
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> "ModelConfig":
@@ -205,7 +224,7 @@ class _Reader:
         return bool(value)
 
     def model_config(self, generation: dict[str, Any]) -> ModelConfig:
-        self.check_family()
+        family = self.family()
         heads, hidden = self.count("num_attention_heads"), self.count("hidden_size")
         kv_heads = self.count("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -234,7 +253,8 @@ class _Reader:
             rope=self.rope(context),
             max_position_embeddings=context,
             tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=self.flag("attention_bias"),
+            qkv_bias=family.qkv_bias or self.flag("attention_bias"),
+            o_bias=self.flag("attention_bias") and not family.qkv_bias,
             mlp_bias=self.flag("mlp_bias"),
             dtype=self.dtype(),
             bos_token_id=next(iter(self.token_ids("bos_token_id", self.content)), None),
@@ -244,29 +264,51 @@ class _Reader:
                     + self.token_ids("eos_token_id", generation)
                 )
             ),
-            model_type=self.content.get("model_type", "llama"),
+            model_type=family.model_type,
+            qk_norm=family.qk_norm,
+            sliding_window=self.sliding_window(family),
         )
 
-    def check_family(self) -> None:
+    def family(self) -> _Family:
+        """What the architecture adds; ModelLoadError for what config.json has and this does not."""
         architectures = self.content.get("architectures")
         model_type = self.content.get("model_type")
-        if architectures not in (None, [], ["LlamaForCausalLM"]):
+        by_type = {family.model_type: family for family in _FAMILIES.values()}
+        if architectures:
             names = architectures if isinstance(architectures, list) else [architectures]
-            listed = ", ".join(printable(name) for name in names)
-            raise self.refuse(f"architecture {listed} is not supported; {_SUPPORTED}")
-        if model_type != "llama" and not (model_type is None and architectures):
+            if len(names) != 1 or names[0] not in _FAMILIES:
+                listed = ", ".join(printable(name) for name in names)
+                raise self.refuse(f"architecture {listed} is not supported; {_SUPPORTED}")
+            family = _FAMILIES[names[0]]
+        elif isinstance(model_type, str) and model_type in by_type:
+            family = by_type[model_type]
+        else:
             raise self.refuse(f"model_type {printable(model_type)} is not supported; {_SUPPORTED}")
+        if model_type not in (None, family.model_type):
+            raise self.refuse(f"model_type {printable(model_type)} is not supported; {_SUPPORTED}")
+        self.check_settings()
+        return family
+
+    def sliding_window(self, family: _Family) -> int:
+        """Positions that a token sees in every layer; 0 for all of them."""
+        wanted = self.content.get("sliding_window") and self.content.get("use_sliding_window", True)
+        if wanted and not family.sliding_window:
+            raise self.refuse("sliding_window attention is not supported; supported: null")
+        window = self.count("sliding_window") if wanted else 0
+        kinds = self.content.get("layer_types") or []
+        whole = "sliding_attention" if window else "full_attention"
+        if any(kind != whole for kind in kinds):
+            raise self.refuse(f"layer_types other than {whole} are not supported")
+        return window
+
+    def check_settings(self) -> None:
+        """Refuse settings that would change the computation."""
         for name, neutral in _NEUTRAL.items():
             value = self.content.get(name)
             if value is not None and value not in neutral:
                 only = " or ".join(json.dumps(v) for v in (*neutral, None))
                 shown = printable(json.dumps(value))
                 raise self.refuse(f"{name}={shown} is not supported; supported: {only}")
-        if self.content.get("sliding_window") and self.content.get("use_sliding_window", True):
-            raise self.refuse("sliding_window attention is not supported; supported: null")
-        kinds = self.content.get("layer_types") or []
-        if any(kind != "full_attention" for kind in kinds):
-            raise self.refuse("layer_types other than full_attention are not supported")
 
     def rope(self, context: int) -> RopeConfig:
         """RoPE settings from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""

@@ -121,6 +121,8 @@ def _mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelC
         intermediate_size=settings["intermediate_size"],
         rms_norm_eps=settings["rms_norm_eps"],
         rope=RopeConfig(theta=settings["rope_theta"]),
+        qk_norm=False,
+        sliding_window=0,
     )
 
 
@@ -169,6 +171,8 @@ def _pack_mtp(
         input_norm=named("input_layernorm"),
         qkv=named(*attention),
         qkv_bias=None,
+        q_norm=None,
+        k_norm=None,
         o=named("self_attn.o_proj"),
         o_bias=None,
         post_attention_norm=named("post_attention_layernorm"),

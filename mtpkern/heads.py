@@ -172,11 +172,14 @@ class MtpDrafter:
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         cache = self.cache.rows(sequence, sequence + 1)
-        plan = plan_window(cache, features.shape[0], self.weights.config.num_heads, self.ops)
+        plan = plan_window(cache, features.shape[0], self.weights.config, self.ops)
         # Only K and V are wanted, and those come from the layer's input.
         x = self._inputs(self._hidden(features), tokens)
         layer, eps = self.weights.layer, self.weights.config.rms_norm_eps
-        self.ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, cache.k[0], cache.v[0], plan)
+        pages, norms = (cache.k[0], cache.v[0]), (layer.q_norm, layer.k_norm)
+        self.ops.qkv_rope_cache(
+            x, layer.input_norm, eps, layer.qkv, *pages, plan, q_norm=norms[0], k_norm=norms[1]
+        )
         cache.lengths.add_(features.shape[0])
 
     def observe(self, step: DraftInput) -> None:
@@ -249,7 +252,7 @@ class MtpDrafter:
 
     def _layer(self, x: Tensor, cache: KVCache, rows: int) -> Tensor:
         w = self.weights
-        plan = plan_window(cache, rows, w.config.num_heads, self.ops)
+        plan = plan_window(cache, rows, w.config, self.ops)
         x = decoder_layer(x, w.layer, w.config.rms_norm_eps, cache, 0, plan, self.ops)
         return self.ops.rms_norm(x, w.final_norm, w.config.rms_norm_eps)
 

@@ -25,6 +25,8 @@ class DecoderLayer(NamedTuple):
 
     input_norm: Tensor  # [E]
     qkv: Any  # [(Hq + 2 Hk) * D, E]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
     o: Any  # [E, Hq * D]
     post_attention_norm: Tensor  # [E]
     gate_up: Any  # [2F, E]
@@ -74,6 +76,8 @@ def pack_layer(layer: LayerWeights, ops: Ops) -> DecoderLayer:
     return DecoderLayer(
         layer.input_norm,
         ops.pack(layer.qkv, layer.qkv_bias),
+        layer.q_norm,
+        layer.k_norm,
         ops.pack(layer.o, layer.o_bias),
         layer.post_attention_norm,
         ops.pack(layer.gate_up, layer.gate_up_bias),
@@ -81,7 +85,7 @@ def pack_layer(layer: LayerWeights, ops: Ops) -> DecoderLayer:
     )
 
 
-def plan_window(cache: KVCache, rows: int, heads: int, ops: Ops) -> Any:
+def plan_window(cache: KVCache, rows: int, config: ModelConfig, ops: Ops) -> Any:
     """What all layers share for T = `rows` rows behind the cache's committed lengths."""
     return ops.plan(
         cache.lengths,
@@ -91,7 +95,8 @@ def plan_window(cache: KVCache, rows: int, heads: int, ops: Ops) -> Any:
         page_table=cache.page_table,
         cos_table=cache.cos,
         sin_table=cache.sin,
-        group=heads // cache.k.shape[-2],
+        group=config.num_heads // config.num_kv_heads,
+        window=config.sliding_window,
     )
 
 
@@ -100,7 +105,8 @@ def decoder_layer(
 ) -> Tensor:
     """Run one layer: x [B*T, E] -> [B*T, E]; layer `index` of the cache gets the window's K, V."""
     k, v = cache.k[index], cache.v[index]
-    q = ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, k, v, plan)
+    norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+    q = ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, k, v, plan, **norms)
     attended = ops.verify_attention(q, k, v, cache.page_table, plan)
     x = ops.linear(attended.view(x.shape[0], -1), layer.o, residual=x)
     gated = ops.gate_up_silu(x, layer.post_attention_norm, eps, layer.gate_up)
@@ -116,7 +122,7 @@ def run_trunk(
     counted from 1). K and V are written at slots lengths[b] .. lengths[b] + T - 1, not committed.
     """
     config = model.config
-    plan = plan_window(cache, window.shape[1], config.num_heads, ops)
+    plan = plan_window(cache, window.shape[1], config, ops)
     x = F.embedding(window, model.embedding).view(-1, config.hidden_size)
     tapped = {}
     for index, layer in enumerate(model.layers):

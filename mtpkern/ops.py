@@ -176,6 +176,7 @@ class DevicePlan(NamedTuple):
     cos: Tensor  # [capacity, D] float32
     sin: Tensor
     lengths: Tensor  # [B] int64
+    window: int  # positions that a row sees; 0: all
 
 
 def _plan_triton(
@@ -188,10 +189,11 @@ def _plan_triton(
     cos_table: Tensor,
     sin_table: Tensor,
     group: int,
+    window: int = 0,
     pdl: bool = False,
 ) -> DevicePlan:
     slots, positions = window_slots(lengths, page_table, rows, k_cache.shape[2], pdl=pdl)
-    return DevicePlan(slots, positions, cos_table, sin_table, lengths)
+    return DevicePlan(slots, positions, cos_table, sin_table, lengths, window)
 
 
 def _qkv_triton(
@@ -202,10 +204,10 @@ def _qkv_triton(
     k_pages: Tensor,
     v_pages: Tensor,
     plan: DevicePlan,
-    *,
-    pdl: bool = False,
+    **options: Any,
 ) -> Tensor:
-    q = qkv_rope_cache(x, norm_w, eps, w.data, k_pages, v_pages, *plan[:4], bias=w.bias, pdl=pdl)
+    pages = (k_pages, v_pages)
+    q = qkv_rope_cache(x, norm_w, eps, w.data, *pages, *plan[:4], bias=w.bias, **options)
     return q.view(len(plan.lengths), -1, *q.shape[1:])
 
 
@@ -215,11 +217,10 @@ def _attention_triton(
     v_pages: Tensor,
     page_table: Tensor,
     plan: DevicePlan,
-    *,
-    scale: float | None = None,
-    pdl: bool = False,
+    **options: Any,
 ) -> Tensor:
-    return verify_attention(q, k_pages, v_pages, page_table, plan.lengths, scale=scale, pdl=pdl)
+    options["window"] = plan.window
+    return verify_attention(q, k_pages, v_pages, page_table, plan.lengths, **options)
 
 
 def _linear_triton(

@@ -23,13 +23,17 @@ def plan_prefill(
     cos_table: Tensor,
     sin_table: Tensor,
     group: int,
+    window: int = 0,
 ) -> StepPlan:
     """Plan T = `rows` rows of one sequence behind lengths [1], which lies on the host."""
     begin, page_size, device = int(lengths[0]), k_cache.shape[2], page_table.device
     positions = torch.arange(begin, begin + rows, device=device)
     slots = page_table[0].long()[positions // page_size] * page_size + positions % page_size
     extent = -(-(begin + rows) // page_size) * page_size
-    visible = torch.arange(extent, device=device) <= positions[:, None]
+    keys = torch.arange(extent, device=device)
+    visible = keys <= positions[:, None]
+    if window:
+        visible &= keys > positions[:, None] - window
     cos, sin = (table[positions][None, :, None] for table in (cos_table, sin_table))
     return StepPlan(slots, cos, sin, [extent], [visible], group, rows * group)
 

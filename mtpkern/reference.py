@@ -50,23 +50,27 @@ def logits(
     group = config.num_heads // config.num_kv_heads
     frequencies, scaling = config.rope.inverse_frequencies(D)
     angles = torch.arange(S, dtype=wide)[:, None] * frequencies.to(wide)
-    future = torch.ones(S, S, dtype=torch.bool).triu(diagonal=1)
+    hidden = torch.ones(S, S, dtype=torch.bool).triu(diagonal=1)
+    if config.sliding_window:
+        hidden |= torch.ones(S, S, dtype=torch.bool).tril(diagonal=-config.sliding_window)
 
     for layer in range(config.num_layers):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
 
         h = norm(x, f"model.layers.{layer}.input_layernorm")
-        q = linear(h, f"{attention}.q_proj", config.attention_bias).view(S, -1, D)
-        k = linear(h, f"{attention}.k_proj", config.attention_bias).view(S, -1, D)
-        v = linear(h, f"{attention}.v_proj", config.attention_bias).view(S, -1, D)
+        q = linear(h, f"{attention}.q_proj", config.qkv_bias).view(S, -1, D)
+        k = linear(h, f"{attention}.k_proj", config.qkv_bias).view(S, -1, D)
+        v = linear(h, f"{attention}.v_proj", config.qkv_bias).view(S, -1, D)
+        if config.qk_norm:
+            q, k = norm(q, f"{attention}.q_norm"), norm(k, f"{attention}.k_norm")
         q, k = _rotate(q.to(wide), angles, scaling), _rotate(k.to(wide), angles, scaling)
         heads = []
         for head in range(config.num_heads):
             scores = q[:, head] @ k[:, head // group].T * D**-0.5
-            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
             heads.append(weights @ v[:, head // group].to(wide))
         h = torch.cat(heads, dim=-1).to(dtype)
-        x = x + linear(h, f"{attention}.o_proj", config.attention_bias)
+        x = x + linear(h, f"{attention}.o_proj", config.o_bias)
 
         h = norm(x, f"model.layers.{layer}.post_attention_layernorm")
         gate = linear(h, f"{mlp}.gate_proj", config.mlp_bias)

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=131,
@@ -36,6 +46,14 @@ LLAMA3 = dict(
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
+
+# Families of their own, and the arguments that only they know; the others are Llamas.
+ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mimo": (Qwen2Config, Qwen2ForCausalLM),
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "grouped_ratio_2": dict(),
@@ -71,6 +89,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rope_yarn_fractional_ramp": dict(
         rope_parameters=dict(YARN, truncate=False, mscale=0.7, mscale_all_dim=0.3), head_dim=22
     ),
+    # Windows that the tests' sequences outgrow; one is a whole tile of keys, one is odd.
+    "mistral": dict(sliding_window=None, head_dim=20),
+    "mistral_window_64": dict(sliding_window=64),
+    "mistral_window_7": dict(sliding_window=7, num_key_value_heads=1),
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen2_unused_window": dict(sliding_window=16, use_sliding_window=False, intermediate_size=96),
+    "qwen3": dict(head_dim=20),
+    "qwen3_biases": dict(head_dim=16, attention_bias=True, num_key_value_heads=4),
+    "mimo": dict(),
 }
 
 # One at which no family's 64 greedy tokens meet a near-tie. New families go last in the table.
@@ -86,16 +113,32 @@ def write_family(
     "rope_parameters" since. `changes` are further LlamaConfig arguments, such as `eos_token_id`.
     """
     torch.manual_seed(SEED + list(FAMILIES).index(name))
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **FAMILIES[name], **changes})).eval()
+    kind = name.split("_")[0]
+    config_class, model_class = ARCHITECTURES.get(kind, (LlamaConfig, LlamaForCausalLM))
+    model = model_class(config_class(**{**SHAPE, **FAMILIES[name], **changes})).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_(std=0.3)
             if key.endswith("norm.weight"):
                 parameter.add_(1.0)
     model.save_pretrained(directory)
+    if kind == "mimo":
+        _make_mimo(Path(directory))
     if spelling == "rope_scaling":
         _spell_as_before(Path(directory) / "config.json")
     return model
+
+
+def _make_mimo(directory: Path) -> None:
+    """Say that the checkpoint is a MiMo, and add its MTP layer, which the trunk does without."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
+    config["num_nextn_predict_layers"] = 1
+    path.write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.mtp_layers.0.input_proj.weight"] = torch.zeros(48, 96)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _spell_as_before(path: Path) -> None:

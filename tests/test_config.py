@@ -47,7 +47,7 @@ def test_fields_that_are_left_out_have_the_layouts_defaults():
     }
     parsed = ModelConfig.from_json(config)
     assert (parsed.num_kv_heads, parsed.head_dim, parsed.rope.theta) == (6, 8, 10000.0)
-    assert (parsed.attention_bias, parsed.mlp_bias) == (False, False)
+    assert (parsed.qkv_bias, parsed.o_bias, parsed.mlp_bias) == (False, False, False)
     assert ModelConfig.from_json(TINY_CONFIG | {"head_dim": 10}).head_dim == 10
 
 
@@ -62,7 +62,8 @@ def test_end_of_text_ids_of_both_files_are_merged(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM.*supported: LlamaForCausalLM"),
+        ({"architectures": ["Qwen9ForCausalLM"]}, "Qwen9ForCausalLM.*supported: LlamaForCausalLM"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "model_type llama is not supported"),
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"architectures": None, "model_type": "gemma"}, "gemma"),
         ({"hidden_act": "gelu"}, "hidden_act.*gelu.*supported.*silu"),
