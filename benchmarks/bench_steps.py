@@ -90,8 +90,8 @@ def write_config(model: Model, directory: Path) -> Path:
     """A config.json of this shape, which is all that made-up weights need."""
     directory.mkdir()
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if model.qk_norm else "llama",
         "hidden_act": "silu",
         "vocab_size": model.V,
         "hidden_size": model.E,

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     shapes: dict[str, Model] = {"tiny": TINY} | MODELS
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
-        for name in args.model or [model for model in MODELS if not MODELS[model].qk_norm]:
+        for name in args.model or MODELS:
             directory = write_config(shapes[name], Path(work) / name)
             for batch in args.batch or [1]:
                 rows += predict(name, directory, batch, args)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], action="append", help="default: the Llamas")
+    add("--model", choices=["tiny", *MODELS], action="append", help="default: all")
     add("--batch", type=int, action="append", metavar="B", help="default: 1")
     add("-K", dest="k", type=int, default=4)
     add("--context", type=int, default=1024)

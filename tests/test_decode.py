@@ -78,11 +78,20 @@ DRAFTERS = [perfect, half_right, random_drafts, hostile, lambda _: NgramDrafter(
 NAMES = ["perfect", "half right", "random", "hostile", "n-gram"]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+THEOREM = [
+    ("grouped_ratio_3", "bfloat16"),
+    ("grouped_ratio_3", "float32"),
+    ("mistral_window_7", "bfloat16"),
+    ("qwen3", "bfloat16"),
+]
+
+
+@pytest.fixture(scope="module", params=THEOREM, ids=" ".join)
 def checkpoint(request: Any, tmp_path_factory: Any) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("theorem")
-    write_family("grouped_ratio_3", directory, eos_token_id=None)
-    return directory, request.param
+    family, dtype = request.param
+    write_family(family, directory, eos_token_id=None)
+    return directory, dtype
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
+from families import write_family
 from test_heads import write_medusa, write_mtp
 
 from mtpkern import engine
@@ -62,6 +63,19 @@ def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
         )
         assert undrafted.stats.steps == 9
     assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
+
+
+@pytest.mark.parametrize("family", ["mistral_window_7", "qwen3", "qwen2"])
+def test_every_trunk_is_on_the_kernels_what_it_is_on_the_references(
+    gpu: str, tmp_path: Path, family: str
+) -> None:
+    write_family(family, tmp_path)
+    options = {"num_speculative_tokens": 3, "dtype": "float32", "max_batch": 1}
+    (expected,) = load(tmp_path, "cpu", **options).generate(PROMPTS[2], GREEDY)
+    llm = load(tmp_path, gpu, **options)
+    (drafted,), (plain,) = (llm.generate(PROMPTS[2], GREEDY, speculate=s) for s in (True, False))
+    assert drafted.token_ids == plain.token_ids == expected.token_ids
+    assert drafted.logprobs == plain.logprobs
 
 
 def test_what_needs_the_host_inside_a_step_is_refused(gpu: str, directory: Path) -> None:
