@@ -49,7 +49,7 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
     yield "bytes per step", f"{step_bytes / 1e6:.1f} MB of weights, whatever the number of drafts"
     kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * as_run.itemsize
     yield "KV per token", f"{kv_bytes / 1e3:.1f} kB, read in every step after it"
-    heads = find_heads("auto", model_name(directory))
+    heads = find_heads("auto", model_name(directory), directory)
     yield "heads", heads.name if heads else "none ship for this model; n-gram drafts only"
     check_checkpoint(directory)
     Tokenizer.from_directory(directory).check_against(config)

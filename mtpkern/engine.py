@@ -101,7 +101,7 @@ class LLM:
         directory = resolve_model(None if model is None else str(model))
         config = load_config(directory)
         self.name = model_name(directory)
-        heads_directory = find_heads(str(heads), self.name)
+        heads_directory = find_heads(str(heads), self.name, directory)
         self._running = False
         self._threads = torch.get_num_threads()
         self.dtype = resolve_dtype(dtype, config)

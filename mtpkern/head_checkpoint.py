@@ -1,9 +1,13 @@
 """Heads on disk -> a drafter: the ones that ship, or a directory, checked against the trunk.
 
-A directory holds config.json, whose `model_type` names the kind, and model.safetensors.
+A directory holds config.json, whose `model_type` names the kind, and model.safetensors. Kinds:
+
+    mtpkern_mtp      a sequential head of our own (train/), names as in MiMo's MTP layers
+    mtpkern_medusa   parallel heads of our own, names as in Medusa's medusa_lm_head
+    mimo             the MTP layer that a MiMo checkpoint brings along (Xiaomi 2025)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +32,19 @@ from mtpkern.ops import Ops
 PRETRAINED = Path(__file__).with_name("pretrained")
 
 
-def find_heads(name: str, model: str) -> Path | None:
+def find_heads(name: str, model: str, directory: Path | None = None) -> Path | None:
     """The directory of heads that `name` means for `model`; None where there are to be none.
 
-    "auto" is what ships for the model, if anything; "none" nothing; else a name in the package or
-    a directory. Raises UserError for a name that is neither.
+    "auto" is what the checkpoint in `directory` brings along, or what ships for the model, if
+    anything; "none" nothing; else a name in the package or a directory. Raises UserError for a name
+    that is neither.
     """
     if name == "none":
         return None
+    if name == "auto" and directory is not None:
+        settings = read_json_object(directory / "config.json")
+        if settings.get("model_type") == "mimo" and settings.get("num_nextn_predict_layers"):
+            return directory
     shipped = sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))
     if name == "auto":
         return PRETRAINED / model if model in shipped else None
@@ -51,18 +60,20 @@ def find_heads(name: str, model: str) -> Path | None:
 def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Ops) -> Drafter:
     """Load heads for a trunk and its cache. Raises ModelLoadError where they do not fit.
 
-    config.json names the kind by `model_type`: "mtpkern_mtp" or "mtpkern_medusa".
+    config.json names the kind by `model_type`.
     """
     path = directory / "config.json"
     settings = read_json_object(path)
     kind = settings.get("model_type")
-    expected = {"mtpkern_mtp": _mtp_shapes, "mtpkern_medusa": _medusa_shapes}.get(str(kind))
+    expected = _SHAPES.get(str(kind))
     if expected is None:
         raise ModelLoadError(
             f"{printable(path)}: model_type {printable(kind)} is not supported; supported: "
-            "mtpkern_mtp, mtpkern_medusa"
+            f"{', '.join(_SHAPES)}"
         )
     tensors = load_tensors(directory)
+    if kind == "mimo":
+        tensors, settings = _read_mimo(tensors, settings, trunk.config, path)
     try:
         shapes = expected(settings, trunk.config)
     except (KeyError, TypeError, ValueError) as error:
@@ -84,7 +95,7 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
         typed = {name: tensor.to(trunk.embedding) for name, tensor in tensors.items()}
         return MedusaDrafter(typed, settings, ops)
     config = _mtp_layer_config(settings, trunk.config)
-    weights = _pack_mtp(tensors, config, settings["tap_layers"], trunk, ops)
+    weights = _pack_mtp(tensors, config, settings, trunk, ops)
     inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
     own = KVCache.empty(
         layers=1,
@@ -98,6 +109,33 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
         dtype=cache.k.dtype,
     )
     return MtpDrafter(weights, trunk, own, ops)
+
+
+def _read_mimo(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], trunk: ModelConfig, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A MiMo checkpoint's MTP layer, in the names and settings of our own sequential heads.
+
+    It is fed the final hidden state, sizes and rotation are the trunk's, and one layer drafts all
+    positions.
+    """
+    if settings.get("num_nextn_predict_layers") != 1:
+        raise ModelLoadError(
+            f"{printable(path)}: num_nextn_predict_layers must be 1, "
+            f"got {printable(settings.get('num_nextn_predict_layers'))}"
+        )
+    prefix = "model.mtp_layers.0."
+    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return own, {
+        "tap_layers": [trunk.num_layers],
+        "num_attention_heads": trunk.num_heads,
+        "num_key_value_heads": trunk.num_kv_heads,
+        "head_dim": trunk.head_dim,
+        "intermediate_size": trunk.intermediate_size,
+        "rms_norm_eps": trunk.rms_norm_eps,
+        "qkv_bias": trunk.qkv_bias,
+        "zero_first": True,
+    }
 
 
 def _medusa_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -120,7 +158,8 @@ def _mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelC
         head_dim=settings["head_dim"],
         intermediate_size=settings["intermediate_size"],
         rms_norm_eps=settings["rms_norm_eps"],
-        rope=RopeConfig(theta=settings["rope_theta"]),
+        rope=RopeConfig(theta=settings["rope_theta"]) if "rope_theta" in settings else trunk.rope,
+        qkv_bias=bool(settings.get("qkv_bias")),
         qk_norm=False,
         sliding_window=0,
     )
@@ -149,28 +188,35 @@ def _mtp_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tu
     }
     if len(taps) > 1:
         shapes["fc.weight"] = (E, len(taps) * E)
+    if config.qkv_bias:
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
     if settings.get("draft_vocab_size"):
         shapes["draft_vocab"] = (settings["draft_vocab_size"],)
     return shapes
 
 
+_SHAPES = {"mtpkern_mtp": _mtp_shapes, "mtpkern_medusa": _medusa_shapes, "mimo": _mtp_shapes}
+
+
 def _pack_mtp(
     tensors: Mapping[str, Tensor],
     config: ModelConfig,
-    taps: Sequence[int],
+    settings: Mapping[str, Any],
     trunk: Llama,
     ops: Ops,
 ) -> MtpWeights:
     """Pack a module's tensors (names as in MiMo's MTP layers, plus fc and draft_vocab)."""
+    taps = settings["tap_layers"]
 
-    def named(*names: str) -> Tensor:
-        return torch.cat([tensors[f"{name}.weight"].to(trunk.embedding) for name in names])
+    def named(*names: str, kind: str = "weight") -> Tensor:
+        return torch.cat([tensors[f"{name}.{kind}"].to(trunk.embedding) for name in names])
 
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     layer = LayerWeights(
         input_norm=named("input_layernorm"),
         qkv=named(*attention),
-        qkv_bias=None,
+        qkv_bias=named(*attention, kind="bias") if config.qkv_bias else None,
         q_norm=None,
         k_norm=None,
         o=named("self_attn.o_proj"),
@@ -195,4 +241,5 @@ def _pack_mtp(
         vocabulary=ops.pack(trunk.lm_head[token_ids]) if reduced else trunk.vocabulary,
         token_ids=token_ids,
         config=config,
+        zero_first=bool(settings.get("zero_first")),
     )

@@ -145,6 +145,7 @@ class MtpWeights:
     vocabulary: Any  # [Vd, E]
     token_ids: Tensor  # [Vd] int64
     config: ModelConfig  # the trunk's, with the layer's head counts and sizes
+    zero_first: bool = False  # the first pair of a sequence has an embedding of zeros (MiMo)
 
 
 class MtpDrafter:
@@ -174,7 +175,8 @@ class MtpDrafter:
         cache = self.cache.rows(sequence, sequence + 1)
         plan = plan_window(cache, features.shape[0], self.weights.config, self.ops)
         # Only K and V are wanted, and those come from the layer's input.
-        x = self._inputs(self._hidden(features), tokens)
+        index = cache.lengths + torch.arange(len(tokens), device=tokens.device)
+        x = self._inputs(self._hidden(features), tokens, index)
         layer, eps = self.weights.layer, self.weights.config.rms_norm_eps
         pages, norms = (cache.k[0], cache.v[0]), (layer.q_norm, layer.k_norm)
         self.ops.qkv_rope_cache(
@@ -209,7 +211,9 @@ class MtpDrafter:
         batch, rows = features.shape[:2]
         after = begin[:, None] + 1 + torch.arange(rows, device=device)
         x = self._inputs(
-            self._hidden(features.flatten(0, 1)), step.tokens.gather(1, after).view(-1)
+            self._hidden(features.flatten(0, 1)),
+            step.tokens.gather(1, after).view(-1),
+            (after - 1).view(-1),
         )
         out = self._layer(x, cache.at(begin), rows).view(batch, rows, -1)
         hidden = out[torch.arange(batch, device=device), waiting - 1]
@@ -244,10 +248,15 @@ class MtpDrafter:
         fc = self.weights.fc
         return features if fc is None else self.ops.linear(features, fc)
 
-    def _inputs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def _inputs(self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+        """Join pairs: hidden [R, E] and tokens [R]; `index` [R] counts them, None for drafted
+        ones, of which none is the first."""
         w, eps = self.weights, self.weights.config.rms_norm_eps
         normed = self.ops.rms_norm(hidden, w.hidden_norm, eps)
-        token = self.ops.rms_norm(F.embedding(tokens, self.embedding), w.token_norm, eps)
+        embedded = F.embedding(tokens, self.embedding)
+        if w.zero_first and index is not None:
+            embedded *= (index != 0)[:, None]
+        token = self.ops.rms_norm(embedded, w.token_norm, eps)
         return self.ops.linear(torch.cat([normed, token], -1), w.input_proj)
 
     def _layer(self, x: Tensor, cache: KVCache, rows: int) -> Tensor:

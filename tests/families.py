@@ -130,14 +130,21 @@ def write_family(
 
 
 def _make_mimo(directory: Path) -> None:
-    """Say that the checkpoint is a MiMo, and add its MTP layer, which the trunk does without."""
+    """Say that the checkpoint is a MiMo, and add its MTP layer: one like the trunk's, and more."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
     config["num_nextn_predict_layers"] = 1
     path.write_text(json.dumps(config), encoding="utf-8")
     tensors = load_file(directory / "model.safetensors")
-    tensors["model.mtp_layers.0.input_proj.weight"] = torch.zeros(48, 96)
+    E = config["hidden_size"]
+    for name, tensor in list(tensors.items()):
+        if name.startswith("model.layers.0."):
+            head = name.replace("model.layers.0.", "model.mtp_layers.0.")
+            tensors[head] = torch.randn_like(tensor) * 0.3 + ("norm" in name)
+    for name in ("token", "hidden", "final"):
+        tensors[f"model.mtp_layers.0.{name}_layernorm.weight"] = 1 + 0.3 * torch.randn(E)
+    tensors["model.mtp_layers.0.input_proj.weight"] = 0.3 * torch.randn(E, 2 * E)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 

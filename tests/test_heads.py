@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
+from families import write_family
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -123,7 +124,9 @@ def slow_layer(
     count = x.shape[0]
     inner = rms_norm_ref(x, w["input_layernorm.weight"], 1e-5)
     q, k, v = (
-        (inner @ w[f"self_attn.{name}_proj.weight"].T).view(count, -1, head_dim).transpose(0, 1)
+        (inner @ w[f"self_attn.{name}_proj.weight"].T + w.get(f"self_attn.{name}_proj.bias", 0))
+        .view(count, -1, head_dim)
+        .transpose(0, 1)
         for name in "qkv"
     )
     angle = torch.arange(count)[:, None] / theta ** (torch.arange(0, head_dim, 2) / head_dim)
@@ -192,6 +195,45 @@ def test_a_sequential_head_drafts_what_its_definition_says(
     assert len(recorder.drafted) > 10
     for known, drafts in recorder.drafted[:: -(-len(recorder.drafted) // 20)]:
         assert drafts == slow_mtp(heads, trunk, known, len(drafts))
+
+
+@pytest.mark.parametrize("ngram", [False, True])
+def test_a_mimo_checkpoint_drafts_with_the_layer_it_brings_along(
+    ngram: bool, tmp_path: Path
+) -> None:
+    """Prompts of one token and of many: the first pair of each has an embedding of zeros."""
+    model = write_family("mimo", tmp_path)
+    llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=3, max_length=300)
+    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
+    if ngram:
+        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
+    else:
+        llm.drafter = recorder
+    llm.generate([[9], [5, 6, 7, 8, 9] * 3], SamplingParams(max_tokens=30))
+    prefix = "model.mtp_layers.0."
+    w = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_tensors(tmp_path).items()
+        if name.startswith(prefix)
+    }
+    embedding, head = (t.weight for t in (model.get_input_embeddings(), model.lm_head))
+    assert len(recorder.drafted) > 10
+    for known, drafts in recorder.drafted[::3]:
+        with torch.inference_mode():
+            hidden = model.model(torch.tensor([known[:-1]])).last_hidden_state[0]
+            tokens = list(known[1:])
+            for draft in drafts:
+                token = embedding[tokens].clone()
+                token[0] = 0
+                pair = [
+                    rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
+                    rms_norm_ref(token, w["token_layernorm.weight"], 1e-5),
+                ]
+                x = torch.cat(pair, -1) @ w["input_proj.weight"].T
+                x = slow_layer(x, w, 4, 2, 12, 10000.0)
+                out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
+                assert draft == int((out @ head.T).argmax())
+                hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
 def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None:
