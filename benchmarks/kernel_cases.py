@@ -370,8 +370,7 @@ def advance_cases(model: Model, B: int, T: int) -> Iterator[Case]:
         reference = partial(run, advance_ref)
         return Call(lambda pdl: run(advance, pdl=pdl), reference, reference, reference)
 
-    # ids and words, of which the counts are eleven; two end tokens
-    yield Case("chain", f"B={B} T={T}", 8 * B * (5 * T + 11) + 4 * B * T, inputs)
+    yield Case("chain", f"B={B} T={T}", B * (8 * (5 * T + 14 + 2) + 4 * T), inputs)
 
 
 def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:

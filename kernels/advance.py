@@ -10,7 +10,8 @@ of content below, so that each word says by itself whether it has arrived, and n
 is needed. Word 0 of a sequence packs accepted, drafted, source and active, a byte each; then come
 the T targets, then their T log-probabilities as float32 bits.
 
-Bytes moved: 8 B (6 T + 12) of ids, counts and words; a path's keys and values are `kv_rollback`'s.
+Bytes moved: 8 (5 T + 14 + n) a sequence of ids, counts and words, for n tokens that end it, and 4 T
+of log-probabilities; a tree's keys and values are `kv_rollback`'s.
 """
 
 from __future__ import annotations
