@@ -66,14 +66,17 @@ def multi_head_projection_ref(
     """
     normed = rms_norm_ref(x, norm_w, eps)
     heads = [normed]
-    for stack in blocks:
-        hidden = normed
-        for block in stack:
-            hidden = hidden + F.silu(linear_ref(hidden, block))
-        heads.append(hidden)
+    heads += [residual_blocks_ref(normed, stack) for stack in blocks]
     rows = torch.stack(heads, 1)
     logits = linear_ref(rows.flatten(0, 1), vocabulary)
     return normed, logits.view(x.shape[0], len(heads), -1)
+
+
+def residual_blocks_ref(hidden: Tensor, stack: Sequence[PackedWeight]) -> Tensor:
+    """Apply one head's residual blocks: hidden [R, E] -> [R, E]."""
+    for block in stack:
+        hidden = hidden + F.silu(linear_ref(hidden, block))
+    return hidden
 
 
 class Projection(NamedTuple):

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mtpkern
@@ -86,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="DIR", help="a model's directory, name or hub id")
     inspect.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     inspect.set_defaults(run=_inspect)
+    convert = commands.add_parser(
+        "convert",
+        help="make published heads or a GGUF loadable",
+        description="Convert medusa_lm_head.pt (or the directory that holds it) or a .gguf file "
+        "into a new directory that --heads or --model takes.",
+    )
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
+    convert.set_defaults(run=_convert)
     profile = commands.add_parser(
         "profile",
         help="profile an answer with Nsight",
@@ -334,6 +344,14 @@ def _inspect(args: argparse.Namespace) -> int:
     from mtpkern.fetch import resolve_model
 
     _print_table(describe_checkpoint(resolve_model(args.model), args.dtype))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mtpkern.convert import convert
+
+    convert(args.source, args.target)
+    print(args.target)
     return 0
 
 

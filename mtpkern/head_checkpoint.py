@@ -3,7 +3,7 @@
 A directory holds config.json, whose `model_type` names the kind, and model.safetensors. Kinds:
 
     mtpkern_mtp      a sequential head of our own (train/), names as in MiMo's MTP layers
-    mtpkern_medusa   parallel heads of our own, names as in Medusa's medusa_lm_head
+    mtpkern_medusa   parallel heads, names as in Medusa's medusa_lm_head.pt (`mtpkern convert`)
     mimo             the MTP layer that a MiMo checkpoint brings along (Xiaomi 2025)
 """
 
@@ -25,7 +25,13 @@ from mtpkern.config import (
     printable,
     read_json_object,
 )
-from mtpkern.heads import Drafter, MedusaDrafter, MtpDrafter, MtpWeights
+from mtpkern.heads import (
+    Drafter,
+    MedusaDrafter,
+    MtpDrafter,
+    MtpWeights,
+    OwnVocabularyDrafter,
+)
 from mtpkern.model import Llama, pack_layer
 from mtpkern.ops import Ops
 
@@ -93,6 +99,8 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
                 f"heads, got {k}"
             )
         typed = {name: tensor.to(trunk.embedding) for name, tensor in tensors.items()}
+        if settings.get("own_vocabulary"):
+            return OwnVocabularyDrafter(typed, settings, trunk.config.num_layers, ops)
         return MedusaDrafter(typed, settings, ops)
     config = _mtp_layer_config(settings, trunk.config)
     weights = _pack_mtp(tensors, config, settings, trunk, ops)
@@ -145,6 +153,8 @@ def _medusa_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str,
         for d in range(settings["num_layers"]):
             shapes[f"{h}.{d}.linear.weight"] = (width, width)
             shapes[f"{h}.{d}.linear.bias"] = (width,)
+        if settings.get("own_vocabulary"):
+            shapes[f"{h}.vocabulary.weight"] = (trunk.vocab_size, width)
     return shapes
 
 

@@ -1,6 +1,7 @@
 """Drafters: what guesses the next K tokens. A wrong guess costs time, never a token.
 
-    parallel     Medusa: head i guesses token i + 1 from the same hidden state as the LM head
+    parallel     Medusa: head i guesses token i + 1 from the same hidden state as the LM head,
+                 through the LM head's vocabulary matrix or one of its own
     sequential   MTP module: one decoder layer fed with (hidden state, next token), applied K times
     n-gram       what followed the last occurrence of the sequence's own end
     both         the n-gram's copy where there is a match, else the heads
@@ -126,9 +127,49 @@ class MedusaDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts = step.projected.drafts(step.accepted, count, step.lengths, step.sampling)
-        return Drafts(
-            drafts, torch.full_like(step.accepted, HEADS), torch.full_like(step.accepted, count)
-        )
+        return _from_heads(drafts)
+
+
+class OwnVocabularyDrafter(NoDrafter):
+    """Parallel heads with vocabulary matrices of their own, as Medusa was published.
+
+    Each is read once a step, for the row behind which drafts are wanted. Cai et al. 2024.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: int, ops: Ops
+    ):
+        """`layers` is how many the trunk has: the heads take what comes out of its final norm."""
+        self.ops, self.taps = ops, (layers,)
+        self.blocks = MedusaDrafter(tensors, config, ops).heads
+        self.vocabularies = [
+            ops.pack(tensors[f"{h}.vocabulary.weight"]) for h in range(config["num_heads"])
+        ]
+        first = self.vocabularies[0]
+        self.token_ids = torch.arange(first.out_features, device=tensors["0.0.linear.bias"].device)
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        batch, _, width = step.features.shape
+        row = step.accepted.view(-1, 1, 1).expand(-1, 1, width)
+        hidden = self.ops.parallel_heads(step.features.gather(1, row)[:, 0], self.blocks)
+        drafts = torch.zeros(batch, count, dtype=torch.int64, device=hidden.device)
+        for h in range(count):
+            drafts[:, h], _ = self.ops.choose(
+                hidden[:, h],
+                self.vocabularies[h],
+                self.token_ids,
+                step.lengths,
+                h,
+                step.sampling,
+            )
+        return _from_heads(drafts)
+
+
+def _from_heads(drafts: Tensor) -> Drafts:
+    """All of drafts [B, K] are meant, and heads made them."""
+    batch, count = drafts.shape
+    source = torch.full((batch,), HEADS, device=drafts.device)
+    return Drafts(drafts, source, torch.full((batch,), count, device=drafts.device))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mtpkern.kernels.multi_head_projection import (
     Projection,
     multi_head_projection,
     multi_head_projection_ref,
+    residual_blocks_ref,
 )
 from mtpkern.kernels.ngram import ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache, qkv_rope_cache_ref
@@ -64,6 +65,7 @@ class Ops(NamedTuple):
     verify_attention: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     gate_up_silu: Callable[..., Tensor]
+    parallel_heads: Callable[..., Tensor]  # (rows [B, E], packed heads) -> [B, H, E]
     project: Callable[..., tuple[Tensor, Projected]]
     choose: Callable[..., tuple[Tensor, Tensor | None]]
     advance: Callable[..., tuple[Tensor, Tensor]]
@@ -123,6 +125,10 @@ def _choose_torch(
     return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
 
 
+def _parallel_heads_torch(rows: Tensor, heads: Any) -> Tensor:
+    return torch.stack([residual_blocks_ref(rows, stack) for stack in heads], 1)
+
+
 def _pack_heads_torch(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
     return [[pack_ref(*block) for block in stack] for stack in heads]
 
@@ -136,6 +142,7 @@ TORCH = Ops(
     verify_attention=verify_attention_ref,
     linear=linear_ref,
     gate_up_silu=gate_up_silu_ref,
+    parallel_heads=_parallel_heads_torch,
     project=_project_torch,
     choose=_choose_torch,
     advance=advance_ref,
@@ -260,6 +267,10 @@ def _choose_triton(
     return kept.ids[:, 0], None
 
 
+def _parallel_heads_triton(rows: Tensor, heads: Any, pdl: bool = False) -> Tensor:
+    return medusa_blocks(rows, *heads, pdl=pdl)[:, 1:]
+
+
 def _pack_triton(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
     """As it is; `linear_ref`, which prefill takes, is given row counts that it may use."""
     return PackedWeight(w, bias, w.shape[0], w.shape[1], False, PREFILL_ROWS)
@@ -282,6 +293,7 @@ def with_pdl(pdl: bool) -> Ops:
         verify_attention=partial(_attention_triton, pdl=pdl),
         linear=partial(_linear_triton, pdl=pdl),
         gate_up_silu=partial(_gate_up_triton, pdl=pdl),
+        parallel_heads=partial(_parallel_heads_triton, pdl=pdl),
         project=partial(_project_triton, pdl=pdl),
         choose=partial(_choose_triton, pdl=pdl),
         advance=partial(advance, pdl=pdl),

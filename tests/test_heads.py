@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtpkern.checkpoint import load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
+from mtpkern.convert import convert
 from mtpkern.engine import LLM
 from mtpkern.heads import NGRAM, CompanionDrafter, Drafts, MtpDrafter
 from mtpkern.kernels.rms_norm import rms_norm_ref
@@ -76,6 +77,26 @@ def write_medusa(directory: Path, heads: int = 3, depth: int = 2) -> Path:
     save_file(tensors, directory / "model.safetensors")
     settings = {"model_type": "mtpkern_medusa", "num_heads": heads, "num_layers": depth}
     (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def published_medusa(heads: int = 3, depth: int = 2) -> dict[str, Tensor]:
+    """What a medusa_lm_head.pt holds: blocks, and behind them each head's own vocabulary."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for h in range(heads):
+        for d in range(depth):
+            name = f"{h}.{d}.linear"
+            tensors[f"{name}.weight"] = torch.randn(E, E, generator=generator) / E**0.5
+            tensors[f"{name}.bias"] = torch.randn(E, generator=generator)
+        tensors[f"{h}.{depth}.weight"] = torch.randn(V, E, generator=generator)
+    return tensors
+
+
+def write_published(directory: Path) -> Path:
+    source = directory.with_name(f"{directory.name}.pt")
+    torch.save(published_medusa(), source)
+    convert(source, directory)
     return directory
 
 
@@ -255,14 +276,33 @@ def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None
             assert draft == int((embedding @ hidden).argmax())
 
 
+def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_published(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+    recorder = Recorder(llm.drafter)
+    llm.drafter = recorder
+    llm.generate([PROMPT, [30, 31]], SamplingParams(max_tokens=30, ignore_eos=True))
+    w = published_medusa()
+    assert len(recorder.drafted) > 20
+    for known, drafts in recorder.drafted[::3]:
+        hidden = trunk_states(trunk, known[:-1])[-1][-1]
+        for h, draft in enumerate(drafts):
+            x = hidden
+            for d in range(2):
+                x = x + F.silu(w[f"{h}.{d}.linear.weight"] @ x + w[f"{h}.{d}.linear.bias"])
+            assert draft == int((w[f"{h}.2.weight"] @ x).argmax())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["mtp", "medusa"])
+@pytest.mark.parametrize("kind", ["mtp", "medusa", "published"])
 @pytest.mark.parametrize("ngram", [False, True])
 def test_heads_never_change_a_token(
     kind: str, ngram: bool, temperature: float, tmp_path: Path
 ) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
-    heads = {"mtp": write_mtp, "medusa": write_medusa}[kind](tmp_path / "heads")
+    write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}[kind]
+    heads = write(tmp_path / "heads")
     params = SamplingParams(max_tokens=60, temperature=temperature, logprobs=True, ignore_eos=True)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=256)
     prompts = [PROMPT, [30, 31], list(range(40, 90))]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CONFIG, tiny_checkpoint
-from test_heads import write_medusa, write_mtp
+from test_heads import write_medusa, write_mtp, write_published
 
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.head_checkpoint import load_heads
@@ -33,12 +33,20 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
         return NoDrafter()
     if kind == "n-gram":
         return NgramDrafter(TRITON)
-    write = {"mtp": write_mtp, "medusa": write_medusa}[kind.split(" ")[0]]
-    heads = load_heads(write(directory), trunk, state.cache, k=K, ops=TRITON)
+    write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
+    heads = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, k=K, ops=TRITON)
     return CompanionDrafter(NgramDrafter(TRITON), heads) if "n-gram" in kind else heads
 
 
-KINDS = ["none", "n-gram", "medusa", "mtp", "mtp with n-gram", "medusa with n-gram"]
+KINDS = [
+    "none",
+    "n-gram",
+    "medusa",
+    "published medusa",
+    "mtp",
+    "mtp with n-gram",
+    "medusa with n-gram",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "draft_length": set(),
     "trace": set(),
     "profile": {"config"},
+    "convert": {"config", "gguf_checkpoint"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "trace"},
     "reference": {"config", "checkpoint"},
@@ -54,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "train": EVERYTHING | {"mtpkern", "reference"},
     "integrations": EVERYTHING | {"mtpkern"},
     "diagnose": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING | {"mtpkern", "diagnose", "profile", "train", "integrations"},
+    "cli": EVERYTHING | {"mtpkern", "diagnose", "profile", "convert", "train", "integrations"},
     "__main__": {"cli"},
 }
 
