@@ -32,7 +32,7 @@ from .step_plan import StepPlan
 
 def qkv_rope_cache_ref(
     x: Tensor,
-    norm_w: Tensor,
+    norm_w: Tensor | None,
     eps: float,
     w: PackedWeight,
     k_pages: Tensor,
@@ -44,12 +44,13 @@ def qkv_rope_cache_ref(
 ) -> Tensor:
     """Project, rotate and cache: x [B*T, E] -> q [B, T, Hq, D]; K, V written at the plan's slots.
 
-    norm_w [E]; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size, Hk, D], written in place. q_norm
-    and k_norm [D] normalise each head before it is rotated.
+    norm_w [E], or None where x is normed already; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size,
+    Hk, D], written in place. q_norm and k_norm [D] normalise each head before it is rotated.
     """
     batch, rows = plan.cos.shape[:2]
     heads, head_dim = k_pages.shape[-2:]
-    qkv = linear_ref(rms_norm_ref(x, norm_w, eps), w).view(batch, rows, -1, head_dim)
+    x = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
+    qkv = linear_ref(x, w).view(batch, rows, -1, head_dim)
     if q_norm is not None and k_norm is not None:
         q, k, v = qkv.split([qkv.shape[2] - 2 * heads, heads, heads], 2)
         qkv = torch.cat([rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps), v], 2)
@@ -95,6 +96,7 @@ def _qkv_rope_cache_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
     ROTATE: tl.constexpr,
     ROWS: tl.constexpr,
     TAIL: tl.constexpr,
@@ -124,7 +126,7 @@ def _qkv_rope_cache_kernel(
         R,
         norm_ptr,
         K=E,
-        NORM=True,
+        NORM=NORM,
         ROWS=ROWS,
         TAIL=TAIL,
         BLOCK_N=BLOCK_N,
@@ -136,7 +138,9 @@ def _qkv_rope_cache_kernel(
     for part in tl.static_range(2 if TAIL > 0 else 1):
         if part == 1:
             acc, squares, r = tail_acc, tail_squares, tail_r
-        low, high = split_pairs(acc * tl.rsqrt(squares / E + eps)[None, :] + bias[:, None])
+        if NORM:
+            acc *= tl.rsqrt(squares / E + eps)[None, :]
+        low, high = split_pairs(acc + bias[:, None])
         pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         head, d = pairs // (D // 2), pairs % (D // 2)
         if ROTATE:
@@ -221,7 +225,7 @@ def _head_norm_rope_kernel(
 
 def qkv_rope_cache(
     x: Tensor,
-    norm_w: Tensor,
+    norm_w: Tensor | None,
     eps: float,
     w: Tensor,
     k_pages: Tensor,
@@ -239,10 +243,11 @@ def qkv_rope_cache(
 ) -> Tensor:
     """Project, rotate and cache: x [R, E] -> q [R, Hq, D]; K and V written into pages, in place.
 
-    norm_w [E]; w [(Hq + 2 Hk) * D, E] and bias, q above k above v; pages [pages, page_size, Hk, D]
-    of any strides but the last; slots [R] int64 = page * page_size + offset, distinct, -1 to write
-    no K and V; positions [R] int64; tables [any, D] float32 (mtpkern.cache.rotary_tables).
-    q_norm and k_norm [D] normalise each head before it is rotated (Qwen3), in a second launch.
+    norm_w [E], or None where x is normed already; w [(Hq + 2 Hk) * D, E] and bias, q above k above
+    v; pages [pages, page_size, Hk, D] of any strides but the last; slots [R] int64 = page *
+    page_size + offset, distinct, -1 to write no K and V; positions [R] int64; tables [any, D]
+    float32 (mtpkern.cache.rotary_tables). q_norm and k_norm [D] normalise each head before it is
+    rotated (Qwen3), in a second launch.
     `pdl`: see `linear`.
     """
     (R, E), N, (_, page_size, Hk, D) = x.shape, w.shape[0], k_pages.shape
@@ -254,7 +259,8 @@ def qkv_rope_cache(
         )
     check_shape("w", w, "[N, E]", N, E)
     check_shape("x", x, "[R, E]", R, E)
-    check_shape("norm_w", norm_w, "[E]", E)
+    if norm_w is not None:
+        check_shape("norm_w", norm_w, "[E]", E)
     check_shape("v_pages", v_pages, "[pages, page_size, Hk, D]", *k_pages.shape)
     check_shape("k_pages", k_pages, "[pages, page_size, Hk, D]", *k_pages.shape)
     check_shape("slots", slots, "[R]", R)
@@ -304,6 +310,7 @@ def qkv_rope_cache(
         D=D,
         E=E,
         HAS_BIAS=bias is not None,
+        NORM=norm_w is not None,
         ROTATE=q_norm is None,
         ROWS=rows,
         TAIL=tail,

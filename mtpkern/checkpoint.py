@@ -27,7 +27,7 @@ from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_obj
 class LayerWeights:
     """One decoder layer. Biases are None where the model has none."""
 
-    input_norm: Tensor  # [E]
+    input_norm: Tensor | None  # [E]
     qkv: Tensor  # [(Hq+2Hk)*D, E]
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [D], of each head before it is rotated

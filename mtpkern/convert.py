@@ -4,6 +4,7 @@ A pickle is read by torch's weights-only loader, which runs no code of the file'
 
     medusa_lm_head.pt   Medusa (Cai et al. 2024): {h}.{l}.linear.{weight,bias} are head h's blocks,
                         {h}.{l}.weight behind the last of them is its own vocabulary matrix
+    pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), beside its config.json
     *.gguf              a whole Llama of SmolLM's kind, dequantised to bfloat16, with its tokenizer
 """
 
@@ -23,6 +24,7 @@ from mtpkern.config import ModelLoadError, UserError, printable
 from mtpkern.gguf_checkpoint import convert_gguf
 
 MEDUSA_FILE = "medusa_lm_head.pt"
+PICKLED_FILE = "pytorch_model.bin"
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _OWN = re.compile(r"(\d+)\.(\d+)\.weight")
 
@@ -35,11 +37,11 @@ def convert(source: Path, target: Path) -> None:
     """
     if target.exists():
         raise UserError(f"{printable(target)} exists already")
-    file = source / MEDUSA_FILE if source.is_dir() else source
-    if not file.is_file():
+    known = [source / MEDUSA_FILE, source / PICKLED_FILE] if source.is_dir() else [source]
+    file = next((path for path in known if path.is_file()), None)
+    if file is None:
         raise UserError(
-            f"{printable(source)}: no file and no directory with {MEDUSA_FILE} is there; "
-            f"known: {MEDUSA_FILE}, *.gguf"
+            f"{printable(source)} is no file, and no directory with {MEDUSA_FILE} or {PICKLED_FILE}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -47,7 +49,11 @@ def convert(source: Path, target: Path) -> None:
         if file.suffix == ".gguf":
             convert_gguf(file, work)
         elif file.suffix in (".pt", ".pth", ".bin"):
-            _write_medusa(_read_pickle(file), work, file)
+            tensors = _read_pickle(file)
+            if "midlayer.hidden_norm.weight" in tensors:
+                _write_eagle3(tensors, work, file)
+            else:
+                _write_medusa(tensors, work, file)
         else:
             raise UserError(f"{printable(file)} is not a known kind; known: .pt, .pth, .bin, .gguf")
         work.chmod(0o755)
@@ -69,6 +75,16 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ModelLoadError(f"{printable(file)}: {printable(name)} is not a tensor")
     return dict(content)
+
+
+def _write_eagle3(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
+    """The same tensors under the same names, beside the same config.json."""
+    config = file.with_name("config.json")
+    if not config.is_file():
+        raise ModelLoadError(f"{printable(file)} is an EAGLE-3 head, which needs its config.json")
+    shutil.copyfile(config, directory / "config.json")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:

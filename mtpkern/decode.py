@@ -90,6 +90,12 @@ class StepOutput:
     count: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
 
 
+def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
+    """The hidden states [R, n*E] that a drafter taps; behind the last layer they are normed."""
+    parts = [*tapped, normed] if layers in drafter.taps or not tapped else tapped
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def decode_step(
     state: DecodeState, model: Llama, drafter: Drafter, ops: Ops, *, logprobs: bool = False
 ) -> StepOutput:
@@ -111,7 +117,7 @@ def decode_step(
         force_acceptance(state.window, target, state.forced, progress.clock)
     accepted, count = ops.advance(state.window, target, chances, progress)
     if rows > 1:
-        features = torch.cat([*tapped, normed], -1) if tapped else normed
+        features = join_taps(drafter, tapped, normed, config.num_layers)
         step = DraftInput(
             features=features.view(batch, rows, -1),
             projected=projected,

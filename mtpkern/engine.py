@@ -22,7 +22,7 @@ from mtpkern.config import (
     UserError,
     resolve_dtype,
 )
-from mtpkern.decode import DecodeState, decode_step
+from mtpkern.decode import DecodeState, decode_step, join_taps
 from mtpkern.draft_length import DraftLength
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.graph import capture, measure
@@ -405,7 +405,7 @@ class LLM:
             )
             if drafter.taps:
                 normed = self._prefill_ops.rms_norm(hidden, self.trunk.norm, eps)
-                features = torch.cat([*tapped, normed], -1)[: len(chunk)]
+                features = join_taps(drafter, tapped, normed, layers)[: len(chunk)]
                 after = prompt[begin + 1 : begin + 1 + len(chunk)].to(self.device)
                 drafter.prefill(slot, features, after)
         cache.lengths.fill_(count)

@@ -5,6 +5,7 @@ A directory holds config.json, whose `model_type` names the kind, and model.safe
     mtpkern_mtp      a sequential head of our own (train/), names as in MiMo's MTP layers
     mtpkern_medusa   parallel heads, names as in Medusa's medusa_lm_head.pt (`mtpkern convert`)
     mimo             the MTP layer that a MiMo checkpoint brings along (Xiaomi 2025)
+    eagle3           an EAGLE-3 head as published: architectures is ["LlamaForCausalLMEagle3"]
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from mtpkern.config import (
 )
 from mtpkern.heads import (
     Drafter,
+    Eagle3Drafter,
     MedusaDrafter,
     MtpDrafter,
     MtpWeights,
@@ -71,6 +73,8 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
     path = directory / "config.json"
     settings = read_json_object(path)
     kind = settings.get("model_type")
+    if settings.get("architectures") == ["LlamaForCausalLMEagle3"]:
+        kind = "eagle3"
     expected = _SHAPES.get(str(kind))
     if expected is None:
         raise ModelLoadError(
@@ -80,6 +84,8 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
     tensors = load_tensors(directory)
     if kind == "mimo":
         tensors, settings = _read_mimo(tensors, settings, trunk.config, path)
+    if kind == "eagle3":
+        tensors, settings = _read_eagle3(tensors, settings, trunk.config)
     try:
         shapes = expected(settings, trunk.config)
     except (KeyError, TypeError, ValueError) as error:
@@ -116,7 +122,53 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
         rope_scaling=scaling,
         dtype=cache.k.dtype,
     )
-    return MtpDrafter(weights, trunk, own, ops)
+    drafter = Eagle3Drafter if kind == "eagle3" else MtpDrafter
+    return drafter(weights, trunk, own, ops)
+
+
+def _read_eagle3(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], trunk: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An EAGLE-3 head as published, in the names and settings of our own sequential heads.
+
+    It taps three layers of the trunk (their outputs, counted from 1), and its context is the
+    trunk's, whatever its config says. d2t holds distances: id = row + d2t[row].
+    """
+    own = {name.removeprefix("midlayer."): tensor for name, tensor in tensors.items()}
+    for ours, theirs in (
+        ("token_layernorm", "input_layernorm"),
+        ("hidden_layernorm", "hidden_norm"),
+        ("final_layernorm", "norm"),
+        ("vocabulary", "lm_head"),
+    ):
+        if f"{theirs}.weight" in own:
+            own[f"{ours}.weight"] = own.pop(f"{theirs}.weight")
+    rows = settings.get("draft_vocab_size") or trunk.vocab_size
+    if "d2t" in own:
+        own["draft_vocab"] = own.pop("d2t").long() + torch.arange(rows)
+    heads, L = settings["num_attention_heads"], trunk.num_layers
+    return own, {
+        "tap_layers": [2, L // 2, L - 3],
+        "num_attention_heads": heads,
+        "num_key_value_heads": settings.get("num_key_value_heads", heads),
+        "head_dim": settings.get("head_dim") or trunk.hidden_size // heads,
+        "intermediate_size": settings["intermediate_size"],
+        "rms_norm_eps": settings.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(settings.get("rope_theta", 10000.0)),
+        "draft_vocab_size": rows if "draft_vocab" in own else None,
+    }
+
+
+def _eagle3_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
+    taps, E = settings["tap_layers"], trunk.hidden_size
+    if taps != sorted(set(taps)):
+        raise ValueError(f"EAGLE-3 taps layers {taps}: the model has too few")
+    shapes = _mtp_shapes(dict(settings, tap_layers=[trunk.num_layers]), trunk)
+    del shapes["input_proj.weight"], shapes["input_layernorm.weight"]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        shapes[f"self_attn.{name}.weight"] = (shapes[f"self_attn.{name}.weight"][0], 2 * E)
+    rows = settings["draft_vocab_size"] or trunk.vocab_size
+    return shapes | {"fc.weight": (E, 3 * E), "vocabulary.weight": (rows, E)}
 
 
 def _read_mimo(
@@ -206,7 +258,12 @@ def _mtp_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tu
     return shapes
 
 
-_SHAPES = {"mtpkern_mtp": _mtp_shapes, "mtpkern_medusa": _medusa_shapes, "mimo": _mtp_shapes}
+_SHAPES = {
+    "mtpkern_mtp": _mtp_shapes,
+    "mtpkern_medusa": _medusa_shapes,
+    "mimo": _mtp_shapes,
+    "eagle3": _eagle3_shapes,
+}
 
 
 def _pack_mtp(
@@ -222,9 +279,10 @@ def _pack_mtp(
     def named(*names: str, kind: str = "weight") -> Tensor:
         return torch.cat([tensors[f"{name}.{kind}"].to(trunk.embedding) for name in names])
 
+    joined = "input_proj.weight" in tensors
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     layer = LayerWeights(
-        input_norm=named("input_layernorm"),
+        input_norm=named("input_layernorm") if joined else None,
         qkv=named(*attention),
         qkv_bias=named(*attention, kind="bias") if config.qkv_bias else None,
         q_norm=None,
@@ -240,15 +298,19 @@ def _pack_mtp(
     reduced = "draft_vocab" in tensors
     ids = tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
     token_ids = ids.to(trunk.embedding.device, torch.int64)
+    if "vocabulary.weight" in tensors:
+        vocabulary = ops.pack(named("vocabulary"))
+    else:
+        vocabulary = ops.pack(trunk.lm_head[token_ids]) if reduced else trunk.vocabulary
     return MtpWeights(
         taps=tuple(taps),
         fc=ops.pack(named("fc")) if len(taps) > 1 else None,
         hidden_norm=named("hidden_layernorm"),
         token_norm=named("token_layernorm"),
-        input_proj=ops.pack(named("input_proj")),
+        input_proj=ops.pack(named("input_proj")) if joined else None,
         layer=pack_layer(layer, ops),
         final_norm=named("final_layernorm"),
-        vocabulary=ops.pack(trunk.lm_head[token_ids]) if reduced else trunk.vocabulary,
+        vocabulary=vocabulary,
         token_ids=token_ids,
         config=config,
         zero_first=bool(settings.get("zero_first")),

@@ -180,7 +180,7 @@ class MtpWeights:
     fc: Any | None  # [E, n*E]; None where one layer is tapped
     hidden_norm: Tensor  # [E]
     token_norm: Tensor  # [E]
-    input_proj: Any  # [E, 2E], input order (hidden, embedding)
+    input_proj: Any | None  # [E, 2E], input order (hidden, embedding); None in EAGLE-3
     layer: DecoderLayer
     final_norm: Tensor  # [E]
     vocabulary: Any  # [Vd, E]
@@ -217,7 +217,7 @@ class MtpDrafter:
         plan = plan_window(cache, features.shape[0], self.weights.config, self.ops)
         # Only K and V are wanted, and those come from the layer's input.
         index = cache.lengths + torch.arange(len(tokens), device=tokens.device)
-        x = self._inputs(self._hidden(features), tokens, index)
+        _, x = self._join(self._hidden(features), tokens, index)
         layer, eps = self.weights.layer, self.weights.config.rms_norm_eps
         pages, norms = (cache.k[0], cache.v[0]), (layer.q_norm, layer.k_norm)
         self.ops.qkv_rope_cache(
@@ -251,12 +251,12 @@ class MtpDrafter:
             features = self.pending[: len(waiting), : int(waiting.max())]
         batch, rows = features.shape[:2]
         after = begin[:, None] + 1 + torch.arange(rows, device=device)
-        x = self._inputs(
+        pairs = self._join(
             self._hidden(features.flatten(0, 1)),
             step.tokens.gather(1, after).view(-1),
             (after - 1).view(-1),
         )
-        out = self._layer(x, cache.at(begin), rows).view(batch, rows, -1)
+        out = self._layer(*pairs, cache.at(begin), rows).view(batch, rows, -1)
         hidden = out[torch.arange(batch, device=device), waiting - 1]
         cache.lengths.copy_(step.lengths)
         drafts = torch.zeros(batch, count, dtype=torch.int64, device=device)
@@ -268,10 +268,10 @@ class MtpDrafter:
                 if self.ops.branches and bool((confidence < MIN_CONFIDENCE).all()):
                     return Drafts(drafts, source, torch.full_like(waiting, i))
                 ahead = cache.at(step.lengths + i - 1)
-                hidden = self._layer(self._inputs(hidden, drafts[:, i - 1]), ahead, 1)
+                hidden = self._layer(*self._join(hidden, drafts[:, i - 1]), ahead, 1)
             w = self.weights
             drafts[:, i], probability = self.ops.choose(
-                hidden, w.vocabulary, w.token_ids, step.lengths, i, step.sampling
+                self._scored(hidden), w.vocabulary, w.token_ids, step.lengths, i, step.sampling
             )
             if probability is not None:
                 confidence *= probability
@@ -289,22 +289,60 @@ class MtpDrafter:
         fc = self.weights.fc
         return features if fc is None else self.ops.linear(features, fc)
 
-    def _inputs(self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None) -> Tensor:
-        """Join pairs: hidden [R, E] and tokens [R]; `index` [R] counts them, None for drafted
-        ones, of which none is the first."""
+    def _join(
+        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Join pairs: hidden [R, E] and tokens [R] -> the layer's x, and what it attends with.
+
+        `index` [R] counts the pairs; None for drafted ones, of which none is the first.
+        """
         w, eps = self.weights, self.weights.config.rms_norm_eps
         normed = self.ops.rms_norm(hidden, w.hidden_norm, eps)
         embedded = F.embedding(tokens, self.embedding)
         if w.zero_first and index is not None:
             embedded *= (index != 0)[:, None]
         token = self.ops.rms_norm(embedded, w.token_norm, eps)
-        return self.ops.linear(torch.cat([normed, token], -1), w.input_proj)
+        x = self.ops.linear(torch.cat([normed, token], -1), w.input_proj)
+        return x, x
 
-    def _layer(self, x: Tensor, cache: KVCache, rows: int) -> Tensor:
+    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
+        """Run joined pairs -> what is paired next, where its token is drafted."""
+        x = self._block(x, inputs, cache, rows)
+        return self.ops.rms_norm(x, self.weights.final_norm, self.weights.config.rms_norm_eps)
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        """What the vocabulary is asked about, given what is paired next."""
+        return hidden
+
+    def _block(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
         w = self.weights
         plan = plan_window(cache, rows, w.config, self.ops)
-        x = decoder_layer(x, w.layer, w.config.rms_norm_eps, cache, 0, plan, self.ops)
-        return self.ops.rms_norm(x, w.final_norm, w.config.rms_norm_eps)
+        eps = w.config.rms_norm_eps
+        return decoder_layer(x, w.layer, eps, cache, 0, plan, self.ops, inputs=inputs)
+
+
+class Eagle3Drafter(MtpDrafter):
+    """EAGLE-3 (Li et al. 2025): the layer attends with both halves of a pair side by side, and goes
+    on from what it makes before the norm.
+
+        x_j = h_j;  inputs_j = [norm(e_{j+1}), norm(h_j)];  o_j = layer(x_j, inputs_j)
+        draft = argmax(norm(o_j) V^T)
+    """
+
+    def _join(
+        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        w, eps = self.weights, self.weights.config.rms_norm_eps
+        token = self.ops.rms_norm(F.embedding(tokens, self.embedding), w.token_norm, eps)
+        normed = self.ops.rms_norm(hidden, w.hidden_norm, eps)
+        return hidden, torch.cat([token, normed], -1)
+
+    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
+        return self._block(x, inputs, cache, rows)
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        w = self.weights
+        return self.ops.rms_norm(hidden, w.final_norm, w.config.rms_norm_eps)
 
 
 # A sequential head goes on while the product of its drafts' probabilities is at least this.

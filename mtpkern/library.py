@@ -65,12 +65,18 @@ def _gate_up_silu(
 
 @_operator(
     qkv_rope_cache,
-    "(Tensor x, Tensor norm_w, float eps, Tensor w, Tensor(a!) k_pages, Tensor(b!) v_pages,"
+    "(Tensor x, Tensor? norm_w, float eps, Tensor w, Tensor(a!) k_pages, Tensor(b!) v_pages,"
     " Tensor slots, Tensor positions, Tensor cos_table, Tensor sin_table, *, Tensor? bias=None,"
     " Tensor? q_norm=None, Tensor? k_norm=None) -> Tensor",
 )
 def _qkv_rope_cache(
-    x: Tensor, norm_w: Tensor, eps: float, w: Tensor, k_pages: Tensor, *rest: Tensor, **options: Any
+    x: Tensor,
+    norm_w: Tensor | None,
+    eps: float,
+    w: Tensor,
+    k_pages: Tensor,
+    *rest: Tensor,
+    **options: Any,
 ) -> Tensor:
     Hk, D = k_pages.shape[2:]
     return x.new_empty(x.shape[0], w.shape[0] // D - 2 * Hk, D)

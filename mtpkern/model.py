@@ -23,7 +23,7 @@ from mtpkern.ops import Ops
 class DecoderLayer(NamedTuple):
     """One layer's weights, packed by `ops.pack`."""
 
-    input_norm: Tensor  # [E]
+    input_norm: Tensor | None  # [E]; None where the attention's input is normed already
     qkv: Any  # [(Hq + 2 Hk) * D, E]
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None  # [D]
@@ -101,12 +101,24 @@ def plan_window(cache: KVCache, rows: int, config: ModelConfig, ops: Ops) -> Any
 
 
 def decoder_layer(
-    x: Tensor, layer: DecoderLayer, eps: float, cache: KVCache, index: int, plan: Any, ops: Ops
+    x: Tensor,
+    layer: DecoderLayer,
+    eps: float,
+    cache: KVCache,
+    index: int,
+    plan: Any,
+    ops: Ops,
+    *,
+    inputs: Tensor | None = None,
 ) -> Tensor:
-    """Run one layer: x [B*T, E] -> [B*T, E]; layer `index` of the cache gets the window's K, V."""
+    """Run one layer: x [B*T, E] -> [B*T, E]; layer `index` of the cache gets the window's K, V.
+
+    `inputs` is what Q, K and V are made of where that is not x itself (EAGLE-3).
+    """
     k, v = cache.k[index], cache.v[index]
     norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-    q = ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, k, v, plan, **norms)
+    source = x if inputs is None else inputs
+    q = ops.qkv_rope_cache(source, layer.input_norm, eps, layer.qkv, k, v, plan, **norms)
     attended = ops.verify_attention(q, k, v, cache.page_table, plan)
     x = ops.linear(attended.view(x.shape[0], -1), layer.o, residual=x)
     gated = ops.gate_up_silu(x, layer.post_attention_norm, eps, layer.gate_up)

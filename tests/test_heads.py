@@ -100,6 +100,59 @@ def write_published(directory: Path) -> Path:
     return directory
 
 
+def write_eagle3(directory: Path, *, reduced: bool = True) -> Path:
+    """A random EAGLE-3 head in the published layout, for a trunk of eight layers."""
+    source = directory.with_name(f"{directory.name}-published")
+    source.mkdir()
+    heads, kv_heads, head_dim, width = 4, 2, 12, 72
+    generator = torch.Generator().manual_seed(6)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    rows = V // 2 if reduced else V
+    tensors = {
+        "fc.weight": normal(E, 3 * E),
+        "midlayer.self_attn.q_proj.weight": normal(heads * head_dim, 2 * E),
+        "midlayer.self_attn.k_proj.weight": normal(kv_heads * head_dim, 2 * E),
+        "midlayer.self_attn.v_proj.weight": normal(kv_heads * head_dim, 2 * E),
+        "midlayer.self_attn.o_proj.weight": normal(E, heads * head_dim),
+        "midlayer.mlp.gate_proj.weight": normal(width, E),
+        "midlayer.mlp.up_proj.weight": normal(width, E),
+        "midlayer.mlp.down_proj.weight": normal(E, width),
+        "lm_head.weight": normal(rows, E),
+    }
+    for name in (
+        "midlayer.input_layernorm",
+        "midlayer.hidden_norm",
+        "midlayer.post_attention_layernorm",
+        "norm",
+    ):
+        tensors[f"{name}.weight"] = 1 + normal(E)
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": E,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": width,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500.0,
+        "max_position_embeddings": 2048,
+        "vocab_size": V,
+    }
+    if reduced:
+        config["draft_vocab_size"] = rows
+        ids = torch.arange(1, V, 2)[:rows]
+        tensors["d2t"] = ids - torch.arange(rows)
+        tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill(0, ids, True)
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, directory)
+    return directory
+
+
 class Recorder:
     """Wraps a drafter and keeps what it drafted: known tokens -> drafts."""
 
@@ -292,6 +345,58 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
             for d in range(2):
                 x = x + F.silu(w[f"{h}.{d}.linear.weight"] @ x + w[f"{h}.{d}.linear.bias"])
             assert draft == int((w[f"{h}.2.weight"] @ x).argmax())
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_an_eagle3_head_drafts_what_its_definition_says(reduced: bool, tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+    heads = write_eagle3(tmp_path / "heads", reduced=reduced)
+    llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+    recorder = Recorder(llm.drafter)
+    llm.drafter = recorder
+    prompts = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
+    llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    w = load_tensors(heads)
+    embedding = load_tensors(trunk)["model.embed_tokens.weight"]
+    assert len(recorder.drafted) > 20
+    for known, drafts in recorder.drafted[::5]:
+        states = trunk_states(trunk, known[:-1])
+        hidden = torch.cat([states[layer - 1] for layer in (2, 4, 5)], -1) @ w["fc.weight"].T
+        tokens = list(known[1:])
+        for draft in drafts:
+            hidden = torch.cat([hidden, eagle3_layer(hidden, embedding[tokens], w)[-1:]])
+            last = rms_norm_ref(hidden[-1], w["norm.weight"], 1e-5)
+            row = int((w["lm_head.weight"] @ last).argmax())
+            assert draft == row + (int(w["d2t"][row]) if reduced else 0)
+            tokens.append(draft)
+
+
+def eagle3_layer(hidden: Tensor, token: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """The head's layer over all pairs [S, E], in float32, without a cache."""
+    count, heads, kv_heads, D = len(hidden), 4, 2, 12
+    names = ("input_layernorm", "hidden_norm")
+    halves = [
+        rms_norm_ref(half, w[f"midlayer.{name}.weight"], 1e-5)
+        for half, name in zip((token, hidden), names, strict=True)
+    ]
+    x = torch.cat(halves, -1)
+    q, k, v = (
+        (x @ w[f"midlayer.self_attn.{name}_proj.weight"].T).view(count, -1, D).transpose(0, 1)
+        for name in "qkv"
+    )
+    angle = torch.arange(count)[:, None] / 500.0 ** (torch.arange(0, D, 2) / D)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotate(t: Tensor) -> Tensor:
+        turned = torch.complex(*t.chunk(2, -1)) * turn
+        return torch.cat([turned.real, turned.imag], -1)
+
+    k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (rotate(k), v))
+    out = F.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
+    x = hidden + out.transpose(0, 1).reshape(count, -1) @ w["midlayer.self_attn.o_proj.weight"].T
+    inner = rms_norm_ref(x, w["midlayer.post_attention_layernorm.weight"], 1e-5)
+    gate, up = (inner @ w[f"midlayer.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_checkpoint
 from families import write_family
-from test_heads import write_medusa, write_mtp
+from test_heads import write_eagle3, write_medusa, write_mtp
 
 from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
@@ -63,6 +63,20 @@ def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
         )
         assert undrafted.stats.steps == 9
     assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
+
+
+def test_an_eagle3_head_on_the_kernels(gpu: str, tmp_path: Path) -> None:
+    """It taps three layers, attends with two halves side by side, and has ids of its own."""
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8, max_position_embeddings=256)
+    heads = write_eagle3(tmp_path / "heads")
+    options = {"heads": heads, "ngram": False, "num_speculative_tokens": 2, "max_batch": 1}
+    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True)
+    (expected,) = load(trunk, "cpu", **options).generate(PROMPTS[0], params)
+    llm = load(trunk, gpu, **options)
+    (drafted,), (plain,) = (llm.generate(PROMPTS[0], params, speculate=s) for s in (True, False))
+    assert drafted.token_ids == plain.token_ids == expected.token_ids
+    assert drafted.logprobs == plain.logprobs
+    assert drafted.stats.accepted == expected.stats.accepted
 
 
 @pytest.mark.parametrize("family", ["mistral_window_7", "qwen3", "qwen2"])
