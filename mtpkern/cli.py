@@ -89,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     convert = commands.add_parser(
         "convert",
-        help="make published heads or a GGUF loadable",
-        description="Convert medusa_lm_head.pt (or the directory that holds it) or a .gguf file "
+        help="make pickled heads or a GGUF loadable",
+        description="Convert medusa_lm_head.pt, EAGLE-3 heads (a directory with pytorch_model.bin and "
+        "config.json) or a .gguf file "
         "into a new directory that --heads or --model takes.",
     )
     convert.add_argument("source", type=Path, metavar="SRC")

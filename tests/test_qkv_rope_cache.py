@@ -208,3 +208,34 @@ def test_a_weight_is_read_once_for_256_rows(gpu: str, rows: int, passes: int, ex
         written = traffic.writes(pages)
         assert bool((written[slots // 16, slots % 16] == count).all())
         assert int(written.sum()) == count * slots.numel() * 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 150])
+def test_without_a_norm_the_input_is_taken_as_it_is(
+    gpu: str, rows: int, dtype: torch.dtype
+) -> None:
+    """As EAGLE-3's layer has it, whose input is two halves that were normed each alone."""
+    launch = make_launch(rows, 3, 1, 16, 144, dtype, gpu)
+    slots, positions, cos, sin = (t.to(gpu) for t in launch[6:10])
+    pages = (launch.k_pages, launch.v_pages)
+    with guarded_output((rows, 48), dtype, gpu) as out:
+        qkv_rope_cache(
+            launch.x.to(gpu),
+            None,
+            1e-5,
+            launch.w.to(gpu),
+            *pages,
+            slots,
+            positions,
+            cos,
+            sin,
+            out=out.unflatten(1, (3, 16)),
+        )
+        found = []
+        for wide in (dtype, torch.float64):
+            heads = (launch.x.to(wide) @ launch.w.to(wide).T)[:, :48].unflatten(1, (3, 16))
+            turns = (t[launch.positions][:, None].to(wide) for t in (launch.cos, launch.sin))
+            c, s = turns
+            found.append((heads * c + heads.roll(8, -1) * s).flatten(1))
+        assert_within_budget(out, *found, terms=144)
