@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="make pickled heads or a GGUF loadable",
-        description="Convert medusa_lm_head.pt, EAGLE-3 heads (a directory with pytorch_model.bin and "
-        "config.json) or a .gguf file "
-        "into a new directory that --heads or --model takes.",
+        description="Convert medusa_lm_head.pt, an EAGLE-3 head (a directory with "
+        "pytorch_model.bin and config.json) or a .gguf file into a new directory that --heads or "
+        "--model takes.",
     )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
