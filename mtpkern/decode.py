@@ -71,7 +71,8 @@ class DecodeState:
     def view(self, batch: int, num_speculative_tokens: int) -> "DecodeState":
         """The same state seen for the first `batch` sequences and drafts."""
         p = self.progress
-        progress = Progress(*(t[:batch] for t in p[:-1]), p.ring[:, :batch])  # type: ignore[arg-type]
+        parts = {name: tensor[:batch] for name, tensor in zip(p._fields, p, strict=True)}
+        progress = p._replace(**parts | {"ring": p.ring[:, :batch]})
         return DecodeState(
             self.window[:batch, : num_speculative_tokens + 1],
             progress,
