@@ -17,6 +17,7 @@ import torch
 import mtpkern
 from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config
 from mtpkern.config import ModelConfig, resolve_dtype
+from mtpkern.engine import resolve_device
 from mtpkern.fetch import default_model_directory, is_complete, model_name
 from mtpkern.head_checkpoint import find_heads
 from mtpkern.tokenizer import Tokenizer
@@ -83,7 +84,9 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     else:
         built_for = torch.version.cuda or torch.version.hip
         yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
-    yield "generate", "runs on the CPU, through the torch references; not yet on a GPU"
+    _, ops = resolve_device("auto")
+    on_gpu = "runs on the GPU, on the Triton kernels, greedy only"
+    yield "generate", "runs on the CPU, through the torch references" if ops.branches else on_gpu
     directory = default_model_directory()
     fetched = is_complete(directory)
     yield "default model", str(directory) if fetched else "not here yet: mtpkern fetch"

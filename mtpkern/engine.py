@@ -29,7 +29,7 @@ from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import MAX_PENDING, CompanionDrafter, Drafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import TORCH, Ops, sampling_key, with_pdl
+from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.synthetic import draw_counts
@@ -92,7 +92,7 @@ class LLM:
         graph: bool = True,
         ops: Ops | None = None,
     ):
-        self.device, usual = _resolve_device(device)
+        self.device, usual = resolve_device(device)
         self.ops = usual if ops is None else ops
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
@@ -444,15 +444,19 @@ class LLM:
         self._pool.release(request.pages)
 
 
-def _resolve_device(name: str) -> tuple[torch.device, Ops]:
+def resolve_device(name: str) -> tuple[torch.device, Ops]:
     """Where to run, and on which code; "auto" is a GPU that can run the kernels, else the CPU."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device must be auto, cpu or cuda, got {name}")
     usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    if name == "cpu" or (name == "auto" and not usable):
+    if name == "cpu" or (name == "auto" and not (usable and HAS_TRITON)):
         return torch.device("cpu"), TORCH
     if not usable:
         raise UserError("device cuda needs an NVIDIA GPU of compute capability 8.0 or newer")
+    if not HAS_TRITON:
+        raise UserError(
+            "device cuda needs Triton, which is not installed (it has wheels for Linux)"
+        )
     return torch.device("cuda"), with_pdl(torch.cuda.get_device_capability() >= (9, 0))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mtpkern.kernels._launch import triton
 from mtpkern.kernels.advance import Progress, advance, advance_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
 from mtpkern.kernels.linear import PackedWeight, linear, linear_ref, pack_ref
@@ -29,7 +30,18 @@ from mtpkern.kernels.sample import SamplingRows, sample_ref, sampling_key
 from mtpkern.kernels.step_plan import plan_ref, window_slots
 from mtpkern.kernels.verify_attention import verify_attention, verify_attention_ref
 
-__all__ = ["TORCH", "TRITON", "Ops", "Progress", "SamplingRows", "sampling_key", "with_pdl"]
+__all__ = [
+    "HAS_TRITON",
+    "TORCH",
+    "TRITON",
+    "Ops",
+    "Progress",
+    "SamplingRows",
+    "sampling_key",
+    "with_pdl",
+]
+
+HAS_TRITON = triton is not None
 
 # Row counts that prefill's matmuls take: their library's blocking follows the count.
 PREFILL_ROWS = tuple(range(64, 513, 64))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import tiny_checkpoint
 
+from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
+from mtpkern.ops import TORCH
 
 TEXT = "the quick brown fox jumps over the lazy dog "
 
@@ -177,3 +179,23 @@ def test_another_thread_count_than_at_load_is_refused(llm: LLM) -> None:
             run(llm, max_tokens=5)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: Any) -> None:
+    def pretend(found: bool, capability: tuple[int, int], triton: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(engine, "HAS_TRITON", triton)
+
+    for found, capability, triton, message in (
+        (False, (9, 0), True, "needs an NVIDIA GPU of compute capability 8.0"),
+        (True, (7, 5), True, "needs an NVIDIA GPU of compute capability 8.0"),
+        (True, (9, 0), False, "needs Triton, which is not installed"),
+    ):
+        pretend(found, capability, triton)
+        with pytest.raises(UserError, match=message):
+            engine.resolve_device("cuda")
+        assert engine.resolve_device("auto")[0].type == "cpu"
+    pretend(True, (8, 0), True)
+    assert engine.resolve_device("auto")[0].type == "cuda"
+    assert engine.resolve_device("cpu")[1] is TORCH
