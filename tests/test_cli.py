@@ -401,7 +401,7 @@ def test_doctor_names_versions_and_the_device(capsys, monkeypatch, tmp_path):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__.partition("+")[0] in out and mtpkern.__version__ in out
-    assert "mtpkern fetch" in out and "not yet on a GPU" in out
+    assert "mtpkern fetch" in out and "generate         runs on the" in out
 
 
 def test_version_is_the_packages(capsys):
