@@ -29,7 +29,6 @@ from common import Progress, environment, first_line, gpu_environment, gpu_first
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
-from mtpkern.cache import KVCache
 from mtpkern.decode import decode_step
 from mtpkern.engine import LLM
 from mtpkern.graph import capture
@@ -184,16 +183,11 @@ def mtp_module(llm: LLM) -> MtpDrafter:
         token_ids=ids,
         config=replace(c, num_layers=1),
     )
-    cache = KVCache.empty(
-        layers=1,
-        pages=llm._cache.k.shape[1] - 1,
-        page_size=llm._cache.k.shape[2],
-        page_table=llm._cache.page_table,
+    cache = llm._cache.beside(
         kv_heads=c.num_kv_heads,
         head_dim=c.head_dim,
         inverse_frequencies=inverse_frequencies,
         rope_scaling=scaling,
-        dtype=llm.dtype,
     )
     return MtpDrafter(weights, trunk, cache, ops)
 

@@ -65,6 +65,27 @@ class KVCache:
             sin=sin.to(device),
         )
 
+    def beside(
+        self,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        inverse_frequencies: Tensor,
+        rope_scaling: float,
+    ) -> "KVCache":
+        """A cache of one layer for a head that attends: the same pages, lengths of its own."""
+        return KVCache.empty(
+            layers=1,
+            pages=self.k.shape[1] - 1,
+            page_size=self.k.shape[2],
+            page_table=self.page_table,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            inverse_frequencies=inverse_frequencies,
+            rope_scaling=rope_scaling,
+            dtype=self.k.dtype,
+        )
+
     def rows(self, begin: int, end: int) -> "KVCache":
         """The same storage seen for the sequences begin..end-1 only."""
         return KVCache(

@@ -111,16 +111,11 @@ def load_heads(directory: Path, trunk: Llama, cache: KVCache, *, k: int, ops: Op
     config = _mtp_layer_config(settings, trunk.config)
     weights = _pack_mtp(tensors, config, settings, trunk, ops)
     inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
-    own = KVCache.empty(
-        layers=1,
-        pages=cache.k.shape[1] - 1,
-        page_size=cache.k.shape[2],
-        page_table=cache.page_table,
+    own = cache.beside(
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         inverse_frequencies=inverse_frequencies,
         rope_scaling=scaling,
-        dtype=cache.k.dtype,
     )
     drafter = Eagle3Drafter if kind == "eagle3" else MtpDrafter
     return drafter(weights, trunk, own, ops)
