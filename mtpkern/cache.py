@@ -55,10 +55,12 @@ class KVCache:
         device = page_table.device
         shape = (layers, 1 + pages, page_size, kv_heads, head_dim)
         cos, sin = rotary_tables(inverse_frequencies, rope_scaling, page_table.shape[1] * page_size)
-        # Zeros, which cost nothing until touched: a masked key's value must be a number.
+        # On a CPU untouched pages cost nothing, and the references clear what they may meet. On a
+        # GPU whole pages are read where prefill masks most of them: all must be numbers.
+        make = torch.empty if device.type == "cpu" else torch.zeros
         return cls(
-            k=torch.zeros(shape, dtype=dtype, device=device),
-            v=torch.zeros(shape, dtype=dtype, device=device),
+            k=make(shape, dtype=dtype, device=device),
+            v=make(shape, dtype=dtype, device=device),
             page_table=page_table,
             lengths=torch.zeros(len(page_table), dtype=torch.int64, device=device),
             cos=cos.to(device),

@@ -1,5 +1,7 @@
 """Pages: each is in one sequence's hands or free, whatever comes and goes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,26 @@ def test_a_sequence_reads_no_other_ones_pages(llm: LLM) -> None:
         llm._cache.k.fill_(float("nan"))
         llm._cache.v.fill_(float("nan"))
     assert llm.generate([7, 8, 9], params)[0].token_ids == expected
+
+
+def test_pages_that_nobody_has_touched_take_no_memory(tmp_path: Path) -> None:
+    """Room for many long sequences costs nothing before they come."""
+    directory = tiny_checkpoint(tmp_path, max_position_embeddings=2**20)
+    program = f"""
+import resource
+from mtpkern.engine import LLM
+from mtpkern.config import SamplingParams
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+llm = LLM({str(directory)!r}, max_batch=1, max_length=128)
+before = peak()
+llm = LLM({str(directory)!r}, max_batch=16, max_length=2**17)
+llm.generate([5, 6, 7], SamplingParams(max_tokens=5))
+print(llm._cache.k.nbytes // 2**20, peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    size, grown = map(int, done.stdout.split())
+    assert size > 300, "the case must have much room"
+    assert grown < size / 2
