@@ -42,6 +42,8 @@ DEFAULT_SPECULATIVE_TOKENS = 4
 # Tokens that prefill takes at a time: what fills the machine.
 CPU_CHUNK, GPU_CHUNK = 128, 512
 GPU_PAGE = 64
+# What the graphs of all shapes may take of a GPU's memory, in bytes.
+GRAPH_CEILING = 2 << 30
 # Steps that a GPU may be ahead of the host, which then never waits for a step that just began.
 STEPS_AHEAD = 4
 
@@ -149,6 +151,7 @@ class LLM:
             )
             self._clock = 0
             self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+            self.graph_bytes = 0
             # What a step of (batch, K) costs, where K is chosen while running.
             self._seconds: dict[tuple[int, int], float] = {}
             self._adaptive = num_speculative_tokens is None
@@ -328,7 +331,7 @@ class LLM:
 
     def _capture_all(self) -> None:
         """Capture every shape that may be wanted, while no sequence is active."""
-        pool = torch.cuda.graph_pool_handle()
+        pool, free = torch.cuda.graph_pool_handle(), torch.cuda.mem_get_info()[0]
         for batch in sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True):
             ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
             for k in sorted(ladder | {self.k}):
@@ -336,6 +339,12 @@ class LLM:
                 self._graphs[batch, k] = replay = capture(step, pool)
                 if self._adaptive:
                     self._seconds[batch, k] = measure(replay)
+        self.graph_bytes = free - torch.cuda.mem_get_info()[0]
+        if self.graph_bytes > GRAPH_CEILING:
+            raise UserError(
+                f"{len(self._graphs)} graphs take {self.graph_bytes >> 20} MiB, more than "
+                f"{GRAPH_CEILING >> 20} MiB: lower max_batch or num_speculative_tokens"
+            )
         # Those steps left words in the ring: no later one may bear their numbers.
         self._clock = int(self._state.progress.clock.max())
 

@@ -26,7 +26,8 @@ def capture(step: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
 
 
 def measure(replay: Callable[[], object], repeat: int = 10) -> float:
-    """Seconds of one replay, of `repeat` one behind the other."""
+    """Seconds of one replay, of `repeat` one behind the other; the first of all is not counted."""
+    replay()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(repeat):

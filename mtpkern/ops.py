@@ -43,6 +43,10 @@ __all__ = [
 
 HAS_TRITON = triton is not None
 
+# Up to so many rows of the LM head and the parallel heads, one read of the vocabulary for all of
+# them; beyond, the flops cost more than a second read for the rows that are wanted. What
+# `crossover_rows` says of an H100; not measured.
+ONE_READ_ROWS = 512
 # Row counts that prefill's matmuls take: their library's blocking follows the count.
 PREFILL_ROWS = tuple(range(64, 513, 64))
 
@@ -164,10 +168,15 @@ TORCH = Ops(
 
 
 class Likeliest(NamedTuple):
-    """`Projected` that holds what a greedy step needs: no logits were written."""
+    """`Projected` that holds what a greedy step needs: no logits were written.
 
-    kept: Projection  # of (1 + H) * B * T rows, the LM head's first, then each head's
+    The heads' rows stand behind the LM head's, or are projected by `later` once it is known which
+    are wanted.
+    """
+
+    kept: Projection  # of (1 + H) * B * T rows, the LM head's first, then each head's; or of B * T
     heads: int  # H
+    later: Callable[[Tensor], Projection] | None = None  # rows [B] -> of B * H rows
 
     def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
         return self.kept.ids[: shape[0] * shape[1], 0].view(shape)
@@ -175,8 +184,12 @@ class Likeliest(NamedTuple):
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
     ) -> Tensor:
-        # ids[h, b, accepted[b]] of [1 + H, B, T], without a row of its own for each head.
         batch = len(accepted)
+        if self.later is not None:
+            T = self.kept.ids.shape[0] // batch
+            chosen = self.later(torch.arange(0, batch * T, T, device=accepted.device) + accepted)
+            return chosen.ids[:, 0].view(batch, self.heads)[:, :count]
+        # ids[h, b, accepted[b]] of [1 + H, B, T], without a row of its own for each head.
         ids = self.kept.ids[:, 0].view(1 + self.heads, batch, -1)[1 : 1 + count]
         row = accepted[None, :, None].expand(count, batch, 1)
         return ids.gather(2, row)[:, :, 0].t()
@@ -258,11 +271,18 @@ def _project_triton(
     hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: PackedWeight, heads: Any, pdl: bool
 ) -> tuple[Tensor, Projected]:
     normed = rms_norm(hidden, norm_w, eps, pdl=pdl)
-    rows = normed
-    if heads is not None:
-        rows = medusa_blocks(normed, *heads, pdl=pdl).transpose(0, 1).reshape(-1, normed.shape[1])
-    kept = multi_head_projection(rows, vocabulary.data, pdl=pdl)
-    return normed, Likeliest(kept, 0 if heads is None else len(heads[0]))
+    (R, E), H = normed.shape, 0 if heads is None else len(heads[0])
+    project = partial(multi_head_projection, vocabulary=vocabulary.data, pdl=pdl)
+    if H == 0:
+        return normed, Likeliest(project(normed), H)
+    if R * (1 + H) <= ONE_READ_ROWS:
+        rows = medusa_blocks(normed, *heads, pdl=pdl).transpose(0, 1).reshape(-1, E)
+        return normed, Likeliest(project(rows), H)
+
+    def later(at: Tensor) -> Projection:
+        return project(medusa_blocks(normed[at], *heads, pdl=pdl)[:, 1:].reshape(-1, E))
+
+    return normed, Likeliest(project(normed), H, later)
 
 
 def _choose_triton(

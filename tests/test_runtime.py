@@ -9,7 +9,7 @@ from conftest import tiny_checkpoint
 from families import write_family
 from test_heads import write_eagle3, write_medusa, write_mtp
 
-from mtpkern import engine
+from mtpkern import engine, ops
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
 from mtpkern.ops import TORCH, TRITON
@@ -63,6 +63,21 @@ def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
         )
         assert undrafted.stats.steps == 9
     assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
+
+
+def test_parallel_heads_may_read_the_vocabulary_a_second_time(
+    gpu: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences of four rows and four heads: drafts come from a pass of their own."""
+    heads = write_medusa(tmp_path / "heads")
+    options = {"heads": heads, "ngram": False, "num_speculative_tokens": 3}
+    expected = load(directory, "cpu", **options).generate(PROMPTS, GREEDY)
+    monkeypatch.setattr(ops, "ONE_READ_ROWS", 0)
+    for mine, theirs in zip(
+        load(directory, gpu, **options).generate(PROMPTS, GREEDY), expected, strict=True
+    ):
+        assert mine.token_ids == theirs.token_ids
+        assert mine.stats.accepted == theirs.stats.accepted
 
 
 def test_an_eagle3_head_on_the_kernels(gpu: str, tmp_path: Path) -> None:
@@ -124,6 +139,13 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
         monkeypatch.setattr(engine, "capture", runs_once)
         monkeypatch.setattr(engine, "measure", lambda replay: float(bool(replay())) + 1.0)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        # Each look finds 3 MiB less than the one before.
+        free = iter(range(1 << 30, 0, -(3 << 20)))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1 << 30))
+    with monkeypatch.context() as low:
+        low.setattr(engine, "GRAPH_CEILING", (1 << 20) - 1)
+        with pytest.raises(UserError, match=r"8 graphs take \d+ MiB, more than 0 MiB: lower"):
+            load(directory, gpu, graph=True)
     llm = load(directory, gpu, graph=True)
     assert set(llm._graphs) == set(llm._seconds) == {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
     # A word that lies in the ring already must not be taken for one of a later step.

@@ -266,6 +266,7 @@ def main() -> None:
     p.add_argument("--slots", type=int, default=128, help="sequences at a time")
     p.add_argument("--capacity", type=int, default=704, help="longest sequence in tokens")
     p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
+    p.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
@@ -284,7 +285,8 @@ def main() -> None:
         writer.add(job.tokens, len(job.prompt), job.category, features, ids, logits)
 
     # Sequences finish nearly in order; a resumed run may redo a few and leave a few out.
-    generate(trunk, jobs[writer.sequences :], sink, max_new=a.max_new)
+    choose = nucleus(a.temperature, 0.95, a.seed) if a.temperature else greedy
+    generate(trunk, jobs[writer.sequences :], sink, max_new=a.max_new, choose=choose)
     print(json.dumps({"sequences": writer.sequences, "rows": writer.rows}))
 
 
