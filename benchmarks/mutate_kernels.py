@@ -128,6 +128,12 @@ FAULTS = [
         "tl.sum(x * x) / BLOCK_E",
     ),
     Fault(
+        "rms_norm",
+        "rows are taken in order, whatever ids say",
+        "row = tl.load(ids_ptr + r)",
+        "row = r",
+    ),
+    Fault(
         "gate_up_silu",
         "gate and up are swapped",
         "    y = gate / (1 + tl.exp(-gate)) * up",

@@ -122,6 +122,7 @@ def decode_step(
         step = DraftInput(
             features=features.view(batch, rows, -1),
             projected=projected,
+            target=target,
             tokens=progress.tokens,
             lengths=progress.lengths,
             accepted=accepted,
@@ -131,6 +132,6 @@ def decode_step(
         drafter.observe(step)
         drafts = drafter.guess(step, rows - 1)
         state.window[:, 1:] = drafts.tokens
-        progress.source.copy_(drafts.source)
-        progress.drafted.copy_(drafts.length)
+        for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):
+            kept.fill_(said) if isinstance(said, int) else kept.copy_(said)
     return StepOutput(target, accepted, count)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.cache import KVCache
@@ -32,6 +31,7 @@ class DraftInput(NamedTuple):
 
     features: Tensor  # [B, T, n*E], the tapped hidden states of the window's rows
     projected: Projected  # what the LM head and the parallel heads say of those rows
+    target: Tensor  # [B, T] int64, the model's choices: the tokens after those rows, as accepted
     tokens: Tensor  # [B, max_length + ...] int64, committed ones, then garbage
     lengths: Tensor  # [B] int64, after the commit: tokens[b, lengths[b]] is the bonus token
     accepted: Tensor  # [B] int64
@@ -43,8 +43,8 @@ class Drafts(NamedTuple):
     """Guesses: tokens [B, K] int64, of which the first length[b] are meant, the others fillers."""
 
     tokens: Tensor
-    source: Tensor  # [B] int64, an index into SOURCES
-    length: Tensor  # [B] int64, 0..K
+    source: Tensor | int  # [B] int64, an index into SOURCES; one number: the same in all
+    length: Tensor | int  # [B] int64, 0..K
 
 
 class Drafter(Protocol):
@@ -89,8 +89,7 @@ class NoDrafter:
         return False
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        zeros = torch.zeros_like(step.accepted)
-        return Drafts(zeros[:, None].expand(-1, count), zeros + NONE, zeros)
+        return Drafts(step.accepted.new_zeros(1, 1).expand(len(step.accepted), count), NONE, 0)
 
     def reset(self, sequence: int) -> None:
         pass
@@ -127,7 +126,7 @@ class MedusaDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts = step.projected.drafts(step.accepted, count, step.lengths, step.sampling)
-        return _from_heads(drafts)
+        return Drafts(drafts, HEADS, count)
 
 
 class OwnVocabularyDrafter(NoDrafter):
@@ -149,27 +148,24 @@ class OwnVocabularyDrafter(NoDrafter):
         self.token_ids = torch.arange(first.out_features, device=tensors["0.0.linear.bias"].device)
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        batch, _, width = step.features.shape
-        row = step.accepted.view(-1, 1, 1).expand(-1, 1, width)
-        hidden = self.ops.parallel_heads(step.features.gather(1, row)[:, 0], self.blocks)
-        drafts = torch.zeros(batch, count, dtype=torch.int64, device=hidden.device)
-        for h in range(count):
-            drafts[:, h], _ = self.ops.choose(
+        hidden = self.ops.parallel_heads(_rows_at(step.features, step.accepted), self.blocks)
+        drafts = [
+            self.ops.choose(
                 hidden[:, h],
                 self.vocabularies[h],
                 self.token_ids,
                 step.lengths,
                 h,
                 step.sampling,
-            )
-        return _from_heads(drafts)
+            )[0]
+            for h in range(count)
+        ]
+        return Drafts(torch.stack(drafts, 1), HEADS, count)
 
 
-def _from_heads(drafts: Tensor) -> Drafts:
-    """All of drafts [B, K] are meant, and heads made them."""
-    batch, count = drafts.shape
-    source = torch.full((batch,), HEADS, device=drafts.device)
-    return Drafts(drafts, source, torch.full((batch,), count, device=drafts.device))
+def _rows_at(rows: Tensor, at: Tensor) -> Tensor:
+    """Row at[b] of each sequence: rows [B, T, E], at [B] -> [B, E]."""
+    return rows.gather(1, at.view(-1, 1, 1).expand(-1, 1, rows.shape[2]))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -241,41 +237,48 @@ class MtpDrafter:
         return bool(waiting > MAX_PENDING - step.features.shape[1])
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        cache = self._cache_of(step)
-        device = step.tokens.device
-        # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
-        begin = cache.lengths.clone() if self.ops.branches else step.lengths - step.advance
-        waiting = (step.lengths - begin).clamp_(min=1)
-        features = step.features
-        if self.ops.branches:
-            features = self.pending[: len(waiting), : int(waiting.max())]
+        w, cache = self.weights, self._cache_of(step)
+        features, after, begin, last = self._committed(step)
         batch, rows = features.shape[:2]
-        after = begin[:, None] + 1 + torch.arange(rows, device=device)
-        pairs = self._join(
-            self._hidden(features.flatten(0, 1)),
-            step.tokens.gather(1, after).view(-1),
-            (after - 1).view(-1),
-        )
-        out = self._layer(*pairs, cache.at(begin), rows).view(batch, rows, -1)
-        hidden = out[torch.arange(batch, device=device), waiting - 1]
-        cache.lengths.copy_(step.lengths)
-        drafts = torch.zeros(batch, count, dtype=torch.int64, device=device)
-        source = torch.full_like(waiting, HEADS)
-        confidence = torch.ones(batch, device=device)
+        index = None
+        if w.zero_first:
+            index = (begin[:, None] + torch.arange(rows, device=begin.device)).view(-1)
+        pairs = self._join(self._hidden(features.reshape(batch * rows, -1)), after, index)
+        hidden = self._layer(*pairs, cache.at(begin), rows)
+        hidden = _rows_at(hidden.view(batch, rows, -1), last)
+        drafts: list[Tensor] = []
+        confidence: Tensor | None = None
         for i in range(count):
             if i > 0:
                 # A pass costs more than a draft is worth that hardly ever stands.
-                if self.ops.branches and bool((confidence < MIN_CONFIDENCE).all()):
-                    return Drafts(drafts, source, torch.full_like(waiting, i))
-                ahead = cache.at(step.lengths + i - 1)
-                hidden = self._layer(*self._join(hidden, drafts[:, i - 1]), ahead, 1)
-            w = self.weights
-            drafts[:, i], probability = self.ops.choose(
+                if confidence is not None and bool((confidence < MIN_CONFIDENCE).all()):
+                    break
+                ahead = step.lengths if i == 1 else step.lengths + (i - 1)
+                hidden = self._layer(*self._join(hidden, drafts[-1]), cache.at(ahead), 1)
+            token, probability = self.ops.choose(
                 self._scored(hidden), w.vocabulary, w.token_ids, step.lengths, i, step.sampling
             )
+            drafts.append(token)
             if probability is not None:
-                confidence *= probability
-        return Drafts(drafts, source, torch.full_like(waiting, count))
+                confidence = probability if confidence is None else confidence * probability
+        meant = len(drafts)
+        drafts += drafts[-1:] * (count - meant)
+        return Drafts(torch.stack(drafts, 1), HEADS, meant)
+
+    def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The committed pairs that the cache lacks: features [B, n, ...] and the tokens after them
+        [B * n]; the slot of each sequence's first [B], and which of the n is its last [B]."""
+        if not self.ops.branches:
+            # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
+            begin = step.lengths - step.advance
+            return step.features, step.target.reshape(-1), begin, step.accepted
+        cache = self._cache_of(step)
+        begin = cache.lengths.clone()
+        waiting = (step.lengths - begin).clamp_(min=1)
+        rows = int(waiting.max())
+        after = step.tokens.gather(1, begin[:, None] + 1 + torch.arange(rows))
+        cache.lengths.copy_(step.lengths)
+        return self.pending[: len(waiting), :rows], after.view(-1), begin, waiting - 1
 
     def reset(self, sequence: int) -> None:
         # The page table is the trunk's.
@@ -296,13 +299,13 @@ class MtpDrafter:
 
         `index` [R] counts the pairs; None for drafted ones, of which none is the first.
         """
-        w, eps = self.weights, self.weights.config.rms_norm_eps
-        normed = self.ops.rms_norm(hidden, w.hidden_norm, eps)
-        embedded = F.embedding(tokens, self.embedding)
+        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
+        pair = hidden.new_empty(len(hidden), 2 * E)
+        self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, :E])
+        self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, E:])
         if w.zero_first and index is not None:
-            embedded *= (index != 0)[:, None]
-        token = self.ops.rms_norm(embedded, w.token_norm, eps)
-        x = self.ops.linear(torch.cat([normed, token], -1), w.input_proj)
+            pair[:, E:] *= (index != 0)[:, None]
+        x = self.ops.linear(pair, w.input_proj)
         return x, x
 
     def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
@@ -332,10 +335,11 @@ class Eagle3Drafter(MtpDrafter):
     def _join(
         self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        w, eps = self.weights, self.weights.config.rms_norm_eps
-        token = self.ops.rms_norm(F.embedding(tokens, self.embedding), w.token_norm, eps)
-        normed = self.ops.rms_norm(hidden, w.hidden_norm, eps)
-        return hidden, torch.cat([token, normed], -1)
+        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
+        pair = hidden.new_empty(len(hidden), 2 * E)
+        self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, :E])
+        self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, E:])
+        return hidden, pair
 
     def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
         return self._block(x, inputs, cache, rows)
@@ -373,7 +377,7 @@ class CompanionDrafter:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
-        found = copied.source == NGRAM
+        found = torch.as_tensor(copied.source) == NGRAM
         if self.ops.branches and bool((found | (step.advance == 0)).all()):
             if not self.drafter.is_due(step):
                 return copied

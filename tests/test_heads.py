@@ -168,7 +168,7 @@ class Recorder:
         for b in range(step.tokens.shape[0]):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                meant = drafts.tokens[b, : int(drafts.length[b])]
+                meant = drafts.tokens[b, : drafts.length]
                 self.drafted.append((known, meant.tolist()))
         return drafts
 

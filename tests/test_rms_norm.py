@@ -41,3 +41,19 @@ def test_the_kernel_is_within_twice_the_error_of_the_dtype(
         assert_within_budget(out, in_dtype, truth, terms=shape[1])
         alone = rms_norm(x[-1:].to(gpu), w.to(gpu), 1e-5)
         torch.testing.assert_close(alone, out[-1:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.kernel)])
+def test_rows_looked_up_are_the_rows_themselves(
+    device: str, request: pytest.FixtureRequest
+) -> None:
+    """Written into one half of a wider row, as a head's pairs are; no other column changes."""
+    where = request.getfixturevalue("gpu") if device == "gpu" else device
+    norm = rms_norm if device == "gpu" else rms_norm_ref
+    torch.manual_seed(6)
+    table, w = torch.randn(50, 72).to(where), torch.randn(72).to(where)
+    ids = torch.tensor([49, 0, 7, 7, 31]).to(where)
+    out = torch.full((5, 144), 3.5).to(where)
+    norm(table, w, 1e-5, ids=ids, out=out[:, 72:])
+    torch.testing.assert_close(out[:, 72:], norm(table[ids], w, 1e-5), atol=0, rtol=0)
+    assert (out[:, :72] == 3.5).all()

@@ -68,7 +68,7 @@ def test_a_drafter_that_looks_is_found(predict_steps: Any, tmp_path: Path) -> No
     class Looks(NgramDrafter):
         def guess(self, step: DraftInput, count: int) -> Drafts:
             drafts = super().guess(step, count)
-            return drafts if bool(drafts.source.any()) else drafts
+            return drafts if bool(drafts.tokens.any()) else drafts
 
     trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, K)
     with predict_steps.traced(), pytest.raises((RuntimeError, NotImplementedError), match="meta"):
@@ -99,6 +99,28 @@ def test_a_step_launches_six_kernels_a_layer_and_reads_each_weight_once(
     assert trace.weight_bytes == 2 * weights
     slot = 2 * 2 * TINY_CONFIG["num_key_value_heads"] * trunk.config.head_dim
     assert trace.cached_slots_bytes == 2 * layers * slot
+
+
+def test_a_sequential_head_launches_little_beside_its_kernels(
+    predict_steps: Any, tmp_path: Path
+) -> None:
+    trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, K)
+    heads = load_heads(write_mtp(tmp_path / "h"), trunk, state.cache, k=K, ops=TRITON)
+    with predict_steps.traced() as trace:
+        decode_step(state, trunk, heads, TRITON, logprobs=True)
+    others = dict(trace.others)
+    # The trunk's two; three taps side by side; where pairs begin, the row that was accepted, K - 2
+    # times how far ahead, the drafts side by side, and what the step is told of them.
+    assert others == {
+        "embedding": 1,
+        "sub": 2,
+        "cat": 1,
+        "gather": 1,
+        "add": K - 2,
+        "stack": 1,
+        "copy_": 1,
+        "fill_": 2,
+    }
 
 
 def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_path: Path) -> None:
