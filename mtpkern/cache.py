@@ -74,10 +74,11 @@ class KVCache:
         head_dim: int,
         inverse_frequencies: Tensor,
         rope_scaling: float,
+        layers: int = 1,
     ) -> "KVCache":
-        """A cache of one layer for a head that attends: the same pages, lengths of its own."""
+        """A cache for heads that attend: the same pages, lengths of its own."""
         return KVCache.empty(
-            layers=1,
+            layers=layers,
             pages=self.k.shape[1] - 1,
             page_size=self.k.shape[2],
             page_table=self.page_table,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache, PagePool
+from mtpkern.cached_heads import MAX_PENDING
 from mtpkern.checkpoint import load_config
 from mtpkern.completion import Completion, Event, Request, Stats
 from mtpkern.config import (
@@ -27,7 +28,7 @@ from mtpkern.draft_length import DraftLength
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
-from mtpkern.heads import MAX_PENDING, CompanionDrafter, Drafter, NgramDrafter, NoDrafter
+from mtpkern.heads import CompanionDrafter, Drafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
+from mtpkern.cached_heads import Eagle3Drafter, MtpDrafter, MtpWeights
 from mtpkern.checkpoint import LayerWeights, load_tensors
 from mtpkern.config import (
     ModelConfig,
@@ -26,14 +27,7 @@ from mtpkern.config import (
     printable,
     read_json_object,
 )
-from mtpkern.heads import (
-    Drafter,
-    Eagle3Drafter,
-    MedusaDrafter,
-    MtpDrafter,
-    MtpWeights,
-    OwnVocabularyDrafter,
-)
+from mtpkern.heads import Drafter, MedusaDrafter, OwnVocabularyDrafter
 from mtpkern.model import Llama, pack_layer
 from mtpkern.ops import Ops
 

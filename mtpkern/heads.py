@@ -2,7 +2,7 @@
 
     parallel     Medusa: head i guesses token i + 1 from the same hidden state as the LM head,
                  through the LM head's vocabulary matrix or one of its own
-    sequential   MTP module: one decoder layer fed with (hidden state, next token), applied K times
+    cached       heads that attend: MTP modules, EAGLE-3, transformer layers (cached_heads.py)
     n-gram       what followed the last occurrence of the sequence's own end
     both         the n-gram's copy where there is a match, else the heads
 
@@ -10,15 +10,11 @@ Every drafter is told of each step after it was committed, through one `DraftInp
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mtpkern.cache import KVCache
-from mtpkern.config import ModelConfig
-from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
 from mtpkern.ops import Ops, Projected
 
 # Where a step's drafts came from; statistics are kept per source.
@@ -129,6 +125,11 @@ class MedusaDrafter(NoDrafter):
         return Drafts(drafts, HEADS, count)
 
 
+def rows_at(rows: Tensor, at: Tensor) -> Tensor:
+    """Row at[b] of each sequence: rows [B, T, E], at [B] -> [B, E]."""
+    return rows.gather(1, at.view(-1, 1, 1).expand(-1, 1, rows.shape[2]))[:, 0]
+
+
 class OwnVocabularyDrafter(NoDrafter):
     """Parallel heads with vocabulary matrices of their own, as Medusa was published.
 
@@ -148,7 +149,7 @@ class OwnVocabularyDrafter(NoDrafter):
         self.token_ids = torch.arange(first.out_features, device=tensors["0.0.linear.bias"].device)
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        hidden = self.ops.parallel_heads(_rows_at(step.features, step.accepted), self.blocks)
+        hidden = self.ops.parallel_heads(rows_at(step.features, step.accepted), self.blocks)
         drafts = [
             self.ops.choose(
                 hidden[:, h],
@@ -161,199 +162,6 @@ class OwnVocabularyDrafter(NoDrafter):
             for h in range(count)
         ]
         return Drafts(torch.stack(drafts, 1), HEADS, count)
-
-
-def _rows_at(rows: Tensor, at: Tensor) -> Tensor:
-    """Row at[b] of each sequence: rows [B, T, E], at [B] -> [B, E]."""
-    return rows.gather(1, at.view(-1, 1, 1).expand(-1, 1, rows.shape[2]))[:, 0]
-
-
-@dataclass(frozen=True)
-class MtpWeights:
-    """A sequential MTP module: its weights, and the settings of its one decoder layer."""
-
-    taps: tuple[int, ...]
-    fc: Any | None  # [E, n*E]; None where one layer is tapped
-    hidden_norm: Tensor  # [E]
-    token_norm: Tensor  # [E]
-    input_proj: Any | None  # [E, 2E], input order (hidden, embedding); None in EAGLE-3
-    layer: DecoderLayer
-    final_norm: Tensor  # [E]
-    vocabulary: Any  # [Vd, E]
-    token_ids: Tensor  # [Vd] int64
-    config: ModelConfig  # the trunk's, with the layer's head counts and sizes
-    zero_first: bool = False  # the first pair of a sequence has an embedding of zeros (MiMo)
-
-
-class MtpDrafter:
-    """Sequential head: row j pairs the features of token j with the embedding of token j + 1.
-
-        x_j = P [norm(h_j), norm(e_{j+1})];  o_j = norm(layer(x_j));  draft = argmax(o_j V^T)
-
-    h_j is a projection of the tapped states for committed rows, and o_{j-1} for drafted ones
-    (DeepSeek-V3, section 2.2; features of several layers as in EAGLE-3, Li et al. 2025). Its own
-    K/V cache holds the committed pairs; drafted ones are overwritten when the real ones come.
-    Committed pairs wait in `pending` until a pass is wanted, so that a step whose drafts come from
-    elsewhere costs nothing here.
-    """
-
-    heads: Any = None
-
-    def __init__(self, weights: MtpWeights, trunk: Llama, cache: KVCache, ops: Ops):
-        """`cache` is the head's own, of one layer, in the pages of the trunk's."""
-        self.weights, self.ops, self.cache = weights, ops, cache
-        self.embedding, self.taps = trunk.embedding, weights.taps
-        width = len(weights.taps) * trunk.config.hidden_size
-        batch, embedding = cache.lengths.shape[0], trunk.embedding
-        waiting = MAX_PENDING if ops.branches else 0
-        self.pending = embedding.new_zeros(batch, waiting, width)
-
-    def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
-        cache = self.cache.rows(sequence, sequence + 1)
-        plan = plan_window(cache, features.shape[0], self.weights.config, self.ops)
-        # Only K and V are wanted, and those come from the layer's input.
-        index = cache.lengths + torch.arange(len(tokens), device=tokens.device)
-        _, x = self._join(self._hidden(features), tokens, index)
-        layer, eps = self.weights.layer, self.weights.config.rms_norm_eps
-        pages, norms = (cache.k[0], cache.v[0]), (layer.q_norm, layer.k_norm)
-        self.ops.qkv_rope_cache(
-            x, layer.input_norm, eps, layer.qkv, *pages, plan, q_norm=norms[0], k_norm=norms[1]
-        )
-        cache.lengths.add_(features.shape[0])
-
-    def observe(self, step: DraftInput) -> None:
-        if not self.ops.branches:
-            return  # every step guesses, and takes in its own pairs
-        # Behind the pending rows; those that were not committed do not count.
-        begin = step.lengths - step.advance - self._cache_of(step).lengths
-        index = begin[:, None] + torch.arange(step.features.shape[1])
-        pending = self.pending[: len(begin)]
-        pending.scatter_(1, index[:, :, None].expand_as(step.features), step.features)
-
-    def is_due(self, step: DraftInput) -> bool:
-        if not self.ops.branches:
-            return True
-        waiting = (step.lengths - self._cache_of(step).lengths).max()
-        return bool(waiting > MAX_PENDING - step.features.shape[1])
-
-    def guess(self, step: DraftInput, count: int) -> Drafts:
-        w, cache = self.weights, self._cache_of(step)
-        features, after, begin, last = self._committed(step)
-        batch, rows = features.shape[:2]
-        index = None
-        if w.zero_first:
-            index = (begin[:, None] + torch.arange(rows, device=begin.device)).view(-1)
-        pairs = self._join(self._hidden(features.reshape(batch * rows, -1)), after, index)
-        hidden = self._layer(*pairs, cache.at(begin), rows)
-        hidden = _rows_at(hidden.view(batch, rows, -1), last)
-        drafts: list[Tensor] = []
-        confidence: Tensor | None = None
-        for i in range(count):
-            if i > 0:
-                # A pass costs more than a draft is worth that hardly ever stands.
-                if confidence is not None and bool((confidence < MIN_CONFIDENCE).all()):
-                    break
-                ahead = step.lengths if i == 1 else step.lengths + (i - 1)
-                hidden = self._layer(*self._join(hidden, drafts[-1]), cache.at(ahead), 1)
-            token, probability = self.ops.choose(
-                self._scored(hidden), w.vocabulary, w.token_ids, step.lengths, i, step.sampling
-            )
-            drafts.append(token)
-            if probability is not None:
-                confidence = probability if confidence is None else confidence * probability
-        meant = len(drafts)
-        drafts += drafts[-1:] * (count - meant)
-        return Drafts(torch.stack(drafts, 1), HEADS, meant)
-
-    def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The committed pairs that the cache lacks: features [B, n, ...] and the tokens after them
-        [B * n]; the slot of each sequence's first [B], and which of the n is its last [B]."""
-        if not self.ops.branches:
-            # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
-            begin = step.lengths - step.advance
-            return step.features, step.target.reshape(-1), begin, step.accepted
-        cache = self._cache_of(step)
-        begin = cache.lengths.clone()
-        waiting = (step.lengths - begin).clamp_(min=1)
-        rows = int(waiting.max())
-        after = step.tokens.gather(1, begin[:, None] + 1 + torch.arange(rows))
-        cache.lengths.copy_(step.lengths)
-        return self.pending[: len(waiting), :rows], after.view(-1), begin, waiting - 1
-
-    def reset(self, sequence: int) -> None:
-        # The page table is the trunk's.
-        self.cache.lengths[sequence].zero_()
-
-    def _cache_of(self, step: DraftInput) -> KVCache:
-        """The cache of the sequences in this step, which may be fewer than there are slots."""
-        return self.cache.rows(0, step.lengths.shape[0])
-
-    def _hidden(self, features: Tensor) -> Tensor:
-        fc = self.weights.fc
-        return features if fc is None else self.ops.linear(features, fc)
-
-    def _join(
-        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Join pairs: hidden [R, E] and tokens [R] -> the layer's x, and what it attends with.
-
-        `index` [R] counts the pairs; None for drafted ones, of which none is the first.
-        """
-        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
-        pair = hidden.new_empty(len(hidden), 2 * E)
-        self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, :E])
-        self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, E:])
-        if w.zero_first and index is not None:
-            pair[:, E:] *= (index != 0)[:, None]
-        x = self.ops.linear(pair, w.input_proj)
-        return x, x
-
-    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
-        """Run joined pairs -> what is paired next, where its token is drafted."""
-        x = self._block(x, inputs, cache, rows)
-        return self.ops.rms_norm(x, self.weights.final_norm, self.weights.config.rms_norm_eps)
-
-    def _scored(self, hidden: Tensor) -> Tensor:
-        """What the vocabulary is asked about, given what is paired next."""
-        return hidden
-
-    def _block(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
-        w = self.weights
-        plan = plan_window(cache, rows, w.config, self.ops)
-        eps = w.config.rms_norm_eps
-        return decoder_layer(x, w.layer, eps, cache, 0, plan, self.ops, inputs=inputs)
-
-
-class Eagle3Drafter(MtpDrafter):
-    """EAGLE-3 (Li et al. 2025): the layer attends with both halves of a pair side by side, and goes
-    on from what it makes before the norm.
-
-        x_j = h_j;  inputs_j = [norm(e_{j+1}), norm(h_j)];  o_j = layer(x_j, inputs_j)
-        draft = argmax(norm(o_j) V^T)
-    """
-
-    def _join(
-        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
-        pair = hidden.new_empty(len(hidden), 2 * E)
-        self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, :E])
-        self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, E:])
-        return hidden, pair
-
-    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
-        return self._block(x, inputs, cache, rows)
-
-    def _scored(self, hidden: Tensor) -> Tensor:
-        w = self.weights
-        return self.ops.rms_norm(hidden, w.final_norm, w.config.rms_norm_eps)
-
-
-# A sequential head goes on while the product of its drafts' probabilities is at least this.
-MIN_CONFIDENCE = 0.1
-
-# Committed pairs that a sequential head may put off: more are taken in whether needed or not.
-MAX_PENDING = 64
 
 
 class CompanionDrafter:

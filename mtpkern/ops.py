@@ -295,6 +295,8 @@ def _choose_triton(
     pdl: bool = False,
 ) -> tuple[Tensor, None]:
     # Nobody may branch on a probability here, so there is none.
+    if vocabulary.bias is not None:
+        return token_ids[linear(hidden, vocabulary.data, vocabulary.bias, pdl=pdl).argmax(-1)], None
     kept = multi_head_projection(hidden, vocabulary.data, token_ids=token_ids, pdl=pdl)
     return kept.ids[:, 0], None
 

@@ -12,11 +12,12 @@ from families import write_family
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtpkern.cached_heads import MtpDrafter
 from mtpkern.checkpoint import load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
 from mtpkern.engine import LLM
-from mtpkern.heads import NGRAM, CompanionDrafter, Drafts, MtpDrafter
+from mtpkern.heads import NGRAM, CompanionDrafter, Drafts
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3

@@ -1,0 +1,340 @@
+"""Drafters that attend: decoder layers on top of the trunk's, with a K/V cache of their own.
+
+    MTP module   one layer fed with (hidden state, next token), applied K times
+    EAGLE-3      the same idea; the layer attends with both halves of a pair side by side
+    layers       H layers in place of the trunk's last one, each for one token further ahead
+    Hydra        small MLPs, each fed with the drafts before its own; perhaps one layer below them
+
+Keys and values of committed positions lie in the pages of the trunk's; those of drafted ones are
+overwritten when the real ones come.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.cache import KVCache
+from mtpkern.config import ModelConfig
+from mtpkern.heads import HEADS, DraftInput, Drafts, rows_at
+from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
+from mtpkern.ops import Ops, SamplingRows
+
+# A sequential head goes on while the product of its drafts' probabilities is at least this.
+MIN_CONFIDENCE = 0.1
+
+# Committed pairs that a sequential head may put off: more are taken in whether needed or not.
+MAX_PENDING = 64
+
+
+class CachedDrafter:
+    """What these drafters share: the cache, and committed positions that it lacks.
+
+    Those wait in `pending` until a pass is wanted, so that a step whose drafts come from elsewhere
+    costs nothing here.
+    """
+
+    heads: Any = None
+
+    def __init__(self, taps: Sequence[int], trunk: Llama, cache: KVCache, ops: Ops):
+        """`cache` is the drafter's own, in the pages of the trunk's."""
+        self.taps, self.ops, self.cache = tuple(taps), ops, cache
+        self.embedding = trunk.embedding
+        width = len(self.taps) * trunk.config.hidden_size
+        waiting = MAX_PENDING if ops.branches else 0
+        self.pending = trunk.embedding.new_zeros(cache.lengths.shape[0], waiting, width)
+
+    def observe(self, step: DraftInput) -> None:
+        if not self.ops.branches:
+            return  # every step guesses, and takes in its own pairs
+        # Behind the pending rows; those that were not committed do not count.
+        begin = step.lengths - step.advance - self._cache_of(step).lengths
+        index = begin[:, None] + torch.arange(step.features.shape[1])
+        pending = self.pending[: len(begin)]
+        pending.scatter_(1, index[:, :, None].expand_as(step.features), step.features)
+
+    def is_due(self, step: DraftInput) -> bool:
+        if not self.ops.branches:
+            return True
+        waiting = (step.lengths - self._cache_of(step).lengths).max()
+        return bool(waiting > MAX_PENDING - step.features.shape[1])
+
+    def reset(self, sequence: int) -> None:
+        # The page table is the trunk's.
+        self.cache.lengths[sequence].zero_()
+
+    def _cache_of(self, step: DraftInput) -> KVCache:
+        """The cache of the sequences in this step, which may be fewer than there are slots."""
+        return self.cache.rows(0, step.lengths.shape[0])
+
+    def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The committed rows that the cache lacks: features [B, n, ...] and the tokens after them
+        [B * n]; the slot of each sequence's first [B], and which of the n is its last [B]."""
+        if not self.ops.branches:
+            # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
+            begin = step.lengths - step.advance
+            return step.features, step.target.reshape(-1), begin, step.accepted
+        cache = self._cache_of(step)
+        begin = cache.lengths.clone()
+        waiting = (step.lengths - begin).clamp_(min=1)
+        rows = int(waiting.max())
+        after = step.tokens.gather(1, begin[:, None] + 1 + torch.arange(rows))
+        cache.lengths.copy_(step.lengths)
+        return self.pending[: len(waiting), :rows], after.view(-1), begin, waiting - 1
+
+    def _append(
+        self, x: Tensor, layer: DecoderLayer, index: int, cache: KVCache, config: ModelConfig
+    ) -> None:
+        """Write K and V of one sequence's rows x [n, ...] behind the cache's lengths, no more."""
+        plan = plan_window(cache, len(x), config, self.ops)
+        norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+        pages, eps = (cache.k[index], cache.v[index]), config.rms_norm_eps
+        self.ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, *pages, plan, **norms)
+
+
+@dataclass(frozen=True)
+class MtpWeights:
+    """A sequential MTP module: its weights, and the settings of its one decoder layer."""
+
+    taps: tuple[int, ...]
+    fc: Any | None  # [E, n*E]; None where one layer is tapped
+    hidden_norm: Tensor  # [E]
+    token_norm: Tensor  # [E]
+    input_proj: Any | None  # [E, 2E], input order (hidden, embedding); None in EAGLE-3
+    layer: DecoderLayer
+    final_norm: Tensor  # [E]
+    vocabulary: Any  # [Vd, E]
+    token_ids: Tensor  # [Vd] int64
+    config: ModelConfig  # the trunk's, with the layer's head counts and sizes
+    zero_first: bool = False  # the first pair of a sequence has an embedding of zeros (MiMo)
+
+
+class MtpDrafter(CachedDrafter):
+    """Sequential head: row j pairs the features of token j with the embedding of token j + 1.
+
+        x_j = P [norm(h_j), norm(e_{j+1})];  o_j = norm(layer(x_j));  draft = argmax(o_j V^T)
+
+    h_j is a projection of the tapped states for committed rows, and o_{j-1} for drafted ones
+    (DeepSeek-V3, section 2.2; features of several layers as in EAGLE-3, Li et al. 2025).
+    """
+
+    def __init__(self, weights: MtpWeights, trunk: Llama, cache: KVCache, ops: Ops):
+        """`cache` has one layer."""
+        super().__init__(weights.taps, trunk, cache, ops)
+        self.weights = weights
+
+    def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        cache = self.cache.rows(sequence, sequence + 1)
+        # Only K and V are wanted, and those come from the layer's input.
+        index = cache.lengths + torch.arange(len(tokens), device=tokens.device)
+        _, x = self._join(self._hidden(features), tokens, index)
+        self._append(x, self.weights.layer, 0, cache, self.weights.config)
+        cache.lengths.add_(len(tokens))
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        w, cache = self.weights, self._cache_of(step)
+        features, after, begin, last = self._committed(step)
+        batch, rows = features.shape[:2]
+        index = None
+        if w.zero_first:
+            index = (begin[:, None] + torch.arange(rows, device=begin.device)).view(-1)
+        pairs = self._join(self._hidden(features.reshape(batch * rows, -1)), after, index)
+        hidden = self._layer(*pairs, cache.at(begin), rows)
+        hidden = rows_at(hidden.view(batch, rows, -1), last)
+        drafts: list[Tensor] = []
+        confidence: Tensor | None = None
+        for i in range(count):
+            if i > 0:
+                # A pass costs more than a draft is worth that hardly ever stands.
+                if confidence is not None and bool((confidence < MIN_CONFIDENCE).all()):
+                    break
+                ahead = step.lengths if i == 1 else step.lengths + (i - 1)
+                hidden = self._layer(*self._join(hidden, drafts[-1]), cache.at(ahead), 1)
+            token, probability = self.ops.choose(
+                self._scored(hidden), w.vocabulary, w.token_ids, step.lengths, i, step.sampling
+            )
+            drafts.append(token)
+            if probability is not None:
+                confidence = probability if confidence is None else confidence * probability
+        meant = len(drafts)
+        drafts += drafts[-1:] * (count - meant)
+        return Drafts(torch.stack(drafts, 1), HEADS, meant)
+
+    def _hidden(self, features: Tensor) -> Tensor:
+        fc = self.weights.fc
+        return features if fc is None else self.ops.linear(features, fc)
+
+    def _join(
+        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Join pairs: hidden [R, E] and tokens [R] -> the layer's x, and what it attends with.
+
+        `index` [R] counts the pairs; None for drafted ones, of which none is the first.
+        """
+        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
+        pair = hidden.new_empty(len(hidden), 2 * E)
+        self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, :E])
+        self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, E:])
+        if w.zero_first and index is not None:
+            pair[:, E:] *= (index != 0)[:, None]
+        x = self.ops.linear(pair, w.input_proj)
+        return x, x
+
+    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
+        """Run joined pairs -> what is paired next, where its token is drafted."""
+        x = self._block(x, inputs, cache, rows)
+        return self.ops.rms_norm(x, self.weights.final_norm, self.weights.config.rms_norm_eps)
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        """What the vocabulary is asked about, given what is paired next."""
+        return hidden
+
+    def _block(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
+        w = self.weights
+        plan = plan_window(cache, rows, w.config, self.ops)
+        eps = w.config.rms_norm_eps
+        return decoder_layer(x, w.layer, eps, cache, 0, plan, self.ops, inputs=inputs)
+
+
+class Eagle3Drafter(MtpDrafter):
+    """EAGLE-3 (Li et al. 2025): the layer attends with both halves of a pair side by side, and goes
+    on from what it makes before the norm.
+
+        x_j = h_j;  inputs_j = [norm(e_{j+1}), norm(h_j)];  o_j = layer(x_j, inputs_j)
+        draft = argmax(norm(o_j) V^T)
+    """
+
+    def _join(
+        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
+        pair = hidden.new_empty(len(hidden), 2 * E)
+        self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, :E])
+        self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, E:])
+        return hidden, pair
+
+    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
+        return self._block(x, inputs, cache, rows)
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        w = self.weights
+        return self.ops.rms_norm(hidden, w.final_norm, w.config.rms_norm_eps)
+
+
+class LayersDrafter(CachedDrafter):
+    """Parallel transformer layers (Gloeckle et al. 2024): head i is a layer in place of the trunk's
+    last one, fed with the same states, and drafts through the trunk's own vocabulary.
+
+        o_i = norm_i(layer_i(h_{L-1}));  draft_i = argmax(o_i V^T)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        norms: Sequence[Tensor],
+        trunk: Llama,
+        cache: KVCache,
+        ops: Ops,
+    ):
+        """Layers and norms [E] of the heads 1..H; `cache` has H layers."""
+        super().__init__((trunk.config.num_layers - 1,), trunk, cache, ops)
+        self.layers, self.norms, self.config = layers, norms, trunk.config
+        self.vocabulary = trunk.vocabulary
+        size, where = trunk.config.vocab_size, trunk.embedding.device
+        self.token_ids = torch.arange(size, device=where)
+
+    def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        cache = self.cache.rows(sequence, sequence + 1)
+        for i, layer in enumerate(self.layers):
+            self._append(features, layer, i, cache, self.config)
+        cache.lengths.add_(len(features))
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        features, _, begin, last = self._committed(step)
+        batch, rows = features.shape[:2]
+        x, eps = features.reshape(batch * rows, -1), self.config.rms_norm_eps
+        cache = self._cache_of(step).at(begin)
+        plan = plan_window(cache, rows, self.config, self.ops)
+        ahead = []
+        for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            # All of them run, whatever is wanted: their caches must not have gaps.
+            out = decoder_layer(x, layer, eps, cache, i, plan, self.ops)
+            if i < count:
+                out = rows_at(out.view(batch, rows, -1), last)
+                ahead.append(self.ops.rms_norm(out, norm, eps))
+        # One read of the vocabulary for all heads.
+        behind = step.lengths[:, None] + torch.arange(count, device=begin.device)
+        sampling = SamplingRows(*(t.repeat_interleave(count) for t in step.sampling))
+        hidden = torch.stack(ahead, 1).view(batch * count, -1)
+        drafts, _ = self.ops.choose(
+            hidden, self.vocabulary, self.token_ids, behind.view(-1), 0, sampling
+        )
+        return Drafts(drafts.view(batch, count), HEADS, count)
+
+
+@dataclass(frozen=True)
+class HydraHead:
+    """Head i of Hydra: blocks, the first of which takes i + 1 embeddings beside the hidden state,
+    and a vocabulary of its own."""
+
+    residual: Any  # [E, (i + 2) * E], what the first block passes on
+    blocks: Sequence[Any]  # of [E, (i + 2) * E], then [E, E]
+    vocabulary: Any  # [V, E]
+
+
+class HydraDrafter(CachedDrafter):
+    """Hydra (Ankner et al. 2024): head i sees the hidden state and all tokens drafted before it.
+
+        z = [h, e_{t+1}, ..., e_{t+i}];  x = R z + b + silu(W z + c), then x += silu(W' x + c');
+        draft_i = argmax(V_i x + d_i)
+
+    h is the final hidden state, or with a `prefix` layer (Hydra++) what that layer makes of it.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[HydraHead],
+        prefix: tuple[DecoderLayer, Tensor] | None,
+        trunk: Llama,
+        cache: KVCache,
+        ops: Ops,
+    ):
+        """`prefix` is a layer and the norm behind it; `cache` has one layer."""
+        super().__init__((trunk.config.num_layers,), trunk, cache, ops)
+        self.hydra_heads, self.prefix, self.config = heads, prefix, trunk.config
+        size, where = trunk.config.vocab_size, trunk.embedding.device
+        self.token_ids = torch.arange(size, device=where)
+
+    def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        cache = self.cache.rows(sequence, sequence + 1)
+        if self.prefix is not None:
+            self._append(features, self.prefix[0], 0, cache, self.config)
+        cache.lengths.add_(len(features))
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        features, after, begin, last = self._committed(step)
+        batch, rows = features.shape[:2]
+        if self.prefix is not None:
+            (layer, norm), eps = self.prefix, self.config.rms_norm_eps
+            cache = self._cache_of(step).at(begin)
+            plan = plan_window(cache, rows, self.config, self.ops)
+            x = features.reshape(batch * rows, -1)
+            x = decoder_layer(x, layer, eps, cache, 0, plan, self.ops)
+            features = self.ops.rms_norm(x, norm, eps).view(batch, rows, -1)
+        bonus = after.view(batch, rows).gather(1, last[:, None])[:, 0]
+        known = [rows_at(features, last), F.embedding(bonus, self.embedding)]
+        drafts: list[Tensor] = []
+        for i, head in enumerate(self.hydra_heads[:count]):
+            z = torch.cat(known, -1)
+            x = self.ops.linear(z, head.residual) + F.silu(self.ops.linear(z, head.blocks[0]))
+            for block in head.blocks[1:]:
+                x = x + F.silu(self.ops.linear(x, block))
+            token, _ = self.ops.choose(
+                x, head.vocabulary, self.token_ids, step.lengths, i, step.sampling
+            )
+            drafts.append(token)
+            known.append(F.embedding(token, self.embedding))
+        return Drafts(torch.stack(drafts, 1), HEADS, count)
