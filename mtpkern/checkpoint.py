@@ -6,6 +6,7 @@ is fused with others (Q, K and V; gate and up), is read straight into its place,
 never resident twice.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -86,9 +87,9 @@ _TORCH_DTYPES = {
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Buffers that some exporters saved and that the config already says.
-# Computed here, or heads that a trunk does without (MiMo).
+# Computed here, or heads that a trunk does without (MiMo, mtp_llama).
 _IGNORED = re.compile(
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.mtp_layers\..*"
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.mtp_(layers|heads|norms)\..*"
 )
 
 
@@ -138,7 +139,7 @@ def load_model(
         layers.append(pack_layer(LayerWeights(**fields)))
         _release(place.maps.values())
     embedding = place(["model.embed_tokens.weight"])
-    norm = place(["model.norm.weight"])
+    norm = place([final_norm(config)])
     lm_head = embedding if config.tie_word_embeddings else place(["lm_head.weight"])
     mappings = tuple(place.maps.values())
     return config, ModelWeights(embedding, tuple(layers), norm, lm_head, mappings)
@@ -155,6 +156,22 @@ def load_tensors(directory: str | Path, names: Iterable[str] | None = None) -> d
             raise _dtype_error(entries[name], tuple(_TORCH_DTYPES))
     maps: dict[Path, mmap.mmap] = {}
     return {name: _mapped(entries[name], maps) for name in wanted}
+
+
+def fingerprint(directory: str | Path) -> str:
+    """SHA-256 of sixteen values of every weight of a checkpoint, spread evenly, as float32.
+
+    Enough to tell a model from another of its shape, or from what fine-tuning made of it, at the
+    price of a page a value instead of the whole file.
+    """
+    config, entries = check_checkpoint(directory)
+    maps: dict[Path, mmap.mmap] = {}
+    digest = hashlib.sha256()
+    for name, _ in sorted(expected_tensors(config)):
+        flat = _mapped(entries[name], maps).view(-1)
+        picked = flat[torch.linspace(0, len(flat) - 1, 16, dtype=torch.float64).long()]
+        digest.update(name.encode() + picked.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def layer_parts(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -183,6 +200,11 @@ def layer_parts(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...
     }
 
 
+def final_norm(config: ModelConfig) -> str:
+    """What the norm before the LM head is called."""
+    return "model.mtp_norms.0.weight" if config.model_type == "mtp_llama" else "model.norm.weight"
+
+
 def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor name that the config calls for, with its shape."""
     embedding = (config.vocab_size, config.hidden_size)
@@ -191,7 +213,7 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         for named in layer_parts(config).values():
             for name, shape in named:
                 yield f"model.layers.{i}.{name}", shape
-    yield "model.norm.weight", (config.hidden_size,)
+    yield final_norm(config), (config.hidden_size,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", embedding
 

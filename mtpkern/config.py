@@ -135,6 +135,7 @@ _FAMILIES = {
     "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": _Family("qwen3", qk_norm=True),
     "MiMoForCausalLM": _Family("mimo", qkv_bias=True),
+    "MTPLlamaForCausalLM": _Family("mtp_llama"),
 }
 _SUPPORTED = f"supported: {', '.join(_FAMILIES)}"
 

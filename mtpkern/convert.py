@@ -4,7 +4,11 @@ A pickle is read by torch's weights-only loader, which runs no code of the file'
 
     medusa_lm_head.pt   Medusa (Cai et al. 2024): {h}.{l}.linear.{weight,bias} are head h's blocks,
                         {h}.{l}.weight behind the last of them is its own vocabulary matrix
+    hydra_lm_head.pt    Hydra (Ankner et al. 2024), beside its config.json: hydra_mlp and
+                        hydra_lm_head, and in Hydra++ one layer below them
     pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), beside its config.json
+    consolidated.pth    Meta's multi-token-prediction models (Gloeckle et al. 2024), a trunk with
+                        its heads, beside params.json
     *.gguf              a whole Llama of SmolLM's kind, dequantised to bfloat16, with its tokenizer
 """
 
@@ -20,11 +24,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtpkern.config import ModelLoadError, UserError, printable
+from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
 from mtpkern.gguf_checkpoint import convert_gguf
+from mtpkern.meta_checkpoint import convert_meta
 
 MEDUSA_FILE = "medusa_lm_head.pt"
-PICKLED_FILE = "pytorch_model.bin"
+KNOWN_FILES = (MEDUSA_FILE, "hydra_lm_head.pt", "pytorch_model.bin", "consolidated.pth")
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _OWN = re.compile(r"(\d+)\.(\d+)\.weight")
 
@@ -37,11 +42,12 @@ def convert(source: Path, target: Path) -> None:
     """
     if target.exists():
         raise UserError(f"{printable(target)} exists already")
-    known = [source / MEDUSA_FILE, source / PICKLED_FILE] if source.is_dir() else [source]
+    known = [source / name for name in KNOWN_FILES] if source.is_dir() else [source]
     file = next((path for path in known if path.is_file()), None)
     if file is None:
         raise UserError(
-            f"{printable(source)} is no file, and no directory with {MEDUSA_FILE} or {PICKLED_FILE}"
+            f"{printable(source)} is no file, and no directory with {', '.join(KNOWN_FILES[:-1])} "
+            f"or {KNOWN_FILES[-1]}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -52,6 +58,10 @@ def convert(source: Path, target: Path) -> None:
             tensors = _read_pickle(file)
             if "midlayer.hidden_norm.weight" in tensors:
                 _write_eagle3(tensors, work, file)
+            elif "tok_embeddings.weight" in tensors:
+                convert_meta(tensors, work, file)
+            elif any(name.startswith("hydra_mlp.") for name in tensors):
+                _write_hydra(tensors, work, file)
             else:
                 _write_medusa(tensors, work, file)
         else:
@@ -111,4 +121,41 @@ def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
         "own_vocabulary": bool(own),
     }
     save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def _write_hydra(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
+    """Sequentials with dropout number their blocks 1, 3, ...; what the trunk has is left out."""
+    config = read_json_object(file.with_name("config.json"))
+    if not config.get("grounded_heads") or config.get("hidden_state_offset"):
+        raise ModelLoadError(
+            f"{printable(file)}: Hydra heads must be grounded, on the final hidden state"
+        )
+    renamed: dict[str, Tensor] = {}
+    depth: dict[str, list[int]] = {}
+    for name in tensors:
+        if m := re.fullmatch(r"hydra_mlp\.(\d+)\.(\d+)\.linear\.weight", name):
+            depth.setdefault(m[1], []).append(int(m[2]))
+    for name, tensor in tensors.items():
+        if m := re.fullmatch(r"hydra_mlp\.(\d+)\.(\d+)\.(\w+)\.(weight|bias)", name):
+            block = sorted(depth.get(m[1], [])).index(int(m[2]))
+            part = "residual" if m[3] == "res_connection" else f"{block}.{m[3]}"
+            renamed[f"{m[1]}.{part}.{m[4]}"] = tensor
+        elif m := re.fullmatch(r"hydra_lm_head\.(\d+)\.(?:1\.)?(weight|bias)", name):
+            renamed[f"{m[1]}.vocabulary.{m[2]}"] = tensor
+        elif m := re.fullmatch(r"prefix_embeding_layer\.(?:layers\.0\.)?(.+)", name):
+            if not re.match(r"embed_tokens|.*rotary_emb", m[1]):
+                renamed[f"prefix.{m[1]}"] = tensor
+        elif not name.startswith("input_embed_fn."):
+            raise ModelLoadError(
+                f"{printable(file)}: {printable(name)} has no place in Hydra heads"
+            )
+    settings = {
+        "model_type": "mtpkern_hydra",
+        "num_heads": len(depth),
+        "num_layers": max(map(len, depth.values())),
+        "prefix": any(name.startswith("prefix.") for name in renamed),
+    }
+    contiguous = {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

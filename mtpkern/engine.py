@@ -128,7 +128,12 @@ class LLM:
             self.drafter: Drafter = NgramDrafter(self.ops) if ngram else NoDrafter()
             if heads_directory is not None and self.k:
                 drafter = load_heads(
-                    heads_directory, self.trunk, self._cache, k=self.k, ops=self.ops
+                    heads_directory,
+                    self.trunk,
+                    self._cache,
+                    k=self.k,
+                    ops=self.ops,
+                    base=None if load_format == "dummy" else directory,
                 )
                 if ngram:
                     drafter = CompanionDrafter(NgramDrafter(self.ops), drafter)

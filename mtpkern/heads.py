@@ -22,6 +22,12 @@ SOURCES = ("none", "heads", "ngram")
 NONE, HEADS, NGRAM = range(3)
 
 
+class Tensors(Protocol):
+    """Tensors by name."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
 class DraftInput(NamedTuple):
     """One committed step, as a drafter sees it. n is the number of taps."""
 
@@ -108,7 +114,7 @@ class MedusaDrafter(NoDrafter):
     Their logits come with the step's one read of the vocabulary matrix. Cai et al. 2024.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], ops: Ops):
+    def __init__(self, tensors: Tensors, config: Mapping[str, Any], ops: Ops):
         heads, depth = config["num_heads"], config["num_layers"]
         self.heads = ops.pack_heads(
             [
@@ -136,9 +142,7 @@ class OwnVocabularyDrafter(NoDrafter):
     Each is read once a step, for the row behind which drafts are wanted. Cai et al. 2024.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: int, ops: Ops
-    ):
+    def __init__(self, tensors: Tensors, config: Mapping[str, Any], layers: int, ops: Ops):
         """`layers` is how many the trunk has: the heads take what comes out of its final norm."""
         self.ops, self.taps = ops, (layers,)
         self.blocks = MedusaDrafter(tensors, config, ops).heads

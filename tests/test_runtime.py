@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_checkpoint
 from families import write_family
 from test_heads import write_eagle3, write_medusa, write_mtp
+from test_published_heads import write_hydra, write_layers
 
 from mtpkern import engine, ops
 from mtpkern.config import SamplingParams, UserError
@@ -91,6 +92,21 @@ def test_an_eagle3_head_on_the_kernels(gpu: str, tmp_path: Path) -> None:
     (drafted,), (plain,) = (llm.generate(PROMPTS[0], params, speculate=s) for s in (True, False))
     assert drafted.token_ids == plain.token_ids == expected.token_ids
     assert drafted.logprobs == plain.logprobs
+    assert drafted.stats.accepted == expected.stats.accepted
+
+
+@pytest.mark.parametrize("kind", ["layers", "hydra"])
+def test_published_heads_on_the_kernels(gpu: str, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"ngram": False, "num_speculative_tokens": 2, "max_batch": 1}
+    if kind == "layers":
+        trunk = write_layers(tmp_path / "trunk")
+    else:
+        trunk = tiny_checkpoint(tmp_path / "trunk", max_position_embeddings=256)
+        options["heads"] = write_hydra(tmp_path / "heads")
+    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True)
+    (expected,) = load(trunk, "cpu", **options).generate(PROMPTS[0], params)
+    (drafted,) = load(trunk, gpu, **options).generate(PROMPTS[0], params)
+    assert drafted.token_ids == expected.token_ids
     assert drafted.stats.accepted == expected.stats.accepted
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, tiny_checkpoint
 from test_heads import write_medusa, write_mtp, write_published
+from test_published_heads import write_hydra
 
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.head_checkpoint import load_heads
@@ -34,6 +35,7 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
     if kind == "n-gram":
         return NgramDrafter(TRITON)
     write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
+    write["hydra"] = write_hydra
     heads = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, k=K, ops=TRITON)
     return CompanionDrafter(NgramDrafter(TRITON), heads) if "n-gram" in kind else heads
 
@@ -45,6 +47,7 @@ KINDS = [
     "published medusa",
     "mtp",
     "mtp with n-gram",
+    "hydra",
     "medusa with n-gram",
 ]
 

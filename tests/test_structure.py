@@ -14,6 +14,8 @@ STEP = FLOOR | {
     "ops",
     "model",
     "heads",
+    "cached_heads",
+    "head_layouts",
     "head_checkpoint",
     "decode",
     "graph",
@@ -37,8 +39,11 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"kernels"},
     "library": {"kernels", "ops"},
     "model": {"config", "cache", "ops", "checkpoint"},
-    "heads": {"config", "cache", "ops", "checkpoint", "model"},
-    "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model", "heads"},
+    "heads": {"ops"},
+    "cached_heads": {"config", "cache", "ops", "model", "heads"},
+    "head_layouts": {"config", "checkpoint"},
+    "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model"}
+    | {"heads", "cached_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
     "prefill": {"kernels", "ops"},
@@ -47,7 +52,8 @@ ARROWS: dict[str, set[str]] = {
     "draft_length": set(),
     "trace": set(),
     "profile": {"config"},
-    "convert": {"config", "gguf_checkpoint"},
+    "convert": {"config", "gguf_checkpoint", "meta_checkpoint"},
+    "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "trace"},
     "reference": {"config", "checkpoint"},
@@ -67,7 +73,7 @@ LIBRARIES: dict[str, set[str]] = {
 }
 
 # Inside the step nothing may travel to the host.
-STEP_FILES = ("decode", "model", "heads", "cache", "graph")
+STEP_FILES = ("decode", "model", "heads", "cached_heads", "cache", "graph")
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 
 

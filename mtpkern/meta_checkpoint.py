@@ -1,0 +1,92 @@
+"""Meta's multi-token-prediction checkpoints -> config.json and safetensors in Hugging Face's names.
+
+    params.json        sizes; n_layers counts the heads' layers, n_future_tokens the heads
+    consolidated.pth   tok_embeddings, layers.*, extra_heads.*, norm, output
+    tokenizer.model    sentencepiece, taken along where there is one
+
+All heads are fed from the trunk before its last layer, which is head 0 (Gloeckle et al. 2024,
+section 2), and share the final norm and the output. Rotations pair neighbouring dimensions there,
+and halves here: the rows of q and k are reordered.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtpkern.config import ModelLoadError, printable, read_json_object
+
+_PARTS = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_OUTER = {
+    "tok_embeddings": "model.embed_tokens",
+    "output": "lm_head",
+    "norm": "model.mtp_norms.0",
+}
+_LAYER = re.compile(r"(layers|extra_heads)\.(\d+)\.(.+)\.weight")
+
+
+def convert_meta(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
+    """Write what `tensors`, read from `file`, hold into `directory`."""
+    params = read_json_object(file.with_name("params.json"))
+    try:
+        heads, width, ahead = params["n_heads"], params["dim"], params["n_future_tokens"]
+        kv_heads = params.get("n_kv_heads") or heads
+        layers = params["n_layers"] - ahead + 1
+        head_dim = width // heads
+        renamed = {}
+        for name, tensor in tensors.items():
+            if m := _LAYER.fullmatch(name):
+                place = "layers" if m[1] == "layers" else "mtp_heads"
+                if m[3] in ("attention.wq", "attention.wk"):
+                    tensor = _halves(tensor, head_dim)
+                renamed[f"model.{place}.{m[2]}.{_PARTS[m[3]]}.weight"] = tensor.contiguous()
+            elif name != "rope.freqs":
+                renamed[f"{_OUTER[name.removesuffix('.weight')]}.weight"] = tensor.contiguous()
+        for i in range(1, ahead):
+            renamed[f"model.mtp_norms.{i}.weight"] = tensors["norm.weight"].clone()
+        config = {
+            "architectures": ["MTPLlamaForCausalLM"],
+            "model_type": "mtp_llama",
+            "prediction_heads": ahead,
+            "vocab_size": len(tensors["tok_embeddings.weight"]),
+            "hidden_size": width,
+            "intermediate_size": len(tensors["layers.0.feed_forward.w1.weight"]),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": params.get("norm_eps", 1e-5),
+            "rope_theta": params.get("rope_theta", 10000.0),
+            "max_position_embeddings": params.get("max_seq_len", 4096),
+            "tie_word_embeddings": False,
+            "torch_dtype": str(tensors["output.weight"].dtype).removeprefix("torch."),
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    except (KeyError, TypeError) as error:
+        raise ModelLoadError(
+            f"{printable(file)} and its params.json are no model of Meta's: {printable(error)}"
+        ) from None
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tokenizer = file.with_name("tokenizer.model")
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, directory / tokenizer.name)
+
+
+def _halves(w: Tensor, head_dim: int) -> Tensor:
+    """Rows (0, 1), (2, 3), ... of each head [H * D, E] -> even ones first, odd ones behind."""
+    return w.view(-1, head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)

@@ -1,0 +1,335 @@
+"""Published layouts of heads, from files in those layouts, each against its paper written out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIG, tiny_checkpoint
+from safetensors.torch import load_file, save_file
+from test_heads import PROMPT, E, L, Recorder, V, slow_layer, trunk_states, write_mtp
+from torch import Tensor
+
+from mtpkern.checkpoint import fingerprint, load_tensors
+from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.convert import convert
+from mtpkern.engine import LLM
+from mtpkern.kernels.rms_norm import rms_norm_ref
+
+HQ, HK, D = TINY_CONFIG["num_attention_heads"], TINY_CONFIG["num_key_value_heads"], 8
+FF, THETA = TINY_CONFIG["intermediate_size"], TINY_CONFIG["rope_theta"]
+PROMPTS = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape) / shape[-1] ** 0.5
+
+
+def recorded(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    """What the drafter drafted behind which tokens, every few steps."""
+    recorder = Recorder(llm.drafter)
+    llm.drafter = recorder
+    llm.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
+    assert len(recorder.drafted) > 30
+    return recorder.drafted[::4]
+
+
+# Meta's multi-token-prediction models (Gloeckle et al. 2024), in consolidated.pth
+
+
+def write_meta(directory: Path, ahead: int = 3) -> dict[str, Tensor]:
+    """A random model that predicts `ahead` tokens at once: a trunk of two layers, and its heads."""
+    directory.mkdir()
+    torch.manual_seed(11)
+    tensors = {"tok_embeddings.weight": torch.randn(V, E), "output.weight": normal(V, E)}
+    tensors["norm.weight"] = 1 + normal(E)
+    tensors["rope.freqs"] = torch.ones(D // 2)
+    layers = [f"layers.{i}" for i in range(3)] + [f"extra_heads.{i}" for i in range(ahead - 1)]
+    for name in layers:
+        for part, rows in (("wq", HQ * D), ("wk", HK * D), ("wv", HK * D)):
+            tensors[f"{name}.attention.{part}.weight"] = 2 * normal(rows, E)
+        tensors[f"{name}.attention.wo.weight"] = normal(E, HQ * D)
+        tensors[f"{name}.feed_forward.w1.weight"] = normal(FF, E)
+        tensors[f"{name}.feed_forward.w3.weight"] = normal(FF, E)
+        tensors[f"{name}.feed_forward.w2.weight"] = normal(E, FF)
+        tensors[f"{name}.attention_norm.weight"] = 1 + normal(E)
+        tensors[f"{name}.ffn_norm.weight"] = 1 + normal(E)
+    torch.save(tensors, directory / "consolidated.pth")
+    params = {"dim": E, "n_layers": 2 + ahead, "n_heads": HQ, "n_kv_heads": HK, "norm_eps": 1e-5}
+    params |= {"n_future_tokens": ahead, "rope_theta": 700.0, "vocab_size": -1}
+    (directory / "params.json").write_text(json.dumps(params))
+    return tensors
+
+
+def meta_block(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    """A block over a whole sequence x [S, E], rotating neighbours as complex numbers."""
+    count = len(x)
+    y = rms_norm_ref(x, w[f"{name}.attention_norm.weight"], 1e-5)
+    q, k, v = ((y @ w[f"{name}.attention.w{n}.weight"].T).view(count, -1, D) for n in "qkv")
+    angle = torch.arange(count)[:, None] / 700.0 ** (torch.arange(0, D, 2) / D)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * turn)
+        .flatten(-2)
+        .transpose(0, 1)
+        for t in (q, k)
+    )
+    k, v = (t.repeat_interleave(HQ // HK, 0) for t in (k, v.transpose(0, 1)))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+    x = x + out.reshape(count, -1) @ w[f"{name}.attention.wo.weight"].T
+    y = rms_norm_ref(x, w[f"{name}.ffn_norm.weight"], 1e-5)
+    gate, up = (y @ w[f"{name}.feed_forward.{n}.weight"].T for n in ("w1", "w3"))
+    return x + (F.silu(gate) * up) @ w[f"{name}.feed_forward.w2.weight"].T
+
+
+def test_metas_models_convert_and_draft_with_the_heads_they_bring_along(tmp_path: Path) -> None:
+    w = write_meta(tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "model")
+    llm = LLM(tmp_path / "model", ngram=False, num_speculative_tokens=2, max_length=300)
+    (plain,) = llm.generate(PROMPT, SamplingParams(max_tokens=20), speculate=False)
+    for known, drafts in recorded(llm, PROMPTS):
+        x = w["tok_embeddings.weight"][known[:-1]]
+        for i in range(2):
+            x = meta_block(x, w, f"layers.{i}")
+        # Every head is fed from below the trunk's last layer, which is head 0.
+        own, *ahead = (
+            int((w["output.weight"] @ rms_norm_ref(y[-1], w["norm.weight"], 1e-5)).argmax())
+            for y in (meta_block(x, w, n) for n in ("layers.2", "extra_heads.0", "extra_heads.1"))
+        )
+        assert [known[-1], *drafts] == [own, *ahead]
+    assert len(plain.token_ids) == 20
+    with pytest.raises(UserError, match="at most 2, the number of heads, got 3"):
+        LLM(tmp_path / "model", num_speculative_tokens=3)
+
+
+def test_metas_models_without_their_sizes_are_refused(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta")
+    (tmp_path / "meta" / "params.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="are no model of Meta's: 'n_heads'"):
+        convert(tmp_path / "meta", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def write_layers(directory: Path, heads: int = 3) -> Path:
+    """The tiny model as mtp_llama: layers in place of its last one, each with a norm of its own."""
+    tiny_checkpoint(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "mtp_llama"}
+    config |= {"architectures": ["MTPLlamaForCausalLM"], "prediction_heads": heads + 1}
+    path.write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors")
+    torch.manual_seed(12)
+    for name in [name for name in tensors if name.startswith(f"model.layers.{L - 1}.")]:
+        for i in range(heads):
+            like = tensors[name]
+            head = name.replace(f"layers.{L - 1}", f"mtp_heads.{i}")
+            tensors[head] = normal(*like.shape) + (like.dim() == 1)
+    tensors["model.mtp_norms.0.weight"] = tensors.pop("model.norm.weight")
+    for i in range(1, heads + 1):
+        tensors[f"model.mtp_norms.{i}.weight"] = 1 + normal(E)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("ngram", [False, True])
+def test_layers_draft_what_their_definition_says(ngram: bool, tmp_path: Path) -> None:
+    """Also when committed rows waited because the n-gram's copy was used in between."""
+    trunk = write_layers(tmp_path / "trunk")
+    llm = LLM(trunk, ngram=ngram, num_speculative_tokens=3, max_length=300)
+    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
+    if ngram:
+        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
+    else:
+        llm.drafter = recorder
+    llm.generate(PROMPTS, SamplingParams(max_tokens=24, ignore_eos=True))
+    w = load_tensors(trunk)
+    named = dict(w)
+    named["model.norm.weight"] = named.pop("model.mtp_norms.0.weight")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_file(named, plain / "model.safetensors")
+    config = json.loads((trunk / "config.json").read_text())
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (plain / "config.json").write_text(json.dumps(config))
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    assert len(recorder.drafted) > 10
+    for known, drafts in recorder.drafted[::4]:
+        below = trunk_states(plain, known[:-1])[L - 2]
+        for i, draft in enumerate(drafts):
+            prefix = f"model.mtp_heads.{i}."
+            own = {n.removeprefix(prefix): t for n, t in w.items() if n.startswith(prefix)}
+            last = slow_layer(below, own, HQ, HK, D, THETA)[-1]
+            last = rms_norm_ref(last, w[f"model.mtp_norms.{i + 1}.weight"], 1e-5)
+            assert draft == int((head @ last).argmax())
+
+
+# Hydra (Ankner et al. 2024), in hydra_lm_head.pt
+
+
+def published_hydra(*, heads: int = 3, prefix: bool) -> dict[str, Tensor]:
+    """Heads of two blocks; with a layer below them, dropout takes every other number."""
+    torch.manual_seed(13)
+    tensors = {"input_embed_fn.weight": torch.zeros(V, E)}
+    for h in range(heads):
+        first, second = ("1", "3") if prefix else ("0", "1")
+        wide = (E, (h + 2) * E)
+        for name, shape in (
+            (f"hydra_mlp.{h}.{first}.linear", wide),
+            (f"hydra_mlp.{h}.{first}.res_connection", wide),
+            (f"hydra_mlp.{h}.{second}.linear", (E, E)),
+            (f"hydra_lm_head.{h}.1" if prefix else f"hydra_lm_head.{h}", (V, E)),
+        ):
+            tensors[f"{name}.weight"] = normal(*shape)
+            tensors[f"{name}.bias"] = torch.randn(shape[0])
+    if prefix:
+        layer = "prefix_embeding_layer.layers.0"
+        tensors["prefix_embeding_layer.embed_tokens.weight"] = torch.zeros(V, E)
+        tensors["prefix_embeding_layer.norm.weight"] = 1 + normal(E)
+        for name, shape in (
+            *(
+                (f"self_attn.{n}_proj", (rows * D, E))
+                for n, rows in zip("qkv", (HQ, HK, HK), strict=True)
+            ),
+            ("self_attn.o_proj", (E, HQ * D)),
+            *((f"mlp.{n}_proj", (FF, E)) for n in ("gate", "up")),
+            ("mlp.down_proj", (E, FF)),
+        ):
+            tensors[f"{layer}.{name}.weight"] = normal(*shape)
+        for name in ("input", "post_attention"):
+            tensors[f"{layer}.{name}_layernorm.weight"] = 1 + normal(E)
+    return tensors
+
+
+def write_hydra(directory: Path, *, prefix: bool = True) -> Path:
+    source = directory.with_name(f"{directory.name}-published")
+    source.mkdir()
+    torch.save(published_hydra(prefix=prefix), source / "hydra_lm_head.pt")
+    (source / "config.json").write_text(json.dumps({"grounded_heads": True}))
+    convert(source, directory)
+    return directory
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_hydra_heads_see_the_drafts_before_their_own(prefix: bool, tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_hydra(tmp_path / "heads", prefix=prefix)
+    llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+    w, embedding = published_hydra(prefix=prefix), load_tensors(trunk)["model.embed_tokens.weight"]
+    layer = {
+        n.removeprefix("prefix_embeding_layer.layers.0."): t
+        for n, t in w.items()
+        if n.startswith("prefix_embeding_layer.layers.0.")
+    }
+    for known, drafts in recorded(llm, PROMPTS):
+        hidden = trunk_states(trunk, known[:-1])[-1]
+        if prefix:
+            hidden = slow_layer(hidden, layer, HQ, HK, D, THETA)
+            hidden = rms_norm_ref(hidden, w["prefix_embeding_layer.norm.weight"], 1e-5)
+        tokens = [known[-1]]
+        for h, draft in enumerate(drafts):
+            z = torch.cat([hidden[-1], *(embedding[token] for token in tokens)])
+            first, second = ("1", "3") if prefix else ("0", "1")
+            linear, passed, deeper = (
+                lambda x, n=f"hydra_mlp.{h}.{name}": w[f"{n}.weight"] @ x + w[f"{n}.bias"]
+                for name in (f"{first}.linear", f"{first}.res_connection", f"{second}.linear")
+            )
+            x = passed(z) + F.silu(linear(z))
+            x = x + F.silu(deeper(x))
+            own = f"hydra_lm_head.{h}.1" if prefix else f"hydra_lm_head.{h}"
+            assert draft == int((w[f"{own}.weight"] @ x + w[f"{own}.bias"]).argmax())
+            tokens.append(draft)
+
+
+def test_hydra_heads_of_another_kind_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    good = published_hydra(prefix=False)
+    torch.save(good, source / "hydra_lm_head.pt")
+    for config in ({"grounded_heads": False}, {"grounded_heads": True, "hidden_state_offset": 1}):
+        (source / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelLoadError, match="must be grounded, on the final hidden state"):
+            convert(source, tmp_path / "heads")
+    (source / "config.json").write_text(json.dumps({"grounded_heads": True}))
+    torch.save(good | {"surprise": torch.ones(2)}, source / "hydra_lm_head.pt")
+    with pytest.raises(ModelLoadError, match="surprise has no place in Hydra heads"):
+        convert(source, tmp_path / "heads")
+
+
+# speculators' MTP
+
+
+def test_a_speculators_head_drafts_what_our_own_of_the_same_weights_does(tmp_path: Path) -> None:
+    trunk, ours = tiny_checkpoint(tmp_path / "trunk"), tmp_path / "ours"
+    write_mtp(ours, taps=(3,), reduced=False)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    tensors = load_file(ours / "model.safetensors")
+    save_file({f"mtp_layers.0.{n}": t for n, t in tensors.items()}, theirs / "model.safetensors")
+    settings = json.loads((ours / "config.json").read_text())
+    settings.pop("model_type")
+    # The rotation is the trunk's there.
+    (ours / "config.json").write_text(
+        json.dumps(settings | {"model_type": "mtpkern_mtp", "rope_theta": THETA})
+    )
+    config = {"speculators_model_type": "mtp", "transformer_layer_config": settings}
+    (theirs / "config.json").write_text(json.dumps(config))
+    drafted = []
+    for heads in (ours, theirs):
+        llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+        drafted.append(recorded(llm, PROMPTS))
+    assert drafted[0] == drafted[1]
+    config["num_nextn_predict_layers"] = 2
+    (theirs / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match="num_nextn_predict_layers must be 1"):
+        LLM(trunk, heads=theirs)
+
+
+# For all of them
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["layers", "hydra", "hydra with a layer"])
+@pytest.mark.parametrize("ngram", [False, True])
+def test_heads_never_change_a_token(
+    kind: str, ngram: bool, temperature: float, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {}
+    if kind == "layers":
+        trunk = write_layers(tmp_path / "trunk")
+    else:
+        trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
+        options["heads"] = write_hydra(tmp_path / "heads", prefix="layer" in kind)
+    params = SamplingParams(max_tokens=40, temperature=temperature, logprobs=True, ignore_eos=True)
+    llm = LLM(
+        trunk,
+        ngram=ngram,
+        num_speculative_tokens=3,
+        max_length=256,
+        dtype="bfloat16",
+        **options,
+    )
+    prompts = [PROMPT, [30, 31], list(range(40, 90))]
+    for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):
+        plain = llm.generate(prompt, params, speculate=False)[0]
+        assert (drafted.token_ids, drafted.logprobs) == (plain.token_ids, plain.logprobs)
+
+
+def test_heads_of_other_weights_are_refused(tmp_path: Path) -> None:
+    """Same shapes, other weights: a fine-tuned model, as far as one value in sixteen can tell."""
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_mtp(tmp_path / "heads")
+    path = heads / "config.json"
+    config = json.loads(path.read_text()) | {"base_model_fingerprint": fingerprint(trunk)}
+    path.write_text(json.dumps(config))
+    LLM(trunk, heads=heads)
+    # The same weights in other files are the same weights.
+    LLM(tiny_checkpoint(tmp_path / "sharded", shards=3), heads=heads)
+    other = tiny_checkpoint(tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tuned = tensors["model.layers.1.mlp.down_proj.weight"]
+    tuned += 0.01 * torch.randn_like(tuned)
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"heads was trained on other weights than those of"):
+        LLM(other, heads=heads)
