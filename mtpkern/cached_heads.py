@@ -297,16 +297,17 @@ class HydraDrafter(CachedDrafter):
     def __init__(
         self,
         heads: Sequence[HydraHead],
+        token_ids: Tensor,
         prefix: tuple[DecoderLayer, Tensor] | None,
         trunk: Llama,
         cache: KVCache,
         ops: Ops,
     ):
-        """`prefix` is a layer and the norm behind it; `cache` has one layer."""
+        """token_ids [V] are the vocabularies' rows; `prefix` is a layer and the norm behind it;
+        `cache` has one layer."""
         super().__init__((trunk.config.num_layers,), trunk, cache, ops)
         self.hydra_heads, self.prefix, self.config = heads, prefix, trunk.config
-        size, where = trunk.config.vocab_size, trunk.embedding.device
-        self.token_ids = torch.arange(size, device=where)
+        self.token_ids = token_ids
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         cache = self.cache.rows(sequence, sequence + 1)

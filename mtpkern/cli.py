@@ -1,4 +1,4 @@
-"""The command mtpkern: generate, fetch, inspect, doctor.
+"""The command mtpkern: generate, train, fetch, inspect, convert, profile, doctor.
 
 A user's mistake is one line on stderr and exit code 2. torch is imported by the subcommands that
 need it, so that `mtpkern --help` answers at once.
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
     convert.set_defaults(run=_convert)
+    _add_train(commands)
     profile = commands.add_parser(
         "profile",
         help="profile an answer with Nsight",
@@ -147,6 +148,69 @@ def _add_generate(commands: Any) -> None:
     add("--cuda-profile", action="store_true", help="let a profiler see the answer alone")
     add("--compare", action="store_true", help="run again without drafts, and compare")
     add("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _add_train(commands: Any) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train heads for a model",
+        description="Train heads for a frozen model on its own answers to prompts. A run that was "
+        "killed goes on with the same command. The directory then holds the heads, which --heads "
+        "takes, and their card, README.md.",
+    )
+    command.set_defaults(run=_train)
+    add = command.add_argument
+    add("--model", help="the frozen model: a directory, a hub id or a name")
+    add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL with `turns`")
+    add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
+    add("--init", type=Path, metavar="DIR", help="heads to go on from")
+    add("--family", default="mtp", choices=("mtp", "mtp-1", "medusa", "hydra"))
+    add("--steps", type=int, default=4000, metavar="N", help="optimiser steps (default 4000)")
+    add("--rows", type=int, default=1024, metavar="N", help="answer rows a step (default 1024)")
+    add("-K", "--num-speculative-tokens", type=int, default=4, metavar="K", help="drafts unrolled")
+    add("--draft-vocab-size", type=int, default=16384, metavar="N")
+    add("--optimizer", default="muon", choices=("muon", "adamw"))
+    add("--lr", type=float, default=8e-3)
+    add("--temperature", type=float, default=0.6, help="of every other answer; 0: greedy ones only")
+    add("--max-new", type=int, default=192, metavar="N", help="longest answer in tokens")
+    add("--round-prompts", type=int, default=1024, metavar="N", help="answered before learning on")
+    add("--held-out", type=int, default=64, metavar="N", help="prompts to measure on")
+    add("--slots", type=int, default=128, metavar="N", help="answers written at a time")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--seed", type=int, default=0)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from mtpkern.train.fit import Recipe
+    from mtpkern.train.run import Plan, train
+
+    plan = Plan(
+        out=args.out,
+        model=args.model,
+        prompts=tuple(args.prompts),
+        answers=tuple(args.answers),
+        init=args.init,
+        family=args.family,
+        draft_vocab_size=args.draft_vocab_size,
+        round_prompts=args.round_prompts,
+        held_out=args.held_out,
+        temperature=args.temperature,
+        max_new=args.max_new,
+        slots=args.slots,
+        device=args.device,
+    )
+    recipe = Recipe(
+        steps=args.steps,
+        rows=args.rows,
+        K=args.num_speculative_tokens,
+        optimizer=args.optimizer,
+        lr=args.lr,
+        seed=args.seed,
+    )
+    train(plan, recipe)
+    print(args.out)
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -196,18 +196,30 @@ def _build_layers(
 def _build_hydra(
     source: _Source, settings: Mapping[str, Any], trunk: Llama, cache: KVCache, ops: Ops
 ) -> Drafter:
+    shared, token_ids = _vocabulary(source, trunk, ops)
     heads = [
         HydraHead(
             residual=source.packed(f"{h}.residual", ops),
             blocks=[source.packed(f"{h}.{d}.linear", ops) for d in range(settings["num_layers"])],
-            vocabulary=source.packed(f"{h}.vocabulary", ops),
+            vocabulary=source.packed(f"{h}.vocabulary", ops)
+            if f"{h}.vocabulary.weight" in source
+            else shared,
         )
         for h in range(settings["num_heads"])
     ]
     prefix = None
     if settings.get("prefix"):
         prefix = source.layer("prefix.", trunk.config, ops), source["prefix.norm.weight"]
-    return HydraDrafter(heads, prefix, trunk, _cache_beside(cache, trunk.config), ops)
+    own = _cache_beside(cache, trunk.config)
+    return HydraDrafter(heads, token_ids, prefix, trunk, own, ops)
+
+
+def _vocabulary(source: _Source, trunk: Llama, ops: Ops) -> tuple[Any, Tensor]:
+    """What heads draft through, and its ids: the trunk's own, or the rows `draft_vocab` of it."""
+    where, reduced = trunk.embedding.device, "draft_vocab" in source
+    ids = source.tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
+    ids = ids.to(where, torch.int64)
+    return (ops.pack(trunk.lm_head[ids]) if reduced else trunk.vocabulary), ids
 
 
 def _build_mtp(
@@ -215,13 +227,10 @@ def _build_mtp(
 ) -> Drafter:
     """A sequential module (names as in MiMo's MTP layers, plus fc and draft_vocab)."""
     config, taps = mtp_layer_config(settings, trunk.config), settings["tap_layers"]
-    reduced, joined = "draft_vocab" in source, "input_proj.weight" in source
-    ids = source.tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
-    token_ids = ids.to(trunk.embedding.device, torch.int64)
+    joined = "input_proj.weight" in source
+    vocabulary, token_ids = _vocabulary(source, trunk, ops)
     if "vocabulary.weight" in source:
         vocabulary = source.packed("vocabulary", ops)
-    else:
-        vocabulary = ops.pack(trunk.lm_head[token_ids]) if reduced else trunk.vocabulary
     weights = MtpWeights(
         taps=tuple(taps),
         fc=source.packed("fc", ops) if len(taps) > 1 else None,

@@ -154,10 +154,14 @@ def hydra_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, t
     E, V = trunk.hidden_size, trunk.vocab_size
     shapes = decoder_shapes("prefix.", trunk) if settings.get("prefix") else {}
     for h in range(settings["num_heads"]):
-        parts = {"residual": (E, (h + 2) * E), "0.linear": (E, (h + 2) * E), "vocabulary": (V, E)}
+        parts = {"residual": (E, (h + 2) * E), "0.linear": (E, (h + 2) * E)}
+        if not settings.get("draft_vocab_size"):
+            parts["vocabulary"] = (V, E)
         parts |= {f"{d}.linear": (E, E) for d in range(1, settings["num_layers"])}
         for name, shape in parts.items():
             shapes[f"{h}.{name}.weight"], shapes[f"{h}.{name}.bias"] = shape, shape[:1]
+    if settings.get("draft_vocab_size"):
+        shapes["draft_vocab"] = (settings["draft_vocab_size"],)
     return shapes
 
 

@@ -1,21 +1,31 @@
 """Training a head, in miniature: a random model, its own answers, a few optimiser steps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_checkpoint
 from safetensors.torch import load_file
+from test_heads import Recorder, trunk_states
 from torch import Tensor
 
+from mtpkern import cli
 from mtpkern.checkpoint import load_config, load_tensors
+from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.engine import LLM
 from mtpkern.reference import logits as reference_logits
-from mtpkern.train import distill, fit, prompts
+from mtpkern.train import distill, fit, invent, prompts, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
-from mtpkern.train.dataset import Dataset, DatasetWriter
-from mtpkern.train.mtp_head import DraftLoss, HeadConfig, MtpHead, draft_targets, load_head
+from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
+from mtpkern.train.families import FAMILIES, load_head
+from mtpkern.train.fit import Recipe
+from mtpkern.train.losses import DraftLoss, draft_targets
+from mtpkern.train.mtp_head import HeadConfig, MtpHead
+from mtpkern.train.run import Plan
 
 E, D, HQ, HK = 48, 8, 6, 2
 
@@ -181,52 +191,181 @@ def test_an_interrupted_recording_goes_on_after_its_last_whole_sequence(tmp_path
     assert data.read(1, "features").float().unique().tolist() == [20.0]
 
 
-def test_a_fit_lowers_the_loss_and_exports_a_head_that_loads(
-    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    model, answers = recorded
+RECIPE = Recipe(steps=30, rows=120, K=3, lr=0.03, warmup=2)
+
+
+def recorder_of_losses(patch: pytest.MonkeyPatch) -> list[float]:
     losses: list[float] = []
     train = fit.Trainer.fit
-    monkeypatch.setattr(fit.Trainer, "fit", lambda *a: losses.extend(train(*a)))
-    arguments = ["--model", str(model), "--data", str(answers), "--out", str(tmp_path / "head")]
-    arguments += ["--steps", "30", "--rows", "120", "--draft-vocab-size", "200", "--warmup", "2"]
-    arguments += ["--lr", "0.03", "--threads", "1"]
-    result = fit.main(arguments)
+
+    def kept(*a: Any, **b: Any) -> list[float]:
+        losses.extend(some := train(*a, **b))
+        return some
+
+    patch.setattr(fit.Trainer, "fit", kept)
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
+    recorded: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    optimizer: str,
+) -> None:
+    model, answers = recorded
+    losses = recorder_of_losses(monkeypatch)
+    out = tmp_path / "heads"
+    plan = Plan(out, str(model), answers=(answers,), family=family, draft_vocab_size=200)
+    monkeypatch.setattr(run, "is_held_out", lambda data, index: index % 4 == 0)
+    result = run.train(plan, replace(RECIPE, optimizer=optimizer))
     assert len(losses) == 30 and sum(losses[-5:]) < 0.95 * sum(losses[:5])
     assert result["head"]["overall"]["mean_acceptance_length"] >= 1
-    tensors = load_file(tmp_path / "head" / "model.safetensors")
-    assert tensors["fc.weight"].shape == (E, 3 * E)
-    assert tensors["fc.weight"].dtype == torch.bfloat16
-    ids = tensors["draft_vocab"].tolist()
-    assert len(ids) == 200 and ids == sorted(set(ids))
-    again = fit.main([*arguments[:4], "--init", str(tmp_path / "head"), "--evaluate"])
-    assert again["head"]["overall"]["tokens"] > result["head"]["overall"]["tokens"]
+    stored = load_file(out / "model.safetensors")
+    if family != "medusa":
+        ids = stored["draft_vocab"].tolist()
+        assert len(ids) == 200 and ids == sorted(set(ids))
+    card = (out / "README.md").read_text()
+    assert "24 of the model's own" in card and "| hybrid, loop-free | overall |" in card
+
+    head = load_head(out)
+    llm = LLM(model, heads=out, ngram=False, num_speculative_tokens=3, dtype="float32")
+    recorder = Recorder(llm.drafter)
+    llm.drafter = recorder
+    llm.generate([[5, 9, 33, 7, 40], [11, 80]], SamplingParams(max_tokens=20, ignore_eos=True))
+    table = load_tensors(model)["lm_head.weight"][head.draft_vocab.long()]
+    embedding = load_tensors(model)["model.embed_tokens.weight"]
+    assert len(recorder.drafted) > 20
+    for known, drafts in recorder.drafted[::5]:
+        features = torch.cat([trunk_states(model, known[:-1])[i] for i in (0, 1, 2)], -1)
+        tokens, starts = torch.tensor([known + drafts]), torch.tensor([[len(known) - 2]])
+        with torch.no_grad():
+            states = head(features[None], tokens, starts, embedding, len(drafts))
+        chosen = [int(head.draft_vocab[(table @ state[0, 0]).argmax()]) for state in states]
+        assert chosen == drafts
 
 
-def test_a_resumed_fit_ends_where_an_unbroken_one_does(recorded: tuple[Path, Path], tmp_path: Path):
-    model, answers = recorded
-    arguments = ["--model", str(model), "--data", str(answers), "--rows", "200"]
-    arguments += ["--draft-vocab-size", "100", "--steps", "6", "--save-every", "3"]
-    arguments += ["--threads", "1"]
-    a, b = tmp_path / "a", tmp_path / "b"
-    fit.main([*arguments, "--out", str(a)])
+@pytest.fixture
+def prompts_file(tmp_path: Path) -> Path:
+    words = ["the quick fox", "a dog and the sun", "jumps over", "sleeps lazy in brown dog"]
+    rows = [{"category": "a", "turns": [f"{w} {i}"]} for i in range(9) for w in words]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def small_plan(model: Path, out: Path, prompts: Path) -> Plan:
+    return Plan(
+        out,
+        str(model),
+        prompts=(prompts,),
+        draft_vocab_size=100,
+        round_prompts=8,
+        window=2,
+        held_out=4,
+        max_new=20,
+        slots=6,
+        capacity=120,
+    )
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    recorded: tuple[Path, Path],
+    tmp_path: Path,
+    prompts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed while it learns, in the middle of a round; every loss is that of an unbroken run."""
+    model, recipe = recorded[0], replace(RECIPE, steps=12)
+    losses = recorder_of_losses(monkeypatch)
+    run.train(small_plan(model, tmp_path / "a", prompts_file), recipe)
+    unbroken = losses.copy()
+    assert len(unbroken) == 12
+    monkeypatch.setattr(fit, "SAVE_SECONDS", 0)
+    losses.clear()
     update, calls = fit.Trainer.update, 0
 
     def broken(self: fit.Trainer, loss: Tensor) -> None:
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 8:
             raise KeyboardInterrupt
         update(self, loss)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(fit.Trainer, "update", broken)
         with pytest.raises(KeyboardInterrupt):
-            fit.main([*arguments, "--out", str(b), "--checkpoint", str(tmp_path / "b.pt")])
-    fit.main([*arguments, "--out", str(b), "--checkpoint", str(tmp_path / "b.pt")])
-    first, second = load_head(a).state_dict(), load_head(b).state_dict()
+            run.train(small_plan(model, tmp_path / "b", prompts_file), recipe)
+    before = len(losses)  # of whole rounds
+    run.train(small_plan(model, tmp_path / "b", prompts_file), recipe)
+    assert losses[:before] == unbroken[:before] and losses[before:] == unbroken[7:]
+    first, second = (load_head(tmp_path / name).state_dict() for name in "ab")
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor)
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
+
+
+def test_a_run_killed_while_it_answers_answers_no_prompt_twice(
+    recorded: tuple[Path, Path],
+    tmp_path: Path,
+    prompts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = small_plan(recorded[0], tmp_path / "heads", prompts_file)
+    add, calls = DatasetWriter.add, 0
+
+    def broken(*a: Any, **b: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        add(*a, **b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetWriter, "add", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(plan, replace(RECIPE, steps=8))
+    run.train(plan, replace(RECIPE, steps=8))
+    work = plan.out / ".train"
+    # Only the last rounds' answers are there still.
+    kept = sorted(path.name for path in work.iterdir() if path.is_dir())
+    assert kept == ["held-out", "round-0002", "round-0003"]
+    numbers = [row["number"] for name in kept for row in read_index(work / name)]
+    assert len(numbers) == len(set(numbers)) == 4 + 8 + 8
+    assert "32 of the model's own" in (plan.out / "README.md").read_text()
+
+
+def test_what_cannot_be_trained_on_is_refused(
+    recorded: tuple[Path, Path], tmp_path: Path, prompts_file: Path
+) -> None:
+    model, answers = recorded
+    with pytest.raises(UserError, match="one of prompts and recorded answers is needed"):
+        run.train(Plan(tmp_path / "x", str(model)), RECIPE)
+    few = replace(small_plan(model, tmp_path / "x", prompts_file), held_out=50)
+    with pytest.raises(UserError, match="36 usable prompts are too few: 50 are held out"):
+        run.train(few, RECIPE)
+    heads = tmp_path / "heads"
+    run.train(Plan(heads, str(model), answers=(answers,), draft_vocab_size=99), RECIPE)
+    other = tiny_checkpoint(tmp_path / "other", seed=4, tie_word_embeddings=False)
+    with pytest.raises(UserError, match="heads was trained on other weights"):
+        run.train(Plan(tmp_path / "y", str(other), answers=(answers,), init=heads), RECIPE)
+    with pytest.raises(ModelLoadError, match="was trained on other weights than those of"):
+        LLM(other, heads=heads)
+
+
+def test_the_command_trains_heads_that_generate_takes(
+    recorded: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    model, answers = recorded
+    heads = str(tmp_path / "heads")
+    train = ["train", "--model", str(model), "--answers", str(answers), "--out", heads]
+    assert cli.main([*train, "--steps", "3", "--draft-vocab-size", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "step 3/3 loss" in out and "tokens a step on held-out answers" in out
+    assert cli.main(["generate", "--model", str(model), "--heads", heads, "the dog"]) == 0
+    assert cli.main(["train", "--out", heads]) == 2
+    assert "one of prompts and recorded answers" in capsys.readouterr().err
 
 
 def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
@@ -251,7 +390,7 @@ def test_a_replay_counts_what_decoding_would_do():
 
 def test_invented_prompts_begin_inside_the_users_turn(recorded: tuple[Path, Path]):
     tokenizer = distill.Tokenizer.from_directory(str(recorded[0]))
-    head, jobs = distill.invented_jobs(tokenizer, {"qa": ["the dog"], "free": [""]}, 3)
+    head, jobs = invent.invented_jobs(tokenizer, {"qa": ["the dog"], "free": [""]}, 3)
     prompts = [job.prompt for job in jobs]
     whole = tokenizer.apply_chat_template([{"role": "user", "content": "the dog"}], False)
     assert len(prompts) == 3 and prompts[0] == prompts[2] == whole[: len(prompts[0])]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.train.dataset import Dataset
-from mtpkern.train.mtp_head import MtpHead
+from mtpkern.train.families import Head
 
 
 def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
@@ -78,7 +78,7 @@ class Tally:
 
 @torch.inference_mode()
 def evaluate(
-    head: MtpHead,
+    head: Head,
     embedding: Tensor,
     lm_head: Tensor,
     data: Dataset,
@@ -94,7 +94,7 @@ def evaluate(
     tallies: dict[str, dict[str, Tally]] = defaultdict(lambda: defaultdict(lambda: Tally(K)))
     for at in range(0, len(indices), 8):
         batch = list(indices[at : at + 8])
-        x = data.collate(batch, K)
+        x = {name: t.to(embedding.device) for name, t in data.collate(batch, K).items()}
         states = head(x["features"], x["tokens"], x["starts"], embedding, K)
         drafts = torch.stack([vocab[F.linear(o, table).argmax(-1)] for o in states], -1).tolist()
         for b, i in enumerate(batch):

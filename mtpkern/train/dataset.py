@@ -11,6 +11,7 @@ M is 64. The index is written last: files cut short are longer than it says, nev
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class DatasetWriter:
         self.index = directory / "sequences.jsonl"
         written = read_index(directory) if self.index.exists() else []
         self.sequences = len(written)
+        self.numbers = {row["number"] for row in written if "number" in row}
         self.rows = written[-1]["offset"] + written[-1]["length"] if written else 0
         self.fields, self.files = fields(E), {}
         for name, (dtype, width) in self.fields.items():
@@ -53,8 +55,10 @@ class DatasetWriter:
         features: Tensor,
         top_ids: Tensor,
         top_logits: Tensor,
+        number: int = 0,
     ) -> None:
-        """One sequence of n tokens, `prompt` of them given: features [n, 3E], tops [n, M]."""
+        """One sequence of n tokens, `prompt` of them given: features [n, 3E], tops [n, M]; `number`
+        is its prompt's, by which the sequences are put in order again."""
         rows = {
             "tokens": np.array(tokens),
             "features": features.view(torch.int16).numpy(),
@@ -66,6 +70,7 @@ class DatasetWriter:
             self.files[name].flush()
         n = len(tokens)
         row = {"offset": self.rows, "prompt": prompt, "length": n, "category": category}
+        row["number"] = number
         with self.index.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows += n
@@ -87,6 +92,7 @@ class Dataset:
         for i, directory in enumerate(directories):
             # The first draft comes after the first answer token: shorter answers hold nothing.
             rows = [r for r in read_index(directory) if r["length"] - r["prompt"] >= 2]
+            rows.sort(key=lambda row: row.get("number", 0))
             self.sequences += [(i, row) for row in rows]
             self.files.append(
                 {
@@ -97,6 +103,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def only(self, directory: int) -> "Dataset":
+        """The same data without the other directories."""
+        part = copy(self)
+        part.sequences = [(i, row) for i, row in self.sequences if i == directory]
+        return part
 
     def read(self, index: int, name: str) -> Tensor:
         """One field of one sequence of n tokens: [n, width], tokens [n] int64."""

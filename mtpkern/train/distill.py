@@ -1,18 +1,13 @@
-"""Self-distillation: prompts -> the frozen model's own greedy answers, and what a head learns from.
+"""Self-distillation: prompts -> the frozen model's own answers, and what a head learns from.
 
-    python -m mtpkern.train.distill --prompts questions.jsonl --out answers
-    python -m mtpkern.train.distill --invent 9000 --max-new 220 --out questions.jsonl
-
-The second form makes prompts: the model writes the user's turn itself (Magpie, arXiv 2406.08464).
 Generation is batched for throughput, with continuous refill, over slots of one static KV cache.
 """
 
-import argparse
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.checkpoint import load_model
-from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train.dataset import TOP, DatasetWriter
-from mtpkern.train.prompts import OPENINGS
+from mtpkern.train.dataset import TOP
+from mtpkern.train.families import feature_taps
 
 PREFILL_GROUP = 8
 
@@ -33,18 +27,21 @@ PREFILL_GROUP = 8
 class Trunk:
     """A Llama trunk in bf16 over B slots of S positions, for many sequences at once."""
 
-    def __init__(self, directory: Path, slots: int, capacity: int):
-        self.config, self.weights = load_model(directory, dtype=torch.bfloat16)
+    def __init__(
+        self, directory: Path, slots: int, capacity: int, device: str | torch.device = "cpu"
+    ):
+        self.device = torch.device(device)
+        self.config, self.weights = load_model(directory, dtype=torch.bfloat16, device=device)
         c = self.config
-        self.taps = (c.num_layers // 3, 2 * c.num_layers // 3)
+        self.taps = feature_taps(c.num_layers)[:-1]
         frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
         angle = torch.arange(capacity)[:, None] * frequencies
         cos, sin = angle.cos() * scaling, angle.sin() * scaling
-        self.cos = torch.cat([cos, cos], -1).bfloat16()
-        self.sin = torch.cat([-sin, sin], -1).bfloat16()
+        self.cos = torch.cat([cos, cos], -1).bfloat16().to(device)
+        self.sin = torch.cat([-sin, sin], -1).bfloat16().to(device)
         shape = (c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim)
-        self.keys = torch.zeros(shape, dtype=torch.bfloat16)
-        self.values = torch.zeros(shape, dtype=torch.bfloat16)
+        self.keys = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
 
     def forward(self, tokens: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """tokens [B, T] at start [B] + 0..T-1 of slots [B] -> features [B, T, 3E].
@@ -53,11 +50,12 @@ class Trunk:
         """
         c, (B, T) = self.config, tokens.shape
         Hq, Hk, D = c.num_heads, c.num_kv_heads, c.head_dim
-        positions = start[:, None] + torch.arange(T)
+        positions = start[:, None] + torch.arange(T, device=self.device)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         S = -(-(int(start.max()) + 1) // 32) * 32
-        unseen = torch.arange(S) > start[:, None, None, None]
-        mask = torch.zeros(B, 1, 1, S, dtype=torch.bfloat16).masked_fill_(unseen, float("-inf"))
+        unseen = torch.arange(S, device=self.device) > start[:, None, None, None]
+        mask = torch.zeros(B, 1, 1, S, dtype=torch.bfloat16, device=self.device)
+        mask.masked_fill_(unseen, float("-inf"))
         x, taps = F.embedding(tokens, self.weights.embedding), []
         for i, layer in enumerate(self.weights.layers):
             y = F.rms_norm(x, x.shape[-1:], layer.input_norm, c.rms_norm_eps)
@@ -98,6 +96,7 @@ class Job:
 
     prompt: list[int]
     category: str
+    number: int = 0  # its place among the prompts
     tokens: list[int] = field(default_factory=list)
     grams: Counter = field(default_factory=Counter)
 
@@ -124,9 +123,10 @@ def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor, ids: Tensor) -> Tensor:
-        p = torch.softmax(logits.float() / temperature, -1)
+        p = torch.softmax(logits.float() / temperature, -1).cpu()
         p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
-        return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        chosen = torch.multinomial(p, 1, generator=generator)
+        return ids.gather(1, chosen.to(ids.device))[:, 0]
 
     return choose
 
@@ -147,12 +147,14 @@ def generate(
     """
     _, slots, _, capacity, _ = trunk.keys.shape
     stop = set(trunk.config.eos_token_ids)
-    features = torch.zeros(slots, capacity, 3 * trunk.config.hidden_size, dtype=torch.bfloat16)
-    top_ids = torch.zeros(slots, capacity, TOP, dtype=torch.int32)
-    top_logits = torch.zeros(slots, capacity, TOP, dtype=torch.float16)
+    on = trunk.device
+    shape = (slots, capacity, 3 * trunk.config.hidden_size)
+    features = torch.zeros(shape, dtype=torch.bfloat16, device=on)
+    top_ids = torch.zeros(slots, capacity, TOP, dtype=torch.int32, device=on)
+    top_logits = torch.zeros(slots, capacity, TOP, dtype=torch.float16, device=on)
     active: list[Job | None] = [None] * slots
-    last = torch.zeros(slots, dtype=torch.int64)
-    lengths = torch.zeros(slots, dtype=torch.int64)
+    last = torch.zeros(slots, dtype=torch.int64, device=on)
+    lengths = torch.zeros(slots, dtype=torch.int64, device=on)
     jobs, waiting, finished, made, began = iter(jobs), True, 0, 0, time.time()
 
     def extend(rows: list[int], at_end: Tensor) -> None:
@@ -171,7 +173,7 @@ def generate(
             if token in stop or n - len(job.prompt) >= max_new or n >= capacity or job.is_looping():
                 # The last token has not been through the model; nothing asks for its features.
                 features[slot, n - 1].zero_()
-                sink(job, features[slot, :n], top_ids[slot, :n], top_logits[slot, :n])
+                sink(job, *(t[slot, :n].cpu() for t in (features, top_ids, top_logits)))
                 active[slot], lengths[slot] = None, 0
                 finished += 1
             else:
@@ -189,18 +191,19 @@ def generate(
             prompts = [torch.tensor(job.prompt) for job in group]
             tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
             for slot, job in zip(rows, group, strict=True):
-                job.tokens = list(job.prompt)
+                job.tokens, job.grams = list(job.prompt), Counter()
                 active[slot], lengths[slot] = job, len(job.prompt)
             top_ids[rows], top_logits[rows] = 0, 0
-            at = torch.tensor(rows)
-            out = trunk.forward(tokens, at, torch.zeros_like(at))
+            at = torch.tensor(rows, device=on)
+            out = trunk.forward(tokens.to(on), at, torch.zeros_like(at))
             features[at, : tokens.shape[1]] = out
-            extend(rows, out[torch.arange(len(rows)), lengths[at] - 1])
+            extend(rows, out[torch.arange(len(rows), device=on), lengths[at] - 1])
         rows = [slot for slot, job in enumerate(active) if job is not None]
         if not rows and not waiting:
             return
         if rows:
-            out = trunk.forward(last[:, None], torch.arange(slots), (lengths - 1).clamp(min=0))
+            every = torch.arange(slots, device=on)
+            out = trunk.forward(last[:, None], every, (lengths - 1).clamp(min=0))
             extend(rows, out[rows, 0])
         steps += 1
         if steps % 100 == 0:
@@ -220,75 +223,7 @@ def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed
             jobs.append(Job(prompt, row["category"]))
     size = 8 * PREFILL_GROUP
     windows = [jobs[at : at + size] for at in range(0, len(jobs), size)]
-    return [job for window in windows for job in sorted(window, key=lambda job: len(job.prompt))]
-
-
-def invented_jobs(
-    tokenizer: Tokenizer, openings: Mapping[str, Sequence[str]], count: int
-) -> tuple[int, Iterator[Job]]:
-    """Prompts that end inside the user's turn, after an opening: their own length, and the jobs."""
-    mark = "\x00"
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": mark}], False)
-    head = ids[: ids.index(tokenizer.encode(mark, add_special_tokens=False)[0])]
-    kinds = [(category, text) for category, texts in openings.items() for text in texts]
-
-    def jobs() -> Iterator[Job]:
-        for n in range(count):
-            category, text = kinds[n % len(kinds)]
-            yield Job(head + tokenizer.encode(text, add_special_tokens=False), category)
-
-    return len(head), jobs()
-
-
-def invent(trunk: Trunk, tokenizer: Tokenizer, a: argparse.Namespace) -> None:
-    """Write prompts in the model's own words to a.out, duplicates and unfinished ones left out."""
-    head, jobs = invented_jobs(tokenizer, OPENINGS, a.invent)
-    stop, seen = set(trunk.config.eos_token_ids), set()
-    with a.out.open("w", encoding="utf-8") as file:
-
-        def sink(job: Job, *_: Tensor) -> None:
-            text = tokenizer.decode(job.tokens[head:-1]).strip()
-            key = text.lower()[:60]
-            if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
-                seen.add(key)
-                row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
-                file.write(json.dumps(row) + "\n")
-
-        generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description="Record a model's own answers, for heads to learn from")
-    p.add_argument("--model", help="directory of the frozen model; the default model without it")
-    p.add_argument("--prompts", type=Path, nargs="+", help="JSONL with `turns` and `category`")
-    p.add_argument("--out", type=Path, required=True, help="directory, or JSONL with --invent")
-    p.add_argument("--invent", type=int, default=0, help="how many prompts the model shall write")
-    p.add_argument("--slots", type=int, default=128, help="sequences at a time")
-    p.add_argument("--capacity", type=int, default=704, help="longest sequence in tokens")
-    p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
-    p.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
-    if bool(a.invent) == bool(a.prompts):
-        p.error("one of --prompts and --invent is needed")
-    torch.set_num_threads(a.threads)
-    directory = resolve_model(a.model)
-    trunk, tokenizer = Trunk(directory, a.slots, a.capacity), Tokenizer.from_directory(directory)
-    if a.invent:
-        invent(trunk, tokenizer, a)
-        return
-    writer = DatasetWriter(a.out, trunk.config.hidden_size)
-    jobs = read_prompts(a.prompts, tokenizer, a.capacity - a.max_new, a.seed)
-
-    def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
-        writer.add(job.tokens, len(job.prompt), job.category, features, ids, logits)
-
-    # Sequences finish nearly in order; a resumed run may redo a few and leave a few out.
-    choose = nucleus(a.temperature, 0.95, a.seed) if a.temperature else greedy
-    generate(trunk, jobs[writer.sequences :], sink, max_new=a.max_new, choose=choose)
-    print(json.dumps({"sequences": writer.sequences, "rows": writer.rows}))
-
-
-if __name__ == "__main__":
-    main()
+    jobs = [job for window in windows for job in sorted(window, key=lambda job: len(job.prompt))]
+    for number, job in enumerate(jobs):
+        job.number = number
+    return jobs

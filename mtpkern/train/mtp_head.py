@@ -1,18 +1,14 @@
-"""The sequential MTP head as it is trained: chains of K steps, their loss, and the export.
+"""The sequential MTP head as it is trained: chains of K steps.
 
 Row j pairs the features of token j with the embedding of token j + 1 and predicts token j + 2.
 The unrolled steps are EAGLE-3's training-time test (arXiv 2503.01840): a step is fed with the
 hidden state of the one before, as in drafting, so the head learns on its own mistakes.
 """
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 NORMS = (
@@ -29,7 +25,7 @@ class HeadConfig:
     """A head's config.json. Taps are layers counted from 1; the last one is post-norm."""
 
     hidden_size: int
-    tap_layers: tuple[int, int, int]
+    tap_layers: tuple[int, ...]
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -38,6 +34,7 @@ class HeadConfig:
     rms_norm_eps: float
     draft_vocab_size: int
     base_model: str
+    base_model_fingerprint: str = ""
     max_num_speculative_tokens: int = 16
     model_type: str = "mtpkern_mtp"
 
@@ -46,7 +43,7 @@ class HeadConfig:
         E, F_, D = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * D, self.num_key_value_heads * D
         return {
-            "fc": (E, 3 * E),
+            **({"fc": (E, len(self.tap_layers) * E)} if len(self.tap_layers) > 1 else {}),
             "input_proj": (E, 2 * E),
             "self_attn.q_proj": (q, E),
             "self_attn.k_proj": (kv, E),
@@ -78,7 +75,7 @@ class MtpHead(nn.Module):
             if name in ("self_attn.o_proj", "mlp.down_proj"):
                 w = torch.zeros(shape)
             elif name == "fc":
-                w = torch.cat([0 * eye, 0 * eye, eye], 1)
+                w = torch.cat([*(0 * eye for _ in config.tap_layers[1:]), eye], 1)
             elif name == "input_proj":
                 w = torch.cat([eye, eye], 1) / 2
             # A ParameterDict takes no dots in its names.
@@ -87,9 +84,34 @@ class MtpHead(nn.Module):
             self.weights[name] = nn.Parameter(torch.ones(E))
         # fc sees features over their spread, lest a few large dimensions drown the rest; the export
         # divides fc's columns instead.
-        self.register_buffer("spread", torch.ones(3 * E))
+        self.register_buffer("spread", torch.ones(len(config.tap_layers) * E))
         ids = torch.zeros(config.draft_vocab_size, dtype=torch.int32)
         self.register_buffer("draft_vocab", ids)
+
+    def prepare(self, spread: Tensor) -> None:
+        """Take in what the features are like (root mean squares [n*E]): before training begins."""
+        with torch.no_grad():
+            E, spread = self.config.hidden_size, spread[-len(self.spread) :]
+            if "fc" in self.weights:
+                self.weights["fc"].mul_(spread / self.spread)
+            self.spread.copy_(spread)
+            if (self.weights["final_layernorm"] == 1).all():
+                # Half as sure of itself as the model is of the token before.
+                self.weights["final_layernorm"].fill_(spread[-E:].pow(2).mean().sqrt() / 2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The head as head_checkpoint names it."""
+        tensors = {f"{k.replace('/', '.')}.weight": w.detach() for k, w in self.weights.items()}
+        if "fc.weight" in tensors:
+            tensors["fc.weight"] = tensors["fc.weight"] / self.spread
+        return tensors | {"draft_vocab": self.draft_vocab}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave."""
+        with torch.no_grad():
+            self.draft_vocab.copy_(tensors.pop("draft_vocab"))
+            for name, tensor in tensors.items():
+                self.weights[name.removesuffix(".weight").replace(".", "/")].copy_(tensor)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[name.replace(".", "/")].to(x.dtype))
@@ -101,7 +123,8 @@ class MtpHead(nn.Module):
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [B, Q, H, D] to positions [B, Q]."""
         D = x.shape[-1]
-        angle = positions[..., None, None] * self.config.rope_theta ** -(torch.arange(0, D, 2) / D)
+        steps = torch.arange(0, D, 2, device=x.device) / D
+        angle = positions[..., None, None] * self.config.rope_theta**-steps
         cos, sin = angle.cos(), angle.sin()
         rotated = x.roll(D // 2, -1) * torch.cat([-sin, sin], -1).to(x.dtype)
         return x * torch.cat([cos, cos], -1).to(x.dtype) + rotated
@@ -127,7 +150,9 @@ class MtpHead(nn.Module):
         K: int,
         keep: Tensor | None = None,
     ) -> list[Tensor]:
-        """features [B, S, 3E], tokens [B, S + K], starts [B, Q] -> K hidden states [B, Q, E].
+        """features [B, S, n*E], tokens [B, S + K], starts [B, Q] -> K hidden states [B, Q, E].
+
+        Of the features the last ones are taken, as many as there are taps.
 
         Each start is a chain of its own. Its step k stands at position start + k, is fed the token
         after it, and attends to the first pass up to start and to the chain's own later steps.
@@ -136,10 +161,14 @@ class MtpHead(nn.Module):
         (B, S, _), D = features.shape, self.config.head_dim
         Hk = self.config.num_key_value_heads
         G = self.config.num_attention_heads // Hk
-        hidden = self.linear(features / self.spread.to(features.dtype), "fc")
+        where = features.device
+        hidden = features[..., -self.spread.numel() :]
+        if "fc" in self.weights:
+            hidden = self.linear(hidden / self.spread.to(hidden.dtype), "fc")
         x = self.pairs(hidden, F.embedding(tokens[:, 1 : S + 1], embedding))
         y = self.norm(x, "input_layernorm")
-        first_keys = self.rope(self.projected(y, "k"), torch.arange(S)[None]).transpose(1, 2)
+        positions = torch.arange(S, device=where)
+        first_keys = self.rope(self.projected(y, "k"), positions[None]).transpose(1, 2)
         first_values = self.projected(y, "v").transpose(1, 2)
         x = x.gather(1, starts[..., None].expand(-1, -1, x.shape[-1]))
         keys: list[Tensor] = []
@@ -157,7 +186,7 @@ class MtpHead(nn.Module):
                 values.append(self.projected(y, "v"))
             q = self.rope(self.projected(y, "q"), starts + k).unflatten(2, (Hk, G)) * D**-0.5
             scores = q.permute(0, 2, 3, 1, 4).reshape(B, Hk, G * Q, D) @ first_keys.mT
-            later = (torch.arange(S) > starts[..., None])[:, None, None]
+            later = (positions > starts[..., None])[:, None, None]
             scores = scores.float().view(B, Hk, G, Q, S).masked_fill(later, float("-inf"))
             if k:
                 own = torch.stack([(q * key[:, :, :, None]).sum(-1) for key in keys], -1)
@@ -173,71 +202,3 @@ class MtpHead(nn.Module):
             x = x + self.linear(y, "mlp.down_proj")
             out.append(self.norm(x, "final_layernorm"))
         return out
-
-
-class DraftLoss(torch.autograd.Function):
-    """Summed cross-entropy of softmax(hidden @ table.T) and sparse targets.
-
-    hidden [R, E], table [Vd, E] (frozen), ids [R, N] with weights [R, N] -> scalar. The gradient is
-    made on the way, a few rows at a time, so that the logits [R, Vd] never exist as a whole.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        gradients, total = [], torch.zeros(())
-        for h, i, w in zip(hidden.split(256), ids.split(256), weights.split(256), strict=True):
-            p = F.linear(h, table).softmax(-1)
-            total -= (w * p.gather(1, i).float().clamp(min=1e-9).log()).sum()
-            flat = i + torch.arange(len(i))[:, None] * p.shape[1]
-            p *= w.sum(-1, keepdim=True).to(p.dtype)
-            p.view(-1).index_add_(0, flat.view(-1), -w.to(p.dtype).view(-1))
-            gradients.append(p @ table)
-        ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (hidden_gradient,) = ctx.saved_tensors
-        return hidden_gradient * gradient.to(hidden_gradient.dtype), None, None, None
-
-
-def draft_targets(
-    ids: Tensor, logits: Tensor, labels: Tensor, to_draft: Tensor, hard: float
-) -> tuple[Tensor, Tensor]:
-    """What R rows shall predict -> draft ids and weights [R, M + 1], a row's weights summing to 1.
-
-    The model's likeliest tokens ids [R, M] by their logits, and its own token labels [R] with the
-    share `hard`, as far as to_draft [V] knows them (-1: outside); a row without any sums to 0.
-    """
-    inside, label = to_draft[ids], to_draft[labels][:, None]
-    p = logits.masked_fill(inside < 0, float("-inf")).softmax(-1).nan_to_num(0)
-    weights = torch.cat([p * (1 - hard), hard * (label >= 0)], 1)
-    total = weights.sum(1, keepdim=True)
-    weights = torch.where(total > 1e-6, weights / total, 0)
-    return torch.cat([inside, label], 1).clamp(min=0), weights
-
-
-def export_head(head: MtpHead, directory: Path) -> None:
-    """Write model.safetensors (bf16) and config.json, each in one rename."""
-    tensors = {f"{k.replace('/', '.')}.weight": w.detach() for k, w in head.weights.items()}
-    tensors["fc.weight"] = tensors["fc.weight"] / head.spread
-    tensors = {name: t.bfloat16().contiguous() for name, t in tensors.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{os.getpid()}"
-    save_file(tensors | {"draft_vocab": head.draft_vocab.clone()}, temporary)
-    temporary.chmod(0o644)
-    temporary.replace(directory / "model.safetensors")
-    temporary.write_text(json.dumps(asdict(head.config), indent=2) + "\n")
-    temporary.replace(directory / "config.json")
-
-
-def load_head(directory: Path) -> MtpHead:
-    """A head as export_head wrote it, to measure it or to train on."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    head = MtpHead(HeadConfig(**config | {"tap_layers": tuple(config["tap_layers"])}))
-    tensors = load_file(directory / "model.safetensors")
-    head.draft_vocab.copy_(tensors.pop("draft_vocab"))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            head.weights[name.removesuffix(".weight").replace(".", "/")].copy_(tensor)
-    return head

@@ -4,7 +4,7 @@
 
 Prose (package documentation, manual pages) becomes summaries, passages with a question, extraction;
 documented Python functions become code to complete; gettext catalogs become translation. What other
-kinds of question there are, OPENINGS leaves to the model itself: see `distill --invent`.
+kinds of question there are, OPENINGS leaves to the model itself: see `invent`.
 """
 
 import argparse

@@ -1,0 +1,69 @@
+"""Prompts in the model's own words: it writes the user's turn itself (Magpie, arXiv 2406.08464).
+
+python -m mtpkern.train.invent --count 9000 --out questions.jsonl
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtpkern.fetch import resolve_model
+from mtpkern.tokenizer import Tokenizer
+from mtpkern.train.distill import Job, Trunk, generate, nucleus
+from mtpkern.train.prompts import OPENINGS
+
+
+def invented_jobs(
+    tokenizer: Tokenizer, openings: Mapping[str, Sequence[str]], count: int
+) -> tuple[int, Iterator[Job]]:
+    """Prompts that end inside the user's turn, after an opening: their own length, and the jobs."""
+    mark = "\x00"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": mark}], False)
+    head = ids[: ids.index(tokenizer.encode(mark, add_special_tokens=False)[0])]
+    kinds = [(category, text) for category, texts in openings.items() for text in texts]
+
+    def jobs() -> Iterator[Job]:
+        for n in range(count):
+            category, text = kinds[n % len(kinds)]
+            yield Job(head + tokenizer.encode(text, add_special_tokens=False), category)
+
+    return len(head), jobs()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Let a model invent prompts for itself")
+    p.add_argument("--model", help="directory of the model; the default model without it")
+    p.add_argument("--count", type=int, required=True, help="how many to try; some are dropped")
+    p.add_argument("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    p.add_argument("--max-new", type=int, default=220, help="longest prompt in tokens")
+    p.add_argument("--slots", type=int, default=128, help="sequences at a time")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    directory = resolve_model(a.model)
+    tokenizer = Tokenizer.from_directory(directory)
+    trunk = Trunk(directory, a.slots, a.max_new + 128, a.device)
+    head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)
+    stop, seen = set(trunk.config.eos_token_ids), set()
+    with a.out.open("w", encoding="utf-8") as file:
+
+        def sink(job: Job, *_: Tensor) -> None:
+            text = tokenizer.decode(job.tokens[head:-1]).strip()
+            key = text.lower()[:60]
+            # Duplicates and unfinished ones are left out.
+            if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
+                seen.add(key)
+                row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
+                file.write(json.dumps(row) + "\n")
+
+        generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a draft is trained on: cross-entropy with the model's own distribution and its own token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DraftLoss(torch.autograd.Function):
+    """Summed cross-entropy of softmax(hidden @ table.T) and sparse targets.
+
+    hidden [R, E], table [Vd, E] (frozen), ids [R, N] with weights [R, N] -> scalar. The gradient is
+    made on the way, a few rows at a time, so that the logits [R, Vd] never exist as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gradients, total = [], torch.zeros((), device=hidden.device)
+        for h, i, w in zip(hidden.split(256), ids.split(256), weights.split(256), strict=True):
+            p = F.linear(h, table).softmax(-1)
+            total -= (w * p.gather(1, i).float().clamp(min=1e-9).log()).sum()
+            flat = i + torch.arange(len(i), device=i.device)[:, None] * p.shape[1]
+            p *= w.sum(-1, keepdim=True).to(p.dtype)
+            p.view(-1).index_add_(0, flat.view(-1), -w.to(p.dtype).view(-1))
+            gradients.append(p @ table)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (hidden_gradient,) = ctx.saved_tensors
+        return hidden_gradient * gradient.to(hidden_gradient.dtype), None, None, None
+
+
+def draft_targets(
+    ids: Tensor, logits: Tensor, labels: Tensor, to_draft: Tensor, hard: float
+) -> tuple[Tensor, Tensor]:
+    """What R rows shall predict -> draft ids and weights [R, M + 1], a row's weights summing to 1.
+
+    The model's likeliest tokens ids [R, M] by their logits, and its own token labels [R] with the
+    share `hard`, as far as to_draft [V] knows them (-1: outside); a row without any sums to 0.
+    """
+    inside, label = to_draft[ids], to_draft[labels][:, None]
+    p = logits.masked_fill(inside < 0, float("-inf")).softmax(-1).nan_to_num(0)
+    weights = torch.cat([p * (1 - hard), hard * (label >= 0)], 1)
+    total = weights.sum(1, keepdim=True)
+    weights = torch.where(total > 1e-6, weights / total, 0)
+    return torch.cat([inside, label], 1).clamp(min=0), weights

@@ -1,0 +1,323 @@
+"""`mtpkern train`: prompts and a frozen model in, a directory of heads out.
+
+The model answers its prompts round by round, and each round's answers are learned from while the
+last few rounds are kept: hidden states pass through a window on disk and are never stored whole.
+Everything needed to go on lies beside the heads in `.train`: a killed run goes on where it was, at
+most a minute back, and its losses are those of an unbroken one.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtpkern.checkpoint import fingerprint, load_config, load_tensors
+from mtpkern.config import ModelConfig, UserError, printable
+from mtpkern.fetch import model_name, resolve_model
+from mtpkern.tokenizer import Tokenizer
+from mtpkern.train.acceptance import evaluate
+from mtpkern.train.dataset import Dataset, DatasetWriter
+from mtpkern.train.distill import Choice, Job, Trunk, generate, greedy, nucleus, read_prompts
+from mtpkern.train.families import Head, export_head, is_reduced, load_head, new_head
+from mtpkern.train.fit import (
+    Recipe,
+    Trainer,
+    choose_draft_vocab,
+    expected_tokens,
+    feature_spread,
+)
+
+TOP_P = 0.95  # of sampled answers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train on what; see `mtpkern train --help`."""
+
+    out: Path
+    model: str | None = None
+    prompts: tuple[Path, ...] = ()
+    answers: tuple[Path, ...] = ()  # recorded before, in place of prompts
+    init: Path | None = None
+    family: str = "mtp"
+    draft_vocab_size: int = 16384
+    round_prompts: int = 1024  # prompts answered between two rounds of learning
+    window: int = 4  # rounds whose answers are kept
+    held_out: int = 64  # prompts to measure on, answered greedily
+    temperature: float = 0.6  # of every other prompt's answer; 0: all are greedy
+    max_new: int = 192
+    slots: int = 128
+    capacity: int = 704
+    device: str = "auto"
+
+
+class Frozen(NamedTuple):
+    """What training needs of the model."""
+
+    directory: Path
+    config: ModelConfig
+    embedding: Tensor  # [V, E] bf16
+    lm_head: Tensor  # [V, E]
+
+
+class Part(NamedTuple):
+    """The answers that are learned from between two measurements, and the steps begin..end-1."""
+
+    data: Dataset
+    indices: Sequence[int]
+    begin: int
+    end: int
+
+
+def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """Train heads as planned and write them with their card -> acceptance on the held-out answers,
+    by kind and category. Raises UserError for what the caller can mend."""
+    if bool(plan.prompts) == bool(plan.answers):
+        raise UserError("one of prompts and recorded answers is needed, not both")
+    device = plan.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(recipe.seed)
+    model = _freeze(plan.model, device)
+    work = plan.out / ".train"
+    work.mkdir(parents=True, exist_ok=True)
+    head = _begin(plan, recipe, model).to(device)
+    trainer = Trainer(head, recipe, work / "checkpoint.pt")
+    if trainer.resume():
+        print(f"going on from step {trainer.step} of {recipe.steps}", flush=True)
+    else:
+        trainer.notes = {"seconds": 0.0, "tokens": 0, "sequences": 0, "rounds": 0}
+        trainer.notes["expected"] = torch.zeros(model.config.vocab_size, dtype=torch.float64)
+    rounds = _Rounds(plan, recipe, model, device, work)
+    began, before = time.monotonic(), trainer.notes["seconds"]
+    result: dict[str, Any] = {}
+    for number in range(rounds.count):
+        end = math.ceil(recipe.steps * (number + 1) / rounds.count)
+        if trainer.step >= end and number + 1 < rounds.count:
+            continue
+        part = rounds.part(number, end)
+        if trainer.notes["rounds"] == number:
+            _look_at(part.data, number, plan, trainer, model)
+        trainer.fit(
+            model.embedding,
+            model.lm_head,
+            part.data,
+            part.indices,
+            begin=part.begin,
+            end=part.end,
+            log=_Progress(recipe),
+        )
+        trainer.notes["seconds"] = before + time.monotonic() - began
+        trainer.save()
+        held_out, indices = rounds.held_out()
+        result = evaluate(head, model.embedding, model.lm_head, held_out, indices, recipe.K)
+        overall = result["head"]["overall"]
+        print(
+            f"step {trainer.step}: {overall['mean_acceptance_length']:.3f} tokens a step on "
+            f"held-out answers, accepted by position {overall['acceptance_by_position']}",
+            flush=True,
+        )
+    export_head(head, plan.out)
+    (plan.out / "README.md").write_text(_card(plan, recipe, trainer, model, result))
+    return result
+
+
+def _freeze(name: str | None, device: str) -> Frozen:
+    directory = resolve_model(name)
+    config = load_config(directory)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    frozen = load_tensors(directory, names[: 1 if config.tie_word_embeddings else 2])
+    embedding, lm_head = (
+        frozen.get(name, frozen[names[0]]).to(device, torch.bfloat16) for name in names
+    )
+    return Frozen(directory, config, embedding, lm_head)
+
+
+def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
+    """A new head, or the one to go on from, in either case for this model's weights."""
+    name, mark = model_name(model.directory), fingerprint(model.directory)
+    if plan.init is None:
+        return new_head(
+            plan.family,
+            model.config,
+            K=recipe.K,
+            vocab_size=plan.draft_vocab_size,
+            base_model=name,
+            fingerprint=mark,
+        )
+    head = load_head(plan.init)
+    if head.config.base_model_fingerprint not in ("", mark):
+        raise UserError(f"{printable(plan.init)} was trained on other weights")
+    head.config = replace(head.config, base_model_fingerprint=mark)  # type: ignore[assignment]
+    return head
+
+
+class _Rounds:
+    """Where answers come from: recorded ones in one round, or new ones for each round."""
+
+    def __init__(self, plan: Plan, recipe: Recipe, model: Frozen, device: str, work: Path):
+        self.plan, self.recipe, self.model = plan, recipe, model
+        self.device, self.work = device, work
+        self.count = 1
+        self.trunk: Trunk | None = None
+        self.jobs: list[Job] = []
+        if plan.answers:
+            return
+        tokenizer = Tokenizer.from_directory(model.directory)
+        longest = plan.capacity - plan.max_new
+        self.jobs = read_prompts(plan.prompts, tokenizer, longest, recipe.seed)
+        if len(self.jobs) <= plan.held_out:
+            raise UserError(
+                f"{len(self.jobs)} usable prompts are too few: {plan.held_out} are held out"
+            )
+        # Every so many, so that the held-out ones are of all lengths.
+        apart = len(self.jobs) // plan.held_out
+        self.kept_back = self.jobs[::apart][: plan.held_out]
+        taken = {job.number for job in self.kept_back}
+        self.jobs = [job for job in self.jobs if job.number not in taken]
+        self.count = math.ceil(len(self.jobs) / plan.round_prompts)
+
+    def part(self, number: int, end: int) -> Part:
+        """The data of a round; answers that no later round needs are removed."""
+        begin = math.ceil(self.recipe.steps * number / self.count)
+        E = self.model.config.hidden_size
+        if self.plan.answers:
+            data = Dataset(self.plan.answers, E)
+            indices = [i for i in range(len(data)) if not is_held_out(data, i)]
+            return Part(data, indices, begin, end)
+        self.held_out()
+        size, first = self.plan.round_prompts, max(0, number + 1 - self.plan.window)
+        for n in range(number + 1):
+            if n >= first:
+                self._answer(self._place(n), self.jobs[n * size : (n + 1) * size], n)
+            else:
+                shutil.rmtree(self._place(n), ignore_errors=True)
+        data = Dataset([self._place(n) for n in range(first, number + 1)], E)
+        return Part(data, range(len(data)), begin, end)
+
+    def held_out(self) -> tuple[Dataset, Sequence[int]]:
+        """Answers that are only measured on."""
+        E = self.model.config.hidden_size
+        if self.plan.answers:
+            data = Dataset(self.plan.answers, E)
+            return data, [i for i in range(len(data)) if is_held_out(data, i)]
+        self._answer(self.work / "held-out", self.kept_back, None)
+        data = Dataset([self.work / "held-out"], E)
+        return data, range(len(data))
+
+    def _place(self, number: int) -> Path:
+        return self.work / f"round-{number:04d}"
+
+    def _answer(self, directory: Path, jobs: list[Job], number: int | None) -> None:
+        """Record answers that are not there yet; half of a round's are sampled."""
+        done = directory / "done"
+        if done.exists():
+            return
+        plan, seed = self.plan, self.recipe.seed
+        writer = DatasetWriter(directory, self.model.config.hidden_size)
+        waiting = [job for job in jobs if job.number not in writer.numbers]
+        if self.trunk is None:
+            self.trunk = Trunk(self.model.directory, plan.slots, plan.capacity, self.device)
+
+        def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
+            prompt = len(job.prompt)
+            writer.add(job.tokens, prompt, job.category, features, ids, logits, job.number)
+
+        choices: list[Choice] = [greedy, greedy]
+        if number is not None and plan.temperature:
+            choices[1] = nucleus(plan.temperature, TOP_P, seed + number)
+        for odd, choose in enumerate(choices):
+            some = [job for job in waiting if job.number % 2 == odd]
+            generate(self.trunk, some, sink, max_new=plan.max_new, choose=choose)
+        done.touch()
+
+
+def is_held_out(data: Dataset, index: int, share: float = 0.01) -> bool:
+    """Whether a recorded answer is only measured on; the choice stays as a directory grows."""
+    directory, row = data.sequences[index]
+    return bool(np.random.default_rng((directory, row["offset"])).random() < share)
+
+
+def _look_at(data: Dataset, number: int, plan: Plan, trainer: Trainer, model: Frozen) -> None:
+    """Take in a round's new answers: their tokens for the draft vocabulary, and the totals."""
+    notes, head = trainer.notes, trainer.head
+    newest = data if plan.answers else data.only(len(data.files) - 1)
+    if number == 0 and plan.init is None:
+        head.prepare(feature_spread(data).to(head.draft_vocab.device))
+    notes["expected"] = notes["expected"] + expected_tokens(newest, model.config.vocab_size)
+    # The vocabulary is no weight of a head: it may change while the head learns.
+    size = len(head.draft_vocab) if is_reduced(head) else model.config.vocab_size
+    head.draft_vocab.copy_(choose_draft_vocab(notes["expected"], size))
+    notes["sequences"] += len(newest)
+    notes["tokens"] += sum(newest.answer_length(i) for i in range(len(newest)))
+    notes["rounds"] = number + 1
+    trainer.save()
+
+
+class _Progress:
+    """Prints a line every so many steps."""
+
+    def __init__(self, recipe: Recipe, every: int = 25):
+        self.recipe, self.every = recipe, every
+        self.losses: list[float] = []
+
+    def __call__(self, step: int, loss: float, parts: Tensor, rate: float) -> None:
+        self.losses.append(loss)
+        if step % self.every == 0 or step == self.recipe.steps:
+            mean = sum(self.losses) / len(self.losses)
+            left = (self.recipe.steps - step) * self.recipe.rows / rate / 60
+            drafts = " ".join(f"{part:.2f}" for part in parts.tolist())
+            print(
+                f"step {step}/{self.recipe.steps} loss {mean:.4f}, by draft {drafts}; "
+                f"{rate:.0f} rows/s, {left:.0f} minutes of learning left",
+                flush=True,
+            )
+            self.losses = []
+
+
+def _card(
+    plan: Plan, recipe: Recipe, trainer: Trainer, model: Frozen, result: dict[str, Any]
+) -> str:
+    """The training card: what the heads are, what they learned from, and how good they are."""
+    notes, head = trainer.notes, trainer.head
+    parameters = sum(w.numel() for w in head.parameters())
+    source = [path.name for path in plan.prompts or plan.answers]
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()}
+    lines = [
+        f"# Heads for {head.config.base_model}",
+        "",
+        f"{parameters / 1e6:.1f} M parameters, {head.config.model_type}; for the weights with the "
+        f"fingerprint {head.config.base_model_fingerprint[:16]} only. Made by `mtpkern train`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {', '.join(source)} |",
+        f"| answers | {notes['sequences']} of the model's own, {notes['tokens']} tokens |",
+        f"| recipe | {json.dumps(settings)} |",
+        f"| started from | {'nothing' if plan.init is None else plan.init.name} |",
+        f"| time | {notes['seconds'] / 60:.0f} minutes, {torch.get_num_threads()} threads, "
+        f"{trainer.head.draft_vocab.device.type}, torch {torch.__version__} |",
+        "",
+        f"Replayed on held-out answers, K = {recipe.K}, greedy. Hybrid copies after a 3-gram "
+        "match, else drafts with the head; loop-free ends at the first repeated 8-gram.",
+        "",
+        "| kind | category | tokens | tokens a step | accepted by position |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, rows in result.items():
+        for category, row in rows.items():
+            rates = " ".join(f"{rate:.3f}" for rate in row["acceptance_by_position"])
+            length = f"{row['mean_acceptance_length']:.3f}"
+            lines.append(
+                f"| {kind.replace('_', ', ', 1).replace('_', '-')} | {category} "
+                f"| {row['tokens']} | {length} | {rates} |"
+            )
+    return "\n".join(lines) + "\n"
