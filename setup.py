@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "profile": ["nvtx>=0.2.10"],
+        "plot": ["matplotlib>=3.8"],
         "hub": ["huggingface_hub>=0.30"],
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5.0", "setuptools>=77"],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "uv==0.13.9"],

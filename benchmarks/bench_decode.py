@@ -164,11 +164,8 @@ def check(llm: LLM, cases: list[Case], max_tokens: int, progress: Progress) -> N
     for case in cases:
         (expected,) = llm.generate([case.prompt], greedy, speculate=False)
         plain.append((expected.token_ids, expected.logprobs))
-        events = list(llm.stream(case.prompt, greedy))
-        completion = events[-1].completion
-        assert completion is not None, "the last event of a stream carries the completion"
-        case.tokens = completion.token_ids
-        case.drafted = [event.drafted for event in events]
+        (completion,) = llm.generate([case.prompt], greedy)
+        case.tokens, case.drafted = completion.token_ids, completion.drafted
         case.stats = completion.stats
         case.identical[single] = (completion.token_ids, completion.logprobs) == plain[-1]
 

@@ -70,10 +70,12 @@ class Stats:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `token_ids` includes a final end-of-text id, `text` does not show it."""
+    """One answer. `token_ids` includes a final end-of-text id, `text` does not show it; `drafted`
+    says of each token whether it was guessed and accepted, rather than computed by the model."""
 
     text: str
     token_ids: list[int]
+    drafted: list[bool]
     logprobs: list[float] | None
     finish_reason: str  # "stop" or "length"
     stats: Stats
@@ -108,6 +110,7 @@ class Request:
         self.stats = Stats(k, len(prompt))
         self.pages: list[int] = []
         self.token_ids: list[int] = []
+        self.drafted: list[bool] = []
         self.logprobs: list[float] = []
         self.finish_reason: str | None = None
         self.started = 0.0
@@ -135,7 +138,9 @@ class Request:
         source = SOURCES[record.source]
         self.stats.count_step(source, record.drafted, record.accepted, len(pieces))
         guessed = min(record.accepted, record.drafted)
-        events = [Event(text, token, i < guessed, None) for i, (text, token) in enumerate(pieces)]
+        drafted = [i < guessed for i in range(len(pieces))]
+        self.drafted += drafted
+        events = [Event(*piece, guess, None) for piece, guess in zip(pieces, drafted, strict=True)]
         if self.finish_reason:
             events[-1] = replace(events[-1], completion=self.completion())
         return events
@@ -175,4 +180,6 @@ class Request:
     def completion(self) -> Completion:
         logprobs = self.logprobs if self.params.logprobs else None
         assert self.finish_reason is not None, "a completion is made when the request has finished"
-        return Completion(self._text, self.token_ids, logprobs, self.finish_reason, self.stats)
+        return Completion(
+            self._text, self.token_ids, self.drafted, logprobs, self.finish_reason, self.stats
+        )

@@ -25,6 +25,7 @@ from mtpkern.train.families import FAMILIES, load_head
 from mtpkern.train.fit import Recipe
 from mtpkern.train.losses import DraftLoss, draft_targets
 from mtpkern.train.mtp_head import HeadConfig, MtpHead
+from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
 from mtpkern.train.run import Plan
 
 E, D, HQ, HK = 48, 8, 6, 2
@@ -117,6 +118,27 @@ def test_chains_equal_drafting_a_row_at_a_time():
             plain = drafted_plainly(head, features[b], tokens[b], start, embedding, 4)
             for k in range(4):
                 torch.testing.assert_close(states[k][b, i], plain[k], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["mtpkern_mtp", "mtpkern_medusa", "mtpkern_hydra"])
+def test_training_runs_where_its_tensors_are(model_type: str):
+    """On the meta device, which no tensor of another device may meet, and no value leaves."""
+    on: dict[str, Any] = {"device": "meta"}
+    with torch.device("meta"):
+        head: Any = ParallelHeads(ParallelConfig(E, 3, 64, "tiny", "", model_type))
+        if model_type == "mtpkern_mtp":
+            head = MtpHead(HeadConfig(E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, 64, "tiny"))
+    embedding, features = torch.randn(307, E, **on), torch.randn(2, 13, 3 * E, **on)
+    tokens = torch.zeros(2, 18, dtype=torch.int64, **on)
+    starts, keep = tokens[:, :4], torch.arange(2, **on)
+    states = head(features, tokens, starts, embedding, 3, keep)
+    assert [state.shape for state in states] == [(2, 4, E), (2, 2, E), (2, 2, E)]
+    logits, to_draft = torch.zeros(8, 64, **on), torch.zeros(307, dtype=torch.int64, **on)
+    into, weights = draft_targets(logits.long(), logits, logits[:, 0].long(), to_draft, 0.2)
+    table = embedding[:64]
+    loss = DraftLoss.apply(states[0].view(8, E), table, into, weights)
+    loss.backward()
+    assert any(w.grad is not None for w in head.parameters())
 
 
 def test_chains_that_stop_early_change_nothing():

@@ -1,0 +1,206 @@
+"""How good heads are: acceptance by position, category and temperature, families side by side.
+
+    python benchmarks/bench_heads.py --heads auto --heads my-medusa --plot heads.png
+
+Every heads directory answers the same prompts, alone and with n-grams, several prompts at a time:
+tokens do not depend on the batch, so neither does acceptance. All answers must equal those without
+drafts; anything red ends with exit code 1. With --timed N the first N prompts are decoded once
+more, one at a time, for speed. The last line is one JSON object; --plot draws it.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_decode import PROMPTS, acceptance_length, by_position, encode, loop_free, percents
+from common import Progress, environment, first_line, gpu_environment, gpu_first_line, read_prompts
+
+from mtpkern import LLM, SamplingParams, UserError
+from mtpkern.fetch import model_name, resolve_model
+from mtpkern.head_checkpoint import find_heads
+
+SEED = 7
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    open_model = partial(
+        LLM, args.model, dtype=args.dtype, device=args.device, max_batch=args.batch
+    )
+    plain = open_model(heads="none", ngram=False)
+    on_gpu = plain.device.type == "cuda"
+    facts = gpu_environment() if on_gpu else environment()
+    print(gpu_first_line(facts) if on_gpu else first_line(facts))
+    rows = read_prompts(args.prompts, args.limit)
+    categories = [row["category"] for row in rows]
+    prompts = [encode(plain, row["turns"][0]) for row in rows]
+    ways = [("n-gram", "none", True)]
+    for heads in args.heads:
+        name = Path(heads).name
+        ways += [(name, heads, False), (f"{name} + n-gram", heads, True)]
+    progress = Progress(len(args.temperature) * (len(ways) + 1))
+    expected: dict[float, list[list[int]]] = {}
+    for temperature in args.temperature:
+        params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
+        expected[temperature] = [c.token_ids for c in plain.generate(prompts, params)]
+        progress("without drafts")
+    seconds = time_prompts(plain, prompts[: args.timed], args.max_tokens)
+    plain_rate = rate(seconds)
+    del plain
+
+    report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
+    report["environment"] |= {"prompts": args.prompts.name, "count": len(prompts)}
+    report["environment"] |= {"max_tokens": args.max_tokens, "K": args.k}
+    for name, heads, ngram in ways:
+        llm = open_model(heads=heads, ngram=ngram, num_speculative_tokens=args.k)
+        for temperature in args.temperature:
+            params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
+            answers = llm.generate(prompts, params)
+            if [c.token_ids for c in answers] != expected[temperature]:
+                print(f"RED: with {name} at temperature {temperature} the tokens differ")
+                return 1
+            row = summarise(answers, categories, args.k)
+            row = {"heads": name, "temperature": temperature} | row
+            report["rows"].append(row | {"megabytes": megabytes(args.model, heads)})
+            progress(name)
+        if args.timed:
+            speed = rate(time_prompts(llm, prompts[: args.timed], args.max_tokens))
+            for row in report["rows"][-len(args.temperature) :]:
+                row |= {"tokens_per_second": speed, "speedup": speed / plain_rate}
+    print_rows(report["rows"])
+    if args.plot:
+        draw(report, args.plot)
+    text = json.dumps(report)
+    if args.output_json:
+        args.output_json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", help="a directory, hub id or name (default: the default model)")
+    add("--heads", action="append", metavar="NAME|DIR", help="default: auto")
+    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--limit", type=int, metavar="N", help="so many prompts, spread over the categories")
+    add("--max-tokens", type=int, default=128, metavar="N")
+    add("--temperature", type=float, action="append", metavar="T", help="default: 0")
+    add("-K", dest="k", type=int, default=4)
+    add("--batch", type=int, default=8, metavar="N", help="prompts at a time")
+    add("--timed", type=int, default=0, metavar="N", help="prompts to time, one at a time")
+    add("--threads", type=int)
+    add("--dtype", default="auto")
+    add("--device", default="auto")
+    add("--output-json", type=Path, metavar="OUT")
+    add("--plot", type=Path, metavar="OUT.png", help="needs matplotlib")
+    args = parser.parse_args(argv)
+    args.heads, args.temperature = args.heads or ["auto"], args.temperature or [0.0]
+    return args
+
+
+def summarise(answers: list[Any], categories: list[str], k: int) -> dict[str, Any]:
+    """Acceptance over all answers and in each category."""
+    stats = [answer.stats for answer in answers]
+    found = {"prompts": len(answers), "mean_acceptance_length": acceptance_length(stats)}
+    found["mean_acceptance_length_loop_free"] = loop_free_length(answers)
+    found["acceptance_by_position"] = by_position(stats, k)
+    found["categories"] = {
+        category: {
+            "mean_acceptance_length": acceptance_length(some),
+            "acceptance_by_position": by_position(some, k),
+        }
+        for category in dict.fromkeys(categories)
+        if (some := [s for s, c in zip(stats, categories, strict=True) if c == category])
+    }
+    return found
+
+
+def loop_free_length(answers: list[Any]) -> float:
+    """Tokens a step up to where each text first repeats itself."""
+    kept = [loop_free(answer.token_ids, answer.drafted) for answer in answers]
+    return sum(tokens for tokens, _ in kept) / max(1, sum(steps for _, steps in kept))
+
+
+def time_prompts(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[tuple[int, float]]:
+    """Tokens and seconds of decoding each prompt alone, after one that sets things up."""
+    timed = []
+    for prompt in prompts[:1] + prompts:
+        (answer,) = llm.generate([prompt], SamplingParams(max_tokens=max_tokens))
+        timed.append((answer.stats.new_tokens, answer.stats.decode_seconds))
+    return timed[1:]
+
+
+def rate(timed: list[tuple[int, float]]) -> float:
+    return sum(t for t, _ in timed) / sum(s for _, s in timed) if timed else 0.0
+
+
+def megabytes(model: str | None, heads: str) -> float:
+    """What heads weigh on disk."""
+    directory = resolve_model(model)
+    place = find_heads(heads, model_name(directory), directory)
+    files = [] if place is None or place == directory else place.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"{'heads':<28}{'MB':>6}{'T':>5}{'a step':>8}{'loop-free':>11}{'speedup':>9}  by position"
+    )
+    for row in rows:
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else "-"
+        print(
+            f"{row['heads']:<28}{row['megabytes']:>6.1f}{row['temperature']:>5.1f}"
+            f"{row['mean_acceptance_length']:>8.2f}{row['mean_acceptance_length_loop_free']:>11.2f}"
+            f"{speedup:>9}  {percents(row['acceptance_by_position'])}"
+        )
+    for row in rows:
+        found = ((c, r["mean_acceptance_length"]) for c, r in row["categories"].items())
+        print(f"{row['heads']}, T={row['temperature']}:", *(f"{c} {a:.2f}" for c, a in found))
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """Acceptance by position, and tokens a step by category, of each heads directory."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    coldest = min(row["temperature"] for row in report["rows"])
+    rows = [row for row in report["rows"] if row["temperature"] == coldest]
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
+    categories = list(rows[0]["categories"])
+    for number, row in enumerate(rows):
+        rates = row["acceptance_by_position"]
+        label = f"{row['heads']}: {row['mean_acceptance_length']:.2f} tokens a step"
+        left.plot(range(1, 1 + len(rates)), rates, marker="o", label=label)
+        width = 0.8 / len(rows)
+        at = [i + (number - (len(rows) - 1) / 2) * width for i in range(len(categories))]
+        right.bar(at, [row["categories"][c]["mean_acceptance_length"] for c in categories], width)
+    left.set(xlabel="draft position", ylabel="accepted, where those before were", ylim=(0, 1))
+    left.set_xticks(range(1, 1 + report["environment"]["K"]))
+    left.legend(fontsize=8, loc="lower right")
+    left.grid(alpha=0.3)
+    right.set_xticks(range(len(categories)), categories, rotation=40, ha="right")
+    right.set(ylabel="tokens a step", ylim=(1, None))
+    right.grid(alpha=0.3, axis="y")
+    facts = report["environment"]
+    figure.suptitle(
+        f"{facts['count']} prompts, {facts['max_tokens']} tokens, K = {facts['K']}, "
+        f"temperature {coldest:g}"
+    )
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"bench_heads: error: {error}")
