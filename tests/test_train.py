@@ -348,13 +348,22 @@ def test_a_run_killed_while_it_answers_answers_no_prompt_twice(
         patch.setattr(DatasetWriter, "add", broken)
         with pytest.raises(KeyboardInterrupt):
             run.train(plan, replace(RECIPE, steps=8))
-    run.train(plan, replace(RECIPE, steps=8))
+    evaluate, kept, numbers = run.evaluate, [], set()
     work = plan.out / ".train"
-    # Only the last rounds' answers are there still.
-    kept = sorted(path.name for path in work.iterdir() if path.is_dir())
-    assert kept == ["held-out", "round-0002", "round-0003"]
-    numbers = [row["number"] for name in kept for row in read_index(work / name)]
-    assert len(numbers) == len(set(numbers)) == 4 + 8 + 8
+
+    def watched(*a: Any) -> Any:
+        kept.append(sorted(path.name for path in work.iterdir() if path.is_dir()))
+        rows = [row["number"] for name in kept[-1] for row in read_index(work / name)]
+        assert len(rows) == len(set(rows))
+        numbers.update(rows)
+        return evaluate(*a)
+
+    monkeypatch.setattr(run, "evaluate", watched)
+    run.train(plan, replace(RECIPE, steps=8))
+    # No more than the last two rounds' answers are ever there, and in the end none.
+    assert kept[0] == ["held-out", "round-0000"]
+    assert kept[3] == ["held-out", "round-0002", "round-0003"]
+    assert numbers == set(range(36)) and not work.exists()
     assert "32 of the model's own" in (plan.out / "README.md").read_text()
 
 

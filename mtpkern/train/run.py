@@ -36,6 +36,7 @@ from mtpkern.train.fit import (
 )
 
 TOP_P = 0.95  # of sampled answers
+MEASUREMENTS = 4  # of a run on recorded answers
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         if trainer.step >= end and number + 1 < rounds.count:
             continue
         part = rounds.part(number, end)
-        if trainer.notes["rounds"] == number:
+        if trainer.notes["rounds"] == number and (plan.prompts or number == 0):
             _look_at(part.data, number, plan, trainer, model)
         trainer.fit(
             model.embedding,
@@ -127,6 +128,7 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         )
     export_head(head, plan.out)
     (plan.out / "README.md").write_text(_card(plan, recipe, trainer, model, result))
+    shutil.rmtree(work)
     return result
 
 
@@ -161,12 +163,13 @@ def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
 
 
 class _Rounds:
-    """Where answers come from: recorded ones in one round, or new ones for each round."""
+    """Where answers come from: recorded ones, the same in each round, or new ones for each."""
 
     def __init__(self, plan: Plan, recipe: Recipe, model: Frozen, device: str, work: Path):
         self.plan, self.recipe, self.model = plan, recipe, model
         self.device, self.work = device, work
-        self.count = 1
+        # Recorded answers are all there from the beginning, and measured on now and then.
+        self.count = MEASUREMENTS
         self.trunk: Trunk | None = None
         self.jobs: list[Job] = []
         if plan.answers:
