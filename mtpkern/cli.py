@@ -90,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="make pickled heads or a GGUF loadable",
-        description="Convert medusa_lm_head.pt, an EAGLE-3 head (a directory with "
-        "pytorch_model.bin and config.json) or a .gguf file into a new directory that --heads or "
-        "--model takes.",
+        description="Convert medusa_lm_head.pt, hydra_lm_head.pt, an EAGLE-3 head's "
+        "pytorch_model.bin or Meta's consolidated.pth (each a file, or the directory that holds it "
+        "beside its configuration), or a .gguf file, into a new directory that --heads or --model "
+        "takes.",
     )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
