@@ -164,6 +164,7 @@ def generate(
         ends = lengths[rows] - 1
         features[rows, ends], top_ids[rows, ends] = at_end, ids.int()
         top_logits[rows, ends] = logits.half()
+        state: list[tuple[int, int, int]] = []  # slot, newest token, length; zeros at an end
         for slot, token in zip(rows, choose(logits, ids).tolist(), strict=True):
             job = active[slot]
             assert job is not None
@@ -174,10 +175,13 @@ def generate(
                 # The last token has not been through the model; nothing asks for its features.
                 features[slot, n - 1].zero_()
                 sink(job, *(t[slot, :n].cpu() for t in (features, top_ids, top_logits)))
-                active[slot], lengths[slot] = None, 0
+                active[slot] = None
                 finished += 1
+                state.append((slot, 0, 0))
             else:
-                last[slot], lengths[slot] = token, n
+                state.append((slot, token, n))
+        at, next_tokens, next_lengths = torch.tensor(state, device=on).unbind(1)
+        last[at], lengths[at] = next_tokens, next_lengths
 
     steps = 0
     while True:
