@@ -130,7 +130,7 @@ class MtpDrafter(CachedDrafter):
         cache = self.cache.rows(sequence, sequence + 1)
         # Only K and V are wanted, and those come from the layer's input.
         index = cache.lengths + torch.arange(len(tokens), device=tokens.device)
-        _, x = self._join(self._hidden(features), tokens, index)
+        _, x = self._join(self.weights, self._hidden(features), tokens, index)
         self._append(x, self.weights.layer, 0, cache, self.weights.config)
         cache.lengths.add_(len(tokens))
 
@@ -141,7 +141,7 @@ class MtpDrafter(CachedDrafter):
         index = None
         if w.zero_first:
             index = (begin[:, None] + torch.arange(rows, device=begin.device)).view(-1)
-        pairs = self._join(self._hidden(features.reshape(batch * rows, -1)), after, index)
+        pairs = self._join(w, self._hidden(features.reshape(batch * rows, -1)), after, index)
         hidden = self._layer(*pairs, cache.at(begin), rows)
         hidden = rows_at(hidden.view(batch, rows, -1), last)
         drafts: list[Tensor] = []
@@ -152,7 +152,7 @@ class MtpDrafter(CachedDrafter):
                 if confidence is not None and bool((confidence < MIN_CONFIDENCE).all()):
                     break
                 ahead = step.lengths if i == 1 else step.lengths + (i - 1)
-                hidden = self._layer(*self._join(hidden, drafts[-1]), cache.at(ahead), 1)
+                hidden = self._layer(*self._join(w, hidden, drafts[-1]), cache.at(ahead), 1)
             token, probability = self.ops.choose(
                 self._scored(hidden), w.vocabulary, w.token_ids, step.lengths, i, step.sampling
             )
@@ -168,13 +168,13 @@ class MtpDrafter(CachedDrafter):
         return features if fc is None else self.ops.linear(features, fc)
 
     def _join(
-        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
+        self, w: MtpWeights, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Join pairs: hidden [R, E] and tokens [R] -> the layer's x, and what it attends with.
 
         `index` [R] counts the pairs; None for drafted ones, of which none is the first.
         """
-        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
+        eps, E = w.config.rms_norm_eps, hidden.shape[1]
         pair = hidden.new_empty(len(hidden), 2 * E)
         self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, :E])
         self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, E:])
@@ -199,6 +199,83 @@ class MtpDrafter(CachedDrafter):
         return decoder_layer(x, w.layer, eps, cache, 0, plan, self.ops, inputs=inputs)
 
 
+class ModulesDrafter(MtpDrafter):
+    """Sequential modules of their own for each of D depths (DeepSeek-V3, section 2.2).
+
+        o^d_j = norm_d(layer_d(P_d [norm(o^{d-1}_j), norm(e_{j+1+d})])), o^{-1} = h;
+        draft d = argmax(o^d V^T) at the last j
+
+    Module d at pair j wants token j + 1 + d, which for the last D - 1 pairs is a draft: those pairs
+    are taken in again in the next step, when their tokens are known.
+    """
+
+    def __init__(self, modules: Sequence[MtpWeights], trunk: Llama, cache: KVCache, ops: Ops):
+        """`cache` has D layers."""
+        super().__init__(modules[0], trunk, cache, ops)
+        self.modules, self.open_pairs = modules, len(modules) - 1
+        # Of each sequence's prompt, the tokens after pairs that are in `pending`.
+        self.recent: dict[int, Tensor] = {}
+
+    def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        cache = self.cache.rows(sequence, sequence + 1)
+        known = torch.cat([self.recent.pop(sequence, tokens[:0]), tokens])
+        features = torch.cat([self.pending[sequence, : len(known) - len(tokens)], features])
+        rows = max(0, len(known) - self.open_pairs)
+        if rows:
+            hidden = self._hidden(features[:rows])
+            for d in range(len(self.modules)):
+                hidden = self._run(d, hidden, known[d : d + rows], cache, rows)
+        cache.lengths.add_(rows)
+        self.recent[sequence] = known[rows:]
+        self.pending[sequence, : len(known) - rows] = features[rows:]
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        features, _, begin, last = self._committed(step)
+        batch, rows = features.shape[:2]
+        ahead = begin[:, None] + 1 + torch.arange(rows + self.open_pairs)
+        tokens = step.tokens.gather(1, ahead)
+        hidden = self._hidden(features.reshape(batch * rows, -1))
+        drafts: list[Tensor] = []
+        for d in range(count):
+            after = tokens[:, d : d + rows].reshape(-1)
+            hidden = self._run(d, hidden, after, self._cache_of(step).at(begin), rows)
+            w = self.modules[d]
+            token, _ = self.ops.choose(
+                rows_at(hidden.view(batch, rows, -1), last),
+                w.vocabulary,
+                w.token_ids,
+                step.lengths,
+                d,
+                step.sampling,
+            )
+            drafts.append(token)
+            if d < self.open_pairs:
+                tokens.scatter_(1, (last + 1 + d)[:, None], token[:, None])
+        # The last pairs stay open: their features move to the front.
+        cache = self._cache_of(step)
+        cache.lengths.sub_(self.open_pairs).copy_(torch.maximum(cache.lengths, begin))
+        place = (cache.lengths - begin)[:, None] + torch.arange(self.open_pairs)
+        kept = self.pending[:batch].gather(1, place[:, :, None].expand(-1, -1, features.shape[2]))
+        self.pending[:batch, : self.open_pairs] = kept
+        return Drafts(torch.stack(drafts, 1), HEADS, count)
+
+    def reset(self, sequence: int) -> None:
+        super().reset(sequence)
+        self.recent.pop(sequence, None)
+
+    def _run(self, d: int, hidden: Tensor, after: Tensor, cache: KVCache, rows: int) -> Tensor:
+        """Module d over `rows` pairs of each sequence behind the cache's lengths -> o^d."""
+        w = self.modules[d]
+        index = None
+        if w.zero_first:
+            index = (cache.lengths[:, None] + torch.arange(rows)).view(-1)
+        x, inputs = self._join(w, hidden, after, index)
+        plan = plan_window(cache, rows, w.config, self.ops)
+        eps = w.config.rms_norm_eps
+        x = decoder_layer(x, w.layer, eps, cache, d, plan, self.ops, inputs=inputs)
+        return self.ops.rms_norm(x, w.final_norm, eps)
+
+
 class Eagle3Drafter(MtpDrafter):
     """EAGLE-3 (Li et al. 2025): the layer attends with both halves of a pair side by side, and goes
     on from what it makes before the norm.
@@ -208,9 +285,9 @@ class Eagle3Drafter(MtpDrafter):
     """
 
     def _join(
-        self, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
+        self, w: MtpWeights, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        w, eps, E = self.weights, self.weights.config.rms_norm_eps, hidden.shape[1]
+        eps, E = w.config.rms_norm_eps, hidden.shape[1]
         pair = hidden.new_empty(len(hidden), 2 * E)
         self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, :E])
         self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, E:])

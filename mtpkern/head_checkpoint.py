@@ -23,6 +23,7 @@ from mtpkern.cached_heads import (
     HydraDrafter,
     HydraHead,
     LayersDrafter,
+    ModulesDrafter,
     MtpDrafter,
     MtpWeights,
 )
@@ -81,7 +82,6 @@ class _Kind(NamedTuple):
     read: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]] | None  # None: as they are
     shapes: Callable[[Mapping[str, Any], ModelConfig], dict[str, tuple[int, ...]]]
     build: Callable[..., Drafter]
-    counted: bool = False  # each head drafts one position
 
 
 def load_heads(
@@ -131,10 +131,10 @@ def load_heads(
                 f"{printable(directory)}: tensor {tensor} must be {list(shape)} to match the "
                 f"model, got {list(tensors[tensor].shape)}"
             )
-    if kind.counted and k > settings["num_heads"]:
+    most = settings.get("num_heads")  # where each head drafts one position
+    if most and k > most:
         raise UserError(
-            f"num_speculative_tokens must be at most {settings['num_heads']}, the number of "
-            f"heads, got {k}"
+            f"num_speculative_tokens must be at most {most}, the number of heads, got {k}"
         )
     return kind.build(_Source(tensors, trunk), settings, trunk, cache, ops)
 
@@ -225,35 +225,48 @@ def _vocabulary(source: _Source, trunk: Llama, ops: Ops) -> tuple[Any, Tensor]:
 def _build_mtp(
     source: _Source, settings: Mapping[str, Any], trunk: Llama, cache: KVCache, ops: Ops
 ) -> Drafter:
-    """A sequential module (names as in MiMo's MTP layers, plus fc and draft_vocab)."""
+    modules = settings.get("num_heads")
+    if modules:
+        if not ops.branches:
+            raise UserError("a module of its own for each draft needs device cpu in this version")
+        weights = [_mtp_weights(source, f"{d}.", settings, trunk, ops) for d in range(modules)]
+        own = _cache_beside(cache, weights[0].config, modules)
+        return ModulesDrafter(weights, trunk, own, ops)
+    module = _mtp_weights(source, "", settings, trunk, ops)
+    drafter = MtpDrafter if module.input_proj is not None else Eagle3Drafter
+    return drafter(module, trunk, _cache_beside(cache, module.config), ops)
+
+
+def _mtp_weights(
+    source: _Source, prefix: str, settings: Mapping[str, Any], trunk: Llama, ops: Ops
+) -> MtpWeights:
+    """A sequential module (names as in MiMo's MTP layers, plus fc, vocabulary and draft_vocab)."""
     config, taps = mtp_layer_config(settings, trunk.config), settings["tap_layers"]
-    joined = "input_proj.weight" in source
+    joined = f"{prefix}input_proj.weight" in source
     vocabulary, token_ids = _vocabulary(source, trunk, ops)
     if "vocabulary.weight" in source:
         vocabulary = source.packed("vocabulary", ops)
-    weights = MtpWeights(
+    return MtpWeights(
         taps=tuple(taps),
-        fc=source.packed("fc", ops) if len(taps) > 1 else None,
-        hidden_norm=source["hidden_layernorm.weight"],
-        token_norm=source["token_layernorm.weight"],
-        input_proj=source.packed("input_proj", ops) if joined else None,
-        layer=source.layer("", config, ops),
-        final_norm=source["final_layernorm.weight"],
+        fc=source.packed(f"{prefix}fc", ops) if len(taps) > 1 else None,
+        hidden_norm=source[f"{prefix}hidden_layernorm.weight"],
+        token_norm=source[f"{prefix}token_layernorm.weight"],
+        input_proj=source.packed(f"{prefix}input_proj", ops) if joined else None,
+        layer=source.layer(prefix, config, ops),
+        final_norm=source[f"{prefix}final_layernorm.weight"],
         vocabulary=vocabulary,
         token_ids=token_ids,
         config=config,
         zero_first=bool(settings.get("zero_first")),
     )
-    drafter = MtpDrafter if joined else Eagle3Drafter
-    return drafter(weights, trunk, _cache_beside(cache, config), ops)
 
 
 _KINDS = {
     "mtpkern_mtp": _Kind(None, mtp_shapes, _build_mtp),
-    "mtpkern_medusa": _Kind(None, medusa_shapes, _build_medusa, counted=True),
-    "mtpkern_hydra": _Kind(None, hydra_shapes, _build_hydra, counted=True),
+    "mtpkern_medusa": _Kind(None, medusa_shapes, _build_medusa),
+    "mtpkern_hydra": _Kind(None, hydra_shapes, _build_hydra),
     "mimo": _Kind(read_mimo, mtp_shapes, _build_mtp),
     "speculators_mtp": _Kind(read_speculators, mtp_shapes, _build_mtp),
     "eagle3": _Kind(read_eagle3, eagle3_shapes, _build_mtp),
-    "mtp_llama": _Kind(read_mtp_llama, layers_shapes, _build_layers, counted=True),
+    "mtp_llama": _Kind(read_mtp_llama, layers_shapes, _build_layers),
 }

@@ -72,17 +72,19 @@ def eagle3_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, 
 def read_mimo(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any], trunk: ModelConfig, path: Path
 ) -> Read:
-    """A MiMo checkpoint's MTP layer, in the names and settings of our own sequential heads.
+    """A MiMo checkpoint's MTP layers, in the names and settings of our own sequential heads.
 
-    It is fed the final hidden state, sizes and rotation are the trunk's, and one layer drafts all
-    positions.
+    The first is fed the final hidden state; sizes and rotation are the trunk's. One layer drafts
+    all positions, several one each.
     """
-    if settings.get("num_nextn_predict_layers") != 1:
+    modules = settings.get("num_nextn_predict_layers")
+    if not isinstance(modules, int) or modules < 1:
         raise ModelLoadError(
-            f"{printable(path)}: num_nextn_predict_layers must be 1, "
-            f"got {printable(settings.get('num_nextn_predict_layers'))}"
+            f"{printable(path)}: num_nextn_predict_layers must be 1 or more, "
+            f"got {printable(modules)}"
         )
-    prefix = "model.mtp_layers.0."
+    # One module drafts all positions and needs no number.
+    prefix = "model.mtp_layers.0." if modules == 1 else "model.mtp_layers."
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     return own, {
         "tap_layers": [trunk.num_layers],
@@ -93,6 +95,7 @@ def read_mimo(
         "rms_norm_eps": trunk.rms_norm_eps,
         "qkv_bias": trunk.qkv_bias,
         "zero_first": True,
+        "num_heads": None if modules == 1 else modules,
     }
 
 
@@ -191,6 +194,9 @@ def mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelCo
 
 
 def mtp_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if settings.get("num_heads"):
+        one = mtp_shapes({**settings, "num_heads": None}, trunk)
+        return {f"{d}.{n}": shape for d in range(settings["num_heads"]) for n, shape in one.items()}
     config = mtp_layer_config(settings, trunk)
     taps, E, F_ = settings["tap_layers"], trunk.hidden_size, config.intermediate_size
     if taps != sorted(set(taps)) or taps[0] < 1 or taps[-1] != trunk.num_layers:

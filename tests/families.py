@@ -105,12 +105,18 @@ SEED = 400
 
 
 def write_family(
-    name: str, directory: Path, *, spelling: str = "rope_parameters", **changes: Any
+    name: str,
+    directory: Path,
+    *,
+    spelling: str = "rope_parameters",
+    modules: int = 1,
+    **changes: Any,
 ) -> LlamaForCausalLM:
     """Write one family's config.json and model.safetensors, and return the model, in float32.
 
     `spelling` is how config.json names the rotation: "rope_scaling" before transformers 5,
-    "rope_parameters" since. `changes` are further LlamaConfig arguments, such as `eos_token_id`.
+    "rope_parameters" since. `modules` are a MiMo's MTP layers. `changes` are further LlamaConfig
+    arguments, such as `eos_token_id`.
     """
     torch.manual_seed(SEED + list(FAMILIES).index(name))
     kind = name.split("_")[0]
@@ -123,28 +129,30 @@ def write_family(
                 parameter.add_(1.0)
     model.save_pretrained(directory)
     if kind == "mimo":
-        _make_mimo(Path(directory))
+        _make_mimo(Path(directory), modules)
     if spelling == "rope_scaling":
         _spell_as_before(Path(directory) / "config.json")
     return model
 
 
-def _make_mimo(directory: Path) -> None:
-    """Say that the checkpoint is a MiMo, and add its MTP layer: one like the trunk's, and more."""
+def _make_mimo(directory: Path, modules: int) -> None:
+    """Say that the checkpoint is a MiMo, and add its MTP layers: like the trunk's, and more."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
-    config["num_nextn_predict_layers"] = 1
+    config["num_nextn_predict_layers"] = modules
     path.write_text(json.dumps(config), encoding="utf-8")
     tensors = load_file(directory / "model.safetensors")
-    E = config["hidden_size"]
-    for name, tensor in list(tensors.items()):
-        if name.startswith("model.layers.0."):
-            head = name.replace("model.layers.0.", "model.mtp_layers.0.")
-            tensors[head] = torch.randn_like(tensor) * 0.3 + ("norm" in name)
-    for name in ("token", "hidden", "final"):
-        tensors[f"model.mtp_layers.0.{name}_layernorm.weight"] = 1 + 0.3 * torch.randn(E)
-    tensors["model.mtp_layers.0.input_proj.weight"] = 0.3 * torch.randn(E, 2 * E)
+    E, trunk = config["hidden_size"], list(tensors.items())
+    for d in range(modules):
+        layer = f"model.mtp_layers.{d}."
+        for name, tensor in trunk:
+            if name.startswith("model.layers.0."):
+                head = name.replace("model.layers.0.", layer)
+                tensors[head] = torch.randn_like(tensor) * 0.3 + ("norm" in name)
+        for name in ("token", "hidden", "final"):
+            tensors[f"{layer}{name}_layernorm.weight"] = 1 + 0.3 * torch.randn(E)
+        tensors[f"{layer}input_proj.weight"] = 0.3 * torch.randn(E, 2 * E)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
+from families import write_family
 from safetensors.torch import load_file, save_file
 from test_heads import PROMPT, E, L, Recorder, V, slow_layer, trunk_states, write_mtp
 from torch import Tensor
@@ -289,11 +290,54 @@ def test_a_speculators_head_drafts_what_our_own_of_the_same_weights_does(tmp_pat
         LLM(trunk, heads=theirs)
 
 
+# MiMo with a module for each depth (DeepSeek-V3, section 2.2)
+
+
+@pytest.mark.parametrize("ngram", [False, True])
+@pytest.mark.parametrize("modules", [2, 3])
+def test_modules_of_their_own_draft_what_their_definition_says(
+    modules: int, ngram: bool, tmp_path: Path
+) -> None:
+    """Prompts of one token, of few and of several chunks; drafts taken and drafts refused."""
+    model = write_family("mimo", tmp_path, modules=modules)
+    llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=modules, max_length=400)
+    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
+    if ngram:
+        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
+    else:
+        llm.drafter = recorder
+    prompts = [[9], [5, 6], [5, 6, 7, 8, 9] * 3, torch.randint(131, (270,)).tolist()]
+    llm.generate(prompts, SamplingParams(max_tokens=20))
+    tensors = load_tensors(tmp_path)
+    embedding, head = (t.weight for t in (model.get_input_embeddings(), model.lm_head))
+    assert len(recorder.drafted) > 10
+    for known, drafts in recorder.drafted[::3]:
+        with torch.inference_mode():
+            hidden = model.model(torch.tensor([known[:-1]])).last_hidden_state[0]
+            tokens = list(known[1:])
+            for d, draft in enumerate(drafts):
+                prefix = f"model.mtp_layers.{d}."
+                w = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                token = embedding[tokens[d:]].clone()
+                token[0] = 0
+                pair = [
+                    rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
+                    rms_norm_ref(token, w["token_layernorm.weight"], 1e-5),
+                ]
+                x = torch.cat(pair, -1) @ w["input_proj.weight"].T
+                hidden = slow_layer(x, w, 4, 2, 12, 10000.0)
+                hidden = rms_norm_ref(hidden, w["final_layernorm.weight"], 1e-5)
+                assert draft == int((hidden[-1] @ head.T).argmax())
+                tokens.append(draft)
+    with pytest.raises(UserError, match=f"at most {modules}, the number of heads"):
+        LLM(tmp_path, num_speculative_tokens=4)
+
+
 # For all of them
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["layers", "hydra", "hydra with a layer"])
+@pytest.mark.parametrize("kind", ["layers", "hydra", "hydra with a layer", "modules"])
 @pytest.mark.parametrize("ngram", [False, True])
 def test_heads_never_change_a_token(
     kind: str, ngram: bool, temperature: float, tmp_path: Path
@@ -301,6 +345,8 @@ def test_heads_never_change_a_token(
     options: dict[str, Any] = {}
     if kind == "layers":
         trunk = write_layers(tmp_path / "trunk")
+    elif kind == "modules":
+        write_family("mimo", trunk := tmp_path / "trunk", modules=3)
     else:
         trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
         options["heads"] = write_hydra(tmp_path / "heads", prefix="layer" in kind)
