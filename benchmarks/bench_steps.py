@@ -29,12 +29,12 @@ from common import Progress, environment, first_line, gpu_environment, gpu_first
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
-from mtpkern.cached_heads import MtpDrafter, MtpWeights
 from mtpkern.decode import decode_step
 from mtpkern.engine import LLM
 from mtpkern.graph import capture
 from mtpkern.heads import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
+from mtpkern.sequential_heads import MtpDrafter, MtpWeights
 
 TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
 DRAFT_VOCABULARY = 32000

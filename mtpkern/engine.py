@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache, PagePool
-from mtpkern.cached_heads import MAX_PENDING
 from mtpkern.checkpoint import load_config
 from mtpkern.completion import Completion, Event, Request, Stats
 from mtpkern.config import (
@@ -33,6 +32,7 @@ from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
+from mtpkern.sequential_heads import MAX_PENDING
 from mtpkern.synthetic import draw_counts
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.trace import span

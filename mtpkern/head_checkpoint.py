@@ -18,15 +18,6 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.cached_heads import (
-    Eagle3Drafter,
-    HydraDrafter,
-    HydraHead,
-    LayersDrafter,
-    ModulesDrafter,
-    MtpDrafter,
-    MtpWeights,
-)
 from mtpkern.checkpoint import LayerWeights, fingerprint, layer_parts, load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
 from mtpkern.head_layouts import (
@@ -42,8 +33,10 @@ from mtpkern.head_layouts import (
     read_speculators,
 )
 from mtpkern.heads import Drafter, MedusaDrafter, OwnVocabularyDrafter
+from mtpkern.layer_heads import HydraDrafter, HydraHead, LayersDrafter
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops import Ops
+from mtpkern.sequential_heads import Eagle3Drafter, ModulesDrafter, MtpDrafter, MtpWeights
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 # Models that come with heads: model_type -> what config.json counts them by.

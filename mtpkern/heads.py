@@ -2,7 +2,8 @@
 
     parallel     Medusa: head i guesses token i + 1 from the same hidden state as the LM head,
                  through the LM head's vocabulary matrix or one of its own
-    cached       heads that attend: MTP modules, EAGLE-3, transformer layers (cached_heads.py)
+    sequential   MTP modules, EAGLE-3 (sequential_heads.py)
+    layers       transformer layers, Hydra (layer_heads.py)
     n-gram       what followed the last occurrence of the sequence's own end
     both         the n-gram's copy where there is a match, else the heads
 

@@ -12,13 +12,13 @@ from families import write_family
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtpkern.cached_heads import MtpDrafter
 from mtpkern.checkpoint import load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
 from mtpkern.engine import LLM
 from mtpkern.heads import NGRAM, CompanionDrafter, Drafts
 from mtpkern.kernels.rms_norm import rms_norm_ref
+from mtpkern.sequential_heads import MtpDrafter
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 E, V, L = TINY_CONFIG["hidden_size"], TINY_CONFIG["vocab_size"], TINY_CONFIG["num_hidden_layers"]

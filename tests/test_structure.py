@@ -14,7 +14,8 @@ STEP = FLOOR | {
     "ops",
     "model",
     "heads",
-    "cached_heads",
+    "sequential_heads",
+    "layer_heads",
     "head_layouts",
     "head_checkpoint",
     "decode",
@@ -40,10 +41,11 @@ ARROWS: dict[str, set[str]] = {
     "library": {"kernels", "ops"},
     "model": {"config", "cache", "ops", "checkpoint"},
     "heads": {"ops"},
-    "cached_heads": {"config", "cache", "ops", "model", "heads"},
+    "sequential_heads": {"config", "cache", "ops", "model", "heads"},
+    "layer_heads": {"cache", "ops", "model", "heads", "sequential_heads"},
     "head_layouts": {"config", "checkpoint"},
     "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model"}
-    | {"heads", "cached_heads", "head_layouts"},
+    | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
     "prefill": {"kernels", "ops"},
@@ -73,7 +75,7 @@ LIBRARIES: dict[str, set[str]] = {
 }
 
 # Inside the step nothing may travel to the host.
-STEP_FILES = ("decode", "model", "heads", "cached_heads", "cache", "graph")
+STEP_FILES = ("decode", "model", "heads", "sequential_heads", "layer_heads", "cache", "graph")
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 
 
