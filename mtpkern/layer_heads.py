@@ -1,4 +1,4 @@
-"""Drafters of several heads with layers below or inside them, each head for one token further ahead.
+"""Drafters of several heads, each for one token further ahead, with decoder layers or MLPs.
 
 layers   H decoder layers in place of the trunk's last one
 Hydra    small MLPs, each fed with the drafts before its own; perhaps one layer below them
