@@ -183,7 +183,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
         width = 0.8 / len(rows)
         at = [i + (number - (len(rows) - 1) / 2) * width for i in range(len(categories))]
         right.bar(at, [row["categories"][c]["mean_acceptance_length"] for c in categories], width)
-    left.set(xlabel="draft position", ylabel="accepted, where those before were", ylim=(0, 1))
+    left.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
     left.set_xticks(range(1, 1 + report["environment"]["K"]))
     left.legend(fontsize=8, loc="lower right")
     left.grid(alpha=0.3)
