@@ -173,7 +173,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     coldest = min(row["temperature"] for row in report["rows"])
     rows = [row for row in report["rows"] if row["temperature"] == coldest]
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure = Figure(figsize=(13, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     categories = list(rows[0]["categories"])
     for number, row in enumerate(rows):
@@ -185,11 +185,11 @@ def draw(report: dict[str, Any], file: Path) -> None:
         right.bar(at, [row["categories"][c]["mean_acceptance_length"] for c in categories], width)
     left.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
     left.set_xticks(range(1, 1 + report["environment"]["K"]))
-    left.legend(fontsize=8, loc="lower right")
     left.grid(alpha=0.3)
     right.set_xticks(range(len(categories)), categories, rotation=40, ha="right")
     right.set(ylabel="tokens a step", ylim=(1, None))
     right.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     facts = report["environment"]
     figure.suptitle(
         f"{facts['count']} prompts, {facts['max_tokens']} tokens, K = {facts['K']}, "
