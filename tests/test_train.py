@@ -47,14 +47,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run_distill(model: Path, prompts: Path, out: Path) -> None:
     directory = str(model)
-    trunk = distill.Trunk(model, 10, 120)
+    trunk = distill.Trunk(model, 10, 120, taps=(1, 2))
     tokenizer = distill.Tokenizer.from_directory(directory)
-    writer = DatasetWriter(out, E)
-
-    def sink(job: distill.Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
-        writer.add(job.tokens, len(job.prompt), job.category, features, ids, logits)
-
-    distill.generate(trunk, distill.read_prompts([prompts], tokenizer, 80, 0), sink, max_new=30)
+    distill.record(trunk, distill.read_prompts([prompts], tokenizer, 80, 0), out, max_new=30)
 
 
 def random_head(vocab: int = 64) -> MtpHead:
@@ -125,10 +120,11 @@ def test_training_runs_where_its_tensors_are(model_type: str):
     """On the meta device, which no tensor of another device may meet, and no value leaves."""
     on: dict[str, Any] = {"device": "meta"}
     with torch.device("meta"):
-        head: Any = ParallelHeads(ParallelConfig(E, 3, 64, "tiny", "", model_type))
+        head: Any = ParallelHeads(ParallelConfig(E, (3,), 3, 64, "tiny", "", model_type))
         if model_type == "mtpkern_mtp":
             head = MtpHead(HeadConfig(E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, 64, "tiny"))
-    embedding, features = torch.randn(307, E, **on), torch.randn(2, 13, 3 * E, **on)
+    width = len(head.config.tap_layers) * E
+    embedding, features = torch.randn(307, E, **on), torch.randn(2, 13, width, **on)
     tokens = torch.zeros(2, 18, dtype=torch.int64, **on)
     starts, keep = tokens[:, :4], torch.arange(2, **on)
     states = head(features, tokens, starts, embedding, 3, keep)
@@ -182,7 +178,7 @@ def test_targets_keep_to_the_draft_vocabulary():
 def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
     model, answers = recorded
     config, tensors = load_config(model), load_tensors(model)
-    data = Dataset([answers], E)
+    data = Dataset([answers], (1, 2, 3))
     assert len(data) == 24
     for index in range(0, 24, 5):
         tokens, prompt = data.read(index, "tokens"), data.sequences[index][1]["prompt"]
@@ -202,12 +198,12 @@ def test_an_interrupted_recording_goes_on_after_its_last_whole_sequence(tmp_path
         tops = torch.zeros(3, 64)
         writer.add([first, first + 1, first + 2], 1, "a", features, tops, tops)
 
-    add(DatasetWriter(tmp_path, E), 10)
+    add(DatasetWriter(tmp_path, E, (1, 2, 3)), 10)
     with (tmp_path / "features.bin").open("ab") as file:
         file.write(b"half a row")
-    writer = DatasetWriter(tmp_path, E)
+    writer = DatasetWriter(tmp_path, E, (1, 2, 3))
     add(writer, 20)
-    data = Dataset([tmp_path], E)
+    data = Dataset([tmp_path], (1, 2, 3))
     assert (writer.sequences, writer.rows) == (2, 6)
     assert data.read(1, "tokens").tolist() == [20, 21, 22]
     assert data.read(1, "features").float().unique().tolist() == [20.0]
@@ -261,7 +257,8 @@ def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
     embedding = load_tensors(model)["model.embed_tokens.weight"]
     assert len(recorder.drafted) > 20
     for known, drafts in recorder.drafted[::5]:
-        features = torch.cat([trunk_states(model, known[:-1])[i] for i in (0, 1, 2)], -1)
+        states = trunk_states(model, known[:-1])
+        features = torch.cat([states[tap - 1] for tap in head.config.tap_layers], -1)
         tokens, starts = torch.tensor([known + drafts]), torch.tensor([[len(known) - 2]])
         with torch.no_grad():
             states = head(features[None], tokens, starts, embedding, len(drafts))

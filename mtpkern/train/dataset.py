@@ -1,10 +1,11 @@
 """What a head learns from, as flat files: one row a position, appended a sequence at a time.
 
     tokens.bin       int32 [N]      prompt and answer, the stop token included
-    features.bin     bf16 [N, 3E]   residual stream after two tapped layers, and the final hidden
+    features.bin     bf16 [N, n*E]  hidden states after n tapped layers; the last one's are normed
     top_ids.bin      int32 [N, M]   the model's M likeliest next tokens after this position
     top_logits.bin   fp16 [N, M]    and their logits; both are zero inside the prompt
     sequences.jsonl  an object a sequence: its first row, its prompt's length, its length, category
+    layout.json      the hidden size E and the tapped layers, counted from 1
 
 M is 64. The index is written last: files cut short are longer than it says, never shorter.
 """
@@ -19,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtpkern.config import UserError, printable
+
 TOP = 64
 
 
-def fields(E: int) -> dict[str, tuple[type, int]]:
-    """Field -> element type and width of a row, for hidden size E (bf16 travels as int16)."""
+def fields(width: int) -> dict[str, tuple[type, int]]:
+    """Field -> element type and width of a row, for features of `width` (bf16 travels as int16)."""
     return {
         "tokens": (np.int32, 1),
-        "features": (np.int16, 3 * E),
+        "features": (np.int16, width),
         "top_ids": (np.int32, TOP),
         "top_logits": (np.float16, TOP),
     }
@@ -35,14 +38,16 @@ def fields(E: int) -> dict[str, tuple[type, int]]:
 class DatasetWriter:
     """Appends sequences to a directory; opening it again goes on after the last whole one."""
 
-    def __init__(self, directory: Path, E: int):
+    def __init__(self, directory: Path, E: int, taps: Sequence[int]):
         directory.mkdir(parents=True, exist_ok=True)
+        layout = json.dumps({"hidden_size": E, "taps": list(taps)})
+        (directory / "layout.json").write_text(layout + "\n")
         self.index = directory / "sequences.jsonl"
         written = read_index(directory) if self.index.exists() else []
         self.sequences = len(written)
         self.numbers = {row["number"] for row in written if "number" in row}
         self.rows = written[-1]["offset"] + written[-1]["length"] if written else 0
-        self.fields, self.files = fields(E), {}
+        self.fields, self.files = fields(len(taps) * E), {}
         for name, (dtype, width) in self.fields.items():
             self.files[name] = (directory / f"{name}.bin").open("ab")
             self.files[name].truncate(self.rows * width * np.dtype(dtype).itemsize)
@@ -57,7 +62,7 @@ class DatasetWriter:
         top_logits: Tensor,
         number: int = 0,
     ) -> None:
-        """One sequence of n tokens, `prompt` of them given: features [n, 3E], tops [n, M]; `number`
+        """One sequence, `prompt` of its n tokens given: features [n, n*E], tops [n, M]; `number`
         is its prompt's, by which the sequences are put in order again."""
         rows = {
             "tokens": np.array(tokens),
@@ -83,10 +88,14 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
 
 
 class Dataset:
-    """The sequences of several directories, mapped and read in place."""
+    """The sequences of several directories, mapped and read in place, with the features of `taps`.
 
-    def __init__(self, directories: Sequence[Path], E: int):
-        self.E = E
+    Raises UserError for answers that were recorded without one of those layers.
+    """
+
+    def __init__(self, directories: Sequence[Path], taps: Sequence[int]):
+        self.taps = tuple(taps)
+        self.columns: list[tuple[int, list[int]]] = []  # of a directory: E, and where the taps lie
         self.files: list[dict[str, np.ndarray]] = []
         self.sequences: list[tuple[int, dict[str, Any]]] = []
         for i, directory in enumerate(directories):
@@ -94,10 +103,18 @@ class Dataset:
             rows = [r for r in read_index(directory) if r["length"] - r["prompt"] >= 2]
             rows.sort(key=lambda row: row.get("number", 0))
             self.sequences += [(i, row) for row in rows]
+            layout = json.loads((directory / "layout.json").read_text())
+            E, recorded = layout["hidden_size"], layout["taps"]
+            if missing := [tap for tap in taps if tap not in recorded]:
+                raise UserError(
+                    f"{printable(directory)} holds the states after layers {recorded}, and these "
+                    f"heads need {missing} too"
+                )
+            self.columns.append((E, [recorded.index(tap) for tap in taps]))
             self.files.append(
                 {
                     name: np.memmap(directory / f"{name}.bin", dtype, "r").reshape(-1, width)
-                    for name, (dtype, width) in fields(E).items()
+                    for name, (dtype, width) in fields(len(recorded) * E).items()
                 }
             )
 
@@ -114,10 +131,13 @@ class Dataset:
         """One field of one sequence of n tokens: [n, width], tokens [n] int64."""
         directory, row = self.sequences[index]
         rows = slice(row["offset"], row["offset"] + row["length"])
-        tensor = torch.from_numpy(np.array(self.files[directory][name][rows]))
-        if name == "tokens":
-            return tensor[:, 0].long()
-        return tensor.view(torch.bfloat16) if name == "features" else tensor
+        array = self.files[directory][name][rows]
+        if name == "features":
+            E, taps = self.columns[directory]
+            array = array.reshape(len(array), -1, E)[:, taps].reshape(len(array), -1)
+            return torch.from_numpy(array).view(torch.bfloat16)
+        tensor = torch.from_numpy(np.array(array))
+        return tensor[:, 0].long() if name == "tokens" else tensor
 
     def answer_length(self, index: int) -> int:
         row = self.sequences[index][1]
@@ -148,16 +168,17 @@ class Dataset:
     def collate(self, indices: Sequence[int], K: int) -> dict[str, Tensor]:
         """Pad sequences into a batch of chains; a chain starts at each row that drafts an answer.
 
-        tokens [B, S + K + 2], features [B, S, 3E], starts [B, Q]; for step k of the chain from j,
+        tokens [B, S + K + 2], features [B, S, n*E], starts [B, Q]; for step k of the chain from j,
         which predicts token j + 2 + k: live [K, B, Q], top_ids and top_logits [K, B, Q, M].
         """
         lengths = [self.sequences[i][1]["length"] for i in indices]
         prompts = [self.sequences[i][1]["prompt"] for i in indices]
         B, S = len(indices), max(lengths) - 2
+        width = len(self.taps) * self.columns[0][0]
         Q = max(n - p - 1 for n, p in zip(lengths, prompts, strict=True))
         out = {
             "tokens": torch.zeros(B, S + K + 2, dtype=torch.int64),
-            "features": torch.zeros(B, S, 3 * self.E, dtype=torch.bfloat16),
+            "features": torch.zeros(B, S, width, dtype=torch.bfloat16),
             "starts": torch.zeros(B, Q, dtype=torch.int64),
             "live": torch.zeros(K, B, Q, dtype=torch.bool),
             "top_ids": torch.zeros(K, B, Q, TOP, dtype=torch.int64),

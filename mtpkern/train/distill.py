@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,22 +18,28 @@ from torch import Tensor
 
 from mtpkern.checkpoint import load_model
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train.dataset import TOP
-from mtpkern.train.families import feature_taps
+from mtpkern.train.dataset import TOP, DatasetWriter
 
 PREFILL_GROUP = 8
+TOP_P = 0.95  # of sampled answers
 
 
 class Trunk:
     """A Llama trunk in bf16 over B slots of S positions, for many sequences at once."""
 
     def __init__(
-        self, directory: Path, slots: int, capacity: int, device: str | torch.device = "cpu"
+        self,
+        directory: Path,
+        slots: int,
+        capacity: int,
+        device: str | torch.device = "cpu",
+        taps: Sequence[int] = (),
     ):
+        """`taps` are layers, counted from 1, whose states are wanted beside the final ones."""
         self.device = torch.device(device)
         self.config, self.weights = load_model(directory, dtype=torch.bfloat16, device=device)
         c = self.config
-        self.taps = feature_taps(c.num_layers)[:-1]
+        self.taps = tuple(sorted({*taps, c.num_layers}))
         frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
         angle = torch.arange(capacity)[:, None] * frequencies
         cos, sin = angle.cos() * scaling, angle.sin() * scaling
@@ -44,7 +50,7 @@ class Trunk:
         self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
 
     def forward(self, tokens: Tensor, slots: Tensor, start: Tensor) -> Tensor:
-        """tokens [B, T] at start [B] + 0..T-1 of slots [B] -> features [B, T, 3E].
+        """tokens [B, T] at start [B] + 0..T-1 of slots [B] -> features [B, T, n*E].
 
         T > 1 is a prefill from position 0; T = 1 is a step of all slots, in order.
         """
@@ -78,13 +84,13 @@ class Trunk:
             y = F.rms_norm(x, x.shape[-1:], layer.post_attention_norm, c.rms_norm_eps)
             gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-            if i + 1 in self.taps:
+            if i + 1 in self.taps[:-1]:
                 taps.append(x)
         final = F.rms_norm(x, x.shape[-1:], self.weights.norm, c.rms_norm_eps)
         return torch.cat([*taps, final], -1)
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, 3E] -> the M largest logits, and their ids [B, M]."""
+        """features [B, n*E] -> the M largest logits, and their ids [B, M]."""
         final = features[:, -self.config.hidden_size :]
         values, ids = F.linear(final, self.weights.lm_head).topk(TOP, -1)
         return values, ids
@@ -141,14 +147,14 @@ def generate(
     choose: Choice = greedy,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Answer every job; sink(job, features [n, 3E], ids [n, M], logits [n, M]) gets each, whole.
+    """Answer every job; sink(job, features [n, n*E], ids [n, M], logits [n, M]) gets each, whole.
 
     An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops.
     """
     _, slots, _, capacity, _ = trunk.keys.shape
     stop = set(trunk.config.eos_token_ids)
     on = trunk.device
-    shape = (slots, capacity, 3 * trunk.config.hidden_size)
+    shape = (slots, capacity, len(trunk.taps) * trunk.config.hidden_size)
     features = torch.zeros(shape, dtype=torch.bfloat16, device=on)
     top_ids = torch.zeros(slots, capacity, TOP, dtype=torch.int32, device=on)
     top_logits = torch.zeros(slots, capacity, TOP, dtype=torch.float16, device=on)
@@ -158,7 +164,7 @@ def generate(
     jobs, waiting, finished, made, began = iter(jobs), True, 0, 0, time.time()
 
     def extend(rows: list[int], at_end: Tensor) -> None:
-        """Add a token to the sequences in slots `rows`, from the features [B, 3E] at their ends."""
+        """Add a token to the sequences in slots `rows`, from features [B, n*E] at their ends."""
         nonlocal finished, made
         logits, ids = trunk.top(at_end)
         ends = lengths[rows] - 1
@@ -213,6 +219,34 @@ def generate(
         if steps % 100 == 0:
             rate = made / (time.time() - began)
             log(f"{finished} sequences, {made} tokens, {rate:.0f} tokens/s")
+
+
+def answer_choices(temperature: float, seed: int) -> tuple[Choice, ...]:
+    """How answers are chosen: every other one is sampled, or none at temperature 0."""
+    return (greedy, nucleus(temperature, TOP_P, seed)) if temperature else (greedy,)
+
+
+def record(
+    trunk: Trunk,
+    jobs: Iterable[Job],
+    directory: Path,
+    *,
+    max_new: int,
+    choices: Sequence[Choice] = (greedy,),
+    log: Callable[[str], None] = print,
+) -> None:
+    """Write the answers to a directory that Dataset reads, those that are not there yet; prompts
+    take turns among the `choices`. A recording that was killed goes on where it was."""
+    writer = DatasetWriter(directory, trunk.config.hidden_size, trunk.taps)
+    waiting = [job for job in jobs if job.number not in writer.numbers]
+
+    def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
+        prompt = len(job.prompt)
+        writer.add(job.tokens, prompt, job.category, features, ids, logits, job.number)
+
+    for turn, choose in enumerate(choices):
+        some = [job for job in waiting if job.number % len(choices) == turn]
+        generate(trunk, some, sink, max_new=max_new, choose=choose, log=log)
 
 
 def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed: int) -> list[Job]:

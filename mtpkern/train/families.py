@@ -24,20 +24,25 @@ FAMILIES = ("mtp", "mtp-1", "medusa", "hydra")
 Head = MtpHead | ParallelHeads
 
 
-def feature_taps(layers: int) -> tuple[int, int, int]:
-    """The layers whose states are recorded, counted from 1; the last one's are normed."""
-    return layers // 3, 2 * layers // 3, layers
+def family_taps(family: str, layers: int) -> tuple[int, ...]:
+    """The layers, counted from 1, whose states a family is fed; the last one's are normed."""
+    if family == "eagle3":
+        return 2, layers // 2, layers - 3
+    if family == "layers":
+        return (layers - 1,)
+    return (layers // 3, 2 * layers // 3, layers) if family == "mtp" else (layers,)
 
 
 def new_head(
     family: str, model: ModelConfig, *, K: int, vocab_size: int, base_model: str, fingerprint: str
 ) -> Head:
     """An untrained head that fits the model; a reduced draft vocabulary is still to be chosen."""
-    V = model.vocab_size
+    V, taps = model.vocab_size, family_taps(family, model.num_layers)
     if family in ("medusa", "hydra"):
         return ParallelHeads(
             ParallelConfig(
                 hidden_size=model.hidden_size,
+                tap_layers=taps,
                 num_heads=K,
                 draft_vocab_size=V if family == "medusa" else min(vocab_size, V),
                 base_model=base_model,
@@ -45,11 +50,10 @@ def new_head(
                 model_type=f"mtpkern_{family}",
             )
         )
-    taps = feature_taps(model.num_layers)
     return MtpHead(
         HeadConfig(
             hidden_size=model.hidden_size,
-            tap_layers=taps[-1:] if family == "mtp-1" else taps,
+            tap_layers=taps,
             num_attention_heads=model.num_heads,
             num_key_value_heads=model.num_kv_heads,
             head_dim=model.head_dim,
@@ -82,9 +86,9 @@ def export_head(head: Head, directory: Path) -> None:
 def load_head(directory: Path) -> Head:
     """A head as export_head wrote it, to measure it or to train on."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings["tap_layers"] = tuple(settings["tap_layers"])
     head: Head
     if settings["model_type"] == "mtpkern_mtp":
-        settings["tap_layers"] = tuple(settings["tap_layers"])
         head = MtpHead(HeadConfig(**settings))
     else:
         head = ParallelHeads(ParallelConfig(**settings))

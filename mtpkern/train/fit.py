@@ -45,16 +45,10 @@ def choose_draft_vocab(expected: Tensor, size: int) -> Tensor:
 
 
 def feature_spread(data: Dataset, samples: int = 100) -> Tensor:
-    """Root mean square of every feature, [3E]; the first token, an attention sink, is left out."""
+    """Root mean square of every feature, [n*E]; the first token, an attention sink, is left out."""
     indices = range(0, len(data), max(1, len(data) // samples))
     rows = torch.cat([data.read(i, "features")[1:-1].float() for i in indices])
     return rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
-
-
-def is_held_out(data: Dataset, index: int, share: float) -> bool:
-    """Whether a sequence is kept for measuring; the choice stays as a directory grows."""
-    directory, row = data.sequences[index]
-    return bool(np.random.default_rng((directory, row["offset"])).random() < share)
 
 
 def batch_loss(

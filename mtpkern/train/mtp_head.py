@@ -91,7 +91,7 @@ class MtpHead(nn.Module):
     def prepare(self, spread: Tensor) -> None:
         """Take in what the features are like (root mean squares [n*E]): before training begins."""
         with torch.no_grad():
-            E, spread = self.config.hidden_size, spread[-len(self.spread) :]
+            E = self.config.hidden_size
             if "fc" in self.weights:
                 self.weights["fc"].mul_(spread / self.spread)
             self.spread.copy_(spread)
@@ -152,8 +152,6 @@ class MtpHead(nn.Module):
     ) -> list[Tensor]:
         """features [B, S, n*E], tokens [B, S + K], starts [B, Q] -> K hidden states [B, Q, E].
 
-        Of the features the last ones are taken, as many as there are taps.
-
         Each start is a chain of its own. Its step k stands at position start + k, is fed the token
         after it, and attends to the first pass up to start and to the chain's own later steps.
         `keep` [Q'] picks the chains that go on after the first step.
@@ -162,7 +160,7 @@ class MtpHead(nn.Module):
         Hk = self.config.num_key_value_heads
         G = self.config.num_attention_heads // Hk
         where = features.device
-        hidden = features[..., -self.spread.numel() :]
+        hidden = features
         if "fc" in self.weights:
             hidden = self.linear(hidden / self.spread.to(hidden.dtype), "fc")
         x = self.pairs(hidden, F.embedding(tokens[:, 1 : S + 1], embedding))

@@ -15,6 +15,7 @@ class ParallelConfig:
     """A heads directory's config.json: of one block a head, through the model's own LM head."""
 
     hidden_size: int
+    tap_layers: tuple[int, ...]  # the last one
     num_heads: int
     draft_vocab_size: int
     base_model: str
@@ -57,11 +58,11 @@ class ParallelHeads(nn.Module):
         K: int,
         keep: Tensor | None = None,
     ) -> list[Tensor]:
-        """As MtpHead.forward, for K up to `num_heads`; of the features the last E are taken."""
+        """As MtpHead.forward, for K up to `num_heads`; features [B, S, E]."""
         if K > self.config.num_heads:
             raise ValueError(f"K must be at most num_heads={self.config.num_heads}, got {K}")
         E = self.config.hidden_size
-        hidden = features[..., -E:].gather(1, starts[..., None].expand(-1, -1, E))
+        hidden = features.gather(1, starts[..., None].expand(-1, -1, E))
         known, out = [hidden], []
         for k in range(K):
             if k == 1 and keep is not None:

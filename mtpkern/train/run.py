@@ -24,8 +24,8 @@ from mtpkern.config import ModelConfig, UserError, printable
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.acceptance import evaluate
-from mtpkern.train.dataset import Dataset, DatasetWriter
-from mtpkern.train.distill import Choice, Job, Trunk, generate, greedy, nucleus, read_prompts
+from mtpkern.train.dataset import Dataset
+from mtpkern.train.distill import Job, Trunk, answer_choices, read_prompts, record
 from mtpkern.train.families import Head, export_head, is_reduced, load_head, new_head
 from mtpkern.train.fit import (
     Recipe,
@@ -35,7 +35,6 @@ from mtpkern.train.fit import (
     feature_spread,
 )
 
-TOP_P = 0.95  # of sampled answers
 MEASUREMENTS = 4  # of a run on recorded answers
 
 
@@ -97,7 +96,7 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     else:
         trainer.notes = {"seconds": 0.0, "tokens": 0, "sequences": 0, "rounds": 0}
         trainer.notes["expected"] = torch.zeros(model.config.vocab_size, dtype=torch.float64)
-    rounds = _Rounds(plan, recipe, model, device, work)
+    rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work)
     began, before = time.monotonic(), trainer.notes["seconds"]
     result: dict[str, Any] = {}
     for number in range(rounds.count):
@@ -165,9 +164,17 @@ def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
 class _Rounds:
     """Where answers come from: recorded ones, the same in each round, or new ones for each."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, model: Frozen, device: str, work: Path):
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        model: Frozen,
+        taps: tuple[int, ...],
+        device: str,
+        work: Path,
+    ):
         self.plan, self.recipe, self.model = plan, recipe, model
-        self.device, self.work = device, work
+        self.taps, self.device, self.work = taps, device, work
         # Recorded answers are all there from the beginning, and measured on now and then.
         self.count = MEASUREMENTS
         self.trunk: Trunk | None = None
@@ -191,9 +198,8 @@ class _Rounds:
     def part(self, number: int, end: int) -> Part:
         """The data of a round; answers that no later round needs are removed."""
         begin = math.ceil(self.recipe.steps * number / self.count)
-        E = self.model.config.hidden_size
         if self.plan.answers:
-            data = Dataset(self.plan.answers, E)
+            data = Dataset(self.plan.answers, self.taps)
             indices = [i for i in range(len(data)) if not is_held_out(data, i)]
             return Part(data, indices, begin, end)
         self.held_out()
@@ -203,17 +209,16 @@ class _Rounds:
                 self._answer(self._place(n), self.jobs[n * size : (n + 1) * size], n)
             else:
                 shutil.rmtree(self._place(n), ignore_errors=True)
-        data = Dataset([self._place(n) for n in range(first, number + 1)], E)
+        data = Dataset([self._place(n) for n in range(first, number + 1)], self.taps)
         return Part(data, range(len(data)), begin, end)
 
     def held_out(self) -> tuple[Dataset, Sequence[int]]:
         """Answers that are only measured on."""
-        E = self.model.config.hidden_size
         if self.plan.answers:
-            data = Dataset(self.plan.answers, E)
+            data = Dataset(self.plan.answers, self.taps)
             return data, [i for i in range(len(data)) if is_held_out(data, i)]
         self._answer(self.work / "held-out", self.kept_back, None)
-        data = Dataset([self.work / "held-out"], E)
+        data = Dataset([self.work / "held-out"], self.taps)
         return data, range(len(data))
 
     def _place(self, number: int) -> Path:
@@ -224,22 +229,14 @@ class _Rounds:
         done = directory / "done"
         if done.exists():
             return
-        plan, seed = self.plan, self.recipe.seed
-        writer = DatasetWriter(directory, self.model.config.hidden_size)
-        waiting = [job for job in jobs if job.number not in writer.numbers]
+        plan = self.plan
         if self.trunk is None:
-            self.trunk = Trunk(self.model.directory, plan.slots, plan.capacity, self.device)
-
-        def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
-            prompt = len(job.prompt)
-            writer.add(job.tokens, prompt, job.category, features, ids, logits, job.number)
-
-        choices: list[Choice] = [greedy, greedy]
-        if number is not None and plan.temperature:
-            choices[1] = nucleus(plan.temperature, TOP_P, seed + number)
-        for odd, choose in enumerate(choices):
-            some = [job for job in waiting if job.number % 2 == odd]
-            generate(self.trunk, some, sink, max_new=plan.max_new, choose=choose)
+            self.trunk = Trunk(
+                self.model.directory, plan.slots, plan.capacity, self.device, self.taps
+            )
+        temperature = 0.0 if number is None else plan.temperature
+        choices = answer_choices(temperature, self.recipe.seed + (number or 0))
+        record(self.trunk, jobs, directory, max_new=plan.max_new, choices=choices)
         done.touch()
 
 

@@ -1,0 +1,45 @@
+"""Record a model's answers to prompts, for several heads to learn from the same: `mtpkern train
+--answers`. A recording that was killed goes on with the same command.
+
+    python -m mtpkern.train.record --prompts texts.jsonl --out answers
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mtpkern.checkpoint import load_config
+from mtpkern.fetch import resolve_model
+from mtpkern.tokenizer import Tokenizer
+from mtpkern.train.distill import Trunk, answer_choices, read_prompts, record
+from mtpkern.train.families import FAMILIES, family_taps
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description="Record a model's answers to prompts")
+    p.add_argument("--model", help="directory of the model; the default model without it")
+    p.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL with `turns`")
+    p.add_argument("--out", type=Path, required=True, help="a directory for `train --answers`")
+    p.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES, help="for which")
+    p.add_argument("--limit", type=int, help="answer so many prompts")
+    p.add_argument("--temperature", type=float, default=0.6, help="of every other; 0: greedy only")
+    p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
+    p.add_argument("--capacity", type=int, default=704, help="longest prompt and answer together")
+    p.add_argument("--slots", type=int, default=128, help="sequences at a time")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args(argv)
+    torch.manual_seed(a.seed)
+    directory = resolve_model(a.model)
+    tokenizer = Tokenizer.from_directory(directory)
+    jobs = read_prompts(a.prompts, tokenizer, a.capacity - a.max_new, a.seed)[: a.limit]
+    L = load_config(directory).num_layers
+    taps = {tap for family in a.families for tap in family_taps(family, L)}
+    trunk = Trunk(directory, a.slots, a.capacity, a.device, sorted(taps))
+    choices = answer_choices(a.temperature, a.seed)
+    record(trunk, jobs, a.out, max_new=a.max_new, choices=choices)
+
+
+if __name__ == "__main__":
+    main()
