@@ -68,16 +68,16 @@ class DecodeState:
             forced=forced,
         )
 
-    def view(self, batch: int, num_speculative_tokens: int) -> "DecodeState":
-        """The same state seen for the first `batch` sequences and drafts."""
-        p = self.progress
-        parts = {name: tensor[:batch] for name, tensor in zip(p._fields, p, strict=True)}
-        progress = p._replace(**parts | {"ring": p.ring[:, :batch]})
+    def view(self, batch: int, num_speculative_tokens: int, first: int = 0) -> "DecodeState":
+        """The same state seen for `batch` sequences from slot `first` on, and the first drafts."""
+        p, some = self.progress, slice(first, first + batch)
+        parts = {name: tensor[some] for name, tensor in zip(p._fields, p, strict=True)}
+        progress = p._replace(**parts | {"ring": p.ring[:, some]})
         return DecodeState(
-            self.window[:batch, : num_speculative_tokens + 1],
+            self.window[some, : num_speculative_tokens + 1],
             progress,
-            SamplingRows(*(t[:batch] for t in self.sampling)),
-            self.cache.rows(0, batch),
+            SamplingRows(*(t[some] for t in self.sampling)),
+            self.cache.rows(first, first + batch),
             self.forced,
         )
 
@@ -129,9 +129,15 @@ def decode_step(
             advance=count,
             sampling=state.sampling,
         )
-        drafter.observe(step)
-        drafts = drafter.guess(step, rows - 1)
-        state.window[:, 1:] = drafts.tokens
-        for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):
-            kept.fill_(said) if isinstance(said, int) else kept.copy_(said)
+        draft(state, drafter, step)
     return StepOutput(target, accepted, count)
+
+
+def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> None:
+    """Let the drafter take in a committed step, and fill the next window with its guesses."""
+    drafter.observe(step)
+    drafts = drafter.guess(step, state.window.shape[1] - 1)
+    state.window[:, 1:] = drafts.tokens
+    progress = state.progress
+    for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):
+        kept.fill_(said) if isinstance(said, int) else kept.copy_(said)

@@ -22,12 +22,12 @@ from mtpkern.config import (
     UserError,
     resolve_dtype,
 )
-from mtpkern.decode import DecodeState, decode_step, join_taps
+from mtpkern.decode import DecodeState, decode_step, draft, join_taps
 from mtpkern.draft_length import DraftLength
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
-from mtpkern.heads import CompanionDrafter, Drafter, NgramDrafter, NoDrafter
+from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, NgramDrafter, NoDrafter
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
@@ -393,19 +393,28 @@ class LLM:
         known = request.ends[: len(ends)]  # the host knows them all
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
         state.cache.assign(slot, request.pages)
-        self._prefill(slot, prompt, self.drafter if k else NoDrafter())
+        last = self._prefill(slot, prompt, self.drafter if k else NoDrafter())
         progress.active[slot] = 1
         request.started = time.perf_counter()
         request.stats.prefill_seconds = request.started - started
+        if k and last is not None:
+            self._first_drafts(slot, prompt[-1:], *last, k)
 
-    def _prefill(self, slot: int, prompt: Tensor, drafter: Drafter) -> None:
-        """Run all but the last prompt token, in padded chunks at absolute multiples."""
+    def _prefill(
+        self, slot: int, prompt: Tensor, drafter: Drafter
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """Run all but the last prompt token, in padded chunks at absolute multiples.
+
+        The drafter takes in all rows but the last of them; that one's hidden state [1, E] and taps
+        come back, if there is one.
+        """
         layers, eps = self.config.num_layers, self.config.rms_norm_eps
         inner = [tap for tap in drafter.taps if tap < layers]
         cache = self._cache.rows(slot, slot + 1)
         count = len(prompt) - 1
         on_cpu = self.device.type == "cpu"
         most = CPU_CHUNK if on_cpu else GPU_CHUNK
+        last = None
         for begin in range(0, count, most):
             chunk = prompt[begin : min(begin + most, count)]
             rows = most if on_cpu else -(-len(chunk) // GPU_PAGE) * GPU_PAGE
@@ -418,12 +427,46 @@ class LLM:
                 self._prefill_ops,
                 inner,
             )
-            if drafter.taps:
+            known = len(chunk)
+            if begin + known == count:
+                known -= 1
+                last = hidden[known : known + 1], [tap[known : known + 1] for tap in tapped]
+            if drafter.taps and known:
                 normed = self._prefill_ops.rms_norm(hidden, self.trunk.norm, eps)
-                features = join_taps(drafter, tapped, normed, layers)[: len(chunk)]
-                after = prompt[begin + 1 : begin + 1 + len(chunk)].to(self.device)
+                features = join_taps(drafter, tapped, normed, layers)[:known]
+                after = prompt[begin + 1 : begin + 1 + known].to(self.device)
                 drafter.prefill(slot, features, after)
         cache.lengths.fill_(count)
+        return last
+
+    def _first_drafts(
+        self, slot: int, token: Tensor, hidden: Tensor, tapped: list[Tensor], k: int
+    ) -> None:
+        """Draft a prompt's first window, from the last row before it.
+
+        To a drafter that row is a committed step, whose bonus is the prompt's last token [1].
+        """
+        config, state = self.config, self._state.view(1, k, slot)
+        normed, projected = self.ops.project(
+            hidden,
+            self.trunk.norm,
+            config.rms_norm_eps,
+            self.trunk.vocabulary,
+            self.drafter.heads,
+        )
+        one = torch.ones(1, dtype=torch.int64, device=self.device)
+        step = DraftInput(
+            features=join_taps(self.drafter, tapped, normed, config.num_layers)[None],
+            projected=projected,
+            target=token.to(self.device)[None],
+            tokens=state.progress.tokens,
+            lengths=state.progress.lengths,
+            accepted=one - 1,
+            advance=one,
+            sampling=state.sampling,
+            first=slot,
+        )
+        draft(state, self.drafter, step)
 
     def _land(
         self, flight: _Flight, lengths: DraftLength | None, logprobs: bool

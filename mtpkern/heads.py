@@ -40,6 +40,7 @@ class DraftInput(NamedTuple):
     accepted: Tensor  # [B] int64
     advance: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     sampling: Any  # SamplingRows
+    first: int = 0  # the slot of the first of the B sequences; the others follow
 
 
 class Drafts(NamedTuple):

@@ -51,8 +51,7 @@ class CachedDrafter:
         # Behind the pending rows; those that were not committed do not count.
         begin = step.lengths - step.advance - self._cache_of(step).lengths
         index = begin[:, None] + torch.arange(step.features.shape[1])
-        pending = self.pending[: len(begin)]
-        pending.scatter_(1, index[:, :, None].expand_as(step.features), step.features)
+        self._pending_of(step).scatter_(1, index[:, :, None].expand_as(step.features), step.features)
 
     def is_due(self, step: DraftInput) -> bool:
         if not self.ops.branches:
@@ -66,7 +65,10 @@ class CachedDrafter:
 
     def _cache_of(self, step: DraftInput) -> KVCache:
         """The cache of the sequences in this step, which may be fewer than there are slots."""
-        return self.cache.rows(0, step.lengths.shape[0])
+        return self.cache.rows(step.first, step.first + len(step.lengths))
+
+    def _pending_of(self, step: DraftInput) -> Tensor:
+        return self.pending[step.first : step.first + len(step.lengths)]
 
     def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The committed rows that the cache lacks: features [B, n, ...] and the tokens after them
@@ -81,7 +83,7 @@ class CachedDrafter:
         rows = int(waiting.max())
         after = step.tokens.gather(1, begin[:, None] + 1 + torch.arange(rows))
         cache.lengths.copy_(step.lengths)
-        return self.pending[: len(waiting), :rows], after.view(-1), begin, waiting - 1
+        return self._pending_of(step)[:, :rows], after.view(-1), begin, waiting - 1
 
     def _append(
         self, x: Tensor, layer: DecoderLayer, index: int, cache: KVCache, config: ModelConfig
@@ -253,8 +255,9 @@ class ModulesDrafter(MtpDrafter):
         cache = self._cache_of(step)
         cache.lengths.sub_(self.open_pairs).copy_(torch.maximum(cache.lengths, begin))
         place = (cache.lengths - begin)[:, None] + torch.arange(self.open_pairs)
-        kept = self.pending[:batch].gather(1, place[:, :, None].expand(-1, -1, features.shape[2]))
-        self.pending[:batch, : self.open_pairs] = kept
+        pending = self._pending_of(step)
+        kept = pending.gather(1, place[:, :, None].expand(-1, -1, features.shape[2]))
+        pending[:, : self.open_pairs] = kept
         return Drafts(torch.stack(drafts, 1), HEADS, count)
 
     def reset(self, sequence: int) -> None:

@@ -407,12 +407,14 @@ def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
 
 def test_a_replay_counts_what_decoding_would_do():
     tokens = [0, 1, 2, 3, 4, 5, 6, 7]
-    right = [[3, 4], [4, 5], [9, 9], [6, 7], [7, 0], [0, 0]]
+    right = [[9, 9], [3, 4], [4, 5], [9, 9], [6, 7], [7, 0], [0, 0]]
     tally = Tally(2)
     tally.replay(tokens, 2, 8, right, hybrid=False)
-    # 2 without drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
+    # 2 behind wrong drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
     assert (tally.tokens, tally.steps) == (6, 3)
     assert tally.summary()["mean_acceptance_length"] == 2.0
+    tally.replay(tokens, 2, 8, [[2, 3], *right[1:]], hybrid=False)
+    assert (tally.tokens, tally.steps) == (12, 5)
     assert loop_free_length([5] + [1, 2] * 8, 1) == 11
 
 

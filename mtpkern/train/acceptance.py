@@ -49,13 +49,12 @@ class Tally:
     def replay(
         self, tokens: Sequence[int], prompt: int, end: int, drafts: Sequence, hybrid: bool
     ) -> None:
-        """Decode tokens[prompt:end]; drafts[i] are the head's K guesses after token prompt + i."""
+        """Decode tokens[prompt:end]; drafts[i] are the head's K guesses after token
+        prompt - 1 + i, the first after the whole prompt."""
         K, last = len(self.offered), prompt - 1
         while last < end - 1:
             guess = lookup(tokens, last, K) if hybrid else []
-            # The first step has no drafts of the head: nothing has been through the model yet.
-            if not guess and last >= prompt:
-                guess = drafts[last - prompt]
+            guess = guess or drafts[last + 1 - prompt]
             n = 0
             while n < len(guess) and last + 1 + n < end and guess[n] == tokens[last + 1 + n]:
                 n += 1

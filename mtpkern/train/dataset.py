@@ -99,8 +99,8 @@ class Dataset:
         self.files: list[dict[str, np.ndarray]] = []
         self.sequences: list[tuple[int, dict[str, Any]]] = []
         for i, directory in enumerate(directories):
-            # The first draft comes after the first answer token: shorter answers hold nothing.
-            rows = [r for r in read_index(directory) if r["length"] - r["prompt"] >= 2]
+            # A pair takes two known tokens; one token that was chosen is what it is to predict.
+            rows = [r for r in read_index(directory) if 2 <= r["prompt"] < r["length"]]
             rows.sort(key=lambda row: row.get("number", 0))
             self.sequences += [(i, row) for row in rows]
             layout = json.loads((directory / "layout.json").read_text())
@@ -166,7 +166,7 @@ class Dataset:
         return self.answer_length(index) // 24, self.sequences[index][1]["prompt"]
 
     def collate(self, indices: Sequence[int], K: int) -> dict[str, Tensor]:
-        """Pad sequences into a batch of chains; a chain starts at each row that drafts an answer.
+        """Pad sequences into a batch of chains; one starts at each row that drafts of an answer.
 
         tokens [B, S + K + 2], features [B, S, n*E], starts [B, Q]; for step k of the chain from j,
         which predicts token j + 2 + k: live [K, B, Q], top_ids and top_logits [K, B, Q, M].
@@ -175,7 +175,7 @@ class Dataset:
         prompts = [self.sequences[i][1]["prompt"] for i in indices]
         B, S = len(indices), max(lengths) - 2
         width = len(self.taps) * self.columns[0][0]
-        Q = max(n - p - 1 for n, p in zip(lengths, prompts, strict=True))
+        Q = max(n - p for n, p in zip(lengths, prompts, strict=True))
         out = {
             "tokens": torch.zeros(B, S + K + 2, dtype=torch.int64),
             "features": torch.zeros(B, S, width, dtype=torch.bfloat16),
@@ -186,13 +186,13 @@ class Dataset:
         }
         for b, (i, n, p) in enumerate(zip(indices, lengths, prompts, strict=True)):
             ids, logits = self.read(i, "top_ids"), self.read(i, "top_logits")
-            chains = n - p - 1
+            chains = n - p
             out["tokens"][b, :n] = self.read(i, "tokens")
             out["features"][b, : n - 2] = self.read(i, "features")[: n - 2]
-            out["starts"][b, :chains] = torch.arange(p - 1, n - 2)
+            out["starts"][b, :chains] = torch.arange(p - 2, n - 2)
             for k in range(min(K, chains)):
                 # What the model makes of token j + 2 + k stands in row j + 1 + k.
                 out["live"][k, b, : chains - k] = True
-                out["top_ids"][k, b, : chains - k] = ids[p + k : n - 1]
-                out["top_logits"][k, b, : chains - k] = logits[p + k : n - 1]
+                out["top_ids"][k, b, : chains - k] = ids[p - 1 + k : n - 1]
+                out["top_logits"][k, b, : chains - k] = logits[p - 1 + k : n - 1]
         return out
