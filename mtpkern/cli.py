@@ -166,7 +166,7 @@ def _add_train(commands: Any) -> None:
     add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
     add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
     add("--init", type=Path, metavar="DIR", help="heads to go on from")
-    add("--family", default="mtp", choices=("mtp", "mtp-1", "medusa", "hydra"))
+    add("--family", default="mtp", choices=("mtp", "mtp-1", "medusa", "hydra", "eagle3"))
     add("--steps", type=int, default=4000, metavar="N", help="optimiser steps (default 4000)")
     add("--rows", type=int, default=1024, metavar="N", help="answer rows a step (default 1024)")
     add("-K", "--num-speculative-tokens", type=int, default=4, metavar="K", help="drafts unrolled")

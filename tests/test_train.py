@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_checkpoint
 from safetensors.torch import load_file
-from test_heads import Recorder, trunk_states
+from test_heads import Recorder, eagle3_layer, trunk_states
 from torch import Tensor
 
 from mtpkern import cli
 from mtpkern.checkpoint import load_config, load_tensors
 from mtpkern.config import ModelLoadError, SamplingParams, UserError
 from mtpkern.engine import LLM
+from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.reference import logits as reference_logits
 from mtpkern.train import distill, fit, invent, joint, prompts, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
@@ -24,7 +25,7 @@ from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
 from mtpkern.train.families import FAMILIES, load_head
 from mtpkern.train.fit import Recipe
 from mtpkern.train.losses import DraftLoss, draft_targets
-from mtpkern.train.mtp_head import HeadConfig, MtpHead
+from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
 from mtpkern.train.run import Plan
 
@@ -34,30 +35,45 @@ E, D, HQ, HK = 48, 8, 6, 2
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model, and its answers to a few prompts."""
-    root = tmp_path_factory.mktemp("train")
-    model = tiny_checkpoint(root / "model", seed=3, tie_word_embeddings=False)
+    return record_answers(tmp_path_factory.mktemp("train"), 3, (1, 2))
+
+
+@pytest.fixture(scope="module")
+def recorded_deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of enough layers for EAGLE-3."""
+    return record_answers(tmp_path_factory.mktemp("deep"), 7, (2, 3, 4))
+
+
+def record_answers(root: Path, layers: int, taps: tuple[int, ...]) -> tuple[Path, Path]:
+    sizes = {"num_hidden_layers": layers, "tie_word_embeddings": False}
+    model = tiny_checkpoint(root / "model", seed=3, **sizes)
     words = ["the quick fox", "a dog and the sun", "jumps over", "sleeps lazy in brown dog"]
     turns = [f"{w} {i}" for i in range(6) for w in words]
     rows = [{"category": "ab"[i % 2], "turns": [t]} for i, t in enumerate(turns)]
     prompts = root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_distill(model, prompts, root / "answers")
+    run_distill(model, prompts, root / "answers", taps)
     return model, root / "answers"
 
 
-def run_distill(model: Path, prompts: Path, out: Path) -> None:
+def run_distill(model: Path, prompts: Path, out: Path, taps: tuple[int, ...]) -> None:
     directory = str(model)
-    trunk = distill.Trunk(model, 10, 120, taps=(1, 2))
+    trunk = distill.Trunk(model, 10, 120, taps=taps)
     tokenizer = distill.Tokenizer.from_directory(directory)
     distill.record(trunk, distill.read_prompts([prompts], tokenizer, 80, 0), out, max_new=30)
 
 
 def random_head(vocab: int = 64) -> MtpHead:
-    """A head in which every weight matters."""
+    return randomised(
+        MtpHead(HeadConfig(E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, vocab, "tiny"))
+    )
+
+
+def randomised(head: Any) -> Any:
+    """The head with weights that all matter."""
     torch.manual_seed(1)
-    head = MtpHead(HeadConfig(E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, vocab, "tiny"))
     with torch.no_grad():
-        for w in head.weights.values():
+        for w in head.parameters():
             w.copy_(torch.randn_like(w) * (0.1 if w.dim() == 2 else 0.3) + (w.dim() == 1))
     return head
 
@@ -115,14 +131,41 @@ def test_chains_equal_drafting_a_row_at_a_time():
                 torch.testing.assert_close(states[k][b, i], plain[k], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["mtpkern_mtp", "mtpkern_medusa", "mtpkern_hydra"])
-def test_training_runs_where_its_tensors_are(model_type: str):
+def test_eagle3_chains_equal_drafting_by_the_definition():
+    """eagle3_layer is written from the paper, over all pairs anew for every draft."""
+    sizes: tuple[Any, ...] = (E, (2, 4, 5), 4, 2, 12, 72, 500.0, 1e-5, 64, "tiny")
+    head = randomised(Eagle3Head(Eagle3Config(*sizes)))
+    head.spread.uniform_(0.5, 2)
+    w, embedding = head.tensors(), torch.randn(307, E)
+    tokens, features = torch.randint(0, 307, (2, 17)), torch.randn(2, 13, 3 * E)
+    starts = torch.tensor([[4, 5, 11], [0, 7, 12]])
+    with torch.no_grad():
+        states = head(features, tokens, starts, embedding, 4)
+    for b in range(2):
+        for i, start in enumerate(starts[b].tolist()):
+            hidden = features[b, : start + 1] @ w["fc.weight"].T
+            for k in range(4):
+                known = embedding[tokens[b, 1 : start + 2 + k]]
+                hidden = torch.cat([hidden, eagle3_layer(hidden, known, w)[-1:]])
+                expected = rms_norm_ref(hidden[-1], w["norm.weight"], 1e-5)
+                torch.testing.assert_close(states[k][b, i], expected, rtol=1e-4, atol=1e-4)
+
+
+def untrained_head(family: str) -> Any:
+    if family in ("medusa", "hydra"):
+        return ParallelHeads(ParallelConfig(E, (3,), 3, 64, "tiny", "", f"mtpkern_{family}"))
+    sizes: tuple[Any, ...] = (E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, 64, "tiny")
+    if family == "eagle3":
+        return Eagle3Head(Eagle3Config(*sizes))
+    return MtpHead(HeadConfig(*sizes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_runs_where_its_tensors_are(family: str):
     """On the meta device, which no tensor of another device may meet, and no value leaves."""
     on: dict[str, Any] = {"device": "meta"}
     with torch.device("meta"):
-        head: Any = ParallelHeads(ParallelConfig(E, (3,), 3, 64, "tiny", "", model_type))
-        if model_type == "mtpkern_mtp":
-            head = MtpHead(HeadConfig(E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, 64, "tiny"))
+        head = untrained_head(family)
     width = len(head.config.tap_layers) * E
     embedding, features = torch.randn(307, E, **on), torch.randn(2, 13, width, **on)
     tokens = torch.zeros(2, 18, dtype=torch.int64, **on)
@@ -227,13 +270,14 @@ def recorder_of_losses(patch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
-    recorded: tuple[Path, Path],
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     family: str,
     optimizer: str,
 ) -> None:
-    model, answers = recorded
+    deep = family == "eagle3"
+    model, answers = request.getfixturevalue("recorded_deep" if deep else "recorded")
     losses = recorder_of_losses(monkeypatch)
     out = tmp_path / "heads"
     plan = Plan(out, str(model), answers=(answers,), family=family, draft_vocab_size=200)
@@ -243,7 +287,8 @@ def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
     assert result["head"]["overall"]["mean_acceptance_length"] >= 1
     stored = load_file(out / "model.safetensors")
     if family != "medusa":
-        ids = stored["draft_vocab"].tolist()
+        rows = stored["d2t"] + torch.arange(200) if deep else stored["draft_vocab"]
+        ids = rows.tolist()
         assert len(ids) == 200 and ids == sorted(set(ids))
     card = (out / "README.md").read_text()
     assert "24 of the model's own" in card and "| hybrid, loop-free | overall |" in card
@@ -254,6 +299,11 @@ def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
     llm.drafter = recorder
     llm.generate([[5, 9, 33, 7, 40], [11, 80]], SamplingParams(max_tokens=20, ignore_eos=True))
     table = load_tensors(model)["lm_head.weight"][head.draft_vocab.long()]
+    if deep:
+        # A published head brings rows of its own: the model's, as bf16 has them.
+        assert stored["t2d"].nonzero()[:, 0].tolist() == ids
+        torch.testing.assert_close(stored["lm_head.weight"], table.bfloat16(), rtol=0, atol=0)
+        table = stored["lm_head.weight"].float()
     embedding = load_tensors(model)["model.embed_tokens.weight"]
     assert len(recorder.drafted) > 20
     for known, drafts in recorder.drafted[::5]:

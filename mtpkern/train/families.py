@@ -4,71 +4,83 @@ mtp      one MTP module, features of three layers, shared by all positions; the 
 mtp-1    the same on the final hidden state alone (DeepSeek-V3's and MiMo's form)
 medusa   a residual block a position, through the model's own vocabulary
 hydra    a block a position that also sees the drafts before it
+eagle3   EAGLE-3's layer on states of three layers below the last, written as it is published
 """
 
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtpkern.config import ModelConfig
-from mtpkern.train.mtp_head import HeadConfig, MtpHead
+from mtpkern.checkpoint import final_norm, fingerprint, load_config, load_tensors
+from mtpkern.config import UserError
+from mtpkern.fetch import model_name
+from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
 
-FAMILIES = ("mtp", "mtp-1", "medusa", "hydra")
+FAMILIES = ("mtp", "mtp-1", "medusa", "hydra", "eagle3")
 
 Head = MtpHead | ParallelHeads
 
 
 def family_taps(family: str, layers: int) -> tuple[int, ...]:
-    """The layers, counted from 1, whose states a family is fed; the last one's are normed."""
-    if family == "eagle3":
-        return 2, layers // 2, layers - 3
-    if family == "layers":
-        return (layers - 1,)
-    return (layers // 3, 2 * layers // 3, layers) if family == "mtp" else (layers,)
+    """The layers, counted from 1, whose states a family is fed; the last one's are normed.
+
+    Raises UserError where a model has too few.
+    """
+    taps: tuple[int, ...] = (layers,)
+    if family == "mtp":
+        taps = layers // 3, 2 * layers // 3, layers
+    elif family == "eagle3":
+        taps = 2, layers // 2, layers - 3
+    elif family == "layers":
+        taps = (layers - 1,)
+    if taps[0] < 1 or list(taps) != sorted(set(taps)):
+        raise UserError(f"{family} heads take states after layers {taps}: {layers} are too few")
+    return taps
 
 
-def new_head(
-    family: str, model: ModelConfig, *, K: int, vocab_size: int, base_model: str, fingerprint: str
-) -> Head:
-    """An untrained head that fits the model; a reduced draft vocabulary is still to be chosen."""
+def new_head(family: str, directory: Path, *, K: int, vocab_size: int) -> Head:
+    """An untrained head for the model in `directory`; a reduced draft vocabulary is still to be
+    chosen."""
+    model = load_config(directory)
     V, taps = model.vocab_size, family_taps(family, model.num_layers)
+    shared: dict[str, Any] = {
+        "hidden_size": model.hidden_size,
+        "tap_layers": taps,
+        "draft_vocab_size": V if family == "medusa" else min(vocab_size, V),
+        "base_model": model_name(directory),
+        "base_model_fingerprint": fingerprint(directory),
+    }
     if family in ("medusa", "hydra"):
-        return ParallelHeads(
-            ParallelConfig(
-                hidden_size=model.hidden_size,
-                tap_layers=taps,
-                num_heads=K,
-                draft_vocab_size=V if family == "medusa" else min(vocab_size, V),
-                base_model=base_model,
-                base_model_fingerprint=fingerprint,
-                model_type=f"mtpkern_{family}",
-            )
-        )
-    return MtpHead(
-        HeadConfig(
-            hidden_size=model.hidden_size,
-            tap_layers=taps,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            intermediate_size=model.intermediate_size,
-            rope_theta=model.rope.theta,
-            rms_norm_eps=model.rms_norm_eps,
-            draft_vocab_size=min(vocab_size, V),
-            base_model=base_model,
-            base_model_fingerprint=fingerprint,
-        )
-    )
+        config = ParallelConfig(num_heads=K, model_type=f"mtpkern_{family}", **shared)
+        return ParallelHeads(config)
+    shared |= {
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.intermediate_size,
+        "rope_theta": model.rope.theta,
+        "rms_norm_eps": model.rms_norm_eps,
+    }
+    if family == "eagle3":
+        context = model.max_position_embeddings
+        head = Eagle3Head(Eagle3Config(vocab_size=V, max_position_embeddings=context, **shared))
+        norm = final_norm(model)
+        head.weights["final_layernorm"].data.copy_(load_tensors(directory, [norm])[norm])
+        return head
+    return MtpHead(HeadConfig(**shared))
 
 
-def export_head(head: Head, directory: Path) -> None:
-    """Write model.safetensors (bf16) and config.json, each in one rename."""
+def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
+    """Write model.safetensors (bf16) and config.json, each in one rename.
+
+    lm_head [V, E] is the model's, of which a published layout has a part.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{os.getpid()}"
 
@@ -76,7 +88,10 @@ def export_head(head: Head, directory: Path) -> None:
         tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
         return tensor.cpu().contiguous()
 
-    save_file({name: stored(t) for name, t in head.tensors().items()}, temporary)
+    tensors = head.tensors()
+    if isinstance(head, Eagle3Head):
+        tensors |= head.vocabulary(lm_head)
+    save_file({name: stored(t) for name, t in tensors.items()}, temporary)
     temporary.chmod(0o644)
     temporary.replace(directory / "model.safetensors")
     temporary.write_text(json.dumps(asdict(head.config), indent=2) + "\n")
@@ -88,7 +103,9 @@ def load_head(directory: Path) -> Head:
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     settings["tap_layers"] = tuple(settings["tap_layers"])
     head: Head
-    if settings["model_type"] == "mtpkern_mtp":
+    if "architectures" in settings:
+        head = Eagle3Head(Eagle3Config(**settings))
+    elif settings["model_type"] == "mtpkern_mtp":
         head = MtpHead(HeadConfig(**settings))
     else:
         head = ParallelHeads(ParallelConfig(**settings))
@@ -98,8 +115,9 @@ def load_head(directory: Path) -> Head:
 
 def is_reduced(head: Head) -> bool:
     """Whether the draft vocabulary is a choice."""
-    return isinstance(head, MtpHead) or head.config.is_hydra
+    return not (isinstance(head, ParallelHeads) and not head.config.is_hydra)
 
 
-def full_vocabulary(size: int) -> Tensor:
-    return torch.arange(size, dtype=torch.int32)
+def kind_of(head: Head) -> str:
+    """What heads are, in a word."""
+    return "EAGLE-3" if isinstance(head, Eagle3Head) else head.config.model_type

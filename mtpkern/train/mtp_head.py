@@ -1,4 +1,4 @@
-"""The sequential MTP head as it is trained: chains of K steps.
+"""Sequential heads of one module as they are trained, MTP and EAGLE-3: chains of K steps.
 
 Row j pairs the features of token j with the embedding of token j + 1 and predicts token j + 2.
 The unrolled steps are EAGLE-3's training-time test (arXiv 2503.01840): a step is fed with the
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mtpkern.config import RopeConfig
+from mtpkern.train.layer import Layer, rows
 
 NORMS = (
     "token_layernorm",
@@ -55,32 +58,31 @@ class HeadConfig:
         }
 
 
-class MtpHead(nn.Module):
+class MtpHead(Layer):
     """A head with float32 weights that computes in its inputs' dtype.
 
     It starts as the identity: the hidden state is the model's final one, the layer's input the mean
     of it and the embedding, the layer adds nothing.
     """
 
+    norms = NORMS
     spread: Tensor
     draft_vocab: Tensor
 
     def __init__(self, config: HeadConfig):
-        super().__init__()
+        super().__init__(config.head_dim, RopeConfig(theta=config.rope_theta), config.rms_norm_eps)
         self.config, E = config, config.hidden_size
         eye = torch.eye(E)
-        self.weights = nn.ParameterDict()
         for name, shape in config.shapes().items():
-            w = torch.randn(shape) * E**-0.5
+            w = torch.randn(shape) * shape[1] ** -0.5
             if name in ("self_attn.o_proj", "mlp.down_proj"):
                 w = torch.zeros(shape)
             elif name == "fc":
                 w = torch.cat([*(0 * eye for _ in config.tap_layers[1:]), eye], 1)
             elif name == "input_proj":
                 w = torch.cat([eye, eye], 1) / 2
-            # A ParameterDict takes no dots in its names.
             self.weights[name.replace(".", "/")] = nn.Parameter(w)
-        for name in NORMS:
+        for name in self.norms:
             self.weights[name] = nn.Parameter(torch.ones(E))
         # fc sees features over their spread, lest a few large dimensions drown the rest; the export
         # divides fc's columns instead.
@@ -101,7 +103,7 @@ class MtpHead(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The head as head_checkpoint names it."""
-        tensors = {f"{k.replace('/', '.')}.weight": w.detach() for k, w in self.weights.items()}
+        tensors = self.named()
         if "fc.weight" in tensors:
             tensors["fc.weight"] = tensors["fc.weight"] / self.spread
         return tensors | {"draft_vocab": self.draft_vocab}
@@ -113,33 +115,19 @@ class MtpHead(nn.Module):
             for name, tensor in tensors.items():
                 self.weights[name.removesuffix(".weight").replace(".", "/")].copy_(tensor)
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[name.replace(".", "/")].to(x.dtype))
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        w = self.weights[name].to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], w, self.config.rms_norm_eps)
-
-    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate x [B, Q, H, D] to positions [B, Q]."""
-        D = x.shape[-1]
-        steps = torch.arange(0, D, 2, device=x.device) / D
-        angle = positions[..., None, None] * self.config.rope_theta**-steps
-        cos, sin = angle.cos(), angle.sin()
-        rotated = x.roll(D // 2, -1) * torch.cat([-sin, sin], -1).to(x.dtype)
-        return x * torch.cat([cos, cos], -1).to(x.dtype) + rotated
-
-    def pairs(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """hidden, embedded [B, Q, E] -> the decoder layer's input [B, Q, E]."""
+    def pairs(self, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden, embedded [B, Q, E] -> the layer's x [B, Q, E], and what it attends with."""
         hidden, embedded = (
             self.norm(hidden, "hidden_layernorm"),
             self.norm(embedded, "token_layernorm"),
         )
-        return self.linear(torch.cat([hidden, embedded], -1), "input_proj")
+        x = self.linear(torch.cat([hidden, embedded], -1), "input_proj")
+        return x, self.norm(x, "input_layernorm")
 
-    def projected(self, y: Tensor, name: str) -> Tensor:
-        """y [B, Q, E] -> queries, keys or values [B, Q, H, D]."""
-        return self.linear(y, f"self_attn.{name}_proj").unflatten(-1, (-1, self.config.head_dim))
+    def paired_next(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The hidden state of the chain's next step, of the layer's output before and after the
+        norm that the vocabulary is behind."""
+        return normed
 
     def forward(
         self,
@@ -159,29 +147,26 @@ class MtpHead(nn.Module):
         (B, S, _), D = features.shape, self.config.head_dim
         Hk = self.config.num_key_value_heads
         G = self.config.num_attention_heads // Hk
-        where = features.device
         hidden = features
         if "fc" in self.weights:
             hidden = self.linear(hidden / self.spread.to(hidden.dtype), "fc")
-        x = self.pairs(hidden, F.embedding(tokens[:, 1 : S + 1], embedding))
-        y = self.norm(x, "input_layernorm")
-        positions = torch.arange(S, device=where)
+        x, y = self.pairs(hidden, F.embedding(tokens[:, 1 : S + 1], embedding))
+        positions = torch.arange(S, device=features.device)
         first_keys = self.rope(self.projected(y, "k"), positions[None]).transpose(1, 2)
         first_values = self.projected(y, "v").transpose(1, 2)
-        x = x.gather(1, starts[..., None].expand(-1, -1, x.shape[-1]))
+        x, y = rows(x, starts), rows(y, starts)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         out: list[Tensor] = []
         for k in range(K):
             if k:
-                hidden = out[-1]
+                hidden = self.paired_next(x, out[-1])
                 if k == 1 and keep is not None:
                     hidden, starts = hidden[:, keep], starts[:, keep]
-                x = self.pairs(hidden, F.embedding(tokens.gather(1, starts + k + 1), embedding))
-            y, Q = self.norm(x, "input_layernorm"), x.shape[1]
-            if k:
+                x, y = self.pairs(hidden, F.embedding(tokens.gather(1, starts + k + 1), embedding))
                 keys.append(self.rope(self.projected(y, "k"), starts + k))
                 values.append(self.projected(y, "v"))
+            Q = x.shape[1]
             q = self.rope(self.projected(y, "q"), starts + k).unflatten(2, (Hk, G)) * D**-0.5
             scores = q.permute(0, 2, 3, 1, 4).reshape(B, Hk, G * Q, D) @ first_keys.mT
             later = (positions > starts[..., None])[:, None, None]
@@ -194,9 +179,86 @@ class MtpHead(nn.Module):
             o = o.view(B, Hk, G, Q, D).permute(0, 3, 1, 2, 4)
             for m, value in enumerate(values):
                 o = o + p[..., S + m].permute(0, 3, 1, 2)[..., None] * value[:, :, :, None]
-            x = x + self.linear(o.reshape(B, Q, -1), "self_attn.o_proj")
-            y = self.norm(x, "post_attention_layernorm")
-            y = F.silu(self.linear(y, "mlp.gate_proj")) * self.linear(y, "mlp.up_proj")
-            x = x + self.linear(y, "mlp.down_proj")
+            x = self.finish(x, o.reshape(B, Q, -1))
             out.append(self.norm(x, "final_layernorm"))
         return out
+
+
+@dataclass(frozen=True)
+class Eagle3Config(HeadConfig):
+    """The config.json of an EAGLE-3 head as published, and what ours has beside that."""
+
+    model_type: str = "llama"
+    architectures: tuple[str, ...] = ("LlamaForCausalLMEagle3",)
+    vocab_size: int = 0  # the model's
+    max_position_embeddings: int = 2048
+    num_hidden_layers: int = 1
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    torch_dtype: str = "bfloat16"
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        shapes = super().shapes()
+        del shapes["input_proj"]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            name = f"self_attn.{name}"
+            shapes[name] = (shapes[name][0], 2 * self.hidden_size)
+        return shapes
+
+
+class Eagle3Head(MtpHead):
+    """EAGLE-3 (Li et al. 2025): the layer attends with both halves of a pair side by side, and goes
+    on from what it makes before the norm.
+
+    It starts as the model cut off after the last tapped layer.
+    """
+
+    norms = tuple(name for name in NORMS if name != "input_layernorm")
+    # Ours -> the published name; all others are midlayer's.
+    published = {
+        "fc": "fc",
+        "token_layernorm": "midlayer.input_layernorm",
+        "hidden_layernorm": "midlayer.hidden_norm",
+        "final_layernorm": "norm",
+    }
+
+    def prepare(self, spread: Tensor) -> None:
+        """Take in what the features are like; the last tap's come through fc with a mean square of
+        one, lest what the layer adds be small beside them."""
+        with torch.no_grad():
+            size = spread[-self.config.hidden_size :].pow(2).mean().sqrt()
+            self.weights["fc"].mul_(spread / self.spread / size)
+            self.spread.copy_(spread)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The head as published, but for the vocabulary."""
+        tensors = super().tensors()
+        del tensors["draft_vocab"]
+        return {self._published(name): tensor for name, tensor in tensors.items()}
+
+    def vocabulary(self, lm_head: Tensor) -> dict[str, Tensor]:
+        """The rows of the model's lm_head [V, E] that are drafted through, and the tables of ids:
+        draft id i is id i + d2t[i], t2d [V] says which ids those are."""
+        ids = self.draft_vocab.long()
+        known = torch.zeros(len(lm_head), dtype=torch.bool, device=ids.device)
+        return {
+            "lm_head.weight": lm_head[ids],
+            "d2t": ids - torch.arange(len(ids), device=ids.device),
+            "t2d": known.index_fill(0, ids, True),
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+        own = {f"{name.replace('/', '.')}.weight" for name in self.weights}
+        super().load({name: tensors[self._published(name)] for name in own} | {"draft_vocab": ids})
+
+    def pairs(self, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        halves = self.norm(embedded, "token_layernorm"), self.norm(hidden, "hidden_layernorm")
+        return hidden, torch.cat(halves, -1)
+
+    def paired_next(self, x: Tensor, normed: Tensor) -> Tensor:
+        return x
+
+    def _published(self, name: str) -> str:
+        stem = name.removesuffix(".weight")
+        return self.published.get(stem, f"midlayer.{stem}") + ".weight"

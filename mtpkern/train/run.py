@@ -21,12 +21,19 @@ from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelConfig, UserError, printable
-from mtpkern.fetch import model_name, resolve_model
+from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.acceptance import evaluate
 from mtpkern.train.dataset import Dataset
 from mtpkern.train.distill import Job, Trunk, answer_choices, read_prompts, record
-from mtpkern.train.families import Head, export_head, is_reduced, load_head, new_head
+from mtpkern.train.families import (
+    Head,
+    export_head,
+    is_reduced,
+    kind_of,
+    load_head,
+    new_head,
+)
 from mtpkern.train.fit import (
     Recipe,
     Trainer,
@@ -125,7 +132,7 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
             f"held-out answers, accepted by position {overall['acceptance_by_position']}",
             flush=True,
         )
-    export_head(head, plan.out)
+    export_head(head, plan.out, model.lm_head)
     (plan.out / "README.md").write_text(_card(plan, recipe, trainer, model, result))
     shutil.rmtree(work)
     return result
@@ -144,17 +151,9 @@ def _freeze(name: str | None, device: str) -> Frozen:
 
 def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
     """A new head, or the one to go on from, in either case for this model's weights."""
-    name, mark = model_name(model.directory), fingerprint(model.directory)
     if plan.init is None:
-        return new_head(
-            plan.family,
-            model.config,
-            K=recipe.K,
-            vocab_size=plan.draft_vocab_size,
-            base_model=name,
-            fingerprint=mark,
-        )
-    head = load_head(plan.init)
+        return new_head(plan.family, model.directory, K=recipe.K, vocab_size=plan.draft_vocab_size)
+    head, mark = load_head(plan.init), fingerprint(model.directory)
     if head.config.base_model_fingerprint not in ("", mark):
         raise UserError(f"{printable(plan.init)} was trained on other weights")
     head.config = replace(head.config, base_model_fingerprint=mark)  # type: ignore[assignment]
@@ -294,7 +293,7 @@ def _card(
     lines = [
         f"# Heads for {head.config.base_model}",
         "",
-        f"{parameters / 1e6:.1f} M parameters, {head.config.model_type}; for the weights with the "
+        f"{parameters / 1e6:.1f} M parameters, {kind_of(head)}; for the weights with the "
         f"fingerprint {head.config.base_model_fingerprint[:16]} only. Made by `mtpkern train`.",
         "",
         "| | |",

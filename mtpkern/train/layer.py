@@ -1,0 +1,72 @@
+"""A decoder layer as it is trained: float32 weights that compute in their input's dtype."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtpkern.config import RopeConfig
+
+
+class Layer(nn.Module):
+    """What all heads with a decoder layer share. `weights` has its matrices and norms under the
+    checkpoint's names with / for . and without .weight; a bias ends in /bias."""
+
+    frequencies: Tensor
+
+    def __init__(self, head_dim: int, rope: RopeConfig, eps: float):
+        super().__init__()
+        self.head_dim, self.eps = head_dim, eps
+        frequencies, self.rope_scaling = rope.inverse_frequencies(head_dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        # A ParameterDict takes no dots in its names.
+        self.weights = nn.ParameterDict()
+
+    def named(self) -> dict[str, Tensor]:
+        """The weights under their names in a checkpoint."""
+        names = ((k, k if k.endswith("/bias") else f"{k}/weight") for k in self.weights)
+        return {name.replace("/", "."): self.weights[k].detach() for k, name in names}
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        key = name.replace(".", "/")
+        bias = self.weights[f"{key}/bias"].to(x.dtype) if f"{key}/bias" in self.weights else None
+        return F.linear(x, self.weights[key].to(x.dtype), bias)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        w = self.weights[name.replace(".", "/")].to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], w, self.eps)
+
+    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x [B, Q, H, D] to positions [B, Q]."""
+        angle = positions[..., None, None] * self.frequencies
+        cos, sin = angle.cos() * self.rope_scaling, angle.sin() * self.rope_scaling
+        rotated = x.roll(x.shape[-1] // 2, -1) * torch.cat([-sin, sin], -1).to(x.dtype)
+        return x * torch.cat([cos, cos], -1).to(x.dtype) + rotated
+
+    def projected(self, y: Tensor, name: str) -> Tensor:
+        """y [B, Q, E] -> queries, keys or values [B, Q, H, D]."""
+        heads = self.linear(y, f"self_attn.{name}_proj").unflatten(-1, (-1, self.head_dim))
+        normed = f"self_attn/{name}_norm" in self.weights
+        return self.norm(heads, f"self_attn.{name}_norm") if normed else heads
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: x [B, Q, E], attended [B, Q, Hq*D] -> [B, Q, E]."""
+        x = x + self.linear(attended, "self_attn.o_proj")
+        y = self.norm(x, "post_attention_layernorm")
+        y = F.silu(self.linear(y, "mlp.gate_proj")) * self.linear(y, "mlp.up_proj")
+        return x + self.linear(y, "mlp.down_proj")
+
+    def over(self, x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        """The layer over whole sequences x [B, S, E], attending with y [B, S, .] -> its output in
+        the rows `at` [B, Q]: [B, Q, E]."""
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        k = self.rope(self.projected(y, "k"), positions).transpose(1, 2)
+        v = self.projected(y, "v").transpose(1, 2)
+        q = self.rope(self.projected(rows(y, at), "q"), at).transpose(1, 2)
+        seen = (positions[:, None] <= at[..., None])[:, None]
+        o = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        return self.finish(rows(x, at), o.transpose(1, 2).flatten(2))
+
+
+def rows(x: Tensor, at: Tensor) -> Tensor:
+    """The rows `at` [B, Q] of x [B, S, E]: [B, Q, E]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
