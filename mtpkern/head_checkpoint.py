@@ -2,9 +2,11 @@
 
 A directory holds config.json, whose `model_type` names the kind, and model.safetensors. Kinds:
 
-    mtpkern_mtp      a sequential head of our own (train/), names as in MiMo's MTP layers
+    mtpkern_mtp      a sequential head of our own (train/), names as in MiMo's MTP layers; with
+                     num_heads several, one for each depth, prefixed "0.", "1.", ...
     mtpkern_medusa   parallel heads, names as in Medusa's medusa_lm_head.pt (`mtpkern convert`)
     mtpkern_hydra    heads that see the drafts before them (`mtpkern convert` of hydra_lm_head.pt)
+    mtpkern_layers   layers in place of the trunk's last one, names as there, prefixed "0.", ...
 
 Published kinds are in head_layouts.py; an EAGLE-3 head says so in `architectures`, a speculators
 one in `speculators_model_type`.
@@ -183,7 +185,8 @@ def _build_layers(
     heads, config = range(settings["num_heads"]), trunk.config
     layers = [source.layer(f"{h}.", config, ops) for h in heads]
     norms = [source[f"{h}.norm.weight"] for h in heads]
-    return LayersDrafter(layers, norms, trunk, _cache_beside(cache, config, len(heads)), ops)
+    own = _cache_beside(cache, config, len(heads))
+    return LayersDrafter(layers, norms, *_vocabulary(source, trunk, ops), trunk, own, ops)
 
 
 def _build_hydra(
@@ -222,21 +225,32 @@ def _build_mtp(
     if modules:
         if not ops.branches:
             raise UserError("a module of its own for each draft needs device cpu in this version")
-        weights = [_mtp_weights(source, f"{d}.", settings, trunk, ops) for d in range(modules)]
+        shared = _vocabulary(source, trunk, ops)
+        weights = [
+            _mtp_weights(source, f"{d}.", settings, trunk, shared, ops) for d in range(modules)
+        ]
         own = _cache_beside(cache, weights[0].config, modules)
         return ModulesDrafter(weights, trunk, own, ops)
-    module = _mtp_weights(source, "", settings, trunk, ops)
+    module = _mtp_weights(source, "", settings, trunk, _vocabulary(source, trunk, ops), ops)
     drafter = MtpDrafter if module.input_proj is not None else Eagle3Drafter
     return drafter(module, trunk, _cache_beside(cache, module.config), ops)
 
 
 def _mtp_weights(
-    source: _Source, prefix: str, settings: Mapping[str, Any], trunk: Llama, ops: Ops
+    source: _Source,
+    prefix: str,
+    settings: Mapping[str, Any],
+    trunk: Llama,
+    shared: tuple[Any, Tensor],
+    ops: Ops,
 ) -> MtpWeights:
-    """A sequential module (names as in MiMo's MTP layers, plus fc, vocabulary and draft_vocab)."""
+    """A sequential module (names as in MiMo's MTP layers, plus fc, vocabulary and draft_vocab).
+
+    `shared` is what it drafts through where it has no vocabulary of its own, and the ids.
+    """
     config, taps = mtp_layer_config(settings, trunk.config), settings["tap_layers"]
     joined = f"{prefix}input_proj.weight" in source
-    vocabulary, token_ids = _vocabulary(source, trunk, ops)
+    vocabulary, token_ids = shared
     if "vocabulary.weight" in source:
         vocabulary = source.packed("vocabulary", ops)
     return MtpWeights(
@@ -258,6 +272,7 @@ _KINDS = {
     "mtpkern_mtp": _Kind(None, mtp_shapes, _build_mtp),
     "mtpkern_medusa": _Kind(None, medusa_shapes, _build_medusa),
     "mtpkern_hydra": _Kind(None, hydra_shapes, _build_hydra),
+    "mtpkern_layers": _Kind(None, layers_shapes, _build_layers),
     "mimo": _Kind(read_mimo, mtp_shapes, _build_mtp),
     "speculators_mtp": _Kind(read_speculators, mtp_shapes, _build_mtp),
     "eagle3": _Kind(read_eagle3, eagle3_shapes, _build_mtp),

@@ -150,6 +150,8 @@ def layers_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, 
     shapes: dict[str, tuple[int, ...]] = {}
     for h in range(settings["num_heads"]):
         shapes |= decoder_shapes(f"{h}.", trunk)
+    if settings.get("draft_vocab_size"):
+        shapes["draft_vocab"] = (settings["draft_vocab_size"],)
     return shapes
 
 
@@ -196,7 +198,13 @@ def mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelCo
 def mtp_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
     if settings.get("num_heads"):
         one = mtp_shapes({**settings, "num_heads": None}, trunk)
-        return {f"{d}.{n}": shape for d in range(settings["num_heads"]) for n, shape in one.items()}
+        # The vocabulary is one for all.
+        shared = {"draft_vocab": one.pop("draft_vocab")} if "draft_vocab" in one else {}
+        return shared | {
+            f"{d}.{name}": shape
+            for d in range(settings["num_heads"])
+            for name, shape in one.items()
+        }
     config = mtp_layer_config(settings, trunk)
     taps, E, F_ = settings["tap_layers"], trunk.hidden_size, config.intermediate_size
     if taps != sorted(set(taps)) or taps[0] < 1 or taps[-1] != trunk.num_layers:

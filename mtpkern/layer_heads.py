@@ -21,7 +21,7 @@ from mtpkern.sequential_heads import CachedDrafter
 
 class LayersDrafter(CachedDrafter):
     """Parallel transformer layers (Gloeckle et al. 2024): head i is a layer in place of the trunk's
-    last one, fed with the same states, and drafts through the trunk's own vocabulary.
+    last one, fed with the same states, and drafts through the trunk's vocabulary or a part of it.
 
         o_i = norm_i(layer_i(h_{L-1}));  draft_i = argmax(o_i V^T)
     """
@@ -30,16 +30,17 @@ class LayersDrafter(CachedDrafter):
         self,
         layers: Sequence[DecoderLayer],
         norms: Sequence[Tensor],
+        vocabulary: Any,
+        token_ids: Tensor,
         trunk: Llama,
         cache: KVCache,
         ops: Ops,
     ):
-        """Layers and norms [E] of the heads 1..H; `cache` has H layers."""
+        """Layers and norms [E] of the heads 1..H; token_ids [Vd] are the vocabulary's rows; `cache`
+        has H layers."""
         super().__init__((trunk.config.num_layers - 1,), trunk, cache, ops)
         self.layers, self.norms, self.config = layers, norms, trunk.config
-        self.vocabulary = trunk.vocabulary
-        size, where = trunk.config.vocab_size, trunk.embedding.device
-        self.token_ids = torch.arange(size, device=where)
+        self.vocabulary, self.token_ids = vocabulary, token_ids
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         cache = self.cache.rows(sequence, sequence + 1)

@@ -8,22 +8,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_checkpoint
+from conftest import TINY_CONFIG, tiny_checkpoint
+from families import write_family
 from safetensors.torch import load_file
-from test_heads import Recorder, eagle3_layer, trunk_states
+from test_heads import Recorder, eagle3_layer, slow_layer, trunk_states
 from torch import Tensor
 
 from mtpkern import cli
-from mtpkern.checkpoint import load_config, load_tensors
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.checkpoint import fingerprint, layer_parts, load_config, load_tensors
+from mtpkern.config import ModelConfig, ModelLoadError, RopeConfig, SamplingParams, UserError
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.reference import logits as reference_logits
 from mtpkern.train import distill, fit, invent, joint, prompts, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
-from mtpkern.train.families import FAMILIES, load_head
+from mtpkern.train.families import FAMILIES, export_head, load_head, new_head
 from mtpkern.train.fit import Recipe
+from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.losses import DraftLoss, draft_targets
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
@@ -151,12 +153,88 @@ def test_eagle3_chains_equal_drafting_by_the_definition():
                 torch.testing.assert_close(states[k][b, i], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["layers", "modules"])
+def test_layers_of_their_own_draft_what_their_definition_says_of_each_start(family: str):
+    """slow_layer, over the rows up to the start alone."""
+    head, embedding = randomised(untrained_head(family)), torch.randn(307, E)
+    w, sizes = head.tensors(), (HQ, HK, D, 10000.0)
+    tokens, features = torch.randint(0, 307, (2, 17)), torch.randn(2, 13, E)
+    starts = torch.tensor([[4, 5, 11], [0, 7, 12]])
+    with torch.no_grad():
+        states = head(features, tokens, starts, embedding, 3)
+        some = head(features, tokens, starts, embedding, 3, torch.tensor([0, 2]))
+    for b in range(2):
+        for i, start in enumerate(starts[b].tolist()):
+            hidden = features[b, : start + 1]
+            for k in range(3):
+                own = {n.removeprefix(f"{k}."): t for n, t in w.items() if n[:2] == f"{k}."}
+                if family == "layers":
+                    x = slow_layer(hidden, own, *sizes)
+                    expected = rms_norm_ref(x, own["norm.weight"], 1e-5)
+                else:
+                    token = embedding[tokens[b, k + 1 : k + start + 2]]
+                    pair = [
+                        rms_norm_ref(hidden, own["hidden_layernorm.weight"], 1e-5),
+                        rms_norm_ref(token, own["token_layernorm.weight"], 1e-5),
+                    ]
+                    x = slow_layer(torch.cat(pair, -1) @ own["input_proj.weight"].T, own, *sizes)
+                    hidden = expected = rms_norm_ref(x, own["final_layernorm.weight"], 1e-5)
+                torch.testing.assert_close(states[k][b, i], expected[-1], rtol=1e-4, atol=1e-4)
+    for k in range(3):
+        torch.testing.assert_close(some[k], states[k][:, [0, 2]] if k else states[0])
+    with pytest.raises(ValueError, match="K must be at most num_heads=3, got 4"):
+        head(features, tokens, starts, embedding, 4)
+
+
+@pytest.mark.parametrize("name", ["all_biases_tied", "rope_llama3", "rope_yarn", "qwen3", "qwen2"])
+def test_layers_begin_as_the_models_last_one(name: str, tmp_path: Path):
+    """As transformers has it, whatever a layer has beside Llama's; also when written and read."""
+    model = write_family(name, tmp_path / "model")
+    tokens, starts = torch.randint(0, 131, (2, 70)), torch.tensor([[0, 5, 40], [3, 66, 67]])
+    with torch.no_grad():
+        states = model.model(tokens, output_hidden_states=True).hidden_states
+    head = new_head("layers", tmp_path / "model", K=2, vocab_size=50)
+    # bf16 on disk must change nothing.
+    for w in head.parameters():
+        w.data.copy_(w.bfloat16())
+    export_head(head, tmp_path / "heads", model.lm_head.weight)
+    again = load_head(tmp_path / "heads")
+    assert again.config == head.config
+    for each in (head, again):
+        with torch.no_grad():
+            drafted = each(states[-2][:, :68], tokens, starts, tokens, 2)
+        for state in drafted:
+            expected = states[-1].gather(1, starts[..., None].expand_as(state))
+            torch.testing.assert_close(state, expected, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(drafted[0], drafted[1])
+
+
+def test_a_model_of_too_few_layers_is_refused(tmp_path: Path):
+    model = tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(
+        UserError, match=r"eagle3 heads take states after layers \(2, 1, 0\): 3 are"
+    ):
+        new_head("eagle3", model, K=2, vocab_size=50)
+
+
 def untrained_head(family: str) -> Any:
+    if family == "layers":
+        shapes = {
+            n: s
+            for part in layer_parts(ModelConfig.from_json(TINY_CONFIG)).values()
+            for n, s in part
+        }
+        shapes["norm.weight"] = (E,)
+        tensors = {f"{h}.{n}": torch.ones(s) for n, s in shapes.items() for h in range(3)}
+        rope = RopeConfig(theta=10000.0)
+        return LayersHead(LayersConfig(E, (2,), 3, D, rope, 1e-5, 64, "tiny", ""), tensors)
     if family in ("medusa", "hydra"):
         return ParallelHeads(ParallelConfig(E, (3,), 3, 64, "tiny", "", f"mtpkern_{family}"))
     sizes: tuple[Any, ...] = (E, (1, 2, 3), HQ, HK, D, 112, 10000.0, 1e-5, 64, "tiny")
     if family == "eagle3":
         return Eagle3Head(Eagle3Config(*sizes))
+    if family == "modules":
+        return ModulesHead(replace(HeadConfig(*sizes), tap_layers=(3,), num_heads=3))
     return MtpHead(HeadConfig(*sizes))
 
 
@@ -293,7 +371,13 @@ def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
     card = (out / "README.md").read_text()
     assert "24 of the model's own" in card and "| hybrid, loop-free | overall |" in card
 
+    config = json.loads((out / "config.json").read_text())
+    assert config["base_model_fingerprint"] == fingerprint(model)
     head = load_head(out)
+    export_head(head, tmp_path / "again", load_tensors(model)["lm_head.weight"])
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    torch.testing.assert_close(again, stored, rtol=0, atol=0)
     llm = LLM(model, heads=out, ngram=False, num_speculative_tokens=3, dtype="float32")
     recorder = Recorder(llm.drafter)
     llm.drafter = recorder
@@ -340,16 +424,19 @@ def small_plan(model: Path, out: Path, prompts: Path) -> Plan:
     )
 
 
+@pytest.mark.parametrize("family", ["mtp", "layers", "modules"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     recorded: tuple[Path, Path],
     tmp_path: Path,
     prompts_file: Path,
     monkeypatch: pytest.MonkeyPatch,
+    family: str,
 ) -> None:
     """Killed while it learns, in the middle of a round; every loss is that of an unbroken run."""
     model, recipe = recorded[0], replace(RECIPE, steps=12)
     losses = recorder_of_losses(monkeypatch)
-    run.train(small_plan(model, tmp_path / "a", prompts_file), recipe)
+    plan = replace(small_plan(model, tmp_path / "a", prompts_file), family=family)
+    run.train(plan, recipe)
     unbroken = losses.copy()
     assert len(unbroken) == 12
     monkeypatch.setattr(fit, "SAVE_SECONDS", 0)
@@ -366,9 +453,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(fit.Trainer, "update", broken)
         with pytest.raises(KeyboardInterrupt):
-            run.train(small_plan(model, tmp_path / "b", prompts_file), recipe)
+            run.train(replace(plan, out=tmp_path / "b"), recipe)
     before = len(losses)  # of whole rounds
-    run.train(small_plan(model, tmp_path / "b", prompts_file), recipe)
+    run.train(replace(plan, out=tmp_path / "b"), recipe)
     assert losses[:before] == unbroken[:before] and losses[before:] == unbroken[7:]
     first, second = (load_head(tmp_path / name).state_dict() for name in "ab")
     for name, tensor in first.items():

@@ -5,6 +5,10 @@ mtp-1    the same on the final hidden state alone (DeepSeek-V3's and MiMo's form
 medusa   a residual block a position, through the model's own vocabulary
 hydra    a block a position that also sees the drafts before it
 eagle3   EAGLE-3's layer on states of three layers below the last, written as it is published
+layers   a transformer layer a position in place of the last one (Gloeckle et al. 2024)
+modules  an MTP module a position, each fed by the one before (DeepSeek-V3's training)
+
+All but medusa draft through the part of the vocabulary that the model is expected to use.
 """
 
 import json
@@ -16,15 +20,16 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtpkern.checkpoint import final_norm, fingerprint, load_config, load_tensors
-from mtpkern.config import UserError
+from mtpkern.checkpoint import final_norm, fingerprint, layer_parts, load_config, load_tensors
+from mtpkern.config import ModelConfig, RopeConfig, UserError
 from mtpkern.fetch import model_name
+from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
 
-FAMILIES = ("mtp", "mtp-1", "medusa", "hydra", "eagle3")
+FAMILIES = ("mtp", "mtp-1", "medusa", "hydra", "eagle3", "layers", "modules")
 
-Head = MtpHead | ParallelHeads
+Head = MtpHead | ParallelHeads | LayersHead | ModulesHead
 
 
 def family_taps(family: str, layers: int) -> tuple[int, ...]:
@@ -59,21 +64,34 @@ def new_head(family: str, directory: Path, *, K: int, vocab_size: int) -> Head:
     if family in ("medusa", "hydra"):
         config = ParallelConfig(num_heads=K, model_type=f"mtpkern_{family}", **shared)
         return ParallelHeads(config)
+    shared |= {"head_dim": model.head_dim, "rms_norm_eps": model.rms_norm_eps}
+    if family == "layers":
+        last = {f"{h}.{n}": t for n, t in _last_layer(directory, model).items() for h in range(K)}
+        return LayersHead(LayersConfig(num_heads=K, rope=model.rope, **shared), last)
     shared |= {
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
         "intermediate_size": model.intermediate_size,
         "rope_theta": model.rope.theta,
-        "rms_norm_eps": model.rms_norm_eps,
     }
     if family == "eagle3":
         context = model.max_position_embeddings
         head = Eagle3Head(Eagle3Config(vocab_size=V, max_position_embeddings=context, **shared))
-        norm = final_norm(model)
-        head.weights["final_layernorm"].data.copy_(load_tensors(directory, [norm])[norm])
+        head.take({"final_layernorm.weight": _last_layer(directory, model)["norm.weight"]})
         return head
+    if family == "modules":
+        return ModulesHead(HeadConfig(num_heads=K, **shared))
     return MtpHead(HeadConfig(**shared))
+
+
+def _last_layer(directory: Path, model: ModelConfig) -> dict[str, Tensor]:
+    """The model's last layer and the norm behind it."""
+    prefix, norm = f"model.layers.{model.num_layers - 1}.", final_norm(model)
+    names = [name for named in layer_parts(model).values() for name, _ in named]
+    tensors = load_tensors(directory, [norm, *(f"{prefix}{name}" for name in names)])
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name != norm} | {
+        "norm.weight": tensors[norm]
+    }
 
 
 def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
@@ -102,14 +120,19 @@ def load_head(directory: Path) -> Head:
     """A head as export_head wrote it, to measure it or to train on."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     settings["tap_layers"] = tuple(settings["tap_layers"])
-    head: Head
+    tensors = load_file(directory / "model.safetensors")
+    if settings["model_type"] == "mtpkern_layers":
+        rope = RopeConfig(**settings.pop("rope"))
+        return LayersHead(LayersConfig(rope=rope, **settings), tensors)
+    head: MtpHead | ParallelHeads | ModulesHead
     if "architectures" in settings:
         head = Eagle3Head(Eagle3Config(**settings))
     elif settings["model_type"] == "mtpkern_mtp":
-        head = MtpHead(HeadConfig(**settings))
+        config = HeadConfig(**settings)
+        head = ModulesHead(config) if config.num_heads else MtpHead(config)
     else:
         head = ParallelHeads(ParallelConfig(**settings))
-    head.load(load_file(directory / "model.safetensors"))
+    head.load(tensors)
     return head
 
 
@@ -120,4 +143,6 @@ def is_reduced(head: Head) -> bool:
 
 def kind_of(head: Head) -> str:
     """What heads are, in a word."""
-    return "EAGLE-3" if isinstance(head, Eagle3Head) else head.config.model_type
+    if isinstance(head, Eagle3Head):
+        return "EAGLE-3"
+    return "modules" if isinstance(head, ModulesHead) else head.config.model_type

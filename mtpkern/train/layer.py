@@ -1,5 +1,7 @@
 """A decoder layer as it is trained: float32 weights that compute in their input's dtype."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,30 +11,43 @@ from mtpkern.config import RopeConfig
 
 class Layer(nn.Module):
     """What all heads with a decoder layer share. `weights` has its matrices and norms under the
-    checkpoint's names with / for . and without .weight; a bias ends in /bias."""
+    checkpoint's names, without .weight and with / for . (a ParameterDict takes no dots)."""
 
     frequencies: Tensor
 
-    def __init__(self, head_dim: int, rope: RopeConfig, eps: float):
+    def __init__(
+        self,
+        head_dim: int,
+        rope: RopeConfig,
+        eps: float,
+        tensors: Mapping[str, Tensor] | None = None,
+    ):
+        """`tensors` are weights to begin with, under their names in a checkpoint."""
         super().__init__()
         self.head_dim, self.eps = head_dim, eps
         frequencies, self.rope_scaling = rope.inverse_frequencies(head_dim)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        # A ParameterDict takes no dots in its names.
         self.weights = nn.ParameterDict()
+        for name, tensor in (tensors or {}).items():
+            self.weights[_key(name)] = nn.Parameter(tensor.to(torch.float32, copy=True))
 
     def named(self) -> dict[str, Tensor]:
         """The weights under their names in a checkpoint."""
         names = ((k, k if k.endswith("/bias") else f"{k}/weight") for k in self.weights)
         return {name.replace("/", "."): self.weights[k].detach() for k, name in names}
 
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set weights, under their names in a checkpoint."""
+        for name, tensor in tensors.items():
+            self.weights[_key(name)].data.copy_(tensor)
+
     def linear(self, x: Tensor, name: str) -> Tensor:
-        key = name.replace(".", "/")
+        key = _key(name)
         bias = self.weights[f"{key}/bias"].to(x.dtype) if f"{key}/bias" in self.weights else None
         return F.linear(x, self.weights[key].to(x.dtype), bias)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        w = self.weights[name.replace(".", "/")].to(x.dtype)
+        w = self.weights[_key(name)].to(x.dtype)
         return F.rms_norm(x, x.shape[-1:], w, self.eps)
 
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -65,6 +80,10 @@ class Layer(nn.Module):
         seen = (positions[:, None] <= at[..., None])[:, None]
         o = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
         return self.finish(rows(x, at), o.transpose(1, 2).flatten(2))
+
+
+def _key(name: str) -> str:
+    return name.removesuffix(".weight").replace(".", "/")
 
 
 def rows(x: Tensor, at: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class HeadConfig:
     base_model_fingerprint: str = ""
     max_num_speculative_tokens: int = 16
     model_type: str = "mtpkern_mtp"
+    num_heads: int | None = None  # modules, where each drafts one position
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The matrices, [out, in]."""
@@ -65,7 +66,7 @@ class MtpHead(Layer):
     of it and the embedding, the layer adds nothing.
     """
 
-    norms = NORMS
+    norms: tuple[str, ...] = NORMS
     spread: Tensor
     draft_vocab: Tensor
 
@@ -110,10 +111,8 @@ class MtpHead(Layer):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` gave."""
-        with torch.no_grad():
-            self.draft_vocab.copy_(tensors.pop("draft_vocab"))
-            for name, tensor in tensors.items():
-                self.weights[name.removesuffix(".weight").replace(".", "/")].copy_(tensor)
+        self.draft_vocab.copy_(tensors.pop("draft_vocab"))
+        self.take(tensors)
 
     def pairs(self, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """hidden, embedded [B, Q, E] -> the layer's x [B, Q, E], and what it attends with."""

@@ -1,0 +1,147 @@
+"""Heads of a decoder layer for each draft as they are trained, over whole sequences.
+
+Row j of layer k sees the rows up to its own and predicts token j + 2 + k. No row is fed what was
+drafted before it but what the text has there, so that one pass teaches all rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtpkern.config import RopeConfig
+from mtpkern.train.layer import Layer, rows
+from mtpkern.train.mtp_head import HeadConfig, MtpHead
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """The config.json of layers in place of the model's last one, and of their sizes."""
+
+    hidden_size: int
+    tap_layers: tuple[int, ...]  # the one below the last
+    num_heads: int
+    head_dim: int
+    rope: RopeConfig
+    rms_norm_eps: float
+    draft_vocab_size: int
+    base_model: str
+    base_model_fingerprint: str
+    model_type: str = "mtpkern_layers"
+
+
+class LayersHead(nn.Module):
+    """Layers in place of the last one, each with a norm behind it (Gloeckle et al. 2024):
+    o_k = norm_k(layer_k(h)), h being what the last layer is fed."""
+
+    draft_vocab: Tensor
+
+    def __init__(self, config: LayersConfig, tensors: Mapping[str, Tensor]):
+        """`tensors` are the weights to begin with, named as layers_shapes in head_layouts.py."""
+        super().__init__()
+        self.config, eps = config, config.rms_norm_eps
+        self.layers = nn.ModuleList(
+            Layer(config.head_dim, config.rope, eps, _of(h, tensors))
+            for h in range(config.num_heads)
+        )
+        ids = tensors.get("draft_vocab", torch.zeros(config.draft_vocab_size))
+        self.register_buffer("draft_vocab", ids.int())
+
+    def forward(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        embedding: Tensor,
+        K: int,
+        keep: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As MtpHead.forward, for K up to `num_heads`; features [B, S, E]."""
+        _check_drafts(K, self.config.num_heads)
+        out: list[Tensor] = []
+        for k in range(K):
+            if k == 1 and keep is not None:
+                starts = starts[:, keep]
+            layer: Layer = self.layers[k]  # type: ignore[assignment]
+            y = layer.norm(features, "input_layernorm")
+            out.append(layer.norm(layer.over(features, y, starts), "norm"))
+        return out
+
+    def prepare(self, spread: Tensor) -> None:
+        """Nothing depends on what the features are like."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _numbered(self.layers) | {"draft_vocab": self.draft_vocab}
+
+
+class ModulesHead(nn.Module):
+    """An MTP module of its own for each draft, fed by the one before (DeepSeek-V3, section 2.2):
+    o^k_j = module_k(o^{k-1}_j, e_{j+1+k}), o^{-1} being the model's final hidden state."""
+
+    draft_vocab: Tensor
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        # The vocabulary is one for all.
+        one = replace(config, num_heads=None, draft_vocab_size=0)
+        self.depths = nn.ModuleList(MtpHead(one) for _ in range(config.num_heads or 0))
+        ids = torch.zeros(config.draft_vocab_size, dtype=torch.int32)
+        self.register_buffer("draft_vocab", ids)
+
+    def forward(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        embedding: Tensor,
+        K: int,
+        keep: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As MtpHead.forward, for K up to `num_heads`; features [B, S, E]."""
+        _check_drafts(K, len(self.depths))
+        (B, S, _), hidden, out = features.shape, features, []
+        everything = torch.arange(S, device=features.device).expand(B, -1)
+        for k in range(K):
+            if k == 1 and keep is not None:
+                starts = starts[:, keep]
+            module: MtpHead = self.depths[k]  # type: ignore[assignment]
+            x, y = module.pairs(hidden, F.embedding(tokens[:, k + 1 : k + 1 + S], embedding))
+            # The next module wants all rows of this one.
+            at = everything if k + 1 < K else starts
+            hidden = module.norm(module.over(x, y, at), "final_layernorm")
+            out.append(rows(hidden, starts) if k + 1 < K else hidden)
+        return out
+
+    def prepare(self, spread: Tensor) -> None:
+        for module in self.depths:
+            module.prepare(spread)  # type: ignore[operator]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _numbered(self.depths) | {"draft_vocab": self.draft_vocab}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.draft_vocab.copy_(tensors["draft_vocab"])
+            for d, module in enumerate(self.depths):
+                module.take(_of(d, tensors))  # type: ignore[operator]
+
+
+def _of(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one layer, whose names begin with its number."""
+    prefix = f"{number}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _numbered(layers: nn.ModuleList) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(layers):
+        tensors |= {f"{i}.{name}": t for name, t in layer.named().items()}  # type: ignore[operator]
+    return tensors
+
+
+def _check_drafts(K: int, heads: int) -> None:
+    if K > heads:
+        raise ValueError(f"K must be at most num_heads={heads}, got {K}")
