@@ -85,13 +85,13 @@ def new_head(family: str, directory: Path, *, K: int, vocab_size: int) -> Head:
 
 
 def _last_layer(directory: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """The model's last layer and the norm behind it."""
+    """The model's last layer and the norm behind it, halved: what is drafted further ahead is less
+    sure than what the model says."""
     prefix, norm = f"model.layers.{model.num_layers - 1}.", final_norm(model)
     names = [name for named in layer_parts(model).values() for name, _ in named]
     tensors = load_tensors(directory, [norm, *(f"{prefix}{name}" for name in names)])
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name != norm} | {
-        "norm.weight": tensors[norm]
-    }
+    halved = {"norm.weight": tensors.pop(norm) / 2}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()} | halved
 
 
 def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
