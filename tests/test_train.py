@@ -362,7 +362,9 @@ def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
     plan = Plan(out, str(model), answers=(answers,), family=family, draft_vocab_size=200)
     monkeypatch.setattr(run, "is_held_out", lambda data, index: index % 4 == 0)
     result = run.train(plan, replace(RECIPE, optimizer=optimizer))
-    assert len(losses) == 30 and sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    # Three layers are left above what EAGLE-3 sees, and random ones tell little beforehand.
+    bound = 0.96 if deep else 0.95
+    assert len(losses) == 30 and sum(losses[-5:]) < bound * sum(losses[:5])
     assert result["head"]["overall"]["mean_acceptance_length"] >= 1
     stored = load_file(out / "model.safetensors")
     if family != "medusa":
