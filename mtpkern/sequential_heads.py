@@ -51,7 +51,9 @@ class CachedDrafter:
         # Behind the pending rows; those that were not committed do not count.
         begin = step.lengths - step.advance - self._cache_of(step).lengths
         index = begin[:, None] + torch.arange(step.features.shape[1])
-        self._pending_of(step).scatter_(1, index[:, :, None].expand_as(step.features), step.features)
+        self._pending_of(step).scatter_(
+            1, index[:, :, None].expand_as(step.features), step.features
+        )
 
     def is_due(self, step: DraftInput) -> bool:
         if not self.ops.branches:

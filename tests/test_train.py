@@ -318,7 +318,7 @@ def test_an_interrupted_recording_goes_on_after_its_last_whole_sequence(tmp_path
     def add(writer: DatasetWriter, first: int) -> None:
         features = torch.full((3, 3 * E), float(first)).bfloat16()
         tops = torch.zeros(3, 64)
-        writer.add([first, first + 1, first + 2], 1, "a", features, tops, tops)
+        writer.add([first, first + 1, first + 2], 2, "a", features, tops, tops)
 
     add(DatasetWriter(tmp_path, E, (1, 2, 3)), 10)
     with (tmp_path / "features.bin").open("ab") as file:
@@ -547,7 +547,7 @@ def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
 
 def test_a_replay_counts_what_decoding_would_do():
     tokens = [0, 1, 2, 3, 4, 5, 6, 7]
-    right = [[9, 9], [3, 4], [4, 5], [9, 9], [6, 7], [7, 0], [0, 0]]
+    right = [[9, 9], [3, 4], [4, 5], [5, 6], [6, 7], [7, 0], [0, 0]]
     tally = Tally(2)
     tally.replay(tokens, 2, 8, right, hybrid=False)
     # 2 behind wrong drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
