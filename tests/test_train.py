@@ -314,6 +314,29 @@ def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
         torch.testing.assert_close(own, recorded_logits, rtol=0.02, atol=0.2)
 
 
+@pytest.mark.parametrize(
+    "layout", ["qwen3_biases", "mistral_window_7", "mlp_biases", "rope_llama3", "grouped_ratio_3"]
+)
+def test_answers_of_every_layout_are_the_models_own(layout: str, tmp_path: Path) -> None:
+    write_family(layout, tmp_path / "model", num_hidden_layers=3)
+    config, tensors = load_config(tmp_path / "model"), load_tensors(tmp_path / "model")
+    trunk = distill.Trunk(tmp_path / "model", 8, 64, taps=(2, 3))
+    generator = torch.Generator().manual_seed(1)
+    jobs = [
+        distill.Job(torch.randint(97, (n,), generator=generator).tolist(), "a", n)
+        for n in (2, 9, 17, 23)
+    ]
+    distill.record(trunk, jobs, tmp_path / "answers", max_new=30)
+    data = Dataset([tmp_path / "answers"], (2, 3))
+    for index, (_, row) in enumerate(data.sequences):
+        tokens, rows = data.read(index, "tokens"), slice(row["prompt"] - 1, -1)
+        scores = reference_logits(config, tensors, tokens)[rows]
+        ids = data.read(index, "top_ids")[rows, 0].long()
+        chosen = scores.gather(1, ids[:, None])[:, 0]
+        # bf16 may prefer another of two near equals, now and then.
+        assert (scores.amax(-1) - chosen).mean() < 0.05 * scores.std()
+
+
 def test_an_interrupted_recording_goes_on_after_its_last_whole_sequence(tmp_path: Path):
     def add(writer: DatasetWriter, first: int) -> None:
         features = torch.full((3, 3 * E), float(first)).bfloat16()

@@ -59,7 +59,13 @@ class Trunk:
         positions = start[:, None] + torch.arange(T, device=self.device)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         S = -(-(int(start.max()) + 1) // 32) * 32
-        unseen = torch.arange(S, device=self.device) > start[:, None, None, None]
+        at, keys = start[:, None, None, None], torch.arange(S, device=self.device)
+        unseen = keys > at
+        causal = None
+        if c.sliding_window:
+            unseen |= keys <= at - c.sliding_window
+            one = torch.ones(T, T, dtype=torch.bool, device=self.device)
+            causal = one.tril() & one.triu(1 - c.sliding_window)
         mask = torch.zeros(B, 1, 1, S, dtype=torch.bfloat16, device=self.device)
         mask.masked_fill_(unseen, float("-inf"))
         x, taps = F.embedding(tokens, self.weights.embedding), []
@@ -67,6 +73,9 @@ class Trunk:
             y = F.rms_norm(x, x.shape[-1:], layer.input_norm, c.rms_norm_eps)
             qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(B, T, -1, D)
             qk, v = qkv[:, :, : Hq + Hk], qkv[:, :, Hq + Hk :].transpose(1, 2)
+            if layer.q_norm is not None:
+                parts = zip(qk.split([Hq, Hk], 2), (layer.q_norm, layer.k_norm), strict=True)
+                qk = torch.cat([F.rms_norm(x, (D,), w, c.rms_norm_eps) for x, w in parts], 2)
             qk = qk * cos + qk.roll(D // 2, -1) * sin
             q, k = qk[:, :, :Hq], qk[:, :, Hq:].transpose(1, 2)
             keys, values = self.keys[i], self.values[i]
@@ -78,7 +87,9 @@ class Trunk:
             else:
                 keys[slots, :, :T], values[slots, :, :T] = k, v
                 q = q.transpose(1, 2)
-                o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                o = F.scaled_dot_product_attention(
+                    q, k, v, causal, is_causal=causal is None, enable_gqa=True
+                )
                 o = o.transpose(1, 2)
             x = x + F.linear(o.reshape(B, T, -1), layer.o, layer.o_bias)
             y = F.rms_norm(x, x.shape[-1:], layer.post_attention_norm, c.rms_norm_eps)
