@@ -20,7 +20,7 @@ from mtpkern.config import ModelConfig, ModelLoadError, RopeConfig, SamplingPara
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.reference import logits as reference_logits
-from mtpkern.train import distill, fit, invent, joint, prompts, run
+from mtpkern.train import distill, fit, invent, joint, prompts, record, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
 from mtpkern.train.families import FAMILIES, export_head, load_head, new_head
@@ -557,6 +557,29 @@ def test_the_command_trains_heads_that_generate_takes(
     assert cli.main(["generate", "--model", str(model), "--heads", heads, "the dog"]) == 0
     assert cli.main(["train", "--out", heads]) == 2
     assert "one of prompts and recorded answers" in capsys.readouterr().err
+
+
+def test_several_families_learn_from_the_same_recorded_answers(
+    recorded: tuple[Path, Path], tmp_path: Path, prompts_file: Path, capsys: Any
+) -> None:
+    command = ["--model", str(recorded[0]), "--prompts", str(prompts_file), "--max-new", "12"]
+    command += ["--out", str(tmp_path / "answers"), "--slots", "9", "--capacity", "120"]
+    with pytest.raises(SystemExit):
+        record.main([*command, "--families", "eagle3"])
+    assert "3 are too few" in capsys.readouterr().err
+    record.main([*command, "--limit", "20", "--families", "mtp-1", "layers"])
+    # The same command goes on, here with more.
+    record.main([*command, "--families", "mtp-1", "layers"])
+    assert len(read_index(tmp_path / "answers")) == 36
+    plan = Plan(tmp_path / "x", str(recorded[0]), answers=(tmp_path / "answers",))
+    for family in ("mtp-1", "layers"):
+        run.train(replace(plan, family=family, draft_vocab_size=64), replace(RECIPE, steps=4))
+    record.main([*command[:-5], str(tmp_path / "one"), *command[-4:], "--limit", "1"])
+    one = replace(plan, out=tmp_path / "y", answers=(tmp_path / "one",))
+    with pytest.raises(UserError, match="1 recorded answers are too few"):
+        run.train(one, RECIPE)
+    with pytest.raises(UserError, match=r"states after layers \[2, 3\], and these .* \[1\] too"):
+        run.train(replace(plan, out=tmp_path / "y"), RECIPE)
 
 
 def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():

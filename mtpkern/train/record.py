@@ -1,7 +1,7 @@
 """Record a model's answers to prompts, for several heads to learn from the same: `mtpkern train
 --answers`. A recording that was killed goes on with the same command.
 
-    python -m mtpkern.train.record --prompts texts.jsonl --out answers
+    python -m mtpkern.train.record --prompts texts.jsonl --families mtp medusa --out answers
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mtpkern.checkpoint import load_config
+from mtpkern.config import UserError
 from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.distill import Trunk, answer_choices, read_prompts, record
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--model", help="directory of the model; the default model without it")
     p.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL with `turns`")
     p.add_argument("--out", type=Path, required=True, help="a directory for `train --answers`")
-    p.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES, help="for which")
+    p.add_argument("--families", nargs="+", default=["mtp"], choices=FAMILIES, help="whose heads")
     p.add_argument("--limit", type=int, help="answer so many prompts")
     p.add_argument("--temperature", type=float, default=0.6, help="of every other; 0: greedy only")
     p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
@@ -35,7 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.from_directory(directory)
     jobs = read_prompts(a.prompts, tokenizer, a.capacity - a.max_new, a.seed)[: a.limit]
     L = load_config(directory).num_layers
-    taps = {tap for family in a.families for tap in family_taps(family, L)}
+    try:
+        taps = {tap for family in a.families for tap in family_taps(family, L)}
+    except UserError as error:
+        p.error(str(error))
     trunk = Trunk(directory, a.slots, a.capacity, a.device, sorted(taps))
     choices = answer_choices(a.temperature, a.seed)
     record(trunk, jobs, a.out, max_new=a.max_new, choices=choices)

@@ -198,8 +198,8 @@ class _Rounds:
         """The data of a round; answers that no later round needs are removed."""
         begin = math.ceil(self.recipe.steps * number / self.count)
         if self.plan.answers:
-            data = Dataset(self.plan.answers, self.taps)
-            indices = [i for i in range(len(data)) if not is_held_out(data, i)]
+            data, held_out = self.held_out()
+            indices = sorted(set(range(len(data))) - set(held_out))
             return Part(data, indices, begin, end)
         self.held_out()
         size, first = self.plan.round_prompts, max(0, number + 1 - self.plan.window)
@@ -215,7 +215,9 @@ class _Rounds:
         """Answers that are only measured on."""
         if self.plan.answers:
             data = Dataset(self.plan.answers, self.taps)
-            return data, [i for i in range(len(data)) if is_held_out(data, i)]
+            if len(data) < 2:
+                raise UserError(f"{len(data)} recorded answers are too few: one is held out")
+            return data, [i for i in range(len(data)) if is_held_out(data, i)] or [0]
         self._answer(self.work / "held-out", self.kept_back, None)
         data = Dataset([self.work / "held-out"], self.taps)
         return data, range(len(data))
