@@ -575,6 +575,11 @@ def test_several_families_learn_from_the_same_recorded_answers(
     for family in ("mtp-1", "layers"):
         run.train(replace(plan, family=family, draft_vocab_size=64), replace(RECIPE, steps=4))
     record.main([*command[:-5], str(tmp_path / "one"), *command[-4:], "--limit", "1"])
+    # What goes on from heads keeps their draft vocabulary.
+    vocabulary = load_head(tmp_path / "x").draft_vocab
+    further = replace(plan, out=tmp_path / "z", init=tmp_path / "x", answers=(recorded[1],))
+    run.train(replace(further, family="layers"), replace(RECIPE, steps=2))
+    torch.testing.assert_close(load_head(tmp_path / "z").draft_vocab, vocabulary)
     one = replace(plan, out=tmp_path / "y", answers=(tmp_path / "one",))
     with pytest.raises(UserError, match="1 recorded answers are too few"):
         run.train(one, RECIPE)

@@ -253,10 +253,12 @@ def _look_at(data: Dataset, number: int, plan: Plan, trainer: Trainer, model: Fr
     newest = data if plan.answers else data.only(len(data.files) - 1)
     if number == 0 and plan.init is None:
         head.prepare(feature_spread(data).to(head.draft_vocab.device))
-    notes["expected"] = notes["expected"] + expected_tokens(newest, model.config.vocab_size)
-    # The vocabulary is no weight of a head: it may change while the head learns.
-    size = len(head.draft_vocab) if is_reduced(head) else model.config.vocab_size
-    head.draft_vocab.copy_(choose_draft_vocab(notes["expected"], size))
+    # Heads to go on from keep theirs, which was chosen from answers that may not be here.
+    if plan.init is None:
+        notes["expected"] = notes["expected"] + expected_tokens(newest, model.config.vocab_size)
+        # The vocabulary is no weight of a head: it may change while the head learns.
+        size = len(head.draft_vocab) if is_reduced(head) else model.config.vocab_size
+        head.draft_vocab.copy_(choose_draft_vocab(notes["expected"], size))
     notes["sequences"] += len(newest)
     notes["tokens"] += sum(newest.answer_length(i) for i in range(len(newest)))
     notes["rounds"] = number + 1
