@@ -587,6 +587,39 @@ def test_several_families_learn_from_the_same_recorded_answers(
         run.train(replace(plan, out=tmp_path / "y"), RECIPE)
 
 
+def test_features_over_their_spread_give_the_same_drafts():
+    head, embedding = random_head(), torch.randn(307, E)
+    tokens, features = torch.randint(0, 307, (1, 17)), torch.randn(1, 13, 3 * E)
+    with torch.no_grad():
+        before = head(features, tokens, torch.tensor([[4, 11]]), embedding, 2)
+        head.rescale(torch.rand(3 * E) + 0.1)
+        after = head(features, tokens, torch.tensor([[4, 11]]), embedding, 2)
+    assert (head.spread != 1).all()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_went_on_end_midway(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, answers = recorded
+    plan = Plan(tmp_path / "a", str(model), answers=(answers,), draft_vocab_size=90)
+    run.train(plan, replace(RECIPE, steps=3))
+    meet, ended = run._meet_halfway, {}
+
+    def watched(head: Any, start: Any) -> None:
+        ended.update({name: tensor.clone() for name, tensor in head.tensors().items()})
+        meet(head, start)
+
+    monkeypatch.setattr(run, "_meet_halfway", watched)
+    run.train(replace(plan, out=tmp_path / "b", init=tmp_path / "a"), replace(RECIPE, steps=5))
+    begun, out = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert "fc.weight" in out
+    for name in out:
+        mean = (begun[name].float() + ended[name]) / 2
+        torch.testing.assert_close(out[name].float(), mean, rtol=0.01, atol=0.005)
+        assert name == "draft_vocab" or not torch.equal(out[name], begun[name])
+
+
 def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
     tokens = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 9, 9, 9]
     assert lookup(tokens, 10, 4) == [5, 1, 2, 3]

@@ -72,6 +72,8 @@ class LayersHead(nn.Module):
     def prepare(self, spread: Tensor) -> None:
         """Nothing depends on what the features are like."""
 
+    rescale = prepare
+
     def tensors(self) -> dict[str, Tensor]:
         return _numbered(self.layers) | {"draft_vocab": self.draft_vocab}
 
@@ -118,6 +120,10 @@ class ModulesHead(nn.Module):
     def prepare(self, spread: Tensor) -> None:
         for module in self.depths:
             module.prepare(spread)  # type: ignore[operator]
+
+    def rescale(self, spread: Tensor) -> None:
+        for module in self.depths:
+            module.rescale(spread)  # type: ignore[operator]
 
     def tensors(self) -> dict[str, Tensor]:
         return _numbered(self.depths) | {"draft_vocab": self.draft_vocab}

@@ -93,14 +93,20 @@ class MtpHead(Layer):
 
     def prepare(self, spread: Tensor) -> None:
         """Take in what the features are like (root mean squares [n*E]): before training begins."""
+        self.rescale(spread)
         with torch.no_grad():
-            E = self.config.hidden_size
+            if (self.weights["final_layernorm"] == 1).all():
+                # Half as sure of itself as the model is of the token before.
+                size = spread[-self.config.hidden_size :].pow(2).mean().sqrt()
+                self.weights["final_layernorm"].fill_(size / 2)
+
+    def rescale(self, spread: Tensor) -> None:
+        """Divide the features by `spread` and multiply fc by it, which changes no draft: an
+        optimiser's step then means the same in every column."""
+        with torch.no_grad():
             if "fc" in self.weights:
                 self.weights["fc"].mul_(spread / self.spread)
             self.spread.copy_(spread)
-            if (self.weights["final_layernorm"] == 1).all():
-                # Half as sure of itself as the model is of the token before.
-                self.weights["final_layernorm"].fill_(spread[-E:].pow(2).mean().sqrt() / 2)
 
     def tensors(self) -> dict[str, Tensor]:
         """The head as head_checkpoint names it."""
@@ -224,10 +230,9 @@ class Eagle3Head(MtpHead):
     def prepare(self, spread: Tensor) -> None:
         """Take in what the features are like; the last tap's come through fc with a mean square of
         one, lest what the layer adds be small beside them."""
+        self.rescale(spread)
         with torch.no_grad():
-            size = spread[-self.config.hidden_size :].pow(2).mean().sqrt()
-            self.weights["fc"].mul_(spread / self.spread / size)
-            self.spread.copy_(spread)
+            self.weights["fc"].div_(spread[-self.config.hidden_size :].pow(2).mean().sqrt())
 
     def tensors(self) -> dict[str, Tensor]:
         """The head as published, but for the vocabulary."""

@@ -81,6 +81,8 @@ class ParallelHeads(nn.Module):
     def prepare(self, spread: Tensor) -> None:
         """Nothing depends on what the features are like."""
 
+    rescale = prepare
+
     def tensors(self) -> dict[str, Tensor]:
         """The heads as head_checkpoint names them."""
         tensors = {k.replace("/", "."): w.detach() for k, w in self.weights.items()}

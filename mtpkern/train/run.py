@@ -41,6 +41,7 @@ from mtpkern.train.fit import (
     expected_tokens,
     feature_spread,
 )
+from mtpkern.train.mtp_head import MtpHead
 
 MEASUREMENTS = 4  # of a run on recorded answers
 
@@ -124,6 +125,8 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         )
         trainer.notes["seconds"] = before + time.monotonic() - began
         trainer.save()
+        if plan.init is not None and number + 1 == rounds.count:
+            _meet_halfway(head, load_head(plan.init))
         held_out, indices = rounds.held_out()
         result = evaluate(head, model.embedding, model.lm_head, held_out, indices, recipe.K)
         overall = result["head"]["overall"]
@@ -158,6 +161,16 @@ def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
         raise UserError(f"{printable(plan.init)} was trained on other weights")
     head.config = replace(head.config, base_model_fingerprint=mark)  # type: ignore[assignment]
     return head
+
+
+def _meet_halfway(head: Head, start: Head) -> None:
+    """Move a head midway between where training began and where it ended, which drafts better than
+    either: much of what came of few answers cancels (Wortsman et al. 2022, robust fine-tuning)."""
+    if isinstance(head, MtpHead):
+        start.rescale(head.spread.cpu())
+    with torch.no_grad():
+        for ended, began in zip(head.parameters(), start.parameters(), strict=True):
+            ended.lerp_(began.to(ended.device), 0.5)
 
 
 class _Rounds:
@@ -251,8 +264,9 @@ def _look_at(data: Dataset, number: int, plan: Plan, trainer: Trainer, model: Fr
     """Take in a round's new answers: their tokens for the draft vocabulary, and the totals."""
     notes, head = trainer.notes, trainer.head
     newest = data if plan.answers else data.only(len(data.files) - 1)
-    if number == 0 and plan.init is None:
-        head.prepare(feature_spread(data).to(head.draft_vocab.device))
+    if number == 0:
+        spread = feature_spread(data).to(head.draft_vocab.device)
+        (head.prepare if plan.init is None else head.rescale)(spread)
     # Heads to go on from keep theirs, which was chosen from answers that may not be here.
     if plan.init is None:
         notes["expected"] = notes["expected"] + expected_tokens(newest, model.config.vocab_size)
