@@ -17,10 +17,20 @@ from torch import Tensor
 
 from ._launch import ceil_div, check_dtype, check_shape, device, jit, tl, wait_for_producer
 
-# Keys are read up to a multiple of this, so that a row's bits do not depend on where the window
-# ends; query rows are packed into tiles of ROW_TILE, so that they do not depend on its width.
+# A row's keys are read up to the multiple of this behind its own, so that its bits do not depend on
+# where the window ends; query rows are packed into tiles of ROW_TILE, so that they do not depend on
+# its width.
 KEY_TILE = 64
 ROW_TILE = 16
+
+
+class Segment(NamedTuple):
+    """Window rows begin..end-1 of one sequence, whose own keys lie in one tile of keys."""
+
+    begin: int
+    end: int
+    extent: int  # keys to read
+    mask: Tensor  # [tiles, 1, row_tile, extent], 0 or -inf
 
 
 class StepPlan(NamedTuple):
@@ -29,8 +39,7 @@ class StepPlan(NamedTuple):
     slots: Tensor  # [B * T] int64, index into the cache seen as [pages * page_size]
     cos: Tensor  # [B, T, 1, D] float32
     sin: Tensor  # [B, T, 1, D] float32, its first half negated: x cos + roll(x) sin rotates
-    extents: list[int]  # [B] keys to read
-    masks: list[Tensor]  # [B] of [tiles, 1, row_tile, extent], 0 or -inf
+    segments: list[list[Segment]]  # [B], each covering the T rows in order
     group: int  # query heads per KV head
     row_tile: int
 
@@ -62,26 +71,32 @@ def plan_ref(
     positions = lengths[:, None] + steps
     pages = page_table.gather(1, positions // page_size).long()
     slots = pages * page_size + positions % page_size
-    extents = [-(-(start + rows) // KEY_TILE) * KEY_TILE for start in starts]
 
-    tiles = -(-rows * group // row_tile)
-    # Packed row r is window row r // group; the padding rows repeat the last one.
-    packed = (torch.arange(tiles * row_tile) // group).clamp_(max=rows - 1)
-    masks = []
-    for b, (start, extent) in enumerate(zip(starts, extents, strict=True)):
-        position, keys = (start + packed)[:, None], torch.arange(extent)
-        hidden = keys > position
-        if window:
-            hidden |= keys <= position - window
-        mask = torch.zeros(hidden.shape, dtype=k_cache.dtype).masked_fill_(hidden, float("-inf"))
-        masks.append(mask.view(tiles, 1, row_tile, extent))
+    segments = []
+    for b, start in enumerate(starts):
+        parts, begin = [], 0
+        while begin < rows:
+            # Libraries sum over a tile's keys in an order that follows how many keys there are.
+            extent = ((start + begin) // KEY_TILE + 1) * KEY_TILE
+            end = min(rows, extent - start)
+            tiles = -(-(end - begin) * group // row_tile)
+            # Packed row r is row r // group of these; the padding rows repeat the last one.
+            packed = (torch.arange(tiles * row_tile) // group).clamp_(max=end - begin - 1)
+            position, keys = (start + begin + packed)[:, None], torch.arange(extent)
+            hidden = keys > position
+            if window:
+                hidden |= keys <= position - window
+            mask = torch.zeros(hidden.shape, dtype=k_cache.dtype)
+            mask.masked_fill_(hidden, float("-inf"))
+            parts.append(Segment(begin, end, extent, mask.view(tiles, 1, row_tile, extent)))
+            begin = end
+        segments.append(parts)
         _clear(k_cache, v_cache, page_table[b], start + rows, extent)
     return StepPlan(
         slots.view(-1),
         cos_table[positions][:, :, None],
         sin_table[positions][:, :, None],
-        extents,
-        masks,
+        segments,
         group,
         row_tile,
     )

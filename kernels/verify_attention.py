@@ -35,7 +35,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from .step_plan import StepPlan, node_depth
+from .step_plan import Segment, StepPlan, node_depth
 
 # Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.
@@ -59,32 +59,48 @@ def verify_attention_ref(
 
     -> [B, T, Hq, D]. `scale` is 1 / sqrt(D) unless given.
     """
-    batch, rows, heads, head_dim = q.shape
-    kv_heads = k_pages.shape[2]
+    heads, kv_heads = q.shape[2], k_pages.shape[2]
     if heads != kv_heads * plan.group:
         raise ValueError(
             f"q must have Hq = Hk * group = {kv_heads * plan.group} heads, got {heads}"
         )
-    tile = plan.row_tile
-    outputs = []
-    for b in range(batch):
-        tiles = plan.masks[b].shape[0]
-        packed = q.new_zeros(kv_heads, tiles * tile, head_dim)
-        live = packed[:, : rows * plan.group].view(kv_heads, rows, plan.group, head_dim)
-        live.copy_(q[b].view(rows, kv_heads, plan.group, head_dim).transpose(0, 1))
-        k = _keys(k_pages, page_table[b], plan.extents[b])
-        v = _keys(v_pages, page_table[b], plan.extents[b])
-        out = F.scaled_dot_product_attention(
-            packed.view(kv_heads, tiles, tile, head_dim).transpose(0, 1),
-            k.expand(tiles, -1, -1, -1),
-            v.expand(tiles, -1, -1, -1),
-            attn_mask=plan.masks[b].expand(-1, kv_heads, -1, -1),
-            scale=scale,
-        )
-        out = out.transpose(0, 1).reshape(kv_heads, tiles * tile, head_dim)
-        live = out[:, : rows * plan.group].view(kv_heads, rows, plan.group, head_dim)
-        outputs.append(live.transpose(0, 1).reshape(rows, heads, head_dim))
-    return torch.stack(outputs)
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    _attend(q[b, part.begin : part.end], k_pages, v_pages, table, part, scale)
+                    for part in plan.segments[b]
+                ]
+            )
+            for b, table in enumerate(page_table)
+        ]
+    )
+
+
+def _attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    part: Segment,
+    scale: float | None,
+) -> Tensor:
+    """Attend with the rows of one segment: q [rows, Hq, D] -> [rows, Hq, D]."""
+    (rows, heads, head_dim), kv_heads = q.shape, k_pages.shape[2]
+    group, (tiles, _, tile, _) = heads // kv_heads, part.mask.shape
+    packed = q.new_zeros(kv_heads, tiles * tile, head_dim)
+    live = packed[:, : rows * group].view(kv_heads, rows, group, head_dim)
+    live.copy_(q.view(rows, kv_heads, group, head_dim).transpose(0, 1))
+    out = F.scaled_dot_product_attention(
+        packed.view(kv_heads, tiles, tile, head_dim).transpose(0, 1),
+        _keys(k_pages, table, part.extent).expand(tiles, -1, -1, -1),
+        _keys(v_pages, table, part.extent).expand(tiles, -1, -1, -1),
+        attn_mask=part.mask.expand(-1, kv_heads, -1, -1),
+        scale=scale,
+    )
+    out = out.transpose(0, 1).reshape(kv_heads, tiles * tile, head_dim)
+    live = out[:, : rows * group].view(kv_heads, rows, group, head_dim)
+    return live.transpose(0, 1).reshape(rows, heads, head_dim)
 
 
 def _keys(pages: Tensor, table: Tensor, extent: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.step_plan import StepPlan
+from mtpkern.kernels.step_plan import Segment, StepPlan
 from mtpkern.ops import TORCH, Ops
 
 
@@ -35,7 +35,7 @@ def plan_prefill(
     if window:
         visible &= keys > positions[:, None] - window
     cos, sin = (table[positions][None, :, None] for table in (cos_table, sin_table))
-    return StepPlan(slots, cos, sin, [extent], [visible], group, rows * group)
+    return StepPlan(slots, cos, sin, [[Segment(0, rows, extent, visible)]], group, rows * group)
 
 
 def prefill_attention(
@@ -49,10 +49,11 @@ def prefill_attention(
 ) -> Tensor:
     """Attend: q [1, T, Hq, D] -> [1, T, Hq, D]; the pages are gathered, since the vendor's
     attention reads none."""
-    used = page_table[0, : plan.extents[0] // k_pages.shape[1]]
+    ((part,),) = plan.segments
+    used = page_table[0, : part.extent // k_pages.shape[1]]
     k, v = (pages[used.long()].flatten(0, 1).transpose(0, 1)[None] for pages in (k_pages, v_pages))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=plan.masks[0], scale=scale, enable_gqa=True
+        q.transpose(1, 2), k, v, attn_mask=part.mask, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous()
 

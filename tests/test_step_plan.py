@@ -1,4 +1,4 @@
-"""step_plan: slots through the page table, extents in whole tiles, and nothing else cleared."""
+"""step_plan: slots through the page table, rows by their tile of keys, and nothing else cleared."""
 
 import pytest
 import torch
@@ -17,17 +17,21 @@ def test_slots_follow_the_page_table_across_a_page_border() -> None:
         for page, offset in (paged.slot(b, start + t) for t in range(4))
     ]
     assert plan.slots.tolist() == expected
-    assert plan.extents == [128, 192]
+    # Rows whose own keys lie in different tiles are apart.
+    parts = [[part[:3] for part in parts] for parts in plan.segments]
+    assert parts == [[(0, 2, 64), (2, 4, 128)], [(0, 1, 128), (1, 4, 192)]]
 
 
 def test_each_row_sees_its_own_position_and_what_is_before_it() -> None:
     paged = make_paged(1, 2, 64, 1, 4, torch.float32)
     plan = paged.plan([60], rows=7, group=3)
-    mask = plan.masks[0].view(-1, plan.extents[0])
-    assert plan.extents == [128] and mask.shape[0] == 32
-    for packed in range(7 * 3):
-        visible = (mask[packed] == 0).nonzero().view(-1)
-        assert visible.tolist() == list(range(60 + packed // 3 + 1))
+    ((first, second),) = plan.segments
+    assert first[:3] == (0, 4, 64) and second[:3] == (4, 7, 128)
+    for part in (first, second):
+        mask = part.mask.view(16, part.extent)
+        for packed in range((part.end - part.begin) * 3):
+            visible = (mask[packed] == 0).nonzero().view(-1)
+            assert visible.tolist() == list(range(60 + part.begin + packed // 3 + 1))
 
 
 def test_clearing_touches_only_the_slots_between_the_window_and_the_tile_edge() -> None:

@@ -57,6 +57,27 @@ def test_values_equal_a_dense_softmax(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_keeps_its_bits_where_the_window_reaches_the_next_tile_of_keys(
+    dtype: torch.dtype,
+) -> None:
+    """At every tile up to a long context: libraries block their sums by how many keys there are."""
+    kv_heads, group, head_dim = 3, 3, 64
+    paged = make_paged(1, 1, 1152, kv_heads, head_dim, dtype)
+    torch.manual_seed(4)
+    k, v = torch.randn(2, 1152, kv_heads, head_dim).to(dtype)
+    page = int(paged.page_table[0, 0])
+    q = torch.randn(1, 6, kv_heads * group, head_dim).to(dtype)
+    for length in [tile * 64 - before for tile in range(1, 18) for before in (1, 3, 5)]:
+        results = []
+        for begin, rows in [(0, 6), *((t, 1) for t in range(6))]:
+            paged.k[0, page], paged.v[0, page] = k, v
+            window = q[:, begin : begin + rows]
+            results.append(attend(paged, window, [length + begin], group)[0])
+        together, alone = results[0], torch.cat(results[1:])
+        torch.testing.assert_close(alone, together, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_row_has_the_same_bits_in_every_window_that_reaches_it(
     heads: tuple[int, int, int], dtype: torch.dtype
