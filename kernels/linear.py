@@ -53,7 +53,8 @@ def pack_ref(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
     """Bring a weight w [N, K], with bias [N] or None, into the layout that reads fastest.
 
     bfloat16 on a CPU that multiplies it natively is blocked by oneDNN (a third faster here than
-    row-major); everything else stays as it is, without a copy.
+    row-major); everything else stays as it is, without a copy, but for rows that are no whole cache
+    lines: a library's order of summing may follow where a row begins.
     """
     if w.dim() != 2 or (bias is not None and bias.shape != w.shape[:1]):
         raise ValueError(
@@ -62,7 +63,7 @@ def pack_ref(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
         )
     blocked = _blockable(w)
     # The second argument is the row count to block for: one fits every small row count.
-    data = torch.ops.mkldnn._reorder_linear_weight(w, 1) if blocked else w
+    data = torch.ops.mkldnn._reorder_linear_weight(w, 1) if blocked else _whole_lines(w)
     packed = PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, (1,))
     key = (w.shape[0], w.shape[1], w.dtype, w.device, torch.get_num_threads())
     if key not in _probed:
@@ -93,7 +94,14 @@ def _at_stable_rows(x: Tensor, w: PackedWeight) -> Tensor:
 def _multiply(x: Tensor, w: PackedWeight) -> Tensor:
     if w.blocked:
         return torch.ops.mkldnn._linear_pointwise(x, w.data, w.bias, "none", [], "")
-    return F.linear(x, w.data, w.bias)
+    missing = w.data.shape[1] - x.shape[1]
+    return F.linear(F.pad(x, (0, missing)) if missing else x, w.data, w.bias)
+
+
+def _whole_lines(w: Tensor) -> Tensor:
+    """Rows w [N, K] with zeros behind them up to a multiple of 64 bytes."""
+    missing = -w.shape[1] % (64 // w.element_size())
+    return F.pad(w, (0, missing)) if missing else w
 
 
 def _blockable(w: Tensor) -> bool:
