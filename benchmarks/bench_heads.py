@@ -5,7 +5,8 @@
 Every heads directory answers the same prompts, alone and with n-grams, several prompts at a time:
 tokens do not depend on the batch, so neither does acceptance. All answers must equal those without
 drafts; anything red ends with exit code 1. With --timed N the first N prompts are decoded once
-more, one at a time, for speed. The last line is one JSON object; --plot draws it.
+more, one at a time and each right after plain decoding without padding (as in bench_decode.py), for
+speed. The last line is one JSON object; --plot draws it.
 """
 
 import argparse
@@ -16,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import PROMPTS, acceptance_length, by_position, encode, loop_free, percents
+from bench_decode import (
+    PROMPTS,
+    acceptance_length,
+    by_position,
+    encode,
+    loop_free,
+    percents,
+    unpadded,
+)
 from common import Progress, environment, first_line, gpu_environment, gpu_first_line, read_prompts
 
 from mtpkern import LLM, SamplingParams, UserError
@@ -50,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
         expected[temperature] = [c.token_ids for c in plain.generate(prompts, params)]
         progress("without drafts")
-    seconds = time_prompts(plain, prompts[: args.timed], args.max_tokens)
-    plain_rate = rate(seconds)
-    del plain
+    if args.timed:
+        plain = open_model(heads="none", ngram=False, ops=unpadded(plain))
 
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
     report["environment"] |= {"prompts": args.prompts.name, "count": len(prompts)}
@@ -70,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
             report["rows"].append(row | {"megabytes": megabytes(args.model, heads)})
             progress(name)
         if args.timed:
-            speed = rate(time_prompts(llm, prompts[: args.timed], args.max_tokens))
+            speed = time_side_by_side(plain, llm, prompts[: args.timed], args.max_tokens)
             for row in report["rows"][-len(args.temperature) :]:
-                row |= {"tokens_per_second": speed, "speedup": speed / plain_rate}
+                row |= speed
     print_rows(report["rows"])
     if args.plot:
         draw(report, args.plot)
@@ -128,17 +136,19 @@ def loop_free_length(answers: list[Any]) -> float:
     return sum(tokens for tokens, _ in kept) / max(1, sum(steps for _, steps in kept))
 
 
-def time_prompts(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[tuple[int, float]]:
-    """Tokens and seconds of decoding each prompt alone, after one that sets things up."""
-    timed = []
-    for prompt in prompts[:1] + prompts:
-        (answer,) = llm.generate([prompt], SamplingParams(max_tokens=max_tokens))
-        timed.append((answer.stats.new_tokens, answer.stats.decode_seconds))
-    return timed[1:]
-
-
-def rate(timed: list[tuple[int, float]]) -> float:
-    return sum(t for t, _ in timed) / sum(s for _, s in timed) if timed else 0.0
+def time_side_by_side(
+    plain: LLM, drafting: LLM, prompts: list[list[int]], max_tokens: int
+) -> dict[str, float]:
+    """Decode each prompt alone by both, one after the other, after one that sets things up."""
+    params, spent = SamplingParams(max_tokens=max_tokens), torch.zeros(2, 2)
+    for number, prompt in enumerate(prompts[:1] + prompts):
+        for row, llm in enumerate((plain, drafting)):
+            (answer,) = llm.generate([prompt], params)
+            if number:
+                spent[row] += torch.tensor([answer.stats.new_tokens, answer.stats.decode_seconds])
+    slow, fast = (spent[:, 0] / spent[:, 1]).tolist()
+    names = ("tokens_per_second", "plain_tokens_per_second", "speedup")
+    return dict(zip(names, (fast, slow, fast / slow), strict=True))
 
 
 def megabytes(model: str | None, heads: str) -> float:
