@@ -101,7 +101,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "use_sliding_window": (False,),
     "quantization_config": (),
-    "auto_map": (),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "logits_scaling": (1.0,),

@@ -87,14 +87,19 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def _save(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Write tensors, each with memory of its own: Medusa's blocks of one head may be one tensor."""
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def _write_eagle3(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
     """The same tensors under the same names, beside the same config.json."""
     config = file.with_name("config.json")
     if not config.is_file():
         raise ModelLoadError(f"{printable(file)} is an EAGLE-3 head, which needs its config.json")
     shutil.copyfile(config, directory / "config.json")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    _save(tensors, directory)
 
 
 def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
@@ -111,7 +116,7 @@ def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
             f"{printable(file)}: {heads} Medusa heads of {depth} blocks are not all there"
         )
     renamed = {
-        (f"{m[1]}.vocabulary.weight" if (m := _OWN.fullmatch(name)) else name): tensor.contiguous()
+        (f"{m[1]}.vocabulary.weight" if (m := _OWN.fullmatch(name)) else name): tensor
         for name, tensor in tensors.items()
     }
     settings: dict[str, Any] = {
@@ -120,7 +125,7 @@ def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
         "num_layers": depth,
         "own_vocabulary": bool(own),
     }
-    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    _save(renamed, directory)
     (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
@@ -156,6 +161,5 @@ def _write_hydra(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> 
         "num_layers": max(map(len, depth.values())),
         "prefix": any(name.startswith("prefix.") for name in renamed),
     }
-    contiguous = {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
-    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    _save(renamed, directory)
     (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

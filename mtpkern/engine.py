@@ -127,14 +127,20 @@ class LLM:
             self._cache, self._pool = self._make_cache(cache_tokens)
             self.drafter: Drafter = NgramDrafter(self.ops) if ngram else NoDrafter()
             if heads_directory is not None and self.k:
-                drafter = load_heads(
+                drafter, most = load_heads(
                     heads_directory,
                     self.trunk,
                     self._cache,
-                    k=self.k,
                     ops=self.ops,
                     base=None if load_format == "dummy" else directory,
                 )
+                if most is not None and self.k > most:
+                    if num_speculative_tokens is not None:
+                        raise UserError(
+                            f"num_speculative_tokens must be at most {most}, the number of heads, "
+                            f"got {self.k}"
+                        )
+                    self.k = most
                 if ngram:
                     drafter = CompanionDrafter(NgramDrafter(self.ops), drafter)
                 self.drafter = drafter

@@ -41,27 +41,29 @@ from mtpkern.ops import Ops
 from mtpkern.sequential_heads import Eagle3Drafter, ModulesDrafter, MtpDrafter, MtpWeights
 
 PRETRAINED = Path(__file__).with_name("pretrained")
-# Models that come with heads: model_type -> what config.json counts them by.
-_BRINGS = {"mimo": "num_nextn_predict_layers", "mtp_llama": "prediction_heads"}
+# Models that come with heads: model_type -> what config.json counts them by, and the count of a
+# model without.
+_BRINGS = {"mimo": ("num_nextn_predict_layers", 0), "mtp_llama": ("prediction_heads", 1)}
 
 
 def find_heads(name: str, model: str, directory: Path | None = None) -> Path | None:
     """The directory of heads that `name` means for `model`; None where there are to be none.
 
-    "auto" is what the checkpoint in `directory` brings along, or what ships for the model, if
-    anything; "none" nothing; else a name in the package or a directory. Raises UserError for a name
-    that is neither.
+    "auto" is what the checkpoint in `directory` brings along, or what ships for these weights of
+    the model, if anything; "none" nothing; else a name in the package or a directory. Raises
+    UserError for a name that is neither.
     """
     if name == "none":
         return None
     if name == "auto" and directory is not None:
         settings = read_json_object(directory / "config.json")
-        brings = _BRINGS.get(str(settings.get("model_type")))
-        if brings and settings.get(brings):
+        count, none = _BRINGS.get(str(settings.get("model_type")), ("", 0))
+        if settings.get(count, none) not in (none, None):
             return directory
     shipped = sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))
     if name == "auto":
-        return PRETRAINED / model if model in shipped else None
+        own = PRETRAINED / model
+        return own if model in shipped and _trained_on(own, directory) else None
     if name in shipped:
         return PRETRAINED / name
     if Path(name).is_dir():
@@ -69,6 +71,13 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
     raise UserError(
         f"heads {printable(name)}: no such directory; names: auto, none, {', '.join(shipped)}"
     )
+
+
+def _trained_on(heads: Path, base: Path | None) -> bool:
+    """Whether heads fit these weights, as far as they name them and there are any."""
+    mark = read_json_object(heads / "config.json").get("base_model_fingerprint")
+    known = base is not None and any(base.glob("*.safetensors"))
+    return not (mark and known) or mark == fingerprint(base)  # type: ignore[arg-type]
 
 
 class _Kind(NamedTuple):
@@ -84,11 +93,11 @@ def load_heads(
     trunk: Llama,
     cache: KVCache,
     *,
-    k: int,
     ops: Ops,
     base: Path | None = None,
-) -> Drafter:
-    """Load heads for a trunk and its cache. Raises ModelLoadError where they do not fit.
+) -> tuple[Drafter, int | None]:
+    """Load heads for a trunk and its cache -> a drafter, and how many tokens it drafts at most
+    (None: any number). Raises ModelLoadError where they do not fit.
 
     `base` is the trunk's checkpoint, where heads that name their model's fingerprint are to be
     held to it.
@@ -106,8 +115,7 @@ def load_heads(
             f"{printable(path)}: model_type {printable(name)} is not supported; supported: "
             f"{', '.join(_KINDS)}"
         )
-    trained_on = settings.get("base_model_fingerprint")
-    if trained_on and base is not None and trained_on != fingerprint(base):
+    if not _trained_on(directory, base):
         raise ModelLoadError(
             f"{printable(directory)} was trained on other weights than those of {printable(base)}"
         )
@@ -126,12 +134,28 @@ def load_heads(
                 f"{printable(directory)}: tensor {tensor} must be {list(shape)} to match the "
                 f"model, got {list(tensors[tensor].shape)}"
             )
-    most = settings.get("num_heads")  # where each head drafts one position
-    if most and k > most:
-        raise UserError(
-            f"num_speculative_tokens must be at most {most}, the number of heads, got {k}"
+    embedding = tensors.pop("embed_tokens.weight", None)
+    # The trunk's, rounded to another type at most.
+    if embedding is not None and not torch.allclose(
+        embedding.to(trunk.embedding), trunk.embedding, rtol=0.01, atol=1e-4
+    ):
+        raise ModelLoadError(
+            f"{printable(directory)} has an embedding of its own, which is not supported"
         )
-    return kind.build(_Source(tensors, trunk), settings, trunk, cache, ops)
+    if strange := sorted(tensors.keys() - shapes.keys()):
+        raise ModelLoadError(
+            f"{printable(directory)}: tensor {printable(strange[0])} has no place in such heads"
+        )
+    ids = tensors.get("draft_vocab", torch.zeros(1))
+    if ids.min() < 0 or ids.max() >= trunk.config.vocab_size:
+        raise ModelLoadError(
+            f"{printable(directory)} drafts tokens that the model's vocabulary of "
+            f"{trunk.config.vocab_size} does not have"
+        )
+    most = settings.get("num_heads")  # where each head drafts one position
+    if most is not None and most < 1:
+        raise ModelLoadError(f"{printable(path)} names {most} heads")
+    return kind.build(_Source(tensors, trunk), settings, trunk, cache, ops), most
 
 
 class _Source:
@@ -211,10 +235,13 @@ def _build_hydra(
 
 
 def _vocabulary(source: _Source, trunk: Llama, ops: Ops) -> tuple[Any, Tensor]:
-    """What heads draft through, and its ids: the trunk's own, or the rows `draft_vocab` of it."""
+    """What heads draft through, and its ids: one of their own, the trunk's, or the rows
+    `draft_vocab` of that."""
     where, reduced = trunk.embedding.device, "draft_vocab" in source
     ids = source.tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
     ids = ids.to(where, torch.int64)
+    if "vocabulary.weight" in source:
+        return source.packed("vocabulary", ops), ids
     return (ops.pack(trunk.lm_head[ids]) if reduced else trunk.vocabulary), ids
 
 
@@ -244,15 +271,11 @@ def _mtp_weights(
     shared: tuple[Any, Tensor],
     ops: Ops,
 ) -> MtpWeights:
-    """A sequential module (names as in MiMo's MTP layers, plus fc, vocabulary and draft_vocab).
-
-    `shared` is what it drafts through where it has no vocabulary of its own, and the ids.
-    """
+    """A sequential module, names as in MiMo's MTP layers, plus fc; `shared` is what it drafts
+    through, and its ids."""
     config, taps = mtp_layer_config(settings, trunk.config), settings["tap_layers"]
     joined = f"{prefix}input_proj.weight" in source
     vocabulary, token_ids = shared
-    if "vocabulary.weight" in source:
-        vocabulary = source.packed("vocabulary", ops)
     return MtpWeights(
         taps=tuple(taps),
         fc=source.packed(f"{prefix}fc", ops) if len(taps) > 1 else None,

@@ -32,6 +32,32 @@ def read_eagle3(
     It taps three layers of the trunk (their outputs, counted from 1), and its context is the
     trunk's, whatever its config says. d2t holds distances: id = row + d2t[row].
     """
+    llama = {"num_hidden_layers": 1} | dict(settings) | {"model_type": "llama"}
+    layer = ModelConfig.from_json(llama | {"architectures": ["LlamaForCausalLM"]})
+    if layer.vocab_size != trunk.vocab_size:
+        raise ModelLoadError(
+            f"{printable(path)}: vocab_size must be {trunk.vocab_size} to match the model, "
+            f"got {layer.vocab_size}"
+        )
+    L = trunk.num_layers
+    # Some count the tapped layers from 1, some from 0: both are the same three.
+    usual = {
+        "num_hidden_layers": (1,),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "norm_before_residual": (False,),
+        "norm_before_fc": (False,),
+        "fc_norm": (False,),
+        "norm_output": (False,),
+        "eagle_aux_hidden_state_layer_ids": ([2, L // 2, L - 3], [1, L // 2 - 1, L - 4]),
+    }
+    given = dict(settings.get("eagle_config") or {}) | dict(settings)
+    for name, values in usual.items():
+        if given.get(name) not in (None, *values):
+            raise ModelLoadError(
+                f"{printable(path)}: {name}={printable(given[name])} is not supported in EAGLE-3 "
+                f"heads; supported: {values[0]}"
+            )
     own = {name.removeprefix("midlayer."): tensor for name, tensor in tensors.items()}
     for ours, theirs in (
         ("token_layernorm", "input_layernorm"),
@@ -41,18 +67,19 @@ def read_eagle3(
     ):
         if f"{theirs}.weight" in own:
             own[f"{ours}.weight"] = own.pop(f"{theirs}.weight")
+    own.pop("t2d", None)  # d2t the other way round
     rows = settings.get("draft_vocab_size") or trunk.vocab_size
     if "d2t" in own:
-        own["draft_vocab"] = own.pop("d2t").long() + torch.arange(rows)
-    heads, L = settings["num_attention_heads"], trunk.num_layers
+        distances = own.pop("d2t").long()
+        own["draft_vocab"] = distances + torch.arange(len(distances))
     return own, {
         "tap_layers": [2, L // 2, L - 3],
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings.get("num_key_value_heads", heads),
-        "head_dim": settings.get("head_dim") or trunk.hidden_size // heads,
-        "intermediate_size": settings["intermediate_size"],
-        "rms_norm_eps": settings.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(settings.get("rope_theta", 10000.0)),
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "intermediate_size": layer.intermediate_size,
+        "rms_norm_eps": layer.rms_norm_eps,
+        "rope": layer.rope,
         "draft_vocab_size": rows if "draft_vocab" in own else None,
     }
 
@@ -180,6 +207,9 @@ def decoder_shapes(prefix: str, config: ModelConfig) -> dict[str, tuple[int, ...
 
 def mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelConfig:
     """The trunk's config with the module's own layer sizes."""
+    rope = settings.get("rope", trunk.rope)
+    if "rope_theta" in settings:
+        rope = RopeConfig(theta=settings["rope_theta"])
     return replace(
         trunk,
         num_layers=1,
@@ -188,7 +218,7 @@ def mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelCo
         head_dim=settings["head_dim"],
         intermediate_size=settings["intermediate_size"],
         rms_norm_eps=settings["rms_norm_eps"],
-        rope=RopeConfig(theta=settings["rope_theta"]) if "rope_theta" in settings else trunk.rope,
+        rope=rope,
         qkv_bias=bool(settings.get("qkv_bias")),
         qk_norm=False,
         sliding_window=0,

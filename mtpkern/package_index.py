@@ -84,7 +84,9 @@ def _open(url: str):  # type: ignore[no-untyped-def]
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=parts.netloc.split("@")[-1])))
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+        basic = "Basic " + base64.b64encode(login.encode()).decode()
+        # Not for whom the index redirects to.
+        request.add_unredirected_header("Authorization", basic)
     context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT"))
     return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=context)
 

@@ -83,7 +83,7 @@ class CachedDrafter:
         begin = cache.lengths.clone()
         waiting = (step.lengths - begin).clamp_(min=1)
         rows = int(waiting.max())
-        after = step.tokens.gather(1, begin[:, None] + 1 + torch.arange(rows))
+        after = tokens_from(step, begin + 1, rows)
         cache.lengths.copy_(step.lengths)
         return self._pending_of(step)[:, :rows], after.view(-1), begin, waiting - 1
 
@@ -95,6 +95,16 @@ class CachedDrafter:
         norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
         pages, eps = (cache.k[index], cache.v[index]), config.rms_norm_eps
         self.ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, *pages, plan, **norms)
+
+
+def tokens_from(step: DraftInput, begin: Tensor, count: int) -> Tensor:
+    """The `count` tokens of each sequence from begin [B] on: [B, count].
+
+    A sequence that waits for fewer than another of its batch may end before: what is read there
+    stands for nothing.
+    """
+    index = begin[:, None] + torch.arange(count)
+    return step.tokens.gather(1, index.clamp_(max=step.tokens.shape[1] - 1))
 
 
 @dataclass(frozen=True)
@@ -234,8 +244,7 @@ class ModulesDrafter(MtpDrafter):
     def guess(self, step: DraftInput, count: int) -> Drafts:
         features, _, begin, last = self._committed(step)
         batch, rows = features.shape[:2]
-        ahead = begin[:, None] + 1 + torch.arange(rows + self.open_pairs)
-        tokens = step.tokens.gather(1, ahead)
+        tokens = tokens_from(step, begin + 1, rows + self.open_pairs)
         hidden = self._hidden(features.reshape(batch * rows, -1))
         drafts: list[Tensor] = []
         for d in range(count):

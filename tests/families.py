@@ -140,6 +140,7 @@ def _make_mimo(directory: Path, modules: int) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
+    config["auto_map"] = {"AutoConfig": "configuration_mimo.MiMoConfig"}
     config["num_nextn_predict_layers"] = modules
     path.write_text(json.dumps(config), encoding="utf-8")
     tensors = load_file(directory / "model.safetensors")

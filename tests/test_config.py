@@ -71,7 +71,6 @@ def test_end_of_text_ids_of_both_files_are_merged(tmp_path):
         ({"sliding_window": 4096}, "sliding_window"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type dynamic.*supported"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type longrope"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),

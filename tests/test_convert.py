@@ -28,6 +28,18 @@ def test_heads_and_depth_are_counted_whatever_the_config_says(tmp_path: Path) ->
     assert '"num_heads": 5' in text and '"num_layers": 1' in text
 
 
+def test_blocks_that_are_one_tensor_convert(tmp_path: Path) -> None:
+    """Medusa makes a head's blocks as [block] * layers: one tensor under several names."""
+    tensors = published_medusa(heads=2, depth=2)
+    for name in list(tensors):
+        if ".1.linear" in name:
+            tensors[name] = tensors[name.replace(".1.", ".0.")]
+    torch.save(tensors, tmp_path / MEDUSA_FILE)
+    convert(tmp_path / MEDUSA_FILE, tmp_path / "heads")
+    written = load_file(tmp_path / "heads" / "model.safetensors")
+    assert torch.equal(written["1.1.linear.weight"], tensors["1.0.linear.weight"])
+
+
 class Hostile:
     def __reduce__(self) -> Any:
         return os.system, ("echo harmed > harmed",)

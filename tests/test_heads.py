@@ -348,18 +348,24 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
             assert draft == int((w[f"{h}.2.weight"] @ x).argmax())
 
 
+@pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_an_eagle3_head_drafts_what_its_definition_says(reduced: bool, tmp_path: Path) -> None:
+def test_an_eagle3_head_drafts_what_its_definition_says(
+    reduced: bool, ngram: bool, tmp_path: Path
+) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
     heads = write_eagle3(tmp_path / "heads", reduced=reduced)
-    llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
-    recorder = Recorder(llm.drafter)
-    llm.drafter = recorder
+    llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
+    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
+    if ngram:
+        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
+    else:
+        llm.drafter = recorder
     prompts = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
     llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     w = load_tensors(heads)
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
-    assert len(recorder.drafted) > 20
+    assert len(recorder.drafted) > (5 if ngram else 20)
     for known, drafts in recorder.drafted[::5]:
         states = trunk_states(trunk, known[:-1])
         hidden = torch.cat([states[layer - 1] for layer in (2, 4, 5)], -1) @ w["fc.weight"].T
@@ -401,14 +407,15 @@ def eagle3_layer(hidden: Tensor, token: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["mtp", "medusa", "published"])
+@pytest.mark.parametrize("kind", ["mtp", "medusa", "published", "eagle3"])
 @pytest.mark.parametrize("ngram", [False, True])
 def test_heads_never_change_a_token(
     kind: str, ngram: bool, temperature: float, tmp_path: Path
 ) -> None:
-    trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
-    write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}[kind]
-    heads = write(tmp_path / "heads")
+    layers = 8 if kind == "eagle3" else L
+    trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16, num_hidden_layers=layers)
+    write: dict[str, Any] = {"mtp": write_mtp, "medusa": write_medusa, "eagle3": write_eagle3}
+    heads = write.get(kind, write_published)(tmp_path / "heads")
     params = SamplingParams(max_tokens=60, temperature=temperature, logprobs=True, ignore_eos=True)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=256)
     prompts = [PROMPT, [30, 31], list(range(40, 90))]
@@ -439,6 +446,27 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
         assert drafts == slow_mtp(heads, trunk, known, len(drafts))
 
 
+def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:
+    """The head takes in as many rows of each as of the one that waits for most."""
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    heads = write_mtp(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, num_speculative_tokens=2, max_length=160, max_batch=2)
+
+    class CopiesUnlessLast:
+        def guess(self, step: Any, count: int) -> Drafts:
+            drafts = llm.ops.ngram(step.tokens, step.lengths + 1, count, 1)[0]
+            source = torch.where(step.tokens[:, 0] == 77, 0, NGRAM)
+            return Drafts(drafts, source, torch.tensor([count]))
+
+    assert isinstance(llm.drafter, CompanionDrafter)
+    llm.drafter.ngram = CopiesUnlessLast()  # type: ignore[assignment]
+    prompts = [PROMPT, [i % 50 for i in range(130)], [77, *(i % 50 for i in range(157))]]
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):
+        (plain,) = llm.generate(prompt, params, speculate=False)
+        assert drafted.token_ids == plain.token_ids
+
+
 def test_heads_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads")
@@ -459,3 +487,55 @@ def test_heads_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     medusa = write_medusa(tmp_path / "medusa")
     with pytest.raises(UserError, match="at most 3, the number of heads, got 4"):
         LLM(trunk, heads=medusa, num_speculative_tokens=4)
+    assert LLM(trunk, heads=medusa).k == 3
+    tensors = load_tensors(heads)
+    for changed, message in (
+        ({"self_attn.q_proj.bias": torch.ones(40)}, "q_proj.bias has no place in such heads"),
+        ({"draft_vocab": tensors["draft_vocab"] + 2}, f"vocabulary of {V} does not have"),
+    ):
+        save_file(tensors | changed, heads / "model.safetensors")
+        with pytest.raises(ModelLoadError, match=message):
+            LLM(trunk, heads=heads)
+
+
+def test_an_eagle3_head_of_another_kind_is_refused(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+    heads = write_eagle3(tmp_path / "heads")
+    config = heads / "config.json"
+    good = json.loads(config.read_text())
+    for change, message in (
+        ({"vocab_size": V + 1}, f"vocab_size must be {V} to match the model, got {V + 1}"),
+        ({"hidden_size": E + 2, "draft_vocab_size": 5}, r"must be \["),
+        ({"num_hidden_layers": 2}, "num_hidden_layers=2 is not supported in EAGLE-3 heads"),
+        ({"norm_before_residual": True}, "norm_before_residual=True is not supported"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "layer_ids=.1, 2, 3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type dynamic"),
+    ):
+        config.write_text(json.dumps(good | change))
+        with pytest.raises(ModelLoadError, match=message):
+            LLM(trunk, heads=heads)
+    eagle = {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "use_aux_hidden_state": True}
+    config.write_text(json.dumps(good | {"eagle_config": eagle}))
+    tensors = load_tensors(heads)
+    embedding = load_tensors(trunk)["model.embed_tokens.weight"]
+    save_file(tensors | {"embed_tokens.weight": embedding.half()}, heads / "model.safetensors")
+    LLM(trunk, heads=heads)
+    save_file(tensors | {"embed_tokens.weight": 2 * embedding}, heads / "model.safetensors")
+    with pytest.raises(ModelLoadError, match="has an embedding of its own"):
+        LLM(trunk, heads=heads)
+
+
+def test_an_eagle3_heads_rotation_is_read_wherever_it_stands(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+    heads = write_eagle3(tmp_path / "heads")
+    config = heads / "config.json"
+    settings = json.loads(config.read_text())
+    drafts = []
+    for rope in ({"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0}}, {}):
+        settings.pop("rope_theta", None)
+        config.write_text(json.dumps(settings | rope))
+        llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+        llm.drafter = recorder = Recorder(llm.drafter)
+        llm.generate([50 + i % 9 for i in range(140)], SamplingParams(20, ignore_eos=True))
+        drafts.append(recorder.drafted)
+    assert drafts[0] == drafts[1] != drafts[2]

@@ -17,6 +17,8 @@ from mtpkern.checkpoint import fingerprint, load_tensors
 from mtpkern.config import ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
 from mtpkern.engine import LLM
+from mtpkern.head_checkpoint import PRETRAINED, find_heads
+from mtpkern.heads import NgramDrafter
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 HQ, HK, D = TINY_CONFIG["num_attention_heads"], TINY_CONFIG["num_key_value_heads"], 8
@@ -120,6 +122,7 @@ def write_layers(directory: Path, heads: int = 3) -> Path:
     path = directory / "config.json"
     config = json.loads(path.read_text()) | {"model_type": "mtp_llama"}
     config |= {"architectures": ["MTPLlamaForCausalLM"], "prediction_heads": heads + 1}
+    config["auto_map"] = {"AutoModel": "modeling_mtp_llama.MTPLlamaModel"}
     path.write_text(json.dumps(config))
     tensors = load_file(directory / "model.safetensors")
     torch.manual_seed(12)
@@ -332,13 +335,14 @@ def test_modules_of_their_own_draft_what_their_definition_says(
                 tokens.append(draft)
     with pytest.raises(UserError, match=f"at most {modules}, the number of heads"):
         LLM(tmp_path, num_speculative_tokens=4)
+    assert LLM(tmp_path).k == modules
 
 
 # For all of them
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["layers", "hydra", "hydra with a layer", "modules"])
+@pytest.mark.parametrize("kind", ["layers", "hydra", "hydra with a layer", "mimo", "modules"])
 @pytest.mark.parametrize("ngram", [False, True])
 def test_heads_never_change_a_token(
     kind: str, ngram: bool, temperature: float, tmp_path: Path
@@ -346,8 +350,8 @@ def test_heads_never_change_a_token(
     options: dict[str, Any] = {}
     if kind == "layers":
         trunk = write_layers(tmp_path / "trunk")
-    elif kind == "modules":
-        write_family("mimo", trunk := tmp_path / "trunk", modules=3)
+    elif kind in ("mimo", "modules"):
+        write_family("mimo", trunk := tmp_path / "trunk", modules=3 if kind == "modules" else 1)
     else:
         trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
         options["heads"] = write_hydra(tmp_path / "heads", prefix="layer" in kind)
@@ -364,6 +368,27 @@ def test_heads_never_change_a_token(
     for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):
         plain = llm.generate(prompt, params, speculate=False)[0]
         assert (drafted.token_ids, drafted.logprobs) == (plain.token_ids, plain.logprobs)
+
+
+def test_a_model_that_predicts_one_token_brings_no_heads(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", ahead=1)
+    convert(tmp_path / "meta", tmp_path / "model")
+    llm = LLM(tmp_path / "model", max_length=300)
+    assert isinstance(llm.drafter, NgramDrafter)
+    with pytest.raises(ModelLoadError, match="config.json names 0 heads"):
+        LLM(tmp_path / "model", heads=tmp_path / "model", max_length=300)
+
+
+def test_what_ships_for_a_model_of_this_name_is_left_out_for_other_weights(tmp_path: Path) -> None:
+    (name,) = (path.parent.name for path in PRETRAINED.glob("*/config.json"))
+    other = tiny_checkpoint(tmp_path / name)
+    assert find_heads("auto", name) == PRETRAINED / name
+    assert find_heads("auto", name, other) is None
+    assert isinstance(LLM(other, max_length=300).drafter, NgramDrafter)
+
+
+def test_shipped_heads_stay_small() -> None:
+    assert sum(file.stat().st_size for file in PRETRAINED.rglob("*.*")) < 12e6
 
 
 def test_heads_of_other_weights_are_refused(tmp_path: Path) -> None:

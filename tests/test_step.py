@@ -36,7 +36,7 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
         return NgramDrafter(TRITON)
     write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
     write["hydra"] = write_hydra
-    heads = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, k=K, ops=TRITON)
+    heads, _ = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, ops=TRITON)
     return CompanionDrafter(NgramDrafter(TRITON), heads) if "n-gram" in kind else heads
 
 
@@ -108,7 +108,7 @@ def test_a_sequential_head_launches_little_beside_its_kernels(
     predict_steps: Any, tmp_path: Path
 ) -> None:
     trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, K)
-    heads = load_heads(write_mtp(tmp_path / "h"), trunk, state.cache, k=K, ops=TRITON)
+    heads, _ = load_heads(write_mtp(tmp_path / "h"), trunk, state.cache, ops=TRITON)
     with predict_steps.traced() as trace:
         decode_step(state, trunk, heads, TRITON, logprobs=True)
     others = dict(trace.others)
@@ -128,7 +128,7 @@ def test_a_sequential_head_launches_little_beside_its_kernels(
 
 def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_path: Path) -> None:
     trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 1, K)
-    heads = load_heads(write_medusa(tmp_path / "h"), trunk, state.cache, k=K, ops=TRITON)
+    heads, _ = load_heads(write_medusa(tmp_path / "h"), trunk, state.cache, ops=TRITON)
     read = []
     for k, drafter in ((0, NoDrafter()), (K, heads)):
         with predict_steps.traced() as trace:
