@@ -2,14 +2,16 @@
 
     python benchmarks/bench_heads.py --heads auto --heads my-medusa --plot heads.png
 
-Every heads directory answers the same prompts, alone and with n-grams, several prompts at a time:
-tokens do not depend on the batch, so neither does acceptance. All answers must equal those without
-drafts; anything red ends with exit code 1. With --timed N the first N prompts are decoded once
+Every heads directory answers the same prompts, alone and with n-grams, one prompt at a time: tokens
+do not depend on the batch, but drafting goes on while any sequence of a batch is sure enough, so
+that --batch 8 is quicker and accepts a little more. All answers must equal those without drafts;
+anything red ends with exit code 1. With --timed N the first N prompts are decoded once
 more, one at a time and each right after plain decoding without padding (as in bench_decode.py), for
 speed. The last line is one JSON object; --plot draws it.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from functools import partial
@@ -37,11 +39,11 @@ SEED = 7
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
     if args.threads:
         torch.set_num_threads(args.threads)
-    open_model = partial(
-        LLM, args.model, dtype=args.dtype, device=args.device, max_batch=args.batch
-    )
+    open_model = partial(LLM, args.model, dtype=args.dtype, device=args.device)
     plain = open_model(heads="none", ngram=False)
     on_gpu = plain.device.type == "cuda"
     facts = gpu_environment() if on_gpu else environment()
@@ -50,8 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     categories = [row["category"] for row in rows]
     prompts = [encode(plain, row["turns"][0]) for row in rows]
     ways = [("n-gram", "none", True)]
-    for heads in args.heads:
-        name = Path(heads).name
+    names = [Path(heads).name for heads in args.heads]
+    for heads, name in zip(args.heads, names, strict=True):
+        name = name if names.count(name) == 1 else heads
         ways += [(name, heads, False), (f"{name} + n-gram", heads, True)]
     progress = Progress(len(args.temperature) * (len(ways) + 1))
     expected: dict[float, list[list[int]]] = {}
@@ -59,14 +62,18 @@ def main(argv: list[str] | None = None) -> int:
         params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
         expected[temperature] = [c.token_ids for c in plain.generate(prompts, params)]
         progress("without drafts")
+    model, dtype = plain.name, str(plain.dtype).removeprefix("torch.")
     if args.timed:
         plain = open_model(heads="none", ngram=False, ops=unpadded(plain))
 
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
     report["environment"] |= {"prompts": args.prompts.name, "count": len(prompts)}
-    report["environment"] |= {"max_tokens": args.max_tokens, "K": args.k}
+    report["environment"] |= {"max_tokens": args.max_tokens, "K": args.k, "batch": args.batch}
+    report["environment"] |= {"model": model, "dtype": dtype}
     for name, heads, ngram in ways:
-        llm = open_model(heads=heads, ngram=ngram, num_speculative_tokens=args.k)
+        llm = open_model(
+            heads=heads, ngram=ngram, num_speculative_tokens=args.k, max_batch=args.batch
+        )
         for temperature in args.temperature:
             params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
             answers = llm.generate(prompts, params)
@@ -80,14 +87,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.timed:
             speed = time_side_by_side(plain, llm, prompts[: args.timed], args.max_tokens)
             for row in report["rows"][-len(args.temperature) :]:
-                row |= speed
+                row |= speed if row["temperature"] == 0 else {}
     print_rows(report["rows"])
-    if args.plot:
-        draw(report, args.plot)
     text = json.dumps(report)
     if args.output_json:
         args.output_json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print(text, flush=True)
+    if args.plot:
+        draw(report, args.plot)
     return 0
 
 
@@ -101,7 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128, metavar="N")
     add("--temperature", type=float, action="append", metavar="T", help="default: 0")
     add("-K", dest="k", type=int, default=4)
-    add("--batch", type=int, default=8, metavar="N", help="prompts at a time")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at a time")
     add("--timed", type=int, default=0, metavar="N", help="prompts to time, one at a time")
     add("--threads", type=int)
     add("--dtype", default="auto")
@@ -177,10 +184,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def draw(report: dict[str, Any], file: Path) -> None:
     """Acceptance by position, and tokens a step by category, of each heads directory."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     coldest = min(row["temperature"] for row in report["rows"])
     rows = [row for row in report["rows"] if row["temperature"] == coldest]
     figure = Figure(figsize=(13, 5.4), layout="constrained")

@@ -38,7 +38,10 @@ def test_rows_say_what_decoding_did(bench_heads: Any, arguments: list[str], caps
     assert bench_heads.main([*arguments, *more]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     named = {(row["heads"], row["temperature"]): row for row in report["rows"]}
-    assert len(named) == 10 and all(row["speedup"] > 0 for row in report["rows"])
+    assert len(named) == 10
+    # Speed is of greedy decoding.
+    assert all(row.get("speedup", 1) > 0 for row in report["rows"])
+    assert {row["temperature"] for row in report["rows"] if "speedup" in row} == {0}
     llm = LLM(arguments[1], heads=arguments[-1], ngram=False, num_speculative_tokens=3)
     (answer,) = llm.generate([{"role": "user", "content": "the dog"}], SamplingParams(12))
     row = named["medusa", 0.0]
