@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserErro
 from mtpkern.convert import convert
 from mtpkern.engine import LLM
 from mtpkern.heads import NGRAM, CompanionDrafter, Drafts
+from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.sequential_heads import MtpDrafter
 
@@ -155,23 +157,44 @@ def write_eagle3(directory: Path, *, reduced: bool = True) -> Path:
 
 
 class Recorder:
-    """Wraps a drafter and keeps what it drafted: known tokens -> drafts."""
+    """Wraps a drafter and keeps what it drafted: known tokens -> drafts, and also their logits."""
 
     def __init__(self, inner: Any):
         self.inner, self.taps, self.heads = inner, inner.taps, inner.heads
         self.drafted: list[tuple[list[int], list[int]]] = []
+        self.seen: list[tuple[list[int], list[int], Tensor]] = []  # logits [drafts, vocabulary]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def guess(self, step: Any, count: int) -> Any:
-        drafts = self.inner.guess(step, count)
-        for b in range(step.tokens.shape[0]):
+        batch, rows = step.tokens.shape[0], []
+
+        def kept(*arguments: Any) -> Tensor:
+            rows.append(linear_ref(*arguments))
+            return rows[-1]
+
+        with mock.patch("mtpkern.ops.linear_ref", kept):  # what drafts are chosen from
+            drafts = self.inner.guess(step, count)
+        if rows:
+            logits = torch.cat([row.view(batch, -1, row.shape[1]) for row in rows], 1)
+        else:  # those of Medusa's heads came with the model's own
+            logits = step.projected.logits.unflatten(0, (batch, -1))
+            logits = logits[torch.arange(batch), step.accepted, 1:]
+        for b in range(batch):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                meant = drafts.tokens[b, : drafts.length]
-                self.drafted.append((known, meant.tolist()))
+                meant = drafts.tokens[b, : drafts.length].tolist()
+                self.drafted.append((known, meant))
+                self.seen.append((known, meant, logits[b]))
         return drafts
+
+
+def agree(draft: int, logits: Tensor, expected: Tensor, ids: Tensor | None = None) -> None:
+    """A draft and its logits [Vd] are those of a definition; row i is of token ids[i]."""
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    row = int(expected.argmax())
+    assert draft == (row if ids is None else ids[row])
 
 
 def trunk_states(directory: Path, tokens: list[int]) -> list[Tensor]:
@@ -221,8 +244,9 @@ def slow_layer(
     return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
 
 
-def slow_mtp(heads: Path, trunk: Path, known: list[int], count: int) -> list[int]:
-    """Drafts of a sequential head by its definition: everything anew for every draft."""
+def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor]) -> None:
+    """Hold what a sequential head drafted to its definition: everything anew for every draft."""
+    known, drafts, logits = seen
     w, settings = load_tensors(heads), json.loads((heads / "config.json").read_text())
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
     ids = w["draft_vocab"].long() if "draft_vocab" in w else torch.arange(V)
@@ -230,8 +254,8 @@ def slow_mtp(heads: Path, trunk: Path, known: list[int], count: int) -> list[int
     hidden = torch.cat([states[tap - 1] for tap in settings["tap_layers"]], -1)
     if "fc.weight" in w:
         hidden = hidden @ w["fc.weight"].T
-    tokens, drafts = known[1:], []
-    for _ in range(count):
+    tokens = known[1:]
+    for draft, row in zip(drafts, logits, strict=True):
         pair = [
             rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
             rms_norm_ref(embedding[tokens], w["token_layernorm.weight"], 1e-5),
@@ -240,10 +264,9 @@ def slow_mtp(heads: Path, trunk: Path, known: list[int], count: int) -> list[int
         sizes = (settings["num_attention_heads"], settings["num_key_value_heads"])
         x = slow_layer(x, w, *sizes, settings["head_dim"], settings["rope_theta"])
         out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
-        drafts.append(int(ids[(out @ embedding[ids].T).argmax()]))
+        agree(draft, row, (out @ embedding[ids].T)[0], ids)
         # The next row pairs what this one made with the token that it drafted.
-        hidden, tokens = torch.cat([hidden, out]), [*tokens, drafts[-1]]
-    return drafts
+        hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
 @pytest.mark.parametrize("taps", [(3,), (1, 3), (1, 2, 3)])
@@ -268,8 +291,8 @@ def test_a_sequential_head_drafts_what_its_definition_says(
         assert any("ngram" in c.stats.source_steps for c in completions)
         assert any("heads" in c.stats.source_steps for c in completions)
     assert len(recorder.drafted) > 10
-    for known, drafts in recorder.drafted[:: -(-len(recorder.drafted) // 20)]:
-        assert drafts == slow_mtp(heads, trunk, known, len(drafts))
+    for seen in recorder.seen[:: -(-len(recorder.seen) // 20)]:
+        check_mtp(heads, trunk, seen)
 
 
 @pytest.mark.parametrize("ngram", [False, True])
@@ -293,11 +316,11 @@ def test_a_mimo_checkpoint_drafts_with_the_layer_it_brings_along(
     }
     embedding, head = (t.weight for t in (model.get_input_embeddings(), model.lm_head))
     assert len(recorder.drafted) > 10
-    for known, drafts in recorder.drafted[::3]:
+    for known, drafts, logits in recorder.seen[::3]:
         with torch.inference_mode():
             hidden = model.model(torch.tensor([known[:-1]])).last_hidden_state[0]
             tokens = list(known[1:])
-            for draft in drafts:
+            for draft, row in zip(drafts, logits, strict=True):
                 token = embedding[tokens].clone()
                 token[0] = 0
                 pair = [
@@ -307,7 +330,7 @@ def test_a_mimo_checkpoint_drafts_with_the_layer_it_brings_along(
                 x = torch.cat(pair, -1) @ w["input_proj.weight"].T
                 x = slow_layer(x, w, 4, 2, 12, 10000.0)
                 out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
-                assert draft == int((out @ head.T).argmax())
+                agree(draft, row, (out @ head.T)[0])
                 hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
@@ -320,14 +343,14 @@ def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None
     llm.generate([PROMPT, [30, 31]], SamplingParams(max_tokens=30, ignore_eos=True))
     w, embedding = load_tensors(heads), load_tensors(trunk)["model.embed_tokens.weight"]
     assert len(recorder.drafted) > 20
-    for known, drafts in recorder.drafted[::3]:
+    for known, drafts, logits in recorder.seen[::3]:
         normed = trunk_states(trunk, known[:-1])[-1][-1]
         for h, draft in enumerate(drafts):
             hidden = normed
             for d in range(2):
                 block = F.linear(hidden, w[f"{h}.{d}.linear.weight"], w[f"{h}.{d}.linear.bias"])
                 hidden = hidden + F.silu(block)
-            assert draft == int((embedding @ hidden).argmax())
+            agree(draft, logits[h], embedding @ hidden)
 
 
 def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path: Path) -> None:
@@ -339,13 +362,13 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
     llm.generate([PROMPT, [30, 31]], SamplingParams(max_tokens=30, ignore_eos=True))
     w = published_medusa()
     assert len(recorder.drafted) > 20
-    for known, drafts in recorder.drafted[::3]:
+    for known, drafts, logits in recorder.seen[::3]:
         hidden = trunk_states(trunk, known[:-1])[-1][-1]
         for h, draft in enumerate(drafts):
             x = hidden
             for d in range(2):
                 x = x + F.silu(w[f"{h}.{d}.linear.weight"] @ x + w[f"{h}.{d}.linear.bias"])
-            assert draft == int((w[f"{h}.2.weight"] @ x).argmax())
+            agree(draft, logits[h], w[f"{h}.2.weight"] @ x)
 
 
 @pytest.mark.parametrize("ngram", [False, True])
@@ -366,15 +389,16 @@ def test_an_eagle3_head_drafts_what_its_definition_says(
     w = load_tensors(heads)
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
     assert len(recorder.drafted) > (5 if ngram else 20)
-    for known, drafts in recorder.drafted[::5]:
+    rows = len(w["lm_head.weight"])
+    ids = torch.arange(rows) + (w["d2t"] if reduced else 0)
+    for known, drafts, logits in recorder.seen[::5]:
         states = trunk_states(trunk, known[:-1])
         hidden = torch.cat([states[layer - 1] for layer in (2, 4, 5)], -1) @ w["fc.weight"].T
         tokens = list(known[1:])
-        for draft in drafts:
+        for draft, row in zip(drafts, logits, strict=True):
             hidden = torch.cat([hidden, eagle3_layer(hidden, embedding[tokens], w)[-1:]])
             last = rms_norm_ref(hidden[-1], w["norm.weight"], 1e-5)
-            row = int((w["lm_head.weight"] @ last).argmax())
-            assert draft == row + (int(w["d2t"][row]) if reduced else 0)
+            agree(draft, row, w["lm_head.weight"] @ last, ids)
             tokens.append(draft)
 
 
@@ -442,8 +466,8 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
     llm.drafter.ngram = AlwaysCopies()  # type: ignore[assignment]
     llm.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     assert recorder.drafted, "the heads must have run when their rows were full"
-    for known, drafts in recorder.drafted:
-        assert drafts == slow_mtp(heads, trunk, known, len(drafts))
+    for seen in recorder.seen:
+        check_mtp(heads, trunk, seen)
 
 
 def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:

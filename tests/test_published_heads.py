@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
 from families import write_family
 from safetensors.torch import load_file, save_file
-from test_heads import PROMPT, E, L, Recorder, V, slow_layer, trunk_states, write_mtp
+from test_heads import PROMPT, E, L, Recorder, V, agree, slow_layer, trunk_states, write_mtp
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_tensors
@@ -30,13 +30,13 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape) / shape[-1] ** 0.5
 
 
-def recorded(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
-    """What the drafter drafted behind which tokens, every few steps."""
+def recorded(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], list[int], Tensor]]:
+    """What the drafter drafted behind which tokens, and its logits, every few steps."""
     recorder = Recorder(llm.drafter)
     llm.drafter = recorder
     llm.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
     assert len(recorder.drafted) > 30
-    return recorder.drafted[::4]
+    return recorder.seen[::4]
 
 
 # Meta's multi-token-prediction models (Gloeckle et al. 2024), in consolidated.pth
@@ -92,17 +92,19 @@ def test_metas_models_convert_and_draft_with_the_heads_they_bring_along(tmp_path
     convert(tmp_path / "meta", tmp_path / "model")
     llm = LLM(tmp_path / "model", ngram=False, num_speculative_tokens=2, max_length=300)
     (plain,) = llm.generate(PROMPT, SamplingParams(max_tokens=20), speculate=False)
-    for known, drafts in recorded(llm, PROMPTS):
+    for known, drafts, logits in recorded(llm, PROMPTS):
         x = w["tok_embeddings.weight"][known[:-1]]
         for i in range(2):
             x = meta_block(x, w, f"layers.{i}")
         # Every head is fed from below the trunk's last layer, which is head 0.
         own, *ahead = (
-            int((w["output.weight"] @ rms_norm_ref(y[-1], w["norm.weight"], 1e-5)).argmax())
+            w["output.weight"] @ rms_norm_ref(y[-1], w["norm.weight"], 1e-5)
             for y in (meta_block(x, w, n) for n in ("layers.2", "extra_heads.0", "extra_heads.1"))
         )
         # The first drafts come before the model's own first choice.
-        assert [known[-1], *drafts] == [known[-1] if known in PROMPTS else own, *ahead]
+        assert known in PROMPTS or known[-1] == int(own.argmax())
+        for draft, row, expected in zip(drafts, logits, ahead, strict=True):
+            agree(draft, row, expected)
     assert len(plain.token_ids) == 20
     with pytest.raises(UserError, match="at most 2, the number of heads, got 3"):
         LLM(tmp_path / "model", num_speculative_tokens=3)
@@ -163,14 +165,14 @@ def test_layers_draft_what_their_definition_says(ngram: bool, tmp_path: Path) ->
     (plain / "config.json").write_text(json.dumps(config))
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     assert len(recorder.drafted) > 10
-    for known, drafts in recorder.drafted[::4]:
+    for known, drafts, logits in recorder.seen[::4]:
         below = trunk_states(plain, known[:-1])[L - 2]
         for i, draft in enumerate(drafts):
             prefix = f"model.mtp_heads.{i}."
             own = {n.removeprefix(prefix): t for n, t in w.items() if n.startswith(prefix)}
             last = slow_layer(below, own, HQ, HK, D, THETA)[-1]
             last = rms_norm_ref(last, w[f"model.mtp_norms.{i + 1}.weight"], 1e-5)
-            assert draft == int((head @ last).argmax())
+            agree(draft, logits[i], head @ last)
 
 
 # Hydra (Ankner et al. 2024), in hydra_lm_head.pt
@@ -230,7 +232,7 @@ def test_hydra_heads_see_the_drafts_before_their_own(prefix: bool, tmp_path: Pat
         for n, t in w.items()
         if n.startswith("prefix_embeding_layer.layers.0.")
     }
-    for known, drafts in recorded(llm, PROMPTS):
+    for known, drafts, logits in recorded(llm, PROMPTS):
         hidden = trunk_states(trunk, known[:-1])[-1]
         if prefix:
             hidden = slow_layer(hidden, layer, HQ, HK, D, THETA)
@@ -246,7 +248,7 @@ def test_hydra_heads_see_the_drafts_before_their_own(prefix: bool, tmp_path: Pat
             x = passed(z) + F.silu(linear(z))
             x = x + F.silu(deeper(x))
             own = f"hydra_lm_head.{h}.1" if prefix else f"hydra_lm_head.{h}"
-            assert draft == int((w[f"{own}.weight"] @ x + w[f"{own}.bias"]).argmax())
+            agree(draft, logits[h], w[f"{own}.weight"] @ x + w[f"{own}.bias"])
             tokens.append(draft)
 
 
@@ -287,7 +289,8 @@ def test_a_speculators_head_drafts_what_our_own_of_the_same_weights_does(tmp_pat
     for heads in (ours, theirs):
         llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
         drafted.append(recorded(llm, PROMPTS))
-    assert drafted[0] == drafted[1]
+    for (known, drafts, logits), same in zip(*drafted, strict=True):
+        assert (known, drafts) == same[:2] and torch.equal(logits, same[2])
     config["num_nextn_predict_layers"] = 2
     (theirs / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match="num_nextn_predict_layers must be 1"):
@@ -315,7 +318,7 @@ def test_modules_of_their_own_draft_what_their_definition_says(
     tensors = load_tensors(tmp_path)
     embedding, head = (t.weight for t in (model.get_input_embeddings(), model.lm_head))
     assert len(recorder.drafted) > 10
-    for known, drafts in recorder.drafted[::3]:
+    for known, drafts, logits in recorder.seen[::3]:
         with torch.inference_mode():
             hidden = model.model(torch.tensor([known[:-1]])).last_hidden_state[0]
             tokens = list(known[1:])
@@ -331,7 +334,7 @@ def test_modules_of_their_own_draft_what_their_definition_says(
                 x = torch.cat(pair, -1) @ w["input_proj.weight"].T
                 hidden = slow_layer(x, w, 4, 2, 12, 10000.0)
                 hidden = rms_norm_ref(hidden, w["final_layernorm.weight"], 1e-5)
-                assert draft == int((hidden[-1] @ head.T).argmax())
+                agree(draft, logits[d], hidden[-1] @ head.T)
                 tokens.append(draft)
     with pytest.raises(UserError, match=f"at most {modules}, the number of heads"):
         LLM(tmp_path, num_speculative_tokens=4)
