@@ -190,6 +190,15 @@ class Recorder:
         return drafts
 
 
+def watch(llm: LLM) -> Recorder:
+    """Put a recorder before an LLM's heads."""
+    if isinstance(llm.drafter, CompanionDrafter):
+        llm.drafter.drafter = recorder = Recorder(llm.drafter.drafter)
+    else:
+        llm.drafter = recorder = Recorder(llm.drafter)
+    return recorder
+
+
 def agree(draft: int, logits: Tensor, expected: Tensor, ids: Tensor | None = None) -> None:
     """A draft and its logits [Vd] are those of a definition; row i is of token ids[i]."""
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
@@ -278,13 +287,8 @@ def test_a_sequential_head_drafts_what_its_definition_says(
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads", taps=taps, reduced=len(taps) != 2)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
-    inner = llm.drafter.drafter if isinstance(llm.drafter, CompanionDrafter) else llm.drafter
-    assert isinstance(inner, MtpDrafter)
-    recorder = Recorder(inner)
-    if isinstance(llm.drafter, CompanionDrafter):
-        llm.drafter.drafter = recorder
-    else:
-        llm.drafter = recorder
+    recorder = watch(llm)
+    assert isinstance(recorder.inner, MtpDrafter)
     prompts = [PROMPT, [30, 31], [50 + i % 9 for i in range(140)]]
     completions = llm.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True))
     if ngram:
@@ -302,11 +306,7 @@ def test_a_mimo_checkpoint_drafts_with_the_layer_it_brings_along(
     """Prompts of one token and of many: the first pair of each has an embedding of zeros."""
     model = write_family("mimo", tmp_path)
     llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=3, max_length=300)
-    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
-    if ngram:
-        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
-    else:
-        llm.drafter = recorder
+    recorder = watch(llm)
     llm.generate([[9], [5, 6, 7, 8, 9] * 3], SamplingParams(max_tokens=30))
     prefix = "model.mtp_layers.0."
     w = {
@@ -338,8 +338,7 @@ def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_medusa(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
-    recorder = Recorder(llm.drafter)
-    llm.drafter = recorder
+    recorder = watch(llm)
     llm.generate([PROMPT, [30, 31]], SamplingParams(max_tokens=30, ignore_eos=True))
     w, embedding = load_tensors(heads), load_tensors(trunk)["model.embed_tokens.weight"]
     assert len(recorder.drafted) > 20
@@ -357,8 +356,7 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_published(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
-    recorder = Recorder(llm.drafter)
-    llm.drafter = recorder
+    recorder = watch(llm)
     llm.generate([PROMPT, [30, 31]], SamplingParams(max_tokens=30, ignore_eos=True))
     w = published_medusa()
     assert len(recorder.drafted) > 20
@@ -379,11 +377,7 @@ def test_an_eagle3_head_drafts_what_its_definition_says(
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
     heads = write_eagle3(tmp_path / "heads", reduced=reduced)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
-    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
-    if ngram:
-        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
-    else:
-        llm.drafter = recorder
+    recorder = watch(llm)
     prompts = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
     llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     w = load_tensors(heads)
@@ -460,9 +454,7 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
             drafts = llm.ops.ngram(step.tokens, step.lengths + 1, count, 1)[0]
             return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM), torch.tensor([count]))
 
-    assert isinstance(llm.drafter, CompanionDrafter)
-    recorder = Recorder(llm.drafter.drafter)
-    llm.drafter.drafter = recorder  # type: ignore[assignment]
+    recorder = watch(llm)
     llm.drafter.ngram = AlwaysCopies()  # type: ignore[assignment]
     llm.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     assert recorder.drafted, "the heads must have run when their rows were full"
@@ -559,7 +551,7 @@ def test_an_eagle3_heads_rotation_is_read_wherever_it_stands(tmp_path: Path) -> 
         settings.pop("rope_theta", None)
         config.write_text(json.dumps(settings | rope))
         llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
-        llm.drafter = recorder = Recorder(llm.drafter)
+        recorder = watch(llm)
         llm.generate([50 + i % 9 for i in range(140)], SamplingParams(20, ignore_eos=True))
         drafts.append(recorder.drafted)
     assert drafts[0] == drafts[1] != drafts[2]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
 from families import write_family
 from safetensors.torch import load_file, save_file
-from test_heads import PROMPT, E, L, Recorder, V, agree, slow_layer, trunk_states, write_mtp
+from test_heads import PROMPT, E, L, V, agree, slow_layer, trunk_states, watch, write_mtp
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_tensors
@@ -32,8 +32,7 @@ def normal(*shape: int) -> Tensor:
 
 def recorded(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], list[int], Tensor]]:
     """What the drafter drafted behind which tokens, and its logits, every few steps."""
-    recorder = Recorder(llm.drafter)
-    llm.drafter = recorder
+    recorder = watch(llm)
     llm.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
     assert len(recorder.drafted) > 30
     return recorder.seen[::4]
@@ -145,11 +144,7 @@ def test_layers_draft_what_their_definition_says(ngram: bool, tmp_path: Path) ->
     """Also when committed rows waited because the n-gram's copy was used in between."""
     trunk = write_layers(tmp_path / "trunk")
     llm = LLM(trunk, ngram=ngram, num_speculative_tokens=3, max_length=300)
-    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
-    if ngram:
-        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
-    else:
-        llm.drafter = recorder
+    recorder = watch(llm)
     # The tiny model soon repeats itself, and then the n-gram's copy is used.
     prompts = [torch.randint(V, (9,)).tolist() for _ in range(8)]
     for some in (PROMPTS, prompts):
@@ -308,11 +303,7 @@ def test_modules_of_their_own_draft_what_their_definition_says(
     """Prompts of one token, of few and of several chunks; drafts taken and drafts refused."""
     model = write_family("mimo", tmp_path, modules=modules)
     llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=modules, max_length=400)
-    recorder = Recorder(llm.drafter.drafter if ngram else llm.drafter)  # type: ignore[attr-defined]
-    if ngram:
-        llm.drafter.drafter = recorder  # type: ignore[attr-defined]
-    else:
-        llm.drafter = recorder
+    recorder = watch(llm)
     prompts = [[9], [5, 6], [5, 6, 7, 8, 9] * 3, torch.randint(131, (270,)).tolist()]
     llm.generate(prompts, SamplingParams(max_tokens=20))
     tensors = load_tensors(tmp_path)
