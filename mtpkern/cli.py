@@ -165,7 +165,7 @@ def _add_train(commands: Any) -> None:
     add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL with `turns`")
     add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
     add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
-    add("--init", type=Path, metavar="DIR", help="heads to go on from")
+    add("--init", type=Path, metavar="DIR", help="heads to go on from, and to end midway to")
     families = ("mtp", "mtp-1", "medusa", "hydra", "eagle3", "layers", "modules")
     add("--family", default="mtp", choices=families)
     add("--steps", type=int, default=4000, metavar="N", help="optimiser steps (default 4000)")

@@ -19,22 +19,23 @@ from mtpkern.train.families import Head
 def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
     """What followed the latest earlier occurrence of the `size` tokens that end at `end`.
 
-    At most K tokens, none without an occurrence; nothing beyond `end` is looked at.
+    K tokens, none without an occurrence; nothing beyond `end` is looked at: a copy that comes to
+    the end goes on with what it copied first (kernels/ngram.py).
     """
     key = tokens[end - size + 1 : end + 1]
     for at in range(end - 1, size - 2, -1):
         if tokens[at - size + 1 : at + 1] == key:
-            return list(tokens[at + 1 : min(at + K, end) + 1])
+            return [tokens[at + 1 + k % (end - at)] for k in range(K)]
     return []
 
 
 def loop_free_length(tokens: Sequence[int], prompt: int, size: int = 8) -> int:
-    """Where the answer's first repeated n-gram is complete, or the whole length."""
+    """Where an n-gram of the answer first stands again, or the whole length."""
     seen = set()
     for end in range(prompt + size, len(tokens) + 1):
         gram = tuple(tokens[end - size : end])
         if gram in seen:
-            return end
+            return end - size
         seen.add(gram)
     return len(tokens)
 

@@ -5,7 +5,7 @@
     top_ids.bin      int32 [N, M]   the model's M likeliest next tokens after this position
     top_logits.bin   fp16 [N, M]    and their logits; both are zero inside the prompt
     sequences.jsonl  an object a sequence: its first row, its prompt's length, its length, category
-    layout.json      the hidden size E and the tapped layers, counted from 1
+    layout.json      the hidden size E, the tapped layers, counted from 1, which model, and how
 
 M is 64. The index is written last: files cut short are longer than it says, never shorter.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtpkern.config import UserError, printable
+from mtpkern.config import UserError, printable, read_json_object
 
 TOP = 64
 
@@ -36,17 +36,19 @@ def fields(width: int) -> dict[str, tuple[type, int]]:
 
 
 class DatasetWriter:
-    """Appends sequences to a directory; opening it again goes on after the last whole one."""
+    """Appends sequences to a directory; opening it again goes on after the last whole one.
 
-    def __init__(self, directory: Path, E: int, taps: Sequence[int]):
+    `made` is what else the answers depend on, such as the model's fingerprint. Raises UserError for
+    a directory whose answers were made otherwise.
+    """
+
+    def __init__(self, directory: Path, E: int, taps: Sequence[int], **made: Any):
         directory.mkdir(parents=True, exist_ok=True)
-        layout = json.dumps({"hidden_size": E, "taps": list(taps)})
-        (directory / "layout.json").write_text(layout + "\n")
+        hold_to(directory / "layout.json", {"hidden_size": E, "taps": list(taps)} | made)
         self.index = directory / "sequences.jsonl"
-        written = read_index(directory) if self.index.exists() else []
-        self.sequences = len(written)
-        self.numbers = {row["number"] for row in written if "number" in row}
-        self.rows = written[-1]["offset"] + written[-1]["length"] if written else 0
+        self.written = read_index(directory) if self.index.exists() else []
+        last = self.written[-1] if self.written else {"offset": 0, "length": 0}
+        self.rows = last["offset"] + last["length"]
         self.fields, self.files = fields(len(taps) * E), {}
         for name, (dtype, width) in self.fields.items():
             self.files[name] = (directory / f"{name}.bin").open("ab")
@@ -78,8 +80,23 @@ class DatasetWriter:
         row["number"] = number
         with self.index.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        self.written.append(row)
         self.rows += n
-        self.sequences += 1
+
+
+def hold_to(file: Path, settings: dict[str, Any]) -> None:
+    """Write down what a directory is made with; UserError where it was begun with other things."""
+    text = json.dumps(settings, default=str)
+    if not file.exists():
+        file.write_text(text + "\n", encoding="utf-8")
+        return
+    before = read_json_object(file)
+    for name, value in json.loads(text).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{printable(file.parent)} was begun with {name}={printable(before.get(name))}, "
+                f"not {printable(value)}: name another directory, or go on with that"
+            )
 
 
 def read_index(directory: Path) -> list[dict[str, Any]]:
@@ -90,20 +107,23 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
 class Dataset:
     """The sequences of several directories, mapped and read in place, with the features of `taps`.
 
-    Raises UserError for answers that were recorded without one of those layers.
+    Raises UserError for answers that were recorded without one of those layers, or of other weights
+    than those of the fingerprint `model`, where they name theirs.
     """
 
-    def __init__(self, directories: Sequence[Path], taps: Sequence[int]):
+    def __init__(self, directories: Sequence[Path], taps: Sequence[int], model: str | None = None):
         self.taps = tuple(taps)
         self.columns: list[tuple[int, list[int]]] = []  # of a directory: E, and where the taps lie
         self.files: list[dict[str, np.ndarray]] = []
         self.sequences: list[tuple[int, dict[str, Any]]] = []
         for i, directory in enumerate(directories):
+            layout = read_json_object(directory / "layout.json")
+            if model is not None and layout.get("model", model) != model:
+                raise UserError(f"{printable(directory)} holds the answers of another model")
             # A pair takes two known tokens; one token that was chosen is what it is to predict.
             rows = [r for r in read_index(directory) if 2 <= r["prompt"] < r["length"]]
             rows.sort(key=lambda row: row.get("number", 0))
             self.sequences += [(i, row) for row in rows]
-            layout = json.loads((directory / "layout.json").read_text())
             E, recorded = layout["hidden_size"], layout["taps"]
             if missing := [tap for tap in taps if tap not in recorded]:
                 raise UserError(

@@ -5,6 +5,7 @@ Generation is batched for throughput, with continuous refill, over slots of one 
 
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,16 +13,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.checkpoint import load_model
+from mtpkern.checkpoint import fingerprint, load_model
+from mtpkern.config import UserError, printable
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.dataset import TOP, DatasetWriter
 
 PREFILL_GROUP = 8
 TOP_P = 0.95  # of sampled answers
+LONGEST_PROMPT = 512  # in tokens; longer ones are left out
 
 
 class Trunk:
@@ -38,6 +42,7 @@ class Trunk:
         """`taps` are layers, counted from 1, whose states are wanted beside the final ones."""
         self.device = torch.device(device)
         self.config, self.weights = load_model(directory, dtype=torch.bfloat16, device=device)
+        self.fingerprint = fingerprint(directory)
         c = self.config
         self.taps = tuple(sorted({*taps, c.num_layers}))
         frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
@@ -127,22 +132,31 @@ class Job:
 
 
 Sink = Callable[[Job, Tensor, Tensor, Tensor], None]
-Choice = Callable[[Tensor, Tensor], Tensor]
+Choice = Callable[[Tensor, Tensor, Sequence[Job]], Tensor]
 
 
-def greedy(logits: Tensor, ids: Tensor) -> Tensor:
-    """The likeliest token, the lowest id among equals: logits, ids [B, M] -> [B]."""
+def greedy(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
+    """The likeliest token, the lowest id among equals: logits, ids [B, M] of B jobs -> [B]."""
     return ids.masked_fill(logits < logits[:, :1], 1 << 30).amin(-1)
 
 
 def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
-    """Sampling among the likeliest tokens that make up top_p, for inventing prompts."""
-    generator = torch.Generator().manual_seed(seed)
+    """Sampling among the likeliest tokens that make up top_p.
 
-    def choose(logits: Tensor, ids: Tensor) -> Tensor:
+    The noise follows the seed, the prompt's number and the position, and nothing else: whoever goes
+    on after a kill draws what would have been drawn.
+    """
+    generator = torch.Generator()
+
+    def choose(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
         p = torch.softmax(logits.float() / temperature, -1).cpu()
         p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
-        chosen = torch.multinomial(p, 1, generator=generator)
+        noise = torch.empty_like(p)
+        for row, job in zip(noise, jobs, strict=True):
+            generator.manual_seed((seed * 1_000_003 + job.number) * 65_537 + len(job.tokens))
+            row.exponential_(generator=generator)
+        # The first of exponential clocks at rates p rings with probability p.
+        chosen = (p / noise).argmax(-1, keepdim=True)
         return ids.gather(1, chosen.to(ids.device))[:, 0]
 
     return choose
@@ -182,9 +196,8 @@ def generate(
         features[rows, ends], top_ids[rows, ends] = at_end, ids.int()
         top_logits[rows, ends] = logits.half()
         state: list[tuple[int, int, int]] = []  # slot, newest token, length; zeros at an end
-        for slot, token in zip(rows, choose(logits, ids).tolist(), strict=True):
-            job = active[slot]
-            assert job is not None
+        some = [job for slot in rows if (job := active[slot]) is not None]
+        for slot, job, token in zip(rows, some, choose(logits, ids, some).tolist(), strict=True):
             job.tokens.append(token)
             made += 1
             n = len(job.tokens)
@@ -232,24 +245,32 @@ def generate(
             log(f"{finished} sequences, {made} tokens, {rate:.0f} tokens/s")
 
 
-def answer_choices(temperature: float, seed: int) -> tuple[Choice, ...]:
-    """How answers are chosen: every other one is sampled, or none at temperature 0."""
-    return (greedy, nucleus(temperature, TOP_P, seed)) if temperature else (greedy,)
-
-
 def record(
     trunk: Trunk,
     jobs: Iterable[Job],
     directory: Path,
     *,
     max_new: int,
-    choices: Sequence[Choice] = (greedy,),
+    temperature: float = 0.0,
+    seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Write the answers to a directory that Dataset reads, those that are not there yet; prompts
-    take turns among the `choices`. A recording that was killed goes on where it was."""
-    writer = DatasetWriter(directory, trunk.config.hidden_size, trunk.taps)
-    waiting = [job for job in jobs if job.number not in writer.numbers]
+    """Write the answers to a directory that Dataset reads, those that are not there yet.
+
+    Every other one is sampled, or none at temperature 0. A recording that was killed goes on where
+    it was; near-ties may then fall otherwise, since others are answered beside them. Raises
+    UserError where answers of another model, to other prompts or in another way are there.
+    """
+    made = {"model": trunk.fingerprint, "max_new": max_new, "temperature": temperature}
+    writer = DatasetWriter(directory, trunk.config.hidden_size, trunk.taps, **made, seed=seed)
+    jobs, answered = list(jobs), {row["number"]: row for row in writer.written}
+    tokens = np.fromfile(directory / "tokens.bin", np.int32)
+    for job in jobs:
+        if row := answered.get(job.number):
+            if tokens[row["offset"] :][: row["prompt"]].tolist() != job.prompt:
+                raise UserError(f"{printable(directory)} holds answers to other prompts")
+    waiting = [job for job in jobs if job.number not in answered]
+    choices = (greedy, nucleus(temperature, TOP_P, seed)) if temperature else (greedy,)
 
     def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
         prompt = len(job.prompt)
@@ -261,18 +282,55 @@ def record(
 
 
 def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed: int) -> list[Job]:
-    """Jobs from JSONL files with `turns` and `category`, shuffled, like lengths close together."""
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    """Jobs from JSONL files with `turns`, and `category` if they like, shuffled, like lengths close
+    together. Raises UserError for files that are none."""
+    lines = [line for file in files for line in _lines(file)]
     random.Random(seed).shuffle(lines)
     jobs = []
-    for row in map(json.loads, lines):
-        message = {"role": "user", "content": row["turns"][0]}
-        prompt = tokenizer.apply_chat_template([message])
+    for file, line in lines:
+        try:
+            row = json.loads(line)
+            text, category = row["turns"][0], str(row.get("category", "all"))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            shown = printable(line[:60])
+            raise UserError(f"{printable(file)}: no object with `turns`: {shown}") from None
+        if tokenizer.has_chat_template:
+            prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        else:
+            prompt = tokenizer.encode(text)
         if 2 <= len(prompt) <= longest:
-            jobs.append(Job(prompt, row["category"]))
+            jobs.append(Job(prompt, category))
     size = 8 * PREFILL_GROUP
     windows = [jobs[at : at + size] for at in range(0, len(jobs), size)]
     jobs = [job for window in windows for job in sorted(window, key=lambda job: len(job.prompt))]
     for number, job in enumerate(jobs):
         job.number = number
     return jobs
+
+
+def _lines(file: Path) -> list[tuple[Path, str]]:
+    """The lines of a file that are not blank, each with the file."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{printable(file)}: {printable(reason)}") from None
+    return [(file, line) for line in lines if line.strip()]
+
+
+def usable_device(name: str) -> str:
+    """A device to train on; "auto" is a GPU where there is one. Raises UserError for none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {printable(name)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda needs a GPU, and torch finds none")
+    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
+
+
+def one_line_errors(main: Callable[[], object]) -> None:
+    """Run a command of this package; what its user can mend is one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

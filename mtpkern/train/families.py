@@ -17,11 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtpkern.checkpoint import final_norm, fingerprint, layer_parts, load_config, load_tensors
-from mtpkern.config import ModelConfig, RopeConfig, UserError
+from mtpkern.config import ModelConfig, RopeConfig, UserError, printable, read_json_object
 from mtpkern.fetch import model_name
 from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
@@ -117,10 +118,19 @@ def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
 
 
 def load_head(directory: Path) -> Head:
-    """A head as export_head wrote it, to measure it or to train on."""
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    """A head as export_head wrote it, to measure it or to train on. Raises UserError for others."""
+    settings = read_json_object(directory / "config.json")
+    try:
+        return _load_head(settings, load_file(directory / "model.safetensors"))
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{printable(directory)} holds no heads that `mtpkern train` wrote: {printable(error)}"
+        ) from None
+
+
+def _load_head(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+    settings.pop("max_num_speculative_tokens", None)  # older heads have it
     settings["tap_layers"] = tuple(settings["tap_layers"])
-    tensors = load_file(directory / "model.safetensors")
     if settings["model_type"] == "mtpkern_layers":
         rope = RopeConfig(**settings.pop("rope"))
         return LayersHead(LayersConfig(rope=rope, **settings), tensors)

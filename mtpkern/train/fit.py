@@ -6,7 +6,7 @@ matrices are trained with Muon (or AdamW), the rest with AdamW, both with a line
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtpkern.config import UserError
 from mtpkern.train.dataset import Dataset
 from mtpkern.train.families import Head
 from mtpkern.train.losses import DraftLoss, draft_targets
@@ -23,13 +24,14 @@ from mtpkern.train.losses import DraftLoss, draft_targets
 SAVE_SECONDS = 45.0
 
 
-def expected_tokens(data: Dataset, V: int) -> Tensor:
-    """How often the model expects each token in its answers, in sum: [V] float64.
+def expected_tokens(data: Dataset, indices: Iterable[int], V: int) -> Tensor:
+    """How often the model expects each token in these answers, in sum: [V] float64.
 
     Its recorded distributions say more about rare tokens than counting those that it chose.
     """
     expected = np.zeros(V)
-    for index, (_, row) in enumerate(data.sequences):
+    for index in indices:
+        row = data.sequences[index][1]
         answer = slice(row["prompt"] - 1, row["length"] - 1)
         ids, logits = data.read(index, "top_ids")[answer], data.read(index, "top_logits")[answer]
         p = logits.float().softmax(-1)
@@ -77,7 +79,10 @@ def batch_loss(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on beside its data; the defaults are what shipped heads had."""
+    """What a training run depends on beside its data; the defaults are what shipped heads had.
+
+    Raises UserError for what makes no sense.
+    """
 
     steps: int
     rows: int = 1024  # answer rows in a batch
@@ -90,6 +95,18 @@ class Recipe:
     continued: float = 0.5  # share of chains that go on past their first draft
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "rows", "K")
+        if self.lr <= 0:
+            raise UserError(f"lr must be above 0, got {self.lr}")
+
+
+def at_least_one(settings: object, *names: str) -> None:
+    """Hold counts among the settings to 1 or more; UserError."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(settings, name)}")
+
 
 class Trainer:
     """Optimisers, schedule and place in the data, all of which a checkpoint holds."""
@@ -97,7 +114,7 @@ class Trainer:
     def __init__(self, head: Head, recipe: Recipe, checkpoint: Path | None):
         self.head, self.recipe, self.step = head, recipe, 0
         self.checkpoint, self.saved_at = checkpoint, time.monotonic()
-        self.notes: dict[str, Any] = {}  # what else the run must not forget
+        self.notes: dict[str, Any] = {"seconds": 0.0}  # what else the run must not forget
         parameters = list(head.parameters())
         matrices = [w for w in parameters if w.dim() == 2]
         self.small = [w for w in parameters if w.dim() == 1]
@@ -118,7 +135,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that the rest of the run depends on, in one rename."""
-        self.saved_at = time.monotonic()
+        now = time.monotonic()
+        self.notes["seconds"] += now - self.saved_at
+        self.saved_at = now
         if self.checkpoint is None:
             return
         state: dict[str, Any] = {"step": self.step, "head": self.head.state_dict()}
@@ -138,6 +157,7 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.notes = state["step"], state["notes"]
+        self.notes["expected"] = self.notes["expected"].cpu()
         return True
 
     def update(self, loss: Tensor) -> None:

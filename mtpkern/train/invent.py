@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train.distill import Job, Trunk, generate, nucleus
+from mtpkern.train.distill import Job, Trunk, generate, nucleus, one_line_errors, usable_device
 from mtpkern.train.prompts import OPENINGS
 
 
@@ -41,14 +41,14 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
     p.add_argument("--max-new", type=int, default=220, help="longest prompt in tokens")
     p.add_argument("--slots", type=int, default=128, help="sequences at a time")
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     directory = resolve_model(a.model)
     tokenizer = Tokenizer.from_directory(directory)
-    trunk = Trunk(directory, a.slots, a.max_new + 128, a.device)
+    trunk = Trunk(directory, a.slots, a.max_new + 128, usable_device(a.device))
     head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)
     stop, seen = set(trunk.config.eos_token_ids), set()
     with a.out.open("w", encoding="utf-8") as file:
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

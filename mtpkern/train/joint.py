@@ -138,7 +138,10 @@ class JointLlama(nn.Module):
 
 def read_sources(root: Path, seed: int) -> tuple[Tensor, Tensor]:
     """Bytes of the Python files under root, to learn from and, one file in twenty, to ask about."""
-    files = sorted(path for path in root.rglob("*.py") if "test" not in path.parts)
+    left_out = {"test", "site-packages"}
+    files = sorted(
+        path for path in root.rglob("*.py") if left_out.isdisjoint(path.parts[len(root.parts) :])
+    )
     random.Random(seed).shuffle(files)
     split = max(1, len(files) // 20)
     parts = (

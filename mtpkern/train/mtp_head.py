@@ -38,7 +38,6 @@ class HeadConfig:
     draft_vocab_size: int
     base_model: str
     base_model_fingerprint: str = ""
-    max_num_speculative_tokens: int = 16
     model_type: str = "mtpkern_mtp"
     num_heads: int | None = None  # modules, where each drafts one position
 

@@ -104,6 +104,8 @@ _MANUAL_PAGE = re.compile(r"\.[1-8](\.gz)?$")
 def functions(root: Path) -> Iterator[str]:
     """Signature and docstring of the documented functions under root."""
     for path in sorted(root.rglob("*.py")):
+        if "site-packages" in path.parts[len(root.parts) :]:
+            continue
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)

@@ -10,10 +10,16 @@ from pathlib import Path
 import torch
 
 from mtpkern.checkpoint import load_config
-from mtpkern.config import UserError
 from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train.distill import Trunk, answer_choices, read_prompts, record
+from mtpkern.train.distill import (
+    LONGEST_PROMPT,
+    Trunk,
+    one_line_errors,
+    read_prompts,
+    record,
+    usable_device,
+)
 from mtpkern.train.families import FAMILIES, family_taps
 
 
@@ -26,24 +32,20 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--limit", type=int, help="answer so many prompts")
     p.add_argument("--temperature", type=float, default=0.6, help="of every other; 0: greedy only")
     p.add_argument("--max-new", type=int, default=192, help="longest answer in tokens")
-    p.add_argument("--capacity", type=int, default=704, help="longest prompt and answer together")
     p.add_argument("--slots", type=int, default=128, help="sequences at a time")
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args(argv)
     torch.manual_seed(a.seed)
     directory = resolve_model(a.model)
     tokenizer = Tokenizer.from_directory(directory)
-    jobs = read_prompts(a.prompts, tokenizer, a.capacity - a.max_new, a.seed)[: a.limit]
+    jobs = read_prompts(a.prompts, tokenizer, LONGEST_PROMPT, a.seed)[: a.limit]
     L = load_config(directory).num_layers
-    try:
-        taps = {tap for family in a.families for tap in family_taps(family, L)}
-    except UserError as error:
-        p.error(str(error))
-    trunk = Trunk(directory, a.slots, a.capacity, a.device, sorted(taps))
-    choices = answer_choices(a.temperature, a.seed)
-    record(trunk, jobs, a.out, max_new=a.max_new, choices=choices)
+    taps = {tap for family in a.families for tap in family_taps(family, L)}
+    capacity, device = LONGEST_PROMPT + a.max_new, usable_device(a.device)
+    trunk = Trunk(directory, a.slots, capacity, device, sorted(taps))
+    record(trunk, jobs, a.out, max_new=a.max_new, temperature=a.temperature, seed=a.seed)
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

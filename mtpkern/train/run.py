@@ -3,13 +3,13 @@
 The model answers its prompts round by round, and each round's answers are learned from while the
 last few rounds are kept: hidden states pass through a window on disk and are never stored whole.
 Everything needed to go on lies beside the heads in `.train`: a killed run goes on where it was, at
-most a minute back, and its losses are those of an unbroken one.
+most a minute back. If it was learning, its losses on a CPU are those of an unbroken one; if the
+model was answering, near-ties in what was left to answer may fall otherwise.
 """
 
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +24,15 @@ from mtpkern.config import ModelConfig, UserError, printable
 from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.acceptance import evaluate
-from mtpkern.train.dataset import Dataset
-from mtpkern.train.distill import Job, Trunk, answer_choices, read_prompts, record
+from mtpkern.train.dataset import Dataset, hold_to
+from mtpkern.train.distill import (
+    LONGEST_PROMPT,
+    Job,
+    Trunk,
+    read_prompts,
+    record,
+    usable_device,
+)
 from mtpkern.train.families import (
     Head,
     export_head,
@@ -37,6 +44,7 @@ from mtpkern.train.families import (
 from mtpkern.train.fit import (
     Recipe,
     Trainer,
+    at_least_one,
     choose_draft_vocab,
     expected_tokens,
     feature_spread,
@@ -48,7 +56,7 @@ MEASUREMENTS = 4  # of a run on recorded answers
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train on what; see `mtpkern train --help`."""
+    """What to train on what; see `mtpkern train --help`. Raises UserError for nonsense."""
 
     out: Path
     model: str | None = None
@@ -63,8 +71,15 @@ class Plan:
     temperature: float = 0.6  # of every other prompt's answer; 0: all are greedy
     max_new: int = 192
     slots: int = 128
-    capacity: int = 704
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "draft_vocab_size", "round_prompts", "window", "held_out", "slots")
+        at_least_one(self, "max_new")
+        if bool(self.prompts) == bool(self.answers):
+            raise UserError("one of prompts and recorded answers is needed, not both")
+        if self.temperature < 0:
+            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
 
 
 class Frozen(NamedTuple):
@@ -72,6 +87,7 @@ class Frozen(NamedTuple):
 
     directory: Path
     config: ModelConfig
+    fingerprint: str
     embedding: Tensor  # [V, E] bf16
     lm_head: Tensor  # [V, E]
 
@@ -88,32 +104,29 @@ class Part(NamedTuple):
 def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """Train heads as planned and write them with their card -> acceptance on the held-out answers,
     by kind and category. Raises UserError for what the caller can mend."""
-    if bool(plan.prompts) == bool(plan.answers):
-        raise UserError("one of prompts and recorded answers is needed, not both")
-    device = plan.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(plan.device)
     torch.manual_seed(recipe.seed)
     model = _freeze(plan.model, device)
-    work = plan.out / ".train"
-    work.mkdir(parents=True, exist_ok=True)
     head = _begin(plan, recipe, model).to(device)
+    work = plan.out / ".train"
+    rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work)
+    work.mkdir(parents=True, exist_ok=True)
+    here = {name: value for name, value in asdict(plan).items() if name not in _FREE}
+    hold_to(work / "run.json", here | asdict(recipe) | {"model": model.fingerprint})
     trainer = Trainer(head, recipe, work / "checkpoint.pt")
     if trainer.resume():
         print(f"going on from step {trainer.step} of {recipe.steps}", flush=True)
     else:
-        trainer.notes = {"seconds": 0.0, "tokens": 0, "sequences": 0, "rounds": 0}
+        trainer.notes |= {"tokens": 0, "sequences": 0, "rounds": 0}
         trainer.notes["expected"] = torch.zeros(model.config.vocab_size, dtype=torch.float64)
-    rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work)
-    began, before = time.monotonic(), trainer.notes["seconds"]
     result: dict[str, Any] = {}
     for number in range(rounds.count):
         end = math.ceil(recipe.steps * (number + 1) / rounds.count)
         if trainer.step >= end and number + 1 < rounds.count:
             continue
         part = rounds.part(number, end)
-        if trainer.notes["rounds"] == number and (plan.prompts or number == 0):
-            _look_at(part.data, number, plan, trainer, model)
+        if trainer.notes["rounds"] <= number and (plan.prompts or number == 0):
+            _look_at(part, number, plan, trainer, model)
         trainer.fit(
             model.embedding,
             model.lm_head,
@@ -123,7 +136,6 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
             end=part.end,
             log=_Progress(recipe),
         )
-        trainer.notes["seconds"] = before + time.monotonic() - began
         trainer.save()
         if plan.init is not None and number + 1 == rounds.count:
             _meet_halfway(head, load_head(plan.init))
@@ -141,6 +153,10 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     return result
 
 
+# What a run that goes on may have otherwise.
+_FREE = ("out", "model", "slots", "device")
+
+
 def _freeze(name: str | None, device: str) -> Frozen:
     directory = resolve_model(name)
     config = load_config(directory)
@@ -149,16 +165,19 @@ def _freeze(name: str | None, device: str) -> Frozen:
     embedding, lm_head = (
         frozen.get(name, frozen[names[0]]).to(device, torch.bfloat16) for name in names
     )
-    return Frozen(directory, config, embedding, lm_head)
+    return Frozen(directory, config, fingerprint(directory), embedding, lm_head)
 
 
 def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
     """A new head, or the one to go on from, in either case for this model's weights."""
     if plan.init is None:
         return new_head(plan.family, model.directory, K=recipe.K, vocab_size=plan.draft_vocab_size)
-    head, mark = load_head(plan.init), fingerprint(model.directory)
+    head, mark = load_head(plan.init), model.fingerprint
     if head.config.base_model_fingerprint not in ("", mark):
         raise UserError(f"{printable(plan.init)} was trained on other weights")
+    most = getattr(head.config, "num_heads", None)
+    if most is not None and recipe.K > most:
+        raise UserError(f"K must be at most {most}, the number of heads in {printable(plan.init)}")
     head.config = replace(head.config, base_model_fingerprint=mark)  # type: ignore[assignment]
     return head
 
@@ -192,10 +211,10 @@ class _Rounds:
         self.trunk: Trunk | None = None
         self.jobs: list[Job] = []
         if plan.answers:
+            self.held_out()
             return
         tokenizer = Tokenizer.from_directory(model.directory)
-        longest = plan.capacity - plan.max_new
-        self.jobs = read_prompts(plan.prompts, tokenizer, longest, recipe.seed)
+        self.jobs = read_prompts(plan.prompts, tokenizer, LONGEST_PROMPT, recipe.seed)
         if len(self.jobs) <= plan.held_out:
             raise UserError(
                 f"{len(self.jobs)} usable prompts are too few: {plan.held_out} are held out"
@@ -227,7 +246,7 @@ class _Rounds:
     def held_out(self) -> tuple[Dataset, Sequence[int]]:
         """Answers that are only measured on."""
         if self.plan.answers:
-            data = Dataset(self.plan.answers, self.taps)
+            data = Dataset(self.plan.answers, self.taps, self.model.fingerprint)
             if len(data) < 2:
                 raise UserError(f"{len(data)} recorded answers are too few: one is held out")
             return data, [i for i in range(len(data)) if is_held_out(data, i)] or [0]
@@ -245,12 +264,17 @@ class _Rounds:
             return
         plan = self.plan
         if self.trunk is None:
-            self.trunk = Trunk(
-                self.model.directory, plan.slots, plan.capacity, self.device, self.taps
-            )
+            capacity = LONGEST_PROMPT + plan.max_new
+            self.trunk = Trunk(self.model.directory, plan.slots, capacity, self.device, self.taps)
         temperature = 0.0 if number is None else plan.temperature
-        choices = answer_choices(temperature, self.recipe.seed + (number or 0))
-        record(self.trunk, jobs, directory, max_new=plan.max_new, choices=choices)
+        record(
+            self.trunk,
+            jobs,
+            directory,
+            max_new=plan.max_new,
+            temperature=temperature,
+            seed=self.recipe.seed,
+        )
         done.touch()
 
 
@@ -260,21 +284,24 @@ def is_held_out(data: Dataset, index: int, share: float = 0.01) -> bool:
     return bool(np.random.default_rng((directory, row["offset"])).random() < share)
 
 
-def _look_at(data: Dataset, number: int, plan: Plan, trainer: Trainer, model: Frozen) -> None:
+def _look_at(part: Part, number: int, plan: Plan, trainer: Trainer, model: Frozen) -> None:
     """Take in a round's new answers: their tokens for the draft vocabulary, and the totals."""
-    notes, head = trainer.notes, trainer.head
-    newest = data if plan.answers else data.only(len(data.files) - 1)
+    notes, head, data = trainer.notes, trainer.head, part.data
+    newest = [
+        i for i in part.indices if plan.answers or data.sequences[i][0] == len(data.files) - 1
+    ]
     if number == 0:
         spread = feature_spread(data).to(head.draft_vocab.device)
         (head.prepare if plan.init is None else head.rescale)(spread)
     # Heads to go on from keep theirs, which was chosen from answers that may not be here.
     if plan.init is None:
-        notes["expected"] = notes["expected"] + expected_tokens(newest, model.config.vocab_size)
+        V = model.config.vocab_size
+        notes["expected"] = notes["expected"] + expected_tokens(data, newest, V)
         # The vocabulary is no weight of a head: it may change while the head learns.
-        size = len(head.draft_vocab) if is_reduced(head) else model.config.vocab_size
+        size = len(head.draft_vocab) if is_reduced(head) else V
         head.draft_vocab.copy_(choose_draft_vocab(notes["expected"], size))
     notes["sequences"] += len(newest)
-    notes["tokens"] += sum(newest.answer_length(i) for i in range(len(newest)))
+    notes["tokens"] += sum(data.answer_length(i) for i in newest)
     notes["rounds"] = number + 1
     trainer.save()
 
@@ -307,7 +334,8 @@ def _card(
     notes, head = trainer.notes, trainer.head
     parameters = sum(w.numel() for w in head.parameters())
     source = [path.name for path in plan.prompts or plan.answers]
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()}
+    started = "nothing" if plan.init is None else f"{plan.init.name}, and ended midway to it"
+    sampled = "as recorded" if plan.answers else "greedy"
     lines = [
         f"# Heads for {head.config.base_model}",
         "",
@@ -318,13 +346,14 @@ def _card(
         "|---|---|",
         f"| data | {', '.join(source)} |",
         f"| answers | {notes['sequences']} of the model's own, {notes['tokens']} tokens |",
-        f"| recipe | {json.dumps(settings)} |",
-        f"| started from | {'nothing' if plan.init is None else plan.init.name} |",
+        f"| recipe | {json.dumps(asdict(recipe))} |",
+        f"| started from | {started} |",
         f"| time | {notes['seconds'] / 60:.0f} minutes, {torch.get_num_threads()} threads, "
         f"{trainer.head.draft_vocab.device.type}, torch {torch.__version__} |",
         "",
-        f"Replayed on held-out answers, K = {recipe.K}, greedy. Hybrid copies after a 3-gram "
-        "match, else drafts with the head; loop-free ends at the first repeated 8-gram.",
+        f"Replayed on held-out answers, {sampled}, K = {recipe.K}. Hybrid copies after a 3-gram "
+        "match, else drafts with the head; loop-free ends at the first repeated 8-gram. A replay "
+        "makes all K drafts; decoding stops where they are too unsure.",
         "",
         "| kind | category | tokens | tokens a step | accepted by position |",
         "|---|---|---|---|---|",
