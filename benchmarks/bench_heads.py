@@ -35,6 +35,7 @@ from mtpkern.fetch import model_name, resolve_model
 from mtpkern.head_checkpoint import find_heads
 
 SEED = 7
+BOTH = " + n-gram"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [Path(heads).name for heads in args.heads]
     for heads, name in zip(args.heads, names, strict=True):
         name = name if names.count(name) == 1 else heads
-        ways += [(name, heads, False), (f"{name} + n-gram", heads, True)]
+        ways += [(name, heads, False), (f"{name}{BOTH}", heads, True)]
     progress = Progress(len(args.temperature) * (len(ways) + 1))
     expected: dict[float, list[list[int]]] = {}
     for temperature in args.temperature:
@@ -191,13 +192,20 @@ def draw(report: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     categories = list(rows[0]["categories"])
-    for number, row in enumerate(rows):
+    # A colour for each directory: pale behind, and dashed, with n-grams.
+    names = list(dict.fromkeys(row["heads"].removesuffix(BOTH) for row in rows))
+    width = 0.8 / len(names)
+    for row in sorted(rows, key=lambda row: not row["heads"].endswith(BOTH)):
+        number, both = names.index(row["heads"].removesuffix(BOTH)), row["heads"].endswith(BOTH)
+        look = {"color": f"C{number}", "alpha": 0.4 if both else 1.0}
         rates = row["acceptance_by_position"]
         label = f"{row['heads']}: {row['mean_acceptance_length']:.2f} tokens a step"
-        left.plot(range(1, 1 + len(rates)), rates, marker="o", label=label)
-        width = 0.8 / len(rows)
-        at = [i + (number - (len(rows) - 1) / 2) * width for i in range(len(categories))]
-        right.bar(at, [row["categories"][c]["mean_acceptance_length"] for c in categories], width)
+        positions, style = range(1, 1 + len(rates)), "--" if both else "-"
+        left.plot(positions, rates, style, marker="o", label=label, **look)
+        at = [i + (number - (len(names) - 1) / 2) * width for i in range(len(categories))]
+        right.bar(
+            at, [row["categories"][c]["mean_acceptance_length"] for c in categories], width, **look
+        )
     left.set(xlabel="draft position", ylabel="share of drafts accepted", ylim=(0, 1))
     left.set_xticks(range(1, 1 + report["environment"]["K"]))
     left.grid(alpha=0.3)
