@@ -648,11 +648,16 @@ def test_a_replay_counts_what_decoding_would_do():
 
 def test_invented_prompts_begin_inside_the_users_turn(recorded: tuple[Path, Path]):
     tokenizer = distill.Tokenizer.from_directory(str(recorded[0]))
-    head, jobs = invent.invented_jobs(tokenizer, {"qa": ["the dog"], "free": [""]}, 3)
+    head, made = invent.invented_jobs(tokenizer, {"qa": ["the dog"], "free": [""]}, 3)
+    jobs = list(made)
     prompts = [job.prompt for job in jobs]
     whole = tokenizer.apply_chat_template([{"role": "user", "content": "the dog"}], False)
     assert len(prompts) == 3 and prompts[0] == prompts[2] == whole[: len(prompts[0])]
     assert prompts[1] == prompts[0][:head] and len(prompts[0]) > head
+    # One opening begins many prompts: each has noise of its own.
+    logits, ids = torch.zeros(3, 64), torch.arange(64).expand(3, 64)
+    drawn = distill.nucleus(1.0, 1.0, 0)(logits, ids, jobs)
+    assert len(set(drawn.tolist())) > 1
 
 
 def test_prose_is_found_and_markup_is_not(tmp_path: Path):

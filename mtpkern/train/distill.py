@@ -118,7 +118,7 @@ class Job:
 
     prompt: list[int]
     category: str
-    number: int = 0  # its place among the prompts
+    number: int = 0  # its place among the prompts, which noise follows
     tokens: list[int] = field(default_factory=list)
     grams: Counter = field(default_factory=Counter)
 

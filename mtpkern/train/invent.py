@@ -29,7 +29,7 @@ def invented_jobs(
     def jobs() -> Iterator[Job]:
         for n in range(count):
             category, text = kinds[n % len(kinds)]
-            yield Job(head + tokenizer.encode(text, add_special_tokens=False), category)
+            yield Job(head + tokenizer.encode(text, add_special_tokens=False), category, n)
 
     return len(head), jobs()
 
