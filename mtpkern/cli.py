@@ -5,21 +5,21 @@ need it, so that `mtpkern --help` answers at once.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import mtpkern
+from mtpkern.command import Parser, UsageError, at_least, run
+from mtpkern.train import FAMILIES
 
 if TYPE_CHECKING:
     from mtpkern.engine import LLM, Completion, Event, Stats
 
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 _DRAFTED, _PLAIN = "\x1b[32m", "\x1b[0m"
 _WARM_UP_TOKENS = 8
 
@@ -29,48 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     2 is a user's mistake, 1 a comparison that failed, 130 an interrupt, 141 a reader gone away.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character shows a question mark instead of a traceback.
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        args = _parser().parse_args(argv)
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except SystemExit as stop:  # --help and --version
-        return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end: let that write go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except _UsageError as error:
-        return _complain(error)
-    except ValueError as error:
-        from mtpkern.config import UserError
-
-        if not isinstance(error, UserError):
-            raise
-        return _complain(error)
-
-
-class _UsageError(Exception):
-    """A command line that does not parse."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _complain(error: Exception) -> int:
-    print("mtpkern: error:", " ".join(str(error).split()), file=sys.stderr)
-    return USER_ERROR
+    return run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mtpkern",
         description="Llama-style language models decoded several tokens a step, "
         "with the same tokens as one at a time.",
@@ -165,22 +128,30 @@ def _add_train(commands: Any) -> None:
     add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL with `turns`")
     add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
     add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
-    add("--init", type=Path, metavar="DIR", help="heads to go on from, and to end midway to")
-    families = ("mtp", "mtp-1", "medusa", "hydra", "eagle3", "layers", "modules")
-    add("--family", default="mtp", choices=families)
-    add("--steps", type=int, default=4000, metavar="N", help="optimiser steps (default 4000)")
-    add("--rows", type=int, default=1024, metavar="N", help="answer rows a step (default 1024)")
-    add("-K", "--num-speculative-tokens", type=int, default=4, metavar="K", help="drafts unrolled")
-    add("--draft-vocab-size", type=int, default=16384, metavar="N")
+    add(
+        "--init",
+        type=Path,
+        metavar="HEADS",
+        help="heads to go on from, a name or a directory; what is written is the mean of their "
+        "weights and of those at which learning ends",
+    )
+    add("--family", default="mtp", choices=FAMILIES)
+    count, level = at_least(1), at_least(0.0)
+    add("--steps", type=count, default=4000, metavar="N", help="optimiser steps (default 4000)")
+    add("--rows", type=count, default=1024, metavar="N", help="answer rows a step (default 1024)")
+    add(
+        "-K", "--num-speculative-tokens", type=count, default=4, metavar="K", help="drafts to learn"
+    )
+    add("--draft-vocab-size", type=count, default=16384, metavar="N")
     add("--optimizer", default="muon", choices=("muon", "adamw"))
-    add("--lr", type=float, default=8e-3)
-    add("--temperature", type=float, default=0.6, help="of every other answer; 0: greedy ones only")
-    add("--max-new", type=int, default=192, metavar="N", help="longest answer in tokens")
-    add("--round-prompts", type=int, default=1024, metavar="N", help="answered before learning on")
-    add("--held-out", type=int, default=64, metavar="N", help="prompts to measure on")
-    add("--slots", type=int, default=128, metavar="N", help="answers written at a time")
+    add("--lr", type=level, default=8e-3)
+    add("--temperature", type=level, default=0.6, help="of every other answer; 0: greedy ones only")
+    add("--max-new", type=count, default=192, metavar="N", help="longest answer in tokens")
+    add("--round-prompts", type=count, default=1024, metavar="N", help="answered before learning")
+    add("--held-out", type=count, default=64, metavar="N", help="prompts to measure on")
+    add("--slots", type=count, default=128, metavar="N", help="answers written at a time")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -221,7 +192,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     text = _read_prompt(args.prompt)
     if not text.strip():
-        raise _UsageError("the prompt is empty")
+        raise UsageError("the prompt is empty")
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -280,7 +251,7 @@ def _profiled(llm: "LLM") -> "Iterator[None]":
     import torch
 
     if llm.device.type != "cuda":
-        raise _UsageError("--cuda-profile needs device cuda")
+        raise UsageError("--cuda-profile needs device cuda")
     torch.cuda.profiler.start()
     try:
         yield
@@ -293,11 +264,11 @@ def _read_prompt(given: str | None) -> str:
     if given is not None and given != "-":
         return given
     if given is None and sys.stdin.isatty():
-        raise _UsageError("no prompt: mtpkern generate PROMPT, or - to read standard input")
+        raise UsageError("no prompt: mtpkern generate PROMPT, or - to read standard input")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:
-        raise _UsageError("standard input is not UTF-8 text") from None
+        raise UsageError("standard input is not UTF-8 text") from None
 
 
 def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
@@ -306,7 +277,7 @@ def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     chat = tokenizer is not None and tokenizer.has_chat_template and not args.raw
     if args.system is not None and not chat:
         reason = "--raw has none" if args.raw else "this model has no chat template"
-        raise _UsageError(f"--system needs a chat template: {reason}")
+        raise UsageError(f"--system needs a chat template: {reason}")
     if not chat:
         return llm.encode(text)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]

@@ -54,16 +54,18 @@ ARROWS: dict[str, set[str]] = {
     "draft_length": set(),
     "trace": set(),
     "profile": {"config"},
+    "command": {"config"},
     "convert": {"config", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "trace"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
-    "train": EVERYTHING | {"mtpkern", "reference"},
+    "train": EVERYTHING | {"mtpkern", "reference", "command"},
     "integrations": EVERYTHING | {"mtpkern"},
     "diagnose": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING | {"mtpkern", "diagnose", "profile", "convert", "train", "integrations"},
+    "cli": EVERYTHING
+    | {"mtpkern", "command", "diagnose", "profile", "convert", "train", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -1,8 +1,5 @@
-"""What training is given, and what it finds where it goes on: taken as meant, or refused."""
+"""The trainer's inputs: what it refuses, where it goes on, and what it counts."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,197 +7,379 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from test_heads import write_eagle3, write_medusa
+from test_heads import write_medusa
+from test_train import RECIPE, random_head, record_answers, small_plan
 
 from mtpkern import cli
-from mtpkern.checkpoint import fingerprint
+from mtpkern.checkpoint import load_tensors
 from mtpkern.config import UserError
+from mtpkern.head_checkpoint import PRETRAINED
+from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train import distill, fit, run
+from mtpkern.train import distill, fit, invent, joint, prompts, record, run
+from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter
-from mtpkern.train.fit import Recipe
+from mtpkern.train.families import export_head, load_head, new_head
+from mtpkern.train.fit import Trainer
 from mtpkern.train.run import Plan
 
-RECIPE = Recipe(steps=3, rows=60, K=2, lr=0.01)
-WORDS = ["the quick fox", "a dog and the sun", "jumps over", "sleeps lazy in brown dog"]
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("a") / "model", seed=3)
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model, and its answers to the prompts that lie beside them."""
+    return record_answers(tmp_path_factory.mktemp("train"), 3, (1, 2))
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    """Rows with `turns` alone, and a blank line."""
-    rows = [json.dumps({"turns": [f"{words} {i}"]}) for i in range(5) for words in WORDS]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n\n".join(rows) + "\n")
-    return path
+def asked(recorded: tuple[Path, Path]) -> Path:
+    return recorded[1].parent / "prompts.jsonl"
 
 
-@pytest.fixture
-def plan(model: Path, tmp_path: Path, prompts: Path) -> Plan:
-    small: dict[str, Any] = {"draft_vocab_size": 60, "round_prompts": 8, "held_out": 4}
-    out = tmp_path / "heads"
-    return Plan(out, str(model), prompts=(prompts,), max_new=12, slots=6, **small)
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
 
 
-def answer(model: Path, prompts: Path, out: Path, *, limit: int = 20, **options: Any) -> None:
-    trunk = distill.Trunk(model, 6, 96, taps=(1, 2))
-    tokenizer = Tokenizer.from_directory(model)
-    jobs = distill.read_prompts([prompts], tokenizer, 80, options.get("seed", 0))
-    distill.record(trunk, jobs[:limit], out, max_new=12, log=lambda _: None, **options)
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
-def test_prompts_need_turns_alone(plan: Plan) -> None:
-    run.train(plan, RECIPE)
-    card = (plan.out / "README.md").read_text()
-    assert "| head | all |" in card and "Replayed on held-out answers, greedy" in card
+def kill_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Interrupt the run at a method's so manieth call."""
+    method, calls = getattr(owner, name), 0
+
+    def counted(*a: Any, **b: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return killed() if calls == call else method(*a, **b)
+
+    patch.setattr(owner, name, counted)
 
 
-def test_a_model_without_a_chat_template_is_given_plain_text(plan: Plan, tmp_path: Path) -> None:
-    base = tiny_checkpoint(tmp_path / "base")
-    (base / "tokenizer_config.json").unlink()
-    tokenizer = Tokenizer.from_directory(base)
-    assert not tokenizer.has_chat_template
-    (job, *_) = distill.read_prompts(plan.prompts, tokenizer, 80, 0)
-    assert tokenizer.decode(job.prompt) in {f"{words} {i}" for words in WORDS for i in range(5)}
-    run.train(replace(plan, model=str(base)), RECIPE)
+def test_a_recording_is_not_taken_for_another_one(
+    recorded: tuple[Path, Path], asked: Path, tmp_path: Path, capsys: Any
+):
+    out = tmp_path / "answers"
+    rest = ["--prompts", str(asked), "--out", str(out), "--slots", "5"]
+    first = ["--model", str(recorded[0]), *rest, "--max-new", "6"]
+    assert record.main([*first, "--limit", "3"]) == 0
+    before = contents(out)
+    other = str(tiny_checkpoint(tmp_path / "other", seed=9, tie_word_embeddings=False))
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(asked.read_text().splitlines(keepends=True)[1:]))
+    for change, message in (
+        ([*first[:-1], "7"], "max_new 6, now 7): the same options go on with it"),
+        ([*first, "--seed", "1"], "seed 0, now 1"),
+        ([*first, "--temperature", "0"], "temperature 0.6, now 0.0"),
+        ([*first, "--families", "layers"], "taps [1, 2, 3], now [2, 3]"),
+        ([*first, "--prompts", str(fewer)], "prompts "),
+        (["--model", other, *first[2:]], "fingerprint "),
+    ):
+        capsys.readouterr()
+        assert record.main(change) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{out} is of another run (" in line and message in line
+        assert contents(out) == before
+    assert record.main([*first, "--out", str(fewer)]) == 2
+    assert f"cannot write to {fewer}: File exists" in capsys.readouterr().err
+    # Answers of before this was noted are read, and not added to.
+    (out / "layout.json").write_text('{"hidden_size": 48, "taps": [1, 2, 3]}')
+    assert record.main(first) == 2
+    assert len(Dataset([out], (1, 3), hidden_size=48, fingerprint="any")) == 3
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{}", r"no object with `turns`: \{\}"),
-        ("[1]", "no object with `turns`"),
-        ('{"turns": []}', "no object with `turns`"),
-        ("no json", "no object with `turns`: no json"),
-        (None, "No such file"),
-    ],
-)
-def test_a_file_of_no_prompts_is_refused(
-    plan: Plan, prompts: Path, text: str | None, message: str
-) -> None:
-    prompts.unlink() if text is None else prompts.write_text(text)
-    with pytest.raises(UserError, match=message):
+def test_answers_of_another_model_are_not_learned_from(recorded: tuple[Path, Path], tmp_path: Path):
+    other = tiny_checkpoint(tmp_path / "other", seed=9, tie_word_embeddings=False)
+    plan = Plan(tmp_path / "heads", str(other), answers=(recorded[1],))
+    with pytest.raises(UserError, match="answers holds answers of another model: fingerprint"):
         run.train(plan, RECIPE)
-
-
-@pytest.mark.parametrize(
-    "option",
-    ["steps", "rows", "num-speculative-tokens", "held-out", "round-prompts", "slots", "max-new"]
-    + ["draft-vocab-size", "lr"],
-)
-def test_nonsense_is_refused_in_a_line(plan: Plan, capsys: Any, option: str) -> None:
-    command = ["train", "--prompts", str(plan.prompts[0]), "--out", str(plan.out)]
-    assert cli.main([*command, "--model", str(plan.model), f"--{option}", "0"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "or more, got 0" in said or "above 0, got 0" in said
     assert not plan.out.exists()
 
 
-def test_a_long_answer_leaves_room_for_its_prompt(plan: Plan) -> None:
-    run.train(replace(plan, max_new=900, round_prompts=32), RECIPE)
+def test_a_run_goes_on_with_the_same_options_only(
+    recorded: tuple[Path, Path], asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(RECIPE, steps=6)
+    plan = small_plan(recorded[0], tmp_path / "heads", asked)
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trainer, "update", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(plan, recipe)
+    before = contents(plan.out)
+    other = tiny_checkpoint(tmp_path / "other", seed=9, tie_word_embeddings=False)
+    for changed, again, message in (
+        (plan, replace(recipe, lr=0.005), r"lr 0.03, now 0.005\): the same options go on with it"),
+        (plan, replace(recipe, steps=7), "steps 6, now 7"),
+        (replace(plan, family="layers"), recipe, "family mtp, now layers"),
+        (replace(plan, max_new=19), recipe, "max_new 20, now 19"),
+        (replace(plan, model=str(other)), recipe, "fingerprint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.train(changed, again)
+        assert contents(plan.out) == before
+    run.train(replace(plan, slots=5, device="cpu"), recipe)
+
+
+def test_answers_begun_again_are_those_of_an_unbroken_recording(
+    recorded: tuple[Path, Path], asked: Path, tmp_path: Path
+):
+    model = recorded[0]
+    trunk = distill.Trunk(model, 6, 120, taps=(1, 2))
+    jobs = distill.read_prompts([asked], Tokenizer.from_directory(model), 0)
+    setting: dict[str, Any] = {"max_new": 30, "temperature": 1.3, "seed": 5}
+    found = []
+    for name, call in (("whole", 0), ("broken", 17)):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, DatasetWriter, "add", call)
+            try:
+                distill.record(trunk, jobs, tmp_path / name, **setting)
+            except KeyboardInterrupt:
+                pass
+        distill.record(trunk, jobs, tmp_path / name, **setting)
+        data = Dataset([tmp_path / name], (1, 2, 3))
+        assert len(data) == len(jobs) == 24
+        found.append([data.read(i, "tokens").tolist() for i in range(len(data))])
+    assert found[0] == found[1]
+
+
+def test_noise_is_keyed_and_samples_the_distribution():
+    logits, ids = torch.tensor([[2.0, 1.0, 0.0, -9.0]]), torch.tensor([[7, 3, 5, 2]])
+    jobs = [distill.Job([1], "a", n, tokens=[0] * n) for n in range(4000)]
+    choose = distill.nucleus(0.8, 0.95, 3)
+    chosen = choose(logits.expand(4000, -1), ids.expand(4000, -1), jobs)
+    backwards = choose(logits.expand(4000, -1), ids.expand(4000, -1), jobs[::-1])
+    assert backwards.flip(0).equal(chosen)
+    # The last token of all lies outside 0.95.
+    shares = torch.bincount(chosen, minlength=8)[[7, 3, 5, 2]] / 4000
+    torch.testing.assert_close(shares[:3], (logits[0, :3] / 0.8).softmax(-1), rtol=0, atol=0.03)
+    assert shares[3] == 0
+
+
+def test_a_model_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path):
+    tiny_checkpoint(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["the dog sleeps"]}')
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    (job,) = distill.read_prompts([tmp_path / "prompts.jsonl"], tokenizer, 0)
+    assert job.prompt == tokenizer.encode("the dog sleeps") and job.category == "all"
+
+
+def test_prompts_are_objects_with_turns(tmp_path: Path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"turns": ["a\u2028b", "c"], "category": "x"}\n\n{"turns": ["d"]}\n', "utf-8")
+    assert prompts.read_turns(file) == [("x", "a\u2028b"), ("all", "d")]
+    for line in ("{", "[]", "3", "{}", '{"turns": []}', '{"turns": [1]}', '{"turns": "text"}'):
+        file.write_text(f'{{"turns": ["a"]}}\n{line}\n')
+        with pytest.raises(UserError, match="line 2: must be a JSON object with `turns`"):
+            prompts.read_turns(file)
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("arguments", "message"),
     [
-        ("nothing", "No such file"),
-        ("published", "holds no heads that `mtpkern train` wrote"),
-        ("converted", "holds no heads that `mtpkern train` wrote"),
-        ("few", "K must be at most 2, the number of heads in"),
+        (["--held-out", "0"], "argument --held-out: must be 1 or more, got 0"),
+        (["--round-prompts", "0"], "argument --round-prompts: must be 1 or more"),
+        (["--slots", "0"], "argument --slots: must be 1 or more"),
+        (["-K", "0"], "must be 1 or more, got 0"),
+        (["--steps", "x"], "invalid int value: 'x'"),
+        (["--lr", "nan"], "argument --lr: must be 0.0 or more, got nan"),
+        (["--device", "tpu"], "device must be auto, cpu or cuda, got tpu"),
+        (["--family", "ngram"], "argument --family: invalid choice"),
+        (["--prompts", "nowhere.jsonl"], "cannot read prompts nowhere.jsonl"),
+        (["--answers", "nowhere"], "nowhere/layout.json: No such file"),
+        (["--init", "nowhere"], "heads nowhere: no such directory; names:"),
+        (["--init", "smollm2-135m-instruct"], "was trained on other weights"),
     ],
 )
-def test_heads_that_training_cannot_go_on_from_are_refused(
-    plan: Plan, tmp_path: Path, kind: str, message: str
-) -> None:
-    heads, recipe = tmp_path / kind, RECIPE
-    if kind == "published":
-        write_eagle3(heads)
-    elif kind == "converted":
-        write_medusa(heads)
-    elif kind == "few":
-        run.train(replace(plan, out=heads, family="hydra"), RECIPE)
-        recipe = replace(RECIPE, K=3)
-    with pytest.raises(UserError, match=message):
-        run.train(replace(plan, init=heads), recipe)
+def test_a_mistake_is_one_line(
+    recorded: tuple[Path, Path],
+    asked: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    arguments: list[str],
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    data = [] if arguments[0] == "--answers" else ["--prompts", str(asked)]
+    command = ["train", "--model", str(recorded[0]), *data, "--out", "heads", *arguments]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mtpkern: error: ") and message in line
+    assert not (tmp_path / "heads").exists()
 
 
-def test_a_recording_of_other_answers_is_left_alone(
-    model: Path, prompts: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "answers"
-    answer(model, prompts, out, limit=6)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    other = tiny_checkpoint(tmp_path / "other", seed=9)
-    for directory, options, message in (
-        (other, {}, "was begun with model="),
-        (model, {"seed": 1}, "was begun with seed=0, not 1"),
-        (model, {"temperature": 0.5}, "was begun with temperature=0.0, not 0.5"),
-    ):
-        with pytest.raises(UserError, match=message):
-            answer(directory, prompts, out, **options)
-    with pytest.raises(UserError, match=r"was begun with taps=\[1, 2, 3\], not \[2, 3\]"):
-        DatasetWriter(out, 48, (2, 3), model=fingerprint(model))
-    lines = prompts.read_text().splitlines()
-    prompts.write_text("\n".join(reversed(lines)))
-    with pytest.raises(UserError, match="holds answers to other prompts"):
-        answer(model, prompts, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    # More of the same prompts go behind those that are there.
-    prompts.write_text("\n".join(lines))
-    answer(model, prompts, out, limit=9)
-    assert len(Dataset([out], (1, 2))) == 9
-    with pytest.raises(UserError, match="holds the answers of another model"):
-        run.train(Plan(tmp_path / "x", str(other), answers=(out,)), RECIPE)
+def test_slots_grow_with_the_longest_answer(
+    recorded: tuple[Path, Path], asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Prompts have their 512 tokens at any --max-new."""
+    capacities = []
 
+    def watched(trunk: distill.Trunk, jobs: list[distill.Job], *_: Any, **__: Any) -> None:
+        assert len(jobs) == 4
+        capacities.append(trunk.keys.shape[3])
+        killed()
 
-def test_what_another_run_left_is_refused(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit.Trainer, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run, "record", watched)
+    plan = replace(small_plan(recorded[0], tmp_path / "heads", asked), max_new=800)
+    with pytest.raises(KeyboardInterrupt):
         run.train(plan, RECIPE)
-    other = tiny_checkpoint(tmp_path / "other", seed=9)
-    for another, recipe, message in (
-        (plan, replace(RECIPE, lr=0.02), r"\.train was begun with lr=0.01, not 0.02: name another"),
-        (replace(plan, family="mtp-1"), RECIPE, "was begun with family=mtp, not mtp-1"),
-        (replace(plan, model=str(other)), RECIPE, "was begun with model="),
-    ):
-        with pytest.raises(UserError, match=message):
-            run.train(another, recipe)
-    run.train(replace(plan, slots=3), RECIPE)
+    assert capacities == [1312]
 
 
-def test_a_recording_that_was_killed_draws_what_it_would_have_drawn(
-    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer(model, prompts, tmp_path / "whole", temperature=9.0)
-    add, calls = DatasetWriter.add, 0
-
-    def broken(*a: Any, **b: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 13:
-            raise KeyboardInterrupt
-        add(*a, **b)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DatasetWriter, "add", broken)
-        answer(model, prompts, tmp_path / "halves", temperature=9.0)
-    answer(model, prompts, tmp_path / "halves", temperature=9.0)
-    whole, halves = (Dataset([tmp_path / name], (1, 2)) for name in ("whole", "halves"))
-    assert len(whole) == len(halves) == 20
-    for index in range(20):
-        assert torch.equal(whole.read(index, "tokens"), halves.read(index, "tokens"))
+def test_heads_that_cannot_be_gone_on_from_are_refused(recorded: tuple[Path, Path], tmp_path: Path):
+    model, answers = recorded
+    plan = Plan(tmp_path / "out", str(model), answers=(answers,), init=write_medusa(tmp_path / "m"))
+    with pytest.raises(UserError, match="m holds no heads as `mtpkern train` writes them"):
+        run.train(plan, RECIPE)
+    few = new_head("hydra", model, K=2, vocab_size=9)
+    export_head(few, tmp_path / "few", load_tensors(model)["lm_head.weight"])
+    with pytest.raises(UserError, match="few drafts 2 tokens, and K is 3"):
+        run.train(replace(plan, init=tmp_path / "few"), RECIPE)
+    (tmp_path / "few" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="few holds no heads"):
+        run.train(replace(plan, init=tmp_path / "few"), RECIPE)
 
 
-def test_a_command_of_the_trainer_complains_in_a_line(tmp_path: Path) -> None:
-    command = ["-m", "mtpkern.train.record", "--prompts", "nowhere", "--out", str(tmp_path / "x")]
-    model = tiny_checkpoint(tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, *command, "--model", str(model)], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (2, "error: nowhere: No such file or directory\n")
+def test_the_heads_that_ship_can_be_gone_on_from():
+    """Their configuration has a key that no new one has."""
+    head = load_head(PRETRAINED / "smollm2-135m-instruct")
+    assert head.config.tap_layers == (10, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (record.main, ["--prompts", "nowhere", "--out", "x"], "cannot read prompts nowhere"),
+        (record.main, ["--out", "x"], "the following arguments are required: --prompts"),
+        (invent.main, ["--count", "1", "--out", "x", "--device", "tpu"], "device must be auto"),
+        (invent.main, ["--count", "1", "--out", "no/x"], "cannot write no/x: No such file"),
+        (prompts.main, ["--out", "x", "--roots", "no"], "no English prose under no"),
+        (prompts.main, ["--out", "x", "--counts", "[]"], "must be a JSON object of complete"),
+        (joint.main, ["--out", "x", "--text", "no"], "too little Python under no to learn from"),
+    ],
+)
+def test_mistakes_of_the_other_commands_are_one_line_too(
+    recorded: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    main: Any,
+    arguments: list[str],
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(recorded[0])] if main in (record.main, invent.main) else []
+    assert main([*model, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m mtpkern.train.") and message in line
+
+
+def test_a_round_without_a_step_is_looked_at_with_the_next(
+    recorded: tuple[Path, Path], asked: Path, tmp_path: Path
+):
+    """20 prompts in five rounds, and three steps."""
+    plan = replace(small_plan(recorded[0], tmp_path / "heads", asked), round_prompts=4)
+    run.train(plan, replace(RECIPE, steps=3))
+    card = (plan.out / "README.md").read_text()
+    assert "| answers | 20 of the model's own" in card and "held-out answers, greedy, K" in card
+
+
+def test_held_out_answers_are_not_learned_from(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, answers = recorded
+    monkeypatch.setattr(run, "is_held_out", lambda data, index: index < 4)
+    looked_at, expected_tokens = [], run.expected_tokens
+
+    def watched(data: Dataset, V: int) -> Any:
+        looked_at.extend(row["number"] for _, row in data.sequences)
+        return expected_tokens(data, V)
+
+    monkeypatch.setattr(run, "expected_tokens", watched)
+    plan = Plan(tmp_path / "a", str(model), answers=(answers,), draft_vocab_size=90)
+    run.train(plan, replace(RECIPE, steps=4))
+    assert looked_at == list(range(4, 24))
+    data = Dataset([answers], (1, 2, 3))
+    card = (plan.out / "README.md").read_text()
+    tokens = sum(data.answer_length(i) for i in range(4, 24))
+    assert f"| answers | 20 of the model's own, {tokens} tokens |" in card
+    assert "held-out answers, as they were recorded, K" in card
+    further = replace(plan, out=tmp_path / "b", init=tmp_path / "a")
+    run.train(further, replace(RECIPE, steps=2))
+    card = (further.out / "README.md").read_text()
+    assert "| started from | a; in the end, the mean with it |" in card
+
+
+def test_a_killed_run_keeps_its_time(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fit, "SAVE_SECONDS", 0)
+    plan = Plan(tmp_path / "a", str(recorded[0]), answers=(recorded[1],), draft_vocab_size=90)
+    kill_at(monkeypatch, Trainer, "update", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(plan, replace(RECIPE, steps=30))
+    state = torch.load(plan.out / ".train" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3 and state["notes"]["seconds"] > 0
+
+
+def test_replayed_copies_are_those_of_the_ngram_drafter():
+    generator = torch.Generator().manual_seed(0)
+    found = 0
+    for _ in range(50):
+        tokens = torch.randint(3, (1, 30), generator=generator)
+        for end in (5, 17, 29):
+            drafts, match = ngram_ref(tokens, torch.tensor([end + 1]), 5)
+            expected = drafts[0].tolist() if match else []
+            assert lookup(tokens[0].tolist(), end, 5) == expected
+            found += bool(match)
+    assert found > 50
+
+
+def test_loop_free_steps_are_counted_as_the_benchmark_counts_them(monkeypatch: Any):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_decode import loop_free
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        start = torch.randint(100, (12,), generator=generator).tolist()
+        answer = start + start[3:] * 3
+        # What the head drafts is right or wrong by chance; two drafts a step.
+        right = (torch.rand(len(answer) + 2, 2, generator=generator) < 0.6).tolist()
+        padded = [*answer, -1, -1]
+        drafts = [
+            [padded[i + k] if right[i][k] else -2 for k in (0, 1)] for i in range(len(answer))
+        ]
+        drafted: list[bool] = []
+        while len(drafted) < len(answer):
+            n = (right[len(drafted)] + [False]).index(False)
+            drafted += ([True] * n + [False])[: len(answer) - len(drafted)]
+        tally = Tally(2)
+        tokens = [0, 1, *answer]
+        end = loop_free_length(tokens, 2)
+        assert end == 2 + 12
+        tally.replay(tokens, 2, end, drafts, hybrid=False)
+        assert (tally.tokens, tally.steps) == loop_free(answer, drafted)
+
+
+@pytest.mark.filterwarnings("ignore:.*no-op")
+def test_notes_of_a_checkpoint_stay_on_the_cpu(tmp_path: Path):
+    """A run on another device adds tensors of the CPU to them."""
+    first = Trainer(random_head(), RECIPE, tmp_path / "checkpoint.pt")
+    first.notes["expected"] = torch.ones(3)
+    first.save()
+    second = Trainer(random_head().to("meta"), RECIPE, tmp_path / "checkpoint.pt")
+    assert second.resume() and second.head.draft_vocab.is_meta
+    assert second.notes["expected"].tolist() == [1, 1, 1]
+
+
+def test_installed_packages_are_no_part_of_the_standard_library(tmp_path: Path):
+    source = 'def double(x):\n    """Twice the number, or the text two times over and over."""\n'
+    source += "    y = x + x\n    return y\n"
+    for place in (".", "site-packages/other", "dist-packages"):
+        (tmp_path / "site-packages" / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site-packages" / place / "code.py").write_text(source)
+    root = tmp_path / "site-packages"
+    assert prompts.python_files(root) == [root / "code.py"]
+    assert len(list(prompts.functions(root))) == 1

@@ -19,8 +19,8 @@ from mtpkern.train.families import Head
 def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
     """What followed the latest earlier occurrence of the `size` tokens that end at `end`.
 
-    K tokens, none without an occurrence; nothing beyond `end` is looked at: a copy that comes to
-    the end goes on with what it copied first (kernels/ngram.py).
+    K tokens, periodic where the copy reaches `end`, as kernels/ngram.py drafts; none without an
+    occurrence. Nothing beyond `end` is looked at.
     """
     key = tokens[end - size + 1 : end + 1]
     for at in range(end - 1, size - 2, -1):
@@ -30,7 +30,8 @@ def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
 
 
 def loop_free_length(tokens: Sequence[int], prompt: int, size: int = 8) -> int:
-    """Where an n-gram of the answer first stands again, or the whole length."""
+    """The tokens before the first n-gram of the answer that stood in it before, as in
+    benchmarks/bench_decode.py; all of them where none did."""
     seen = set()
     for end in range(prompt + size, len(tokens) + 1):
         gram = tuple(tokens[end - size : end])
@@ -50,19 +51,22 @@ class Tally:
     def replay(
         self, tokens: Sequence[int], prompt: int, end: int, drafts: Sequence, hybrid: bool
     ) -> None:
-        """Decode tokens[prompt:end]; drafts[i] are the head's K guesses after token
-        prompt - 1 + i, the first after the whole prompt."""
+        """Decode tokens[prompt:], and count the steps that lie before `end` as a whole; drafts[i]
+        are the head's K guesses after token prompt - 1 + i, the first after the whole prompt."""
         K, last = len(self.offered), prompt - 1
         while last < end - 1:
             guess = lookup(tokens, last, K) if hybrid else []
             guess = guess or drafts[last + 1 - prompt]
             n = 0
-            while n < len(guess) and last + 1 + n < end and guess[n] == tokens[last + 1 + n]:
+            left = len(tokens) - 1 - last
+            while n < min(len(guess), left) and guess[n] == tokens[last + 1 + n]:
                 n += 1
-            for position in range(min(n + 1, len(guess), end - 1 - last)):
+            advance = min(n + 1, left)
+            if last + advance >= end:
+                return
+            for position in range(min(len(guess), advance)):
                 self.offered[position] += 1
                 self.accepted[position] += position < n
-            advance = min(n + 1, end - 1 - last)
             self.tokens, self.steps, last = self.tokens + advance, self.steps + 1, last + advance
 
     def summary(self) -> dict[str, Any]:
@@ -82,7 +86,6 @@ def evaluate(
     embedding: Tensor,
     lm_head: Tensor,
     data: Dataset,
-    indices: Sequence[int],
     K: int,
 ) -> dict[str, dict[str, Any]]:
     """Replay answers -> kind -> category -> summary; kinds are head and hybrid, also loop_free.
@@ -92,8 +95,8 @@ def evaluate(
     vocab = head.draft_vocab.long()
     table = lm_head[vocab]
     tallies: dict[str, dict[str, Tally]] = defaultdict(lambda: defaultdict(lambda: Tally(K)))
-    for at in range(0, len(indices), 8):
-        batch = list(indices[at : at + 8])
+    for at in range(0, len(data), 8):
+        batch = range(at, min(at + 8, len(data)))
         x = {name: t.to(embedding.device) for name, t in data.collate(batch, K).items()}
         states = head(x["features"], x["tokens"], x["starts"], embedding, K)
         drafts = torch.stack([vocab[F.linear(o, table).argmax(-1)] for o in states], -1).tolist()

@@ -5,13 +5,14 @@
     top_ids.bin      int32 [N, M]   the model's M likeliest next tokens after this position
     top_logits.bin   fp16 [N, M]    and their logits; both are zero inside the prompt
     sequences.jsonl  an object a sequence: its first row, its prompt's length, its length, category
-    layout.json      the hidden size E, the tapped layers, counted from 1, which model, and how
+    layout.json      the hidden size E, the tapped layers, counted from 1, and whose answers to what
+                     they are: the model's fingerprint, the prompts, how they were answered
 
 M is 64. The index is written last: files cut short are longer than it says, never shorter.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,45 @@ def fields(width: int) -> dict[str, tuple[type, int]]:
     }
 
 
+def claim(file: Path, facts: Mapping[str, Any]) -> None:
+    """Note in a file what its directory is of, which is made first; facts are as JSON has them.
+
+    Raises UserError where other facts stand there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(json.dumps(facts) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {printable(file.parent)}: {error.strerror}") from None
+    if other := differences(read_json_object(file), facts):
+        raise UserError(
+            f"{printable(file.parent)} is of another run ({other}): the same options go on with "
+            "it, another --out begins anew"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of `now` was not so before, in words; nothing where all of it was."""
+    pairs = [(key, before.get(key, "unknown"), value) for key, value in now.items()]
+    return ", ".join(f"{key} {printable(a)}, now {printable(b)}" for key, a, b in pairs if a != b)
+
+
 class DatasetWriter:
     """Appends sequences to a directory; opening it again goes on after the last whole one.
 
-    `made` is what else the answers depend on, such as the model's fingerprint. Raises UserError for
-    a directory whose answers were made otherwise.
+    `origin` is what else must be the same for that. Raises UserError for a directory with other
+    answers, which stay as they are.
     """
 
-    def __init__(self, directory: Path, E: int, taps: Sequence[int], **made: Any):
-        directory.mkdir(parents=True, exist_ok=True)
-        hold_to(directory / "layout.json", {"hidden_size": E, "taps": list(taps)} | made)
+    def __init__(self, directory: Path, E: int, taps: Sequence[int], **origin: Any):
+        layout = {"hidden_size": E, "taps": list(taps), **origin}
+        claim(directory / "layout.json", layout)
         self.index = directory / "sequences.jsonl"
-        self.written = read_index(directory) if self.index.exists() else []
-        last = self.written[-1] if self.written else {"offset": 0, "length": 0}
-        self.rows = last["offset"] + last["length"]
+        written = read_index(directory)
+        self.sequences = len(written)
+        self.numbers = {row["number"] for row in written if "number" in row}
+        self.rows = written[-1]["offset"] + written[-1]["length"] if written else 0
         self.fields, self.files = fields(len(taps) * E), {}
         for name, (dtype, width) in self.fields.items():
             self.files[name] = (directory / f"{name}.bin").open("ab")
@@ -80,48 +106,37 @@ class DatasetWriter:
         row["number"] = number
         with self.index.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.written.append(row)
         self.rows += n
-
-
-def hold_to(file: Path, settings: dict[str, Any]) -> None:
-    """Write down what a directory is made with; UserError where it was begun with other things."""
-    text = json.dumps(settings, default=str)
-    if not file.exists():
-        file.write_text(text + "\n", encoding="utf-8")
-        return
-    before = read_json_object(file)
-    for name, value in json.loads(text).items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{printable(file.parent)} was begun with {name}={printable(before.get(name))}, "
-                f"not {printable(value)}: name another directory, or go on with that"
-            )
+        self.sequences += 1
 
 
 def read_index(directory: Path) -> list[dict[str, Any]]:
     """The sequences of a directory, in the order in which they were written."""
+    if not (directory / "sequences.jsonl").exists():
+        return []
     return [json.loads(line) for line in (directory / "sequences.jsonl").read_text().splitlines()]
 
 
 class Dataset:
     """The sequences of several directories, mapped and read in place, with the features of `taps`.
 
-    Raises UserError for answers that were recorded without one of those layers, or of other weights
-    than those of the fingerprint `model`, where they name theirs.
+    Raises UserError for answers that were recorded without one of those layers, or whose
+    layout.json says something else than `origin`; older ones say less.
     """
 
-    def __init__(self, directories: Sequence[Path], taps: Sequence[int], model: str | None = None):
+    def __init__(self, directories: Sequence[Path], taps: Sequence[int], **origin: Any):
         self.taps = tuple(taps)
         self.columns: list[tuple[int, list[int]]] = []  # of a directory: E, and where the taps lie
         self.files: list[dict[str, np.ndarray]] = []
         self.sequences: list[tuple[int, dict[str, Any]]] = []
         for i, directory in enumerate(directories):
             layout = read_json_object(directory / "layout.json")
-            if model is not None and layout.get("model", model) != model:
-                raise UserError(f"{printable(directory)} holds the answers of another model")
+            if other := differences(origin | layout, origin):
+                raise UserError(f"{printable(directory)} holds answers of another model: {other}")
             # A pair takes two known tokens; one token that was chosen is what it is to predict.
             rows = [r for r in read_index(directory) if 2 <= r["prompt"] < r["length"]]
+            if not rows:
+                raise UserError(f"{printable(directory)} holds no answers yet")
             rows.sort(key=lambda row: row.get("number", 0))
             self.sequences += [(i, row) for row in rows]
             E, recorded = layout["hidden_size"], layout["taps"]
@@ -141,10 +156,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def only(self, directory: int) -> "Dataset":
-        """The same data without the other directories."""
+    def pick(self, indices: Iterable[int]) -> "Dataset":
+        """The same data without the other sequences."""
         part = copy(self)
-        part.sequences = [(i, row) for i, row in self.sequences if i == directory]
+        part.sequences = [self.sequences[i] for i in indices]
         return part
 
     def read(self, index: int, name: str) -> Tensor:
@@ -163,11 +178,9 @@ class Dataset:
         row = self.sequences[index][1]
         return row["length"] - row["prompt"]
 
-    def batches(
-        self, indices: Sequence[int], rows: int, rng: np.random.Generator
-    ) -> list[list[int]]:
+    def batches(self, rows: int, rng: np.random.Generator) -> list[list[int]]:
         """Batches of about `rows` answer rows, sequences of like lengths together, shuffled."""
-        order, out = rng.permutation(np.array(indices)).tolist(), []
+        order, out = rng.permutation(len(self)).tolist(), []
         for at in range(0, len(order), 384):
             batch: list[int] = []
             size = 0

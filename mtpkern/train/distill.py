@@ -3,9 +3,8 @@
 Generation is batched for throughput, with continuous refill, over slots of one static KV cache.
 """
 
-import json
+import hashlib
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,15 +12,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_model
-from mtpkern.config import UserError, printable
+from mtpkern.kernels.sample import gumbel_ref, sampling_key
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.dataset import TOP, DatasetWriter
+from mtpkern.train.prompts import read_turns
 
 PREFILL_GROUP = 8
 TOP_P = 0.95  # of sampled answers
@@ -41,8 +40,8 @@ class Trunk:
     ):
         """`taps` are layers, counted from 1, whose states are wanted beside the final ones."""
         self.device = torch.device(device)
+        self.fingerprint = fingerprint(directory)[:16]
         self.config, self.weights = load_model(directory, dtype=torch.bfloat16, device=device)
-        self.fingerprint = fingerprint(directory)
         c = self.config
         self.taps = tuple(sorted({*taps, c.num_layers}))
         frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
@@ -118,7 +117,7 @@ class Job:
 
     prompt: list[int]
     category: str
-    number: int = 0  # its place among the prompts, which noise follows
+    number: int = 0  # its place among the prompts
     tokens: list[int] = field(default_factory=list)
     grams: Counter = field(default_factory=Counter)
 
@@ -136,28 +135,24 @@ Choice = Callable[[Tensor, Tensor, Sequence[Job]], Tensor]
 
 
 def greedy(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
-    """The likeliest token, the lowest id among equals: logits, ids [B, M] of B jobs -> [B]."""
+    """The likeliest token, the lowest id among equals: logits, ids [B, M] -> [B]."""
     return ids.masked_fill(logits < logits[:, :1], 1 << 30).amin(-1)
 
 
 def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
-    """Sampling among the likeliest tokens that make up top_p.
-
-    The noise follows the seed, the prompt's number and the position, and nothing else: whoever goes
-    on after a kill draws what would have been drawn.
+    """Sampling among the likeliest tokens that make up top_p. The noise follows from the seed, the
+    job's number, the position and the token, so that a run that goes on samples as it would have.
     """
-    generator = torch.Generator()
 
     def choose(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
-        p = torch.softmax(logits.float() / temperature, -1).cpu()
-        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
-        noise = torch.empty_like(p)
-        for row, job in zip(noise, jobs, strict=True):
-            generator.manual_seed((seed * 1_000_003 + job.number) * 65_537 + len(job.tokens))
-            row.exponential_(generator=generator)
-        # The first of exponential clocks at rates p rings with probability p.
-        chosen = (p / noise).argmax(-1, keepdim=True)
-        return ids.gather(1, chosen.to(ids.device))[:, 0]
+        facts = [(sampling_key(seed, job.number), len(job.tokens)) for job in jobs]
+        key, position = torch.tensor(facts, device=ids.device).unbind(1)
+        scaled = logits.float() / temperature
+        p = scaled.softmax(-1)
+        # Every row has ids of its own, [B, M] in place of [n].
+        noisy = scaled + gumbel_ref(key, position, ids.long())
+        noisy.masked_fill_(p.cumsum(-1) - p > top_p, float("-inf"))
+        return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
 
     return choose
 
@@ -196,8 +191,9 @@ def generate(
         features[rows, ends], top_ids[rows, ends] = at_end, ids.int()
         top_logits[rows, ends] = logits.half()
         state: list[tuple[int, int, int]] = []  # slot, newest token, length; zeros at an end
-        some = [job for slot in rows if (job := active[slot]) is not None]
-        for slot, job, token in zip(rows, some, choose(logits, ids, some).tolist(), strict=True):
+        growing = [job for slot in rows if (job := active[slot]) is not None]
+        chosen = choose(logits, ids, growing).tolist()
+        for slot, job, token in zip(rows, growing, chosen, strict=True):
             job.tokens.append(token)
             made += 1
             n = len(job.tokens)
@@ -253,24 +249,31 @@ def record(
     max_new: int,
     temperature: float = 0.0,
     seed: int = 0,
+    prompts: str = "",
     log: Callable[[str], None] = print,
 ) -> None:
-    """Write the answers to a directory that Dataset reads, those that are not there yet.
+    """Write the answers to a directory that Dataset reads, those that are not there yet; every
+    other one is sampled, or none at temperature 0.
 
-    Every other one is sampled, or none at temperature 0. A recording that was killed goes on where
-    it was; near-ties may then fall otherwise, since others are answered beside them. Raises
-    UserError where answers of another model, to other prompts or in another way are there.
+    A recording that was killed goes on where it was; `prompts` says which ones `jobs` are of, as
+    `digest` does, and a directory with answers to others, or by another model, is a UserError.
+    Answers that were cut short begin again, with the same noise but among other neighbours: bf16
+    may then prefer another of two near equals.
     """
-    made = {"model": trunk.fingerprint, "max_new": max_new, "temperature": temperature}
-    writer = DatasetWriter(directory, trunk.config.hidden_size, trunk.taps, **made, seed=seed)
-    jobs, answered = list(jobs), {row["number"]: row for row in writer.written}
-    tokens = np.fromfile(directory / "tokens.bin", np.int32)
-    for job in jobs:
-        if row := answered.get(job.number):
-            if tokens[row["offset"] :][: row["prompt"]].tolist() != job.prompt:
-                raise UserError(f"{printable(directory)} holds answers to other prompts")
-    waiting = [job for job in jobs if job.number not in answered]
-    choices = (greedy, nucleus(temperature, TOP_P, seed)) if temperature else (greedy,)
+    writer = DatasetWriter(
+        directory,
+        trunk.config.hidden_size,
+        trunk.taps,
+        fingerprint=trunk.fingerprint,
+        prompts=prompts,
+        seed=seed,
+        max_new=max_new,
+        temperature=temperature,
+    )
+    choices: list[Choice] = [greedy]
+    if temperature:
+        choices.append(nucleus(temperature, TOP_P, seed))
+    waiting = [job for job in jobs if job.number not in writer.numbers]
 
     def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
         prompt = len(job.prompt)
@@ -281,24 +284,23 @@ def record(
         generate(trunk, some, sink, max_new=max_new, choose=choose, log=log)
 
 
-def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed: int) -> list[Job]:
-    """Jobs from JSONL files with `turns`, and `category` if they like, shuffled, like lengths close
-    together. Raises UserError for files that are none."""
-    lines = [line for file in files for line in _lines(file)]
-    random.Random(seed).shuffle(lines)
+def digest(jobs: Iterable[Job]) -> str:
+    """What tells prompts in their order from others: sixteen digits."""
+    return hashlib.sha256(repr([job.prompt for job in jobs]).encode()).hexdigest()[:16]
+
+
+def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, seed: int) -> list[Job]:
+    """Jobs from JSONL files, see `read_turns`, shuffled, like lengths close together: a chat where
+    the model has a template for it. Prompts of a single token, or too long ones, are left out."""
+    turns = [turn for file in files for turn in read_turns(file)]
+    random.Random(seed).shuffle(turns)
     jobs = []
-    for file, line in lines:
-        try:
-            row = json.loads(line)
-            text, category = row["turns"][0], str(row.get("category", "all"))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            shown = printable(line[:60])
-            raise UserError(f"{printable(file)}: no object with `turns`: {shown}") from None
+    for category, text in turns:
         if tokenizer.has_chat_template:
             prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}])
         else:
             prompt = tokenizer.encode(text)
-        if 2 <= len(prompt) <= longest:
+        if 2 <= len(prompt) <= LONGEST_PROMPT:
             jobs.append(Job(prompt, category))
     size = 8 * PREFILL_GROUP
     windows = [jobs[at : at + size] for at in range(0, len(jobs), size)]
@@ -306,31 +308,3 @@ def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, longest: int, seed
     for number, job in enumerate(jobs):
         job.number = number
     return jobs
-
-
-def _lines(file: Path) -> list[tuple[Path, str]]:
-    """The lines of a file that are not blank, each with the file."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{printable(file)}: {printable(reason)}") from None
-    return [(file, line) for line in lines if line.strip()]
-
-
-def usable_device(name: str) -> str:
-    """A device to train on; "auto" is a GPU where there is one. Raises UserError for none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {printable(name)}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda needs a GPU, and torch finds none")
-    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
-
-
-def one_line_errors(main: Callable[[], object]) -> None:
-    """Run a command of this package; what its user can mend is one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)

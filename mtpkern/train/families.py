@@ -28,8 +28,6 @@ from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
 
-FAMILIES = ("mtp", "mtp-1", "medusa", "hydra", "eagle3", "layers", "modules")
-
 Head = MtpHead | ParallelHeads | LayersHead | ModulesHead
 
 
@@ -121,16 +119,17 @@ def load_head(directory: Path) -> Head:
     """A head as export_head wrote it, to measure it or to train on. Raises UserError for others."""
     settings = read_json_object(directory / "config.json")
     try:
-        return _load_head(settings, load_file(directory / "model.safetensors"))
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        return _read_head(settings, load_file(directory / "model.safetensors"))
+    except (OSError, SafetensorError, LookupError, TypeError, RuntimeError):
         raise UserError(
-            f"{printable(directory)} holds no heads that `mtpkern train` wrote: {printable(error)}"
+            f"{printable(directory)} holds no heads as `mtpkern train` writes them, and only "
+            "those can be trained on"
         ) from None
 
 
-def _load_head(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
-    settings.pop("max_num_speculative_tokens", None)  # older heads have it
+def _read_head(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
     settings["tap_layers"] = tuple(settings["tap_layers"])
+    settings.pop("max_num_speculative_tokens", None)  # of older heads, and never read
     if settings["model_type"] == "mtpkern_layers":
         rope = RopeConfig(**settings.pop("rope"))
         return LayersHead(LayersConfig(rope=rope, **settings), tensors)

@@ -5,16 +5,19 @@ python -m mtpkern.train.invent --count 9000 --out questions.jsonl
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mtpkern.command import Parser, at_least, run
+from mtpkern.engine import resolve_device
 from mtpkern.fetch import resolve_model
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train.distill import Job, Trunk, generate, nucleus, one_line_errors, usable_device
-from mtpkern.train.prompts import OPENINGS
+from mtpkern.train.distill import Job, Trunk, generate, nucleus
+from mtpkern.train.prompts import OPENINGS, writable
 
 
 def invented_jobs(
@@ -34,24 +37,33 @@ def invented_jobs(
     return len(head), jobs()
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="Let a model invent prompts for itself")
-    p.add_argument("--model", help="directory of the model; the default model without it")
-    p.add_argument("--count", type=int, required=True, help="how many to try; some are dropped")
-    p.add_argument("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
-    p.add_argument("--max-new", type=int, default=220, help="longest prompt in tokens")
-    p.add_argument("--slots", type=int, default=128, help="sequences at a time")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command -> exit code, as `mtpkern.command.run` has it."""
+    p = Parser(
+        prog="python -m mtpkern.train.invent", description="Let a model invent prompts for itself"
+    )
+    p.set_defaults(run=_invent)
+    add, count = p.add_argument, at_least(1)
+    add("--model", help="directory of the model; the default model without it")
+    add("--count", type=count, required=True, help="how many to try; some are dropped")
+    add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    add("--max-new", type=count, default=220, help="longest prompt in tokens")
+    add("--slots", type=count, default=128, help="sequences at a time")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--threads", type=count, default=torch.get_num_threads())
+    add("--seed", type=at_least(0), default=0)
+    return run(p, argv)
+
+
+def _invent(a: argparse.Namespace) -> int:
     torch.set_num_threads(a.threads)
+    device, _ = resolve_device(a.device)
     directory = resolve_model(a.model)
     tokenizer = Tokenizer.from_directory(directory)
-    trunk = Trunk(directory, a.slots, a.max_new + 128, usable_device(a.device))
+    trunk = Trunk(directory, a.slots, a.max_new + 128, device)
     head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)
     stop, seen = set(trunk.config.eos_token_ids), set()
-    with a.out.open("w", encoding="utf-8") as file:
+    with writable(a.out) as file:
 
         def sink(job: Job, *_: Tensor) -> None:
             text = tokenizer.decode(job.tokens[head:-1]).strip()
@@ -63,7 +75,8 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
 
         generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
+    return 0
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    sys.exit(main())

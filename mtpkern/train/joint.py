@@ -11,8 +11,10 @@ answers with what LLM makes of that: the last lines say how much of it was draft
 import argparse
 import json
 import random
+import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mtpkern.command import Parser, at_least, run
+from mtpkern.config import UserError, printable
+from mtpkern.train.prompts import python_files
 
 VOCABULARY = 256
 
@@ -137,16 +143,18 @@ class JointLlama(nn.Module):
 
 
 def read_sources(root: Path, seed: int) -> tuple[Tensor, Tensor]:
-    """Bytes of the Python files under root, to learn from and, one file in twenty, to ask about."""
-    left_out = {"test", "site-packages"}
-    files = sorted(
-        path for path in root.rglob("*.py") if left_out.isdisjoint(path.parts[len(root.parts) :])
-    )
+    """Bytes of the Python files under root, to learn from and, one file in twenty, to ask about.
+
+    Raises UserError where there are too few.
+    """
+    files = [path for path in python_files(root) if "test" not in path.parts]
     random.Random(seed).shuffle(files)
     split = max(1, len(files) // 20)
-    parts = (
+    parts = [
         b"\n".join(path.read_bytes() for path in some) for some in (files[split:], files[:split])
-    )
+    ]
+    if min(map(len, parts)) < 1000:
+        raise UserError(f"too little Python under {printable(root)} to learn from")
     learned, asked = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
     return learned, asked
 
@@ -183,15 +191,24 @@ def learn(model: JointLlama, text: Tensor, steps: int, batch: int, lr: float) ->
     return losses
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="Train a tiny Llama together with its heads")
-    p.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    p.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
-    p.add_argument("--steps", type=int, default=600)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--lr", type=float, default=5e-3)
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command -> exit code, as `mtpkern.command.run` has it."""
+    p = Parser(
+        prog="python -m mtpkern.train.joint",
+        description="Train a tiny Llama together with its heads",
+    )
+    p.set_defaults(run=_train)
+    add = p.add_argument
+    add("--out", type=Path, required=True, help="directory of the checkpoint")
+    add("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="Python files")
+    add("--steps", type=at_least(1), default=600)
+    add("--batch", type=at_least(1), default=8)
+    add("--lr", type=at_least(0.0), default=5e-3)
+    add("--seed", type=at_least(0), default=0)
+    return run(p, argv)
+
+
+def _train(a: argparse.Namespace) -> int:
     torch.manual_seed(a.seed)
     learned, asked = read_sources(a.text, a.seed)
     model = JointLlama(Sizes())
@@ -212,7 +229,8 @@ def main() -> None:
     print(
         f"{tokens / steps:.2f} tokens a step, K = {K}; tokens identical on {same} of {len(prompts)}"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,10 +14,14 @@ import gzip
 import json
 import random
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
+
+from mtpkern.command import Parser, run
+from mtpkern.config import UserError, printable
 
 COUNTS = {"complete": 1500, "translation": 1500, "summarization": 1000, "extraction": 500}
 COUNTS |= {"rag": 900}
@@ -101,11 +105,51 @@ _TEXT_FILE = re.compile(r"(readme|news|\.txt|\.md|\.rst|\.pod|\.pm|\.py|\.html?)
 _MANUAL_PAGE = re.compile(r"\.[1-8](\.gz)?$")
 
 
+def read_turns(file: Path) -> list[tuple[str, str]]:
+    """(category, first turn) of every line of a JSONL file with `turns` and perhaps `category`.
+
+    Raises UserError for a file or a line that is not so.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts {printable(file)}: {printable(error)}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, category = row["turns"][0], str(row.get("category", "all"))
+            if not isinstance(row["turns"], list) or not isinstance(text, str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{printable(file)}, line {number}: must be a JSON object with `turns`, a list of "
+                "texts"
+            ) from None
+        found.append((category, text))
+    return found
+
+
+def writable(file: Path) -> TextIO:
+    """A file to write lines to. Raises UserError where there can be none."""
+    try:
+        return file.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {printable(file)}: {error.strerror}") from None
+
+
+def python_files(root: Path) -> list[Path]:
+    """The Python files under root, sorted, without the packages that may be installed there."""
+    installed = {"site-packages", "dist-packages"}
+    files = root.rglob("*.py")
+    return sorted(f for f in files if installed.isdisjoint(f.relative_to(root).parts))
+
+
 def functions(root: Path) -> Iterator[str]:
     """Signature and docstring of the documented functions under root."""
-    for path in sorted(root.rglob("*.py")):
-        if "site-packages" in path.parts[len(root.parts) :]:
-            continue
+    for path in python_files(root):
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
@@ -209,28 +253,44 @@ def make(
         yield "rag", rng.choice(PASSAGES).format("\n\n".join(passages), question)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command -> exit code, as `mtpkern.command.run` has it."""
     roots = [Path(f"/usr/share/{name}") for name in ("doc", "man/man1", "vim", "perl")]
-    p = argparse.ArgumentParser(description="Make prompts out of the texts of this machine")
-    p.add_argument("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
-    p.add_argument("--roots", type=Path, nargs="*", default=roots, help="where to look for prose")
-    p.add_argument("--questions", type=Path, help="JSONL; its category qa is asked over passages")
-    p.add_argument("--counts", type=json.loads, default=COUNTS, help="JSON: category -> prompts")
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+    p = Parser(
+        prog="python -m mtpkern.train.prompts",
+        description="Make prompts out of the texts of this machine",
+    )
+    p.set_defaults(run=_make)
+    add = p.add_argument
+    add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    add("--roots", type=Path, nargs="*", default=roots, help="where to look for prose")
+    add("--questions", type=Path, help="JSONL; its category qa is asked over passages")
+    add("--counts", type=_counts, default={}, help="JSON: category -> prompts")
+    add("--seed", type=int, default=0)
+    return run(p, argv)
+
+
+def _counts(text: str) -> dict[str, int]:
+    counts = json.loads(text)
+    if not isinstance(counts, dict) or not counts.keys() <= COUNTS.keys():
+        raise argparse.ArgumentTypeError(f"must be a JSON object of {', '.join(COUNTS)}")
+    return {category: int(count) for category, count in counts.items()}
+
+
+def _make(a: argparse.Namespace) -> int:
     rng = random.Random(a.seed)
     texts = sorted(set(prose(a.roots)))
     if not texts:
-        p.error(f"no English prose under {[str(root) for root in a.roots]}")
-    lines = a.questions.read_text(encoding="utf-8").splitlines() if a.questions else []
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    asked = [row["turns"][0] for row in rows if row["category"] == "qa"]
-    with a.out.open("w", encoding="utf-8") as file:
+        raise UserError(f"no English prose under {', '.join(printable(r) for r in a.roots)}")
+    questions = read_turns(a.questions) if a.questions else []
+    asked = [text for category, text in questions if category == "qa"]
+    with writable(a.out) as file:
         prompts = make(rng, COUNTS | a.counts, rng.sample(texts, min(6000, len(texts))), asked)
         for i, (category, prompt) in enumerate(prompts):
             row = {"question_id": f"text-{i}", "category": category, "turns": [prompt]}
             file.write(json.dumps(row) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

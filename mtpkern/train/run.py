@@ -2,15 +2,14 @@
 
 The model answers its prompts round by round, and each round's answers are learned from while the
 last few rounds are kept: hidden states pass through a window on disk and are never stored whole.
-Everything needed to go on lies beside the heads in `.train`: a killed run goes on where it was, at
-most a minute back. If it was learning, its losses on a CPU are those of an unbroken one; if the
-model was answering, near-ties in what was left to answer may fall otherwise.
+Everything needed to go on lies beside the heads in `.train`: a run that was killed while it learned
+goes on where it was, at most a minute back, and its losses are those of an unbroken one. One that
+was killed while it answered begins the answers in hand again, as `record` says.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,18 +20,13 @@ from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelConfig, UserError, printable
-from mtpkern.fetch import resolve_model
+from mtpkern.engine import resolve_device
+from mtpkern.fetch import model_name, resolve_model
+from mtpkern.head_checkpoint import find_heads
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.acceptance import evaluate
-from mtpkern.train.dataset import Dataset, hold_to
-from mtpkern.train.distill import (
-    LONGEST_PROMPT,
-    Job,
-    Trunk,
-    read_prompts,
-    record,
-    usable_device,
-)
+from mtpkern.train.dataset import Dataset, claim
+from mtpkern.train.distill import LONGEST_PROMPT, Job, Trunk, digest, read_prompts, record
 from mtpkern.train.families import (
     Head,
     export_head,
@@ -44,7 +38,6 @@ from mtpkern.train.families import (
 from mtpkern.train.fit import (
     Recipe,
     Trainer,
-    at_least_one,
     choose_draft_vocab,
     expected_tokens,
     feature_spread,
@@ -56,13 +49,13 @@ MEASUREMENTS = 4  # of a run on recorded answers
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train on what; see `mtpkern train --help`. Raises UserError for nonsense."""
+    """What to train on what; see `mtpkern train --help`."""
 
     out: Path
     model: str | None = None
     prompts: tuple[Path, ...] = ()
     answers: tuple[Path, ...] = ()  # recorded before, in place of prompts
-    init: Path | None = None
+    init: Path | None = None  # heads to go on from: a name or a directory
     family: str = "mtp"
     draft_vocab_size: int = 16384
     round_prompts: int = 1024  # prompts answered between two rounds of learning
@@ -73,21 +66,13 @@ class Plan:
     slots: int = 128
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        at_least_one(self, "draft_vocab_size", "round_prompts", "window", "held_out", "slots")
-        at_least_one(self, "max_new")
-        if bool(self.prompts) == bool(self.answers):
-            raise UserError("one of prompts and recorded answers is needed, not both")
-        if self.temperature < 0:
-            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
-
 
 class Frozen(NamedTuple):
     """What training needs of the model."""
 
     directory: Path
-    config: ModelConfig
     fingerprint: str
+    config: ModelConfig
     embedding: Tensor  # [V, E] bf16
     lm_head: Tensor  # [V, E]
 
@@ -96,7 +81,7 @@ class Part(NamedTuple):
     """The answers that are learned from between two measurements, and the steps begin..end-1."""
 
     data: Dataset
-    indices: Sequence[int]
+    new: Dataset  # of these, what no part had before
     begin: int
     end: int
 
@@ -104,15 +89,18 @@ class Part(NamedTuple):
 def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """Train heads as planned and write them with their card -> acceptance on the held-out answers,
     by kind and category. Raises UserError for what the caller can mend."""
-    device = usable_device(plan.device)
+    if bool(plan.prompts) == bool(plan.answers):
+        raise UserError("one of prompts and recorded answers is needed, not both")
+    device, _ = resolve_device(plan.device)
     torch.manual_seed(recipe.seed)
     model = _freeze(plan.model, device)
+    if plan.init is not None:
+        name = model_name(model.directory)
+        plan = replace(plan, init=find_heads(str(plan.init), name, model.directory))
     head = _begin(plan, recipe, model).to(device)
     work = plan.out / ".train"
     rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work)
-    work.mkdir(parents=True, exist_ok=True)
-    here = {name: value for name, value in asdict(plan).items() if name not in _FREE}
-    hold_to(work / "run.json", here | asdict(recipe) | {"model": model.fingerprint})
+    claim(work / "run.json", _essentials(plan, recipe, model, rounds.prompts))
     trainer = Trainer(head, recipe, work / "checkpoint.pt")
     if trainer.resume():
         print(f"going on from step {trainer.step} of {recipe.steps}", flush=True)
@@ -124,14 +112,13 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         end = math.ceil(recipe.steps * (number + 1) / rounds.count)
         if trainer.step >= end and number + 1 < rounds.count:
             continue
-        part = rounds.part(number, end)
-        if trainer.notes["rounds"] <= number and (plan.prompts or number == 0):
+        part = rounds.part(number, end, trainer.notes["rounds"])
+        if len(part.new):
             _look_at(part, number, plan, trainer, model)
         trainer.fit(
             model.embedding,
             model.lm_head,
             part.data,
-            part.indices,
             begin=part.begin,
             end=part.end,
             log=_Progress(recipe),
@@ -139,8 +126,7 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         trainer.save()
         if plan.init is not None and number + 1 == rounds.count:
             _meet_halfway(head, load_head(plan.init))
-        held_out, indices = rounds.held_out()
-        result = evaluate(head, model.embedding, model.lm_head, held_out, indices, recipe.K)
+        result = evaluate(head, model.embedding, model.lm_head, rounds.held_out(), recipe.K)
         overall = result["head"]["overall"]
         print(
             f"step {trainer.step}: {overall['mean_acceptance_length']:.3f} tokens a step on "
@@ -153,11 +139,17 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-# What a run that goes on may have otherwise.
-_FREE = ("out", "model", "slots", "device")
+def _essentials(plan: Plan, recipe: Recipe, model: Frozen, prompts: str) -> dict[str, Any]:
+    """What a run must keep to go on: all but where it runs, and how much of it at a time."""
+    facts = asdict(plan) | asdict(recipe)
+    facts |= {"fingerprint": model.fingerprint[:16], "prompts": prompts}
+    for name in ("out", "model", "slots", "device"):
+        del facts[name]
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return found
 
 
-def _freeze(name: str | None, device: str) -> Frozen:
+def _freeze(name: str | None, device: torch.device) -> Frozen:
     directory = resolve_model(name)
     config = load_config(directory)
     names = ["model.embed_tokens.weight", "lm_head.weight"]
@@ -165,7 +157,7 @@ def _freeze(name: str | None, device: str) -> Frozen:
     embedding, lm_head = (
         frozen.get(name, frozen[names[0]]).to(device, torch.bfloat16) for name in names
     )
-    return Frozen(directory, config, fingerprint(directory), embedding, lm_head)
+    return Frozen(directory, fingerprint(directory), config, embedding, lm_head)
 
 
 def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
@@ -175,9 +167,10 @@ def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
     head, mark = load_head(plan.init), model.fingerprint
     if head.config.base_model_fingerprint not in ("", mark):
         raise UserError(f"{printable(plan.init)} was trained on other weights")
-    most = getattr(head.config, "num_heads", None)
-    if most is not None and recipe.K > most:
-        raise UserError(f"K must be at most {most}, the number of heads in {printable(plan.init)}")
+    if head.config.num_heads is not None and recipe.K > head.config.num_heads:
+        raise UserError(
+            f"{printable(plan.init)} drafts {head.config.num_heads} tokens, and K is {recipe.K}"
+        )
     head.config = replace(head.config, base_model_fingerprint=mark)  # type: ignore[assignment]
     return head
 
@@ -201,20 +194,30 @@ class _Rounds:
         recipe: Recipe,
         model: Frozen,
         taps: tuple[int, ...],
-        device: str,
+        device: torch.device,
         work: Path,
     ):
         self.plan, self.recipe, self.model = plan, recipe, model
         self.taps, self.device, self.work = taps, device, work
-        # Recorded answers are all there from the beginning, and measured on now and then.
-        self.count = MEASUREMENTS
         self.trunk: Trunk | None = None
         self.jobs: list[Job] = []
+        self.prompts = ""
         if plan.answers:
-            self.held_out()
+            # They are all there from the beginning, and measured on now and then.
+            self.count = MEASUREMENTS
+            self.data = Dataset(
+                plan.answers,
+                taps,
+                hidden_size=model.config.hidden_size,
+                fingerprint=model.fingerprint[:16],
+            )
+            if len(self.data) < 2:
+                raise UserError(f"{len(self.data)} recorded answers are too few: one is held out")
+            self.measured = [i for i in range(len(self.data)) if is_held_out(self.data, i)] or [0]
             return
         tokenizer = Tokenizer.from_directory(model.directory)
-        self.jobs = read_prompts(plan.prompts, tokenizer, LONGEST_PROMPT, recipe.seed)
+        self.jobs = read_prompts(plan.prompts, tokenizer, recipe.seed)
+        self.prompts = digest(self.jobs)
         if len(self.jobs) <= plan.held_out:
             raise UserError(
                 f"{len(self.jobs)} usable prompts are too few: {plan.held_out} are held out"
@@ -226,39 +229,39 @@ class _Rounds:
         self.jobs = [job for job in self.jobs if job.number not in taken]
         self.count = math.ceil(len(self.jobs) / plan.round_prompts)
 
-    def part(self, number: int, end: int) -> Part:
-        """The data of a round; answers that no later round needs are removed."""
+    def part(self, number: int, end: int, seen: int) -> Part:
+        """The data of a round, where those before round `seen` are known; answers that no later
+        round needs are removed."""
         begin = math.ceil(self.recipe.steps * number / self.count)
         if self.plan.answers:
-            data, held_out = self.held_out()
-            indices = sorted(set(range(len(data))) - set(held_out))
-            return Part(data, indices, begin, end)
+            data = self.data.pick(sorted(set(range(len(self.data))) - set(self.measured)))
+            return Part(data, data.pick([]) if seen else data, begin, end)
         self.held_out()
         size, first = self.plan.round_prompts, max(0, number + 1 - self.plan.window)
         for n in range(number + 1):
             if n >= first:
-                self._answer(self._place(n), self.jobs[n * size : (n + 1) * size], n)
+                self._answer(
+                    self._place(n), self.jobs[n * size : (n + 1) * size], self.plan.temperature
+                )
             else:
                 shutil.rmtree(self._place(n), ignore_errors=True)
         data = Dataset([self._place(n) for n in range(first, number + 1)], self.taps)
-        return Part(data, range(len(data)), begin, end)
+        # A round without a step of its own was passed over.
+        new = data.pick(i for i, (n, _) in enumerate(data.sequences) if first + n >= seen)
+        return Part(data, new, begin, end)
 
-    def held_out(self) -> tuple[Dataset, Sequence[int]]:
+    def held_out(self) -> Dataset:
         """Answers that are only measured on."""
         if self.plan.answers:
-            data = Dataset(self.plan.answers, self.taps, self.model.fingerprint)
-            if len(data) < 2:
-                raise UserError(f"{len(data)} recorded answers are too few: one is held out")
-            return data, [i for i in range(len(data)) if is_held_out(data, i)] or [0]
-        self._answer(self.work / "held-out", self.kept_back, None)
-        data = Dataset([self.work / "held-out"], self.taps)
-        return data, range(len(data))
+            return self.data.pick(self.measured)
+        self._answer(self.work / "held-out", self.kept_back, 0.0)
+        return Dataset([self.work / "held-out"], self.taps)
 
     def _place(self, number: int) -> Path:
         return self.work / f"round-{number:04d}"
 
-    def _answer(self, directory: Path, jobs: list[Job], number: int | None) -> None:
-        """Record answers that are not there yet; half of a round's are sampled."""
+    def _answer(self, directory: Path, jobs: list[Job], temperature: float) -> None:
+        """Record answers that are not there yet."""
         done = directory / "done"
         if done.exists():
             return
@@ -266,7 +269,6 @@ class _Rounds:
         if self.trunk is None:
             capacity = LONGEST_PROMPT + plan.max_new
             self.trunk = Trunk(self.model.directory, plan.slots, capacity, self.device, self.taps)
-        temperature = 0.0 if number is None else plan.temperature
         record(
             self.trunk,
             jobs,
@@ -274,6 +276,7 @@ class _Rounds:
             max_new=plan.max_new,
             temperature=temperature,
             seed=self.recipe.seed,
+            prompts=self.prompts,
         )
         done.touch()
 
@@ -286,22 +289,18 @@ def is_held_out(data: Dataset, index: int, share: float = 0.01) -> bool:
 
 def _look_at(part: Part, number: int, plan: Plan, trainer: Trainer, model: Frozen) -> None:
     """Take in a round's new answers: their tokens for the draft vocabulary, and the totals."""
-    notes, head, data = trainer.notes, trainer.head, part.data
-    newest = [
-        i for i in part.indices if plan.answers or data.sequences[i][0] == len(data.files) - 1
-    ]
+    notes, head, newest = trainer.notes, trainer.head, part.new
     if number == 0:
-        spread = feature_spread(data).to(head.draft_vocab.device)
+        spread = feature_spread(part.data).to(head.draft_vocab.device)
         (head.prepare if plan.init is None else head.rescale)(spread)
     # Heads to go on from keep theirs, which was chosen from answers that may not be here.
     if plan.init is None:
-        V = model.config.vocab_size
-        notes["expected"] = notes["expected"] + expected_tokens(data, newest, V)
+        notes["expected"] = notes["expected"] + expected_tokens(newest, model.config.vocab_size)
         # The vocabulary is no weight of a head: it may change while the head learns.
-        size = len(head.draft_vocab) if is_reduced(head) else V
+        size = len(head.draft_vocab) if is_reduced(head) else model.config.vocab_size
         head.draft_vocab.copy_(choose_draft_vocab(notes["expected"], size))
     notes["sequences"] += len(newest)
-    notes["tokens"] += sum(data.answer_length(i) for i in newest)
+    notes["tokens"] += sum(newest.answer_length(i) for i in range(len(newest)))
     notes["rounds"] = number + 1
     trainer.save()
 
@@ -334,8 +333,8 @@ def _card(
     notes, head = trainer.notes, trainer.head
     parameters = sum(w.numel() for w in head.parameters())
     source = [path.name for path in plan.prompts or plan.answers]
-    started = "nothing" if plan.init is None else f"{plan.init.name}, and ended midway to it"
-    sampled = "as recorded" if plan.answers else "greedy"
+    start = "nothing" if plan.init is None else f"{plan.init.name}; in the end, the mean with it"
+    how = "greedy" if plan.prompts else "as they were recorded"
     lines = [
         f"# Heads for {head.config.base_model}",
         "",
@@ -347,13 +346,12 @@ def _card(
         f"| data | {', '.join(source)} |",
         f"| answers | {notes['sequences']} of the model's own, {notes['tokens']} tokens |",
         f"| recipe | {json.dumps(asdict(recipe))} |",
-        f"| started from | {started} |",
+        f"| started from | {start} |",
         f"| time | {notes['seconds'] / 60:.0f} minutes, {torch.get_num_threads()} threads, "
         f"{trainer.head.draft_vocab.device.type}, torch {torch.__version__} |",
         "",
-        f"Replayed on held-out answers, {sampled}, K = {recipe.K}. Hybrid copies after a 3-gram "
-        "match, else drafts with the head; loop-free ends at the first repeated 8-gram. A replay "
-        "makes all K drafts; decoding stops where they are too unsure.",
+        f"Replayed on held-out answers, {how}, K = {recipe.K}. Hybrid copies after a 3-gram "
+        "match, else drafts with the head; loop-free ends at the first repeated 8-gram.",
         "",
         "| kind | category | tokens | tokens a step | accepted by position |",
         "|---|---|---|---|---|",

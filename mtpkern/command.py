@@ -1,0 +1,76 @@
+"""What the package's command lines share: a user's mistake is one line on stderr and exit code 2.
+
+No torch is imported here, so that --help answers at once.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+Number = TypeVar("Number", int, float)
+
+
+class UsageError(Exception):
+    """A command line that does not parse."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` (None: this process's own) and call what it sets as `run` -> exit code.
+
+    2 is a user's mistake, 130 an interrupt, 141 a reader gone away, else what `run` gives.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character shows a question mark instead of a traceback.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        args = parser.parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end: let that write go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except UsageError as error:
+        return _complain(parser, error)
+    except ValueError as error:
+        from mtpkern.config import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        return _complain(parser, error)
+
+
+def at_least(least: Number) -> Callable[[str], Number]:
+    """An argument's type: a number of the kind of `least`, and no smaller."""
+    kind = type(least)
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls a text that is none
+    return parse
+
+
+def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
+    print(f"{parser.prog}: error:", " ".join(str(error).split()), file=sys.stderr)
+    return USER_ERROR
