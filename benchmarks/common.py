@@ -94,7 +94,7 @@ def spread(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
         by_category.setdefault(row["category"], []).append(index)
     share = dict.fromkeys(by_category, 0)
     left = min(limit, len(rows))
-    while left:
+    while left > 0:
         for category, members in by_category.items():
             if left and share[category] < len(members):
                 share[category] += 1

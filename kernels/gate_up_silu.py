@@ -6,6 +6,7 @@ from L2; R * F written.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,7 +29,16 @@ from .rms_norm import rms_norm_ref
 def gate_up_silu_ref(x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
     """Gated hidden rows: x [R, E], norm_w [E], w [2F, E] (gate above up) -> [R, F]."""
     gate, up = linear_ref(rms_norm_ref(x, norm_w, eps), w).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return _silu(gate).mul_(up)
+
+
+def _silu(gate: Tensor) -> Tensor:
+    """silu of rows [R, F], few at a time: torch cuts more than 32,768 elements among its threads
+    wherever that falls, and what is left of a row behind its last whole vector rounds otherwise."""
+    rows = max(1, 32768 // gate.shape[1])
+    if len(gate) <= rows:
+        return F.silu(gate)
+    return torch.cat([F.silu(some) for some in gate.split(rows)])
 
 
 @jit("ROWS", "TAIL", "F", "E")

@@ -65,7 +65,8 @@ def pack_ref(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
     # The second argument is the row count to block for: one fits every small row count.
     data = torch.ops.mkldnn._reorder_linear_weight(w, 1) if blocked else _whole_lines(w)
     packed = PackedWeight(data, bias, w.shape[0], w.shape[1], blocked, (1,))
-    key = (w.shape[0], w.shape[1], w.dtype, w.device, torch.get_num_threads())
+    start = 0 if blocked else data.data_ptr() % 64
+    key = (*w.shape, w.dtype, w.device, bias is None, start, torch.get_num_threads())
     if key not in _probed:
         _probed[key] = _stable_rows(packed)
     return packed._replace(rows=_probed[key])
@@ -113,7 +114,8 @@ def _blockable(w: Tensor) -> bool:
     )
 
 
-# What probes found: every weight of a shape is read by the same code, so one probe serves them all.
+# What probes found: every weight of a shape that begins alike in a cache line is read by the same
+# code, so one probe serves them all.
 _probed: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
@@ -124,7 +126,7 @@ def _stable_rows(w: PackedWeight) -> tuple[int, ...]:
     its dtype at the end: so many rows are tried, at changing places.
     """
     generator = torch.Generator().manual_seed(0)
-    most = max(_TRIED[-1], _PROBED_ELEMENTS // w.out_features)
+    most = max(_TRIED[-1], _PROBED_ELEMENTS // w.out_features // 16 * 16)
     x = torch.empty(min(most, 2048), w.in_features, dtype=w.data.dtype)
     x = x.normal_(generator=generator).to(w.data.device)
 

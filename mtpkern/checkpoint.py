@@ -401,7 +401,7 @@ class _Inventor:
         rows = sum(shape[0] for shape in shapes)
         weight = torch.empty((rows, *shapes[0][1:]), dtype=self.dtype, device=self.device)
         if weight.dim() == 1:
-            return weight.fill_(1.0 if names[0].endswith("norm.weight") else 0.0)
+            return weight.fill_(1.0 if "norm" in names[0] else 0.0)
         return weight.normal_(std=weight.shape[1] ** -0.5)
 
 

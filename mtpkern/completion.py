@@ -1,9 +1,10 @@
 """What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mtpkern.config import SamplingParams
+from mtpkern.config import SamplingParams, UserError
 from mtpkern.heads import SOURCES
 from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer
@@ -135,6 +136,8 @@ class Request:
                 break
         if self.params.logprobs:
             self.logprobs += record.logprobs[: len(pieces)]
+            if not all(map(math.isfinite, self.logprobs[-len(pieces) :])):
+                raise UserError("the model's logits are no numbers: another dtype may hold them")
         source = SOURCES[record.source]
         self.stats.count_step(source, record.drafted, record.accepted, len(pieces))
         guessed = min(record.accepted, record.drafted)
@@ -148,10 +151,12 @@ class Request:
     def push(self, token_id: int) -> str:
         """Take one token; -> the text that is certain now. Sets `finish_reason` at the end."""
         self.token_ids.append(token_id)
-        text = self._detokenizer.push(token_id) if self._detokenizer else ""
+        text = ""
         if token_id in self.ends:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.room:
+        elif self._detokenizer:
+            text = self._detokenizer.push(token_id)
+        if not self.finish_reason and len(self.token_ids) >= self.room:
             self.finish_reason = "length"
         if self.finish_reason and self._detokenizer:
             text += self._detokenizer.flush()

@@ -1,9 +1,8 @@
 """What a model is, and what a caller asks for: frozen, checked values and nothing else.
 
 `ModelConfig.from_json` reads a checkpoint's config.json and refuses by name whatever this runtime
-does not compute, before any weight is read. `DecodeConfig` sizes a decoder, `SamplingParams` shapes
-one request. `UserError` is the one kind of error that is the user's to mend; the command line
-prints it as a single line.
+does not compute, before any weight is read. `SamplingParams` shapes one request. `UserError` is the
+one kind of error that is the user's to mend; the command line prints it as a single line.
 """
 
 import json
@@ -368,22 +367,6 @@ def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
     if name not in _DTYPES:
         raise UserError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {printable(name)}")
     return _DTYPES[name]
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """The fixed sizes of a decoder: K drafts a step, B sequences of at most `max_length` tokens."""
-
-    num_speculative_tokens: int
-    max_batch: int
-    max_length: int
-    prefill_chunk: int = 128
-
-    def __post_init__(self) -> None:
-        _check_int("num_speculative_tokens", self.num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
-        _check_int("max_batch", self.max_batch, 1, 2**16)
-        _check_int("max_length", self.max_length, 1, 2**31 - 1)
-        _check_int("prefill_chunk", self.prefill_chunk, 1, 2**16)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 The only file that waits for the device: what a step emitted is read here, from the ring.
 """
 
+import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,6 +220,8 @@ class LLM:
 
         `speculate=False` is K = 0 through the same step, and gives the same tokens.
         """
+        if isinstance(prompts, torch.Tensor | np.ndarray):
+            prompts = prompts.tolist()
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
         completions: dict[int, Completion] = {}
         for index, event in self._run(encoded, params or SamplingParams(), speculate):
@@ -233,8 +238,13 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; chat messages go through the model's template."""
-        if prompt and not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-            ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+        if not len(prompt):
+            raise UserError("the prompt is empty")
+        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+            try:
+                ids = [operator.index(i) for i in prompt]  # type: ignore[arg-type]
+            except TypeError:
+                raise UserError("token ids must be integers") from None
         elif self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer: prompts must be token ids")
         elif isinstance(prompt, str):
@@ -528,7 +538,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Tell one prompt from a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int | Mapping):
+    if len(prompts) and isinstance(prompts[0], Integral | Mapping):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -55,7 +55,7 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
     """
     if name == "none":
         return None
-    if name == "auto" and directory is not None:
+    if name == "auto" and directory is not None and _has_weights(directory):
         settings = read_json_object(directory / "config.json")
         count, none = _BRINGS.get(str(settings.get("model_type")), ("", 0))
         if settings.get(count, none) not in (none, None):
@@ -76,8 +76,12 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
 def _trained_on(heads: Path, base: Path | None) -> bool:
     """Whether heads fit these weights, as far as they name them and there are any."""
     mark = read_json_object(heads / "config.json").get("base_model_fingerprint")
-    known = base is not None and any(base.glob("*.safetensors"))
-    return not (mark and known) or mark == fingerprint(base)  # type: ignore[arg-type]
+    return not mark or base is None or not _has_weights(base) or mark == fingerprint(base)
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether there is more than a config.json for made-up weights."""
+    return any(directory.glob("*.safetensors"))
 
 
 class _Kind(NamedTuple):

@@ -3,6 +3,7 @@
 import base64
 import configparser
 import html
+import http.client
 import importlib.util
 import os
 import re
@@ -72,7 +73,7 @@ def _by_simple_index(project: str, file: str, target: Path, progress: bool) -> N
                 while block := response.read(1 << 20):
                     stream.write(block)
                     bar.update(len(block))
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = _no_secrets(printable(error))

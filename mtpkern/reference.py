@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mtpkern.checkpoint import final_norm
 from mtpkern.config import ModelConfig
 
 Tensors = Mapping[str, Tensor]
@@ -79,7 +80,7 @@ def logits(
         x = x + linear(gated, f"{mlp}.down_proj", config.mlp_bias)
 
     output = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
-    return norm(x, "model.norm") @ output.to(dtype).T
+    return norm(x, final_norm(config).removesuffix(".weight")) @ output.to(dtype).T
 
 
 def generate(

@@ -138,6 +138,9 @@ class _JsonVocabulary:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
             raise ModelLoadError(f"{printable(file)} cannot be read: {printable(error)}") from None
+        # Left over from training: a prompt is never cut or filled up in silence.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         steps = list(_decoder_steps(read_json_object(file).get("decoder")))
         kinds = {step.get("type") for step in steps}
         unknown = kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}

@@ -8,7 +8,6 @@ import torch
 from conftest import TINY_CONFIG
 
 from mtpkern.config import (
-    DecodeConfig,
     ModelConfig,
     ModelLoadError,
     RopeConfig,
@@ -162,16 +161,3 @@ def test_sampling_parameters_that_are_not_supported_are_refused_with_a_list():
 def test_a_single_stop_string_is_one_stop_string():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
-
-
-@pytest.mark.parametrize("k", [-1, 17, 1.0, True])
-def test_a_number_of_drafts_outside_0_to_16_is_refused(k):
-    with pytest.raises(UserError, match=r"num_speculative_tokens must be an integer in 0\.\.16"):
-        DecodeConfig(k, 1, 64)
-
-
-def test_decode_sizes_are_checked():
-    assert DecodeConfig(16, 1, 64).prefill_chunk == 128
-    for wrong in ({"max_batch": 0}, {"max_length": 0}, {"prefill_chunk": 0}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            DecodeConfig(**{"num_speculative_tokens": 1, "max_batch": 1, "max_length": 8} | wrong)

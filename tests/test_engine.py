@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_checkpoint
+from safetensors.torch import load_file, save_file
 
 from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
@@ -52,6 +54,29 @@ def test_an_end_of_text_token_cuts_where_plain_decoding_stops(llm: LLM) -> None:
         assert drafted.logprobs == plain.logprobs and len(plain.logprobs) == len(plain.token_ids)
         assert drafted.finish_reason == "stop"
         assert ignoring.token_ids == whole
+
+
+def test_an_end_token_leaves_no_text_whatever_the_tokenizer_calls_it(llm: LLM) -> None:
+    plain = run(llm, max_tokens=30, ignore_eos=True)
+    end = plain.token_ids[9]  # a word to the tokenizer
+    assert llm.tokenizer is not None and llm.tokenizer.decode([end])
+    before, llm.eos_token_ids = llm.eos_token_ids, (end,)
+    try:
+        answer = run(llm, max_tokens=30)
+    finally:
+        llm.eos_token_ids = before
+    assert answer.finish_reason == "stop" and answer.token_ids[-1] == end
+    assert answer.text == llm.tokenizer.decode(answer.token_ids[:-1])
+
+
+def test_logits_that_are_no_numbers_are_an_error_not_an_answer(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path, dtype=torch.float32)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"].fill_(6e4)
+    save_file(tensors, directory / "model.safetensors")
+    broken = LLM(directory, max_length=64, dtype="float16")
+    with pytest.raises(UserError, match="logits are no numbers: another dtype"):
+        broken.generate(TEXT, SamplingParams(max_tokens=4, logprobs=True))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 41])
@@ -102,6 +127,8 @@ def test_a_prompt_may_be_text_ids_or_messages(llm: LLM) -> None:
     assert llm.generate(messages, params)[0].token_ids == by_ids.token_ids
     assert len(llm.generate([TEXT, TEXT, TEXT, TEXT], params)) == 4
     assert llm.generate([], params) == []
+    for same in (torch.tensor([ids]), np.array(ids), list(np.array(ids))):
+        assert llm.generate(same, params)[0].token_ids == by_ids.token_ids  # type: ignore[arg-type]
 
 
 def test_prompts_that_cannot_be_run_are_refused(llm: LLM) -> None:
@@ -110,6 +137,8 @@ def test_prompts_that_cannot_be_run_are_refused(llm: LLM) -> None:
         ([1] * 256, "the prompt has 256 tokens; the context holds 256"),
         ([5, 307], r"token ids must be in 0\.\.306"),
         ([5, -1], r"token ids must be in 0\.\.306"),
+        ([5, 1.5], "token ids must be integers"),
+        ([[]], "the prompt is empty"),
     ):
         with pytest.raises(UserError, match=message):
             llm.generate(prompt)  # type: ignore[arg-type]

@@ -10,6 +10,21 @@ from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
 from mtpkern.kernels.linear import pack_ref
 
 
+def test_a_row_keeps_its_bits_where_threads_share_wide_rows() -> None:
+    """Three threads cut five rows of 14,336 where no vector ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        w = pack_ref(torch.randn(2 * 14336, 16, generator=torch.Generator().manual_seed(1)))
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+        norm = torch.ones(16)
+        together = gate_up_silu_ref(x, norm, 1e-5, w)
+        for row, alone in enumerate(x.split(1)):
+            assert torch.equal(together[row : row + 1], gate_up_silu_ref(alone, norm, 1e-5, w))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(1, 3), (13, 7), (576, 129)])
 def test_values_and_row_bits(sizes: tuple[int, int], dtype: torch.dtype) -> None:

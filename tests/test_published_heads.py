@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_heads import PROMPT, E, L, V, agree, slow_layer, trunk_states, watch, write_mtp
 from torch import Tensor
 
-from mtpkern.checkpoint import fingerprint, load_tensors
+from mtpkern import reference
+from mtpkern.checkpoint import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
 from mtpkern.engine import LLM
@@ -362,6 +363,24 @@ def test_heads_never_change_a_token(
     for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):
         plain = llm.generate(prompt, params, speculate=False)[0]
         assert (drafted.token_ids, drafted.logprobs) == (plain.token_ids, plain.logprobs)
+
+
+@pytest.mark.parametrize("kind", ["mimo", "mtp_llama"])
+def test_a_model_that_brings_heads_runs_on_made_up_weights(kind: str, tmp_path: Path) -> None:
+    """Of its config.json alone, and then without the heads."""
+    write_family("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    llm = LLM(tmp_path, load_format="dummy", max_length=64)
+    assert isinstance(llm.drafter, NgramDrafter)
+    (answer,) = llm.generate([5, 6, 7], SamplingParams(max_tokens=16, ignore_eos=True))
+    assert len(set(answer.token_ids)) > 1
+
+
+def test_the_oracle_answers_as_an_mtp_llama_does(tmp_path: Path) -> None:
+    trunk = write_layers(tmp_path)
+    config, tensors = load_config(trunk), load_tensors(trunk)
+    (answer,) = LLM(trunk, max_length=96).generate([PROMPT], SamplingParams(24, ignore_eos=True))
+    assert answer.token_ids == reference.generate(config, tensors, PROMPT, 24)
 
 
 def test_a_model_that_predicts_one_token_brings_no_heads(tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_special_tokens_leave_no_text(tmp_path):
     assert tokenizer.decode(shorter) == "user\nx\n"
 
 
+def test_a_prompt_is_never_cut_or_filled_up(tmp_path):
+    """A trainer's truncation and padding may stand in the file."""
+    file = byte_level(tmp_path) / "tokenizer.json"
+    plain = Tokenizer.from_directory(tmp_path)
+    left_over = Library.from_file(str(file))
+    left_over.enable_truncation(5)
+    left_over.enable_padding(length=40)
+    left_over.save(str(file))
+    for text in ("hi", "a text of more than five tokens"):
+        assert Tokenizer.from_directory(tmp_path).encode(text) == plain.encode(text)
+
+
 def test_a_template_file_wins_over_the_config(tmp_path):
     byte_level(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
@@ -186,6 +198,14 @@ def test_a_hostile_or_failing_template_is_one_clear_line(source, message):
     with pytest.raises(UserError, match=message) as refusal:
         ChatTemplate(source, {}).render(MESSAGES, add_generation_prompt=True)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_a_trainer_marks_in_a_template_is_nothing_to_a_prompt():
+    source = (
+        "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}"
+    )
+    text = ChatTemplate(source, {}).render(MESSAGES, add_generation_prompt=True)
+    assert text == "".join(f"<{message['content']}>" for message in MESSAGES)
 
 
 def test_templates_that_cannot_be_read_are_refused_at_load():
