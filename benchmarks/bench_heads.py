@@ -5,9 +5,9 @@
 Every heads directory answers the same prompts, alone and with n-grams, one prompt at a time: tokens
 do not depend on the batch, but drafting goes on while any sequence of a batch is sure enough, so
 that --batch 8 is quicker and accepts a little more. All answers must equal those without drafts;
-anything red ends with exit code 1. With --timed N the first N prompts are decoded once
-more, one at a time and each right after plain decoding without padding (as in bench_decode.py), for
-speed. The last line is one JSON object; --plot draws it.
+anything red ends with exit code 1. With --timed N the first N prompts are decoded once more,
+greedily, one at a time and each right after plain decoding without padding (as in bench_decode.py),
+for speed. The last line is one JSON object; --plot draws it.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             row = {"heads": name, "temperature": temperature} | row
             report["rows"].append(row | {"megabytes": megabytes(args.model, heads)})
             progress(name)
-        if args.timed:
+        if args.timed and 0 in args.temperature:
             speed = time_side_by_side(plain, llm, prompts[: args.timed], args.max_tokens)
             for row in report["rows"][-len(args.temperature) :]:
                 row |= speed if row["temperature"] == 0 else {}
@@ -148,15 +148,20 @@ def time_side_by_side(
     plain: LLM, drafting: LLM, prompts: list[list[int]], max_tokens: int
 ) -> dict[str, float]:
     """Decode each prompt alone by both, one after the other, after one that sets things up."""
-    params, spent = SamplingParams(max_tokens=max_tokens), torch.zeros(2, 2)
-    for number, prompt in enumerate(prompts[:1] + prompts):
-        for row, llm in enumerate((plain, drafting)):
-            (answer,) = llm.generate([prompt], params)
-            if number:
-                spent[row] += torch.tensor([answer.stats.new_tokens, answer.stats.decode_seconds])
-    slow, fast = (spent[:, 0] / spent[:, 1]).tolist()
-    names = ("tokens_per_second", "plain_tokens_per_second", "speedup")
-    return dict(zip(names, (fast, slow, fast / slow), strict=True))
+    params = SamplingParams(max_tokens=max_tokens)
+    spent = [
+        [llm.generate([prompt], params)[0].stats for llm in (plain, drafting)]
+        for prompt in prompts[:1] + prompts
+    ]
+    slow, fast = (
+        sum(s.new_tokens for s in stats) / sum(s.decode_seconds for s in stats)
+        for stats in zip(*spent[1:], strict=True)
+    )
+    return {
+        "tokens_per_second": fast,
+        "plain_tokens_per_second": slow,
+        "speedup": fast / slow,
+    }
 
 
 def megabytes(model: str | None, heads: str) -> float:

@@ -84,6 +84,13 @@ def _has_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors"))
 
 
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by no more than rounding to another type."""
+    if tensor.shape != other.shape:
+        return False
+    return torch.allclose(tensor.to(other), other, rtol=0.01, atol=1e-4)
+
+
 class _Kind(NamedTuple):
     """How heads of one kind are read, checked and built."""
 
@@ -139,10 +146,7 @@ def load_heads(
                 f"model, got {list(tensors[tensor].shape)}"
             )
     embedding = tensors.pop("embed_tokens.weight", None)
-    # The trunk's, rounded to another type at most.
-    if embedding is not None and not torch.allclose(
-        embedding.to(trunk.embedding), trunk.embedding, rtol=0.01, atol=1e-4
-    ):
+    if embedding is not None and not _is_same(embedding, trunk.embedding):
         raise ModelLoadError(
             f"{printable(directory)} has an embedding of its own, which is not supported"
         )
