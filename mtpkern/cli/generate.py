@@ -1,21 +1,14 @@
-"""The command mtpkern: generate, train, fetch, inspect, convert, profile, doctor.
-
-A user's mistake is one line on stderr and exit code 2. torch is imported by the subcommands that
-need it, so that `mtpkern --help` answers at once.
-"""
+"""mtpkern generate: stream an answer, or compare it with the one without drafts."""
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mtpkern
-from mtpkern.command import Parser, UsageError, at_least, run
-from mtpkern.train import FAMILIES
+from mtpkern.command import UsageError
 
 if TYPE_CHECKING:
     from mtpkern.engine import LLM, Completion, Event, Stats
@@ -24,59 +17,7 @@ _DRAFTED, _PLAIN = "\x1b[32m", "\x1b[0m"
 _WARM_UP_TOKENS = 8
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command (`argv` without the program's name; None: this process's own) -> exit code.
-
-    2 is a user's mistake, 1 a comparison that failed, 130 an interrupt, 141 a reader gone away.
-    """
-    return run(_parser(), argv)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="mtpkern",
-        description="Llama-style language models decoded several tokens a step, "
-        "with the same tokens as one at a time.",
-    )
-    parser.add_argument("--version", action="version", version=f"mtpkern {mtpkern.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_generate(commands)
-    fetch = commands.add_parser("fetch", help="get and convert the default model, once")
-    fetch.add_argument("name", nargs="?", metavar="NAME", help="a model's name or hub id")
-    fetch.set_defaults(run=_fetch)
-    inspect = commands.add_parser(
-        "inspect", help="what a checkpoint is, whether it runs, and how fast it can at most"
-    )
-    inspect.add_argument("model", metavar="DIR", help="a model's directory, name or hub id")
-    inspect.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    inspect.set_defaults(run=_inspect)
-    convert = commands.add_parser(
-        "convert",
-        help="make pickled heads or a GGUF loadable",
-        description="Convert medusa_lm_head.pt, hydra_lm_head.pt, an EAGLE-3 head's "
-        "pytorch_model.bin or Meta's consolidated.pth (each a file, or the directory that holds it "
-        "beside its configuration), or a .gguf file, into a new directory that --heads or --model "
-        "takes.",
-    )
-    convert.add_argument("source", type=Path, metavar="SRC")
-    convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
-    convert.set_defaults(run=_convert)
-    _add_train(commands)
-    profile = commands.add_parser(
-        "profile",
-        help="profile an answer with Nsight",
-        description="Print the profiler's command for `mtpkern generate ARGUMENTS`, and run it.",
-    )
-    profile.add_argument("-o", "--output", default="mtpkern", help="the report (default mtpkern)")
-    profile.add_argument("tool", choices=("nsys", "ncu"), help="Nsight Systems or Nsight Compute")
-    profile.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
-    profile.set_defaults(run=_profile)
-    doctor = commands.add_parser("doctor", help="versions, this machine, what runs where")
-    doctor.set_defaults(run=_doctor)
-    return parser
-
-
-def _add_generate(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "generate",
         help="stream an answer",
@@ -112,78 +53,6 @@ def _add_generate(commands: Any) -> None:
     add("--cuda-profile", action="store_true", help="let a profiler see the answer alone")
     add("--compare", action="store_true", help="run again without drafts, and compare")
     add("--json", action="store_true", help="print one JSON object and nothing else")
-
-
-def _add_train(commands: Any) -> None:
-    command = commands.add_parser(
-        "train",
-        help="train heads for a model",
-        description="Train heads for a frozen model on its own answers to prompts. A run that was "
-        "killed goes on with the same command. The directory then holds the heads, which --heads "
-        "takes, and their card, README.md.",
-    )
-    command.set_defaults(run=_train)
-    add = command.add_argument
-    add("--model", help="the frozen model: a directory, a hub id or a name")
-    add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL with `turns`")
-    add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
-    add(
-        "--init",
-        type=Path,
-        metavar="HEADS",
-        help="heads to go on from, a name or a directory; what is written is the mean of their "
-        "weights and of those at which learning ends",
-    )
-    add("--family", default="mtp", choices=FAMILIES)
-    count, level = at_least(1), at_least(0.0)
-    add("--steps", type=count, default=4000, metavar="N", help="optimiser steps (default 4000)")
-    add("--rows", type=count, default=1024, metavar="N", help="answer rows a step (default 1024)")
-    add(
-        "-K", "--num-speculative-tokens", type=count, default=4, metavar="K", help="drafts to learn"
-    )
-    add("--draft-vocab-size", type=count, default=16384, metavar="N")
-    add("--optimizer", default="muon", choices=("muon", "adamw"))
-    add("--lr", type=level, default=8e-3)
-    add("--temperature", type=level, default=0.6, help="of every other answer; 0: greedy ones only")
-    add("--max-new", type=count, default=192, metavar="N", help="longest answer in tokens")
-    add("--round-prompts", type=count, default=1024, metavar="N", help="answered before learning")
-    add("--held-out", type=count, default=64, metavar="N", help="prompts to measure on")
-    add("--slots", type=count, default=128, metavar="N", help="answers written at a time")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--seed", type=at_least(0), default=0)
-
-
-def _train(args: argparse.Namespace) -> int:
-    from mtpkern.train.fit import Recipe
-    from mtpkern.train.run import Plan, train
-
-    plan = Plan(
-        out=args.out,
-        model=args.model,
-        prompts=tuple(args.prompts),
-        answers=tuple(args.answers),
-        init=args.init,
-        family=args.family,
-        draft_vocab_size=args.draft_vocab_size,
-        round_prompts=args.round_prompts,
-        held_out=args.held_out,
-        temperature=args.temperature,
-        max_new=args.max_new,
-        slots=args.slots,
-        device=args.device,
-    )
-    recipe = Recipe(
-        steps=args.steps,
-        rows=args.rows,
-        K=args.num_speculative_tokens,
-        optimizer=args.optimizer,
-        lr=args.lr,
-        seed=args.seed,
-    )
-    train(plan, recipe)
-    print(args.out)
-    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -364,48 +233,3 @@ def _as_json(
         "stats": completion.stats.as_json(),
         "compare": compare,
     }
-
-
-def _fetch(args: argparse.Namespace) -> int:
-    from mtpkern.fetch import DEFAULT_MODEL, fetch_default_model, resolve_model
-
-    progress = sys.stderr.isatty()
-    if args.name in (None, DEFAULT_MODEL):
-        print(fetch_default_model(progress=progress, verify=True))
-    else:
-        print(resolve_model(args.name, progress=progress))
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from mtpkern.diagnose import describe_checkpoint
-    from mtpkern.fetch import resolve_model
-
-    _print_table(describe_checkpoint(resolve_model(args.model), args.dtype))
-    return 0
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from mtpkern.convert import convert
-
-    convert(args.source, args.target)
-    print(args.target)
-    return 0
-
-
-def _profile(args: argparse.Namespace) -> int:
-    from mtpkern.profile import run_profiler
-
-    return run_profiler(args.tool, args.arguments or ["Why is the sky blue?"], args.output)
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from mtpkern.diagnose import describe_machine
-
-    _print_table(describe_machine())
-    return 0
-
-
-def _print_table(rows: Iterator[tuple[str, str]]) -> None:
-    for name, value in rows:
-        print(f"{name:<16} {value}", flush=True)

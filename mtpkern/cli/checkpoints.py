@@ -1,0 +1,58 @@
+"""mtpkern fetch, inspect and convert: checkpoints on disk."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtpkern.cli.tables import print_table
+
+
+def add_commands(commands: Any) -> None:
+    fetch = commands.add_parser("fetch", help="get and convert the default model, once")
+    fetch.add_argument("name", nargs="?", metavar="NAME", help="a model's name or hub id")
+    fetch.set_defaults(run=_fetch)
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint is, whether it runs, and how fast it can at most"
+    )
+    inspect.add_argument("model", metavar="DIR", help="a model's directory, name or hub id")
+    inspect.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    inspect.set_defaults(run=_inspect)
+    convert = commands.add_parser(
+        "convert",
+        help="make pickled heads or a GGUF loadable",
+        description="Convert medusa_lm_head.pt, hydra_lm_head.pt, an EAGLE-3 head's "
+        "pytorch_model.bin or Meta's consolidated.pth (each a file, or the directory that holds it "
+        "beside its configuration), or a .gguf file, into a new directory that --heads or --model "
+        "takes.",
+    )
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
+    convert.set_defaults(run=_convert)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from mtpkern.fetch import DEFAULT_MODEL, fetch_default_model, resolve_model
+
+    progress = sys.stderr.isatty()
+    if args.name in (None, DEFAULT_MODEL):
+        print(fetch_default_model(progress=progress, verify=True))
+    else:
+        print(resolve_model(args.name, progress=progress))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from mtpkern.diagnose import describe_checkpoint
+    from mtpkern.fetch import resolve_model
+
+    print_table(describe_checkpoint(resolve_model(args.model), args.dtype))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mtpkern.convert import convert
+
+    convert(args.source, args.target)
+    print(args.target)
+    return 0

@@ -1,0 +1,33 @@
+"""mtpkern profile and doctor: this machine and what it does."""
+
+import argparse
+from typing import Any
+
+from mtpkern.cli.tables import print_table
+
+
+def add_commands(commands: Any) -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="profile an answer with Nsight",
+        description="Print the profiler's command for `mtpkern generate ARGUMENTS`, and run it.",
+    )
+    profile.add_argument("-o", "--output", default="mtpkern", help="the report (default mtpkern)")
+    profile.add_argument("tool", choices=("nsys", "ncu"), help="Nsight Systems or Nsight Compute")
+    profile.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
+    profile.set_defaults(run=_profile)
+    doctor = commands.add_parser("doctor", help="versions, this machine, what runs where")
+    doctor.set_defaults(run=_doctor)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from mtpkern.profile import run_profiler
+
+    return run_profiler(args.tool, args.arguments or ["Why is the sky blue?"], args.output)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mtpkern.diagnose import describe_machine
+
+    print_table(describe_machine())
+    return 0
