@@ -1,6 +1,7 @@
 """mtpkern: Llama-style language models decoded several tokens a step, with the same tokens."""
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "Completion", "Event", "ModelLoadError", "SamplingParams", "Stats", "UserError"]
+
+# A library prints nothing: without a handler of the application's, its log records go nowhere.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # In a checkout the folder kernels/ stands beside this package, and installed it is inside it
 # (setup.py maps it): make `mtpkern.kernels` the same thing in both.

@@ -8,7 +8,9 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from mtpkern import status
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -20,7 +22,11 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print its usage and exit."""
+    """With --quiet and --verbose; raises UsageError where argparse would print usage and exit."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        status.add_options(self)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -29,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (None: this process's own) and call what it sets as `run` -> exit code.
 
+    `run` takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
     2 is a user's mistake, 130 an interrupt, 141 a reader gone away, else what `run` gives.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -36,7 +43,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         sys.stdout.reconfigure(errors="replace")
     try:
         args = parser.parse_args(argv)
-        code: int = args.run(args)
+        with status.from_arguments(args) as args.status:
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # --help and --version

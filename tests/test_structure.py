@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FETCH = {"fetch", "gguf_checkpoint", "package_index"}
-FLOOR = {"config", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
+FLOOR = {"config", "status", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
 STEP = FLOOR | {
     "kernels",
     "ops",
@@ -30,21 +30,22 @@ EVERYTHING = STEP | {"library", "ring", "completion", "draft_length", "trace", "
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "config": set(),
+    "status": set(),
     "cache": set(),
-    "checkpoint": {"config"},
+    "checkpoint": {"config", "status"},
     "tokenizer": {"config", "chat_template"},
     "chat_template": {"config"},
-    "fetch": {"config", "gguf_checkpoint", "package_index"},
-    "gguf_checkpoint": {"config"},
-    "package_index": {"config"},
+    "fetch": {"config", "status", "gguf_checkpoint", "package_index"},
+    "gguf_checkpoint": {"config", "status"},
+    "package_index": {"config", "status"},
     "ops": {"kernels"},
     "library": {"kernels", "ops"},
-    "model": {"config", "cache", "ops", "checkpoint"},
+    "model": {"config", "status", "cache", "ops", "checkpoint"},
     "heads": {"ops"},
     "sequential_heads": {"config", "cache", "ops", "model", "heads"},
     "layer_heads": {"cache", "ops", "model", "heads", "sequential_heads"},
     "head_layouts": {"config", "checkpoint"},
-    "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model"}
+    "head_checkpoint": {"config", "status", "cache", "ops", "checkpoint", "model"}
     | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
@@ -54,8 +55,8 @@ ARROWS: dict[str, set[str]] = {
     "draft_length": set(),
     "trace": set(),
     "profile": {"config"},
-    "command": {"config"},
-    "convert": {"config", "gguf_checkpoint", "meta_checkpoint"},
+    "command": {"config", "status"},
+    "convert": {"config", "status", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "trace"},

@@ -1,0 +1,240 @@
+"""Status on stderr while anything takes over a second: a bar on a terminal, lines elsewhere.
+
+    with status.phase("loading", total=30, unit="layers") as phase:
+        for layer in layers:
+            ...
+            phase.advance()
+
+A phase that is over within a second shows nothing. On a terminal its bar disappears at its end. A
+file or a pipe gets one line when the phase has lasted a second, one every half a minute, and one
+with its duration. Functions of the library take a Status, by default SILENT; further messages go to
+the logger "mtpkern". No torch is imported here.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+# Seconds until a phase is shown, between two drawings of a bar, and between two lines.
+SHOWN_AFTER, REDRAWN_AFTER, REPEATED_AFTER = 1.0, 0.2, 30.0
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # Status has a thread of its own
+
+
+class Phase:
+    """One thing that takes a while: what it is, how far it is, and since when."""
+
+    def __init__(self, what: str, total: int | None, unit: str, note: str = ""):
+        self.what, self.total, self.unit, self.note = what, total, unit, note
+        self.done = 0
+        self.started = time.time()
+        self.shown_at: float | None = None  # the last line's time, or the bar's first
+        self.bar: _Bar | None = None
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count `count` more units as done; `note` replaces what stands at the end of the line."""
+        self.done += count
+        if note is not None:
+            self.note = note
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self.started
+
+    def _amount(self) -> str:
+        if self.unit == "B":
+            text = tqdm.format_sizeof(self.done, "B", 1000)
+            return text if self.total is None else f"{text}/{tqdm.format_sizeof(self.total, 'B')}"
+        if self.total is None:
+            return f"{self.done} {self.unit}".rstrip() if self.done else ""
+        return f"{self.done}/{self.total} {self.unit}".rstrip()
+
+    def line(self, duration: str) -> str:
+        return f"{self.what}: " + ", ".join(filter(None, [self._amount(), self.note, duration]))
+
+    def draw(self, stream: TextIO) -> None:
+        """Draw or redraw the bar of a terminal."""
+        # tqdm formats this text: braces in a note must not be taken for its fields.
+        facts = ", ".join(filter(None, [self._amount(), self.note]))
+        facts = facts.replace("{", "{{").replace("}", "}}")
+        if self.total:
+            form = "{desc} {percentage:3.0f}%|{bar:20}| " + facts + ", {elapsed}<{remaining}"
+        else:
+            form = ", ".join(filter(None, ["{desc} {elapsed}", facts]))
+        if self.bar is None:
+            self.bar = _Bar(
+                desc=f"{self.what}:",
+                bar_format=form,
+                total=self.total,
+                file=stream,
+                leave=False,
+                position=0,
+                dynamic_ncols=True,
+            )
+            self.bar.start_t = self.started
+        self.bar.n, self.bar.total, self.bar.bar_format = self.done, self.total, form
+        self.bar.refresh()
+
+    def erase(self) -> None:
+        if self.bar is not None:
+            self.bar.clear()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Status:
+    """Where status goes: `stream` (None: sys.stderr), or nowhere with `quiet`.
+
+    Phases nest; the innermost one is shown. A Status belongs to one thread at a time.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, quiet: bool = False, delay: float = SHOWN_AFTER
+    ):
+        self.stream, self.quiet, self.delay = stream or sys.stderr, quiet, delay
+        self.terminal = not quiet and steerable(self.stream)
+        self._phases: list[Phase] = []
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def phase(self, what: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        """Show `what` while the block runs; the unit "B" counts bytes."""
+        phase = Phase(what, total, unit)
+        if self.quiet:
+            yield phase
+            return
+        with self._lock:
+            if self._phases:
+                self._phases[-1].erase()
+            self._phases.append(phase)
+        if self._thread is None:
+            self._over.clear()
+            self._thread = threading.Thread(target=self._tick, name="status", daemon=True)
+            self._thread.start()
+        try:
+            yield phase
+            if not self.terminal:
+                with self._lock:
+                    if phase.shown_at is not None:
+                        self._print(phase.line(f"{phase.seconds:.1f} s"))
+        finally:
+            with self._lock:
+                self._phases.remove(phase)
+                phase.close()
+            if not self._phases:
+                self._over.set()
+                self._thread.join()
+                self._thread = None
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above any bar; nothing where quiet."""
+        if not self.quiet:
+            with self.paused():
+                self._print(text)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the terminal's line clear while the block prints something else."""
+        with self._lock:
+            if self._phases:
+                self._phases[-1].erase()
+            yield
+
+    @contextmanager
+    def logging(self, level: int = logging.DEBUG) -> Iterator[None]:
+        """Print what the package's loggers record while the block runs, above any bar."""
+        logger, handler = logging.getLogger("mtpkern"), _Handler(self)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+    def _tick(self) -> None:
+        """Show the innermost phase again and again, until none is left."""
+        while not self._over.wait(min(REDRAWN_AFTER, self.delay)):
+            with self._lock:
+                if self._phases and self._phases[-1].seconds >= self.delay:
+                    try:
+                        self._show(self._phases[-1])
+                    except OSError:  # nobody reads: no reason to stop the work
+                        return
+
+    def _show(self, phase: Phase) -> None:
+        if self.terminal:
+            phase.draw(self.stream)
+        elif phase.shown_at is None:
+            phase.shown_at = time.time()
+            self._print(f"{phase.what} ...")
+        elif time.time() - phase.shown_at >= REPEATED_AFTER:
+            phase.shown_at = time.time()
+            self._print(phase.line(f"{phase.seconds:.0f} s so far"))
+
+    def _print(self, text: str) -> None:
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+
+class _Handler(logging.Handler):
+    """Log records as lines of a Status."""
+
+    def __init__(self, status: Status):
+        super().__init__()
+        self.status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.status.say(self.format(record))
+
+
+SILENT = Status(quiet=True)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command --quiet and --verbose, which `from_arguments` reads."""
+    group = parser.add_argument_group("status on stderr").add_mutually_exclusive_group()
+    # Without a default: the one of a subcommand would replace what stands before its name.
+    for flag, text in (
+        ("--quiet", "show no status"),
+        ("--verbose", "print what the library logs, too"),
+    ):
+        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+@contextmanager
+def from_arguments(args: argparse.Namespace) -> Iterator[Status]:
+    """The Status that --quiet and --verbose ask for."""
+    status = Status(quiet=getattr(args, "quiet", False))
+    if getattr(args, "verbose", False):
+        with status.logging():
+            yield status
+    else:
+        yield status
+
+
+def steerable(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that understands control characters."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether a stream shows colours, and its reader has not declined them (NO_COLOR)."""
+    return steerable(stream) and not os.environ.get("NO_COLOR")
