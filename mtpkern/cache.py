@@ -7,6 +7,7 @@ not advancing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,20 +117,64 @@ class KVCache:
         self.lengths[sequence].zero_()
 
 
+class Prefix(NamedTuple):
+    """Pages in which a finished sequence left K and V of its first tokens."""
+
+    tokens: list[int]
+    pages: list[int]
+    pairs: int  # a drafter's caches hold what they need of so many of the tokens
+
+
+class Claim(NamedTuple):
+    """Pages for a sequence, and how many tokens of its prompt they hold already."""
+
+    pages: list[int]
+    known: int  # tokens whose K and V are there
+    pairs: int  # see Prefix; may exceed `known`
+
+
 class PagePool:
-    """Which pages are free. A page is in one sequence's hands, or here."""
+    """Which pages are free. A page belongs to one running sequence, to a prefix, or is free."""
 
     def __init__(self, pages: int):
         self.free = list(range(pages, 0, -1))
+        self.prefixes: list[Prefix] = []  # the one least recently used first
 
-    def claim(self, count: int) -> list[int] | None:
-        """Take `count` pages, or None where so many are not free."""
-        if count > len(self.free):
+    def claim(self, count: int, prompt: Sequence[int] = ()) -> Claim | None:
+        """Take `count` pages, or None where so many are not to be had.
+
+        A kept prefix gives its pages to a prompt that begins with half of it or more; the others
+        are dropped when pages run out, the least recently used first.
+        """
+        if count > len(self.free) + sum(len(prefix.pages) for prefix in self.prefixes):
             return None
-        return [self.free.pop() for _ in range(count)]
+        claim = Claim([], 0, 0)
+        lengths = [_common_length(prefix.tokens, prompt) for prefix in self.prefixes]
+        chosen = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+        if chosen is not None and 2 * lengths[chosen] < len(self.prefixes[chosen].tokens):
+            chosen = 0 if count > len(self.free) else None
+        if chosen is not None and lengths[chosen]:
+            prefix = self.prefixes.pop(chosen)
+            claim = Claim(prefix.pages[:count], lengths[chosen], prefix.pairs)
+            self.release(prefix.pages[count:])
+        missing = count - len(claim.pages)
+        while missing > len(self.free):
+            self.release(self.prefixes.pop(0).pages)
+        claim.pages.extend(self.free.pop() for _ in range(missing))
+        return claim
+
+    def keep(self, prefix: Prefix) -> None:
+        """Take back a sequence's pages with what is in them."""
+        self.prefixes.append(prefix)
 
     def release(self, pages: Sequence[int]) -> None:
         self.free.extend(reversed(pages))
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from their beginning on."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def rotary_tables(inverse_frequencies: Tensor, scaling: float, count: int) -> tuple[Tensor, Tensor]:

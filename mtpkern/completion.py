@@ -1,6 +1,7 @@
 """What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
 
 import math
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +19,11 @@ class Stats:
     prompt_tokens: int
     new_tokens: int = 0
     steps: int = 0
+    cached_tokens: int = 0  # of the prompt: their K and V were there from an earlier request
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    # From when the request was made, while it waited for a slot too.
+    time_to_first_token_seconds: float = 0.0
     # source -> [K] counts
     drafted: dict[str, list[int]] = field(default_factory=dict)
     accepted: dict[str, list[int]] = field(default_factory=dict)
@@ -35,6 +39,12 @@ class Stats:
     @property
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Tokens of the prompt that were computed, per second."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def acceptance_by_position(self) -> list[float]:
@@ -63,9 +73,12 @@ class Stats:
             "num_speculative_tokens": self.num_speculative_tokens,
             "mean_acceptance_length": self.mean_acceptance_length,
             "acceptance_by_position": self.acceptance_by_position,
+            "cached_tokens": self.cached_tokens,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "tokens_per_second": self.tokens_per_second,
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "time_to_first_token_seconds": self.time_to_first_token_seconds,
         }
 
 
@@ -110,6 +123,8 @@ class Request:
         self.index, self.prompt, self.params = index, prompt, params
         self.stats = Stats(k, len(prompt))
         self.pages: list[int] = []
+        self.known = self.pairs = 0  # what they hold of the prompt: see cache.Claim
+        self.created = time.perf_counter()
         self.token_ids: list[int] = []
         self.drafted: list[bool] = []
         self.logprobs: list[float] = []
@@ -129,6 +144,8 @@ class Request:
     def take(self, record: StepRecord, now: float) -> list[Event]:
         """Take what a step emitted, up to where the completion ends."""
         self.stats.decode_seconds = now - self.started
+        if not self.token_ids:
+            self.stats.time_to_first_token_seconds = now - self.created
         pieces = []
         for token_id in record.target[: record.accepted + 1]:
             pieces.append((self.push(token_id), token_id))

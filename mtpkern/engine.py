@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtpkern.cache import KVCache, PagePool
+from mtpkern.cache import KVCache, PagePool, Prefix
 from mtpkern.checkpoint import load_config
 from mtpkern.completion import Completion, Event, Request, Stats
 from mtpkern.config import (
@@ -76,7 +76,9 @@ class LLM:
     sequence itself. num_speculative_tokens is K in 0..16; None is 4 where anything drafts, and on a
     GPU the best of 0, 1, 2 and 4, chosen while running.
     `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
-    for all of them); one waits until there are pages for all that it may become. device is "auto",
+    for all of them); one waits until there are pages for all that it may become. With
+    `prefix_caching`, on a CPU, what the cache holds of a finished sequence serves a later prompt
+    that begins alike, with the same tokens as if it were computed again. device is "auto",
     "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
     alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
     for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by
@@ -97,6 +99,7 @@ class LLM:
         max_batch: int = 8,
         max_length: int | None = None,
         cache_tokens: int | None = None,
+        prefix_caching: bool = False,
         load_format: str = "auto",
         synthetic_acceptance: Sequence[float] | None = None,
         graph: bool = True,
@@ -109,11 +112,15 @@ class LLM:
             raise UserError(f"max_batch must be at least 1, got {max_batch}")
         if load_format not in ("auto", "dummy"):
             raise UserError(f"load_format must be auto or dummy, got {load_format}")
+        if prefix_caching and not self.ops.branches:
+            # There prefill runs on other code than decoding, so that the bits of K and V differ.
+            raise UserError("prefix_caching needs device cpu in this version")
         directory = resolve_model(None if model is None else str(model), status=status)
         started = time.perf_counter()
         self.status = status
         config = load_config(directory)
         self.name = model_name(directory)
+        self._prefix_caching = prefix_caching
         heads_directory = find_heads(str(heads), self.name, directory)
         self._running = False
         self._threads = torch.get_num_threads()
@@ -334,11 +341,11 @@ class LLM:
         while waiting or any(slots):
             for slot in range(batch):
                 if slots[slot] is None and waiting:
-                    pages = self._pool.claim(self._pages(waiting[0]))
-                    if pages is None:
+                    claim = self._pool.claim(self._pages(waiting[0]), waiting[0].prompt)
+                    if claim is None:
                         break
                     slots[slot] = request = waiting.popleft()
-                    request.pages = pages
+                    request.pages, request.known, request.pairs = claim
                     with _ADMIT:
                         self._admit(slot, request, k)
             # A step brings a token at least, so more would only be thrown away.
@@ -427,17 +434,28 @@ class LLM:
         known = request.ends[: len(ends)]  # the host knows them all
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
         state.cache.assign(slot, request.pages)
-        last = self._prefill(slot, prompt, self.drafter if k else NoDrafter())
+        begin = self._resume(slot, request, k)
+        last = self._prefill(slot, prompt, self.drafter if k else NoDrafter(), begin)
         progress.active[slot] = 1
         request.started = time.perf_counter()
         request.stats.prefill_seconds = request.started - started
+        request.stats.cached_tokens = begin
         if k and last is not None:
             self._first_drafts(slot, prompt[-1:], *last, k)
 
+    def _resume(self, slot: int, request: Request, k: int) -> int:
+        """How many tokens of its prompt a request need not run, since its pages hold them."""
+        pairs = max(0, min(request.pairs, request.known - self.drafter.lookahead))
+        # One row is run in any case: the first drafts are made of it.
+        begin = max(0, min(pairs if k else request.known, len(request.prompt) - 2))
+        self.drafter.resume(slot, begin if k else pairs)
+        return begin
+
     def _prefill(
-        self, slot: int, prompt: Tensor, drafter: Drafter
+        self, slot: int, prompt: Tensor, drafter: Drafter, start: int
     ) -> tuple[Tensor, list[Tensor]] | None:
-        """Run all but the last prompt token, in padded chunks at absolute multiples.
+        """Run the prompt from token `start` on but for the last, in padded chunks that end at
+        absolute multiples.
 
         The drafter takes in all rows but the last of them; that one's hidden state [1, E] and taps
         come back, if there is one.
@@ -448,10 +466,10 @@ class LLM:
         count = len(prompt) - 1
         on_cpu = self.device.type == "cpu"
         most = CPU_CHUNK if on_cpu else GPU_CHUNK
-        last = None
-        for begin in range(0, count, most):
-            chunk = prompt[begin : min(begin + most, count)]
-            rows = most if on_cpu else -(-len(chunk) // GPU_PAGE) * GPU_PAGE
+        last, begin = None, start
+        while begin < count:
+            chunk = prompt[begin : min(begin - begin % most + most, count)]
+            rows = most - begin % most if on_cpu else -(-len(chunk) // GPU_PAGE) * GPU_PAGE
             padded = torch.zeros(1, rows, dtype=torch.int64)
             padded[0, : len(chunk)] = chunk
             hidden, tapped = run_trunk(
@@ -470,6 +488,7 @@ class LLM:
                 features = join_taps(drafter, tapped, normed, layers)[:known]
                 after = prompt[begin + 1 : begin + 1 + known].to(self.device)
                 drafter.prefill(slot, features, after)
+            begin += len(chunk)
         cache.lengths.fill_(count)
         return last
 
@@ -531,9 +550,15 @@ class LLM:
     def _leave(self, slot: int, request: Request) -> None:
         """Free a slot. The device follows in order, behind the steps that are under way."""
         self._state.progress.active[slot] = 0
+        if self._prefix_caching:
+            # A step may have committed more than the answer took, and an interrupted one less.
+            tokens = (request.prompt + request.token_ids)[: int(self._cache.lengths[slot])]
+            pairs = self.drafter.kept(slot, len(tokens))
+            self._pool.keep(Prefix(tokens, request.pages, pairs))
+        else:
+            self._pool.release(request.pages)
         self._cache.reset(slot)
         self.drafter.reset(slot)
-        self._pool.release(request.pages)
 
 
 def resolve_device(name: str) -> tuple[torch.device, Ops]:

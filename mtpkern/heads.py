@@ -55,11 +55,13 @@ class Drafter(Protocol):
     """What a decode step needs of a drafter. `taps` are layers counted from 1; L is post-norm.
 
     `heads` are parallel heads as `ops.pack_heads` made them, or None: they share the step's one
-    read of the vocabulary.
+    read of the vocabulary. What the caches of a drafter hold for a token may depend on `lookahead`
+    tokens behind it.
     """
 
     taps: tuple[int, ...]
     heads: Any
+    lookahead: int
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         """Take in the next pairs of a prompt: features [n, ...] and the tokens [n] after them."""
@@ -73,6 +75,12 @@ class Drafter(Protocol):
     def guess(self, step: DraftInput, count: int) -> Drafts:
         """Guess the `count` tokens after the bonus token of each sequence."""
 
+    def kept(self, sequence: int, length: int) -> int:
+        """How many of a sequence's first `length` tokens need no `prefill` again."""
+
+    def resume(self, sequence: int, length: int) -> None:
+        """Take a sequence whose pages hold, in this drafter's caches too, `length` tokens."""
+
     def reset(self, sequence: int) -> None:
         """Forget a sequence, so that its slot can serve another."""
 
@@ -82,6 +90,7 @@ class NoDrafter:
 
     taps: tuple[int, ...] = ()
     heads: Any = None
+    lookahead = 0
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         pass
@@ -94,6 +103,12 @@ class NoDrafter:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         return Drafts(step.accepted.new_zeros(1, 1).expand(len(step.accepted), count), NONE, 0)
+
+    def kept(self, sequence: int, length: int) -> int:
+        return length
+
+    def resume(self, sequence: int, length: int) -> None:
+        pass
 
     def reset(self, sequence: int) -> None:
         pass
@@ -178,7 +193,7 @@ class CompanionDrafter:
 
     def __init__(self, ngram: NgramDrafter, drafter: Drafter):
         self.ngram, self.drafter, self.ops = ngram, drafter, ngram.ops
-        self.taps, self.heads = drafter.taps, drafter.heads
+        self.taps, self.heads, self.lookahead = drafter.taps, drafter.heads, drafter.lookahead
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         self.drafter.prefill(sequence, features, tokens)
@@ -201,6 +216,12 @@ class CompanionDrafter:
             torch.where(found, copied.source, guessed.source),
             torch.where(found, copied.length, guessed.length),
         )
+
+    def kept(self, sequence: int, length: int) -> int:
+        return self.drafter.kept(sequence, length)
+
+    def resume(self, sequence: int, length: int) -> None:
+        self.drafter.resume(sequence, length)
 
     def reset(self, sequence: int) -> None:
         self.drafter.reset(sequence)

@@ -36,6 +36,7 @@ class CachedDrafter:
     """
 
     heads: Any = None
+    lookahead = 1  # a pair's second half
 
     def __init__(self, taps: Sequence[int], trunk: Llama, cache: KVCache, ops: Ops):
         """`cache` is the drafter's own, in the pages of the trunk's."""
@@ -60,6 +61,12 @@ class CachedDrafter:
             return True
         waiting = (step.lengths - self._cache_of(step).lengths).max()
         return bool(waiting > MAX_PENDING - step.features.shape[1])
+
+    def kept(self, sequence: int, length: int) -> int:
+        return min(length, int(self.cache.lengths[sequence]))
+
+    def resume(self, sequence: int, length: int) -> None:
+        self.cache.lengths[sequence] = length
 
     def reset(self, sequence: int) -> None:
         # The page table is the trunk's.
@@ -225,6 +232,7 @@ class ModulesDrafter(MtpDrafter):
         """`cache` has D layers."""
         super().__init__(modules[0], trunk, cache, ops)
         self.modules, self.open_pairs = modules, len(modules) - 1
+        self.lookahead = len(modules)
         # Of each sequence's prompt, the tokens after pairs that are in `pending`.
         self.recent: dict[int, Tensor] = {}
 

@@ -17,11 +17,12 @@ def test_a_pool_hands_out_every_page_once() -> None:
     pool = PagePool(7)
     first, second = pool.claim(3), pool.claim(4)
     assert first is not None and second is not None
-    assert sorted(first + second) == list(range(1, 8)), "the scratch page is nobody's"
+    assert sorted(first.pages + second.pages) == list(range(1, 8)), "the scratch page is nobody's"
     assert pool.claim(1) is None
-    pool.release(first)
+    pool.release(first.pages)
     assert pool.claim(4) is None
-    assert sorted(pool.claim(3) or []) == sorted(first)
+    again = pool.claim(3)
+    assert again is not None and sorted(again.pages) == sorted(first.pages)
 
 
 @pytest.fixture
