@@ -42,6 +42,7 @@ setup(
     extras_require={
         "profile": ["nvtx>=0.2.10"],
         "plot": ["matplotlib>=3.8"],
+        "completion": ["shtab>=1.6"],
         "hub": ["huggingface_hub>=0.30"],
         "test": [
             "pytest>=8",
@@ -49,6 +50,7 @@ setup(
             "transformers>=5.0",
             "setuptools>=77",
             "matplotlib>=3.8",
+            "shtab>=1.6",
         ],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "uv==0.13.9"],
     },

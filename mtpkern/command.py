@@ -21,11 +21,25 @@ class UsageError(Exception):
     """A command line that does not parse."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that gives an option's default where it has one, and keeps an epilog's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if unset or action.default == [] or "default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
     """With --quiet and --verbose; raises UsageError where argparse would print usage and exit."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         status.add_options(self)
 
     def error(self, message: str) -> NoReturn:

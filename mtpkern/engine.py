@@ -7,7 +7,7 @@ import logging
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
-from mtpkern.status import SILENT, Status
+from mtpkern.status import SILENT, Phase, Status
 from mtpkern.synthetic import draw_counts
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.trace import span
@@ -245,15 +245,21 @@ class LLM:
         if isinstance(prompts, torch.Tensor | np.ndarray):
             prompts = prompts.tolist()
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        params = params or SamplingParams()
         completions: dict[int, Completion] = {}
-        for index, event in self._run(encoded, params or SamplingParams(), speculate):
-            if event.completion is not None:
-                completions[index] = event.completion
+        most = [min(params.max_tokens, self.max_length - len(prompt)) for prompt in encoded]
+        with self.status.phase("answering", sum(most), "tokens") as phase:
+            for index, event in self._run(encoded, params, speculate):
+                phase.advance()
+                if event.completion is not None:
+                    completions[index] = event.completion
+                    most[index] = len(event.completion.token_ids)
+                    phase.total = sum(most)
         return [completions[i] for i in range(len(encoded))]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, speculate: bool = True
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Complete one prompt, token by token; the last event carries the completion."""
         for _, event in self._run([self.encode(prompt)], params or SamplingParams(), speculate):
             yield event
@@ -435,7 +441,9 @@ class LLM:
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
         state.cache.assign(slot, request.pages)
         begin = self._resume(slot, request, k)
-        last = self._prefill(slot, prompt, self.drafter if k else NoDrafter(), begin)
+        drafter = self.drafter if k else NoDrafter()
+        with self.status.phase("reading the prompt", len(prompt) - 1 - begin, "tokens") as phase:
+            last = self._prefill(slot, prompt, drafter, begin, phase)
         progress.active[slot] = 1
         request.started = time.perf_counter()
         request.stats.prefill_seconds = request.started - started
@@ -452,7 +460,7 @@ class LLM:
         return begin
 
     def _prefill(
-        self, slot: int, prompt: Tensor, drafter: Drafter, start: int
+        self, slot: int, prompt: Tensor, drafter: Drafter, start: int, phase: Phase
     ) -> tuple[Tensor, list[Tensor]] | None:
         """Run the prompt from token `start` on but for the last, in padded chunks that end at
         absolute multiples.
@@ -489,6 +497,7 @@ class LLM:
                 after = prompt[begin + 1 : begin + 1 + known].to(self.device)
                 drafter.prefill(slot, features, after)
             begin += len(chunk)
+            phase.advance(len(chunk))
         cache.lengths.fill_(count)
         return last
 

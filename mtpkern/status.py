@@ -108,9 +108,11 @@ class Status:
     """
 
     def __init__(
-        self, stream: TextIO | None = None, *, quiet: bool = False, delay: float = SHOWN_AFTER
+        self, stream: TextIO | None = None, *, quiet: bool = False, delay: float | None = None
     ):
-        self.stream, self.quiet, self.delay = stream or sys.stderr, quiet, delay
+        """A phase is shown when it has lasted `delay` seconds, SHOWN_AFTER unless given."""
+        self.stream, self.quiet = stream or sys.stderr, quiet
+        self.delay = SHOWN_AFTER if delay is None else delay
         self.terminal = not quiet and steerable(self.stream)
         self._phases: list[Phase] = []
         self._printed_at = 0.0

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from mtpkern import status
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -122,6 +124,12 @@ def tiny_checkpoint(
     write_sharded(directory, tensors, shards)
     write_tiny_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def no_status_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands print on stderr must not depend on how long they took."""
+    monkeypatch.setattr(status, "SHOWN_AFTER", 3600.0)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from conftest import tiny_checkpoint, tiny_tensors
 from safetensors.torch import load_file, save_file
 
 import mtpkern
-from mtpkern import LLM, SamplingParams
+from mtpkern import LLM, SamplingParams, cli
 from mtpkern.cli import main
+from mtpkern.command import Parser
 
 PROMPT = "the quick brown fox jumps over the lazy dog and then the"
 STATS = {
@@ -23,15 +24,19 @@ STATS = {
     "num_speculative_tokens": int,
     "mean_acceptance_length": float,
     "acceptance_by_position": list,
+    "cached_tokens": int,
     "prefill_seconds": float,
     "decode_seconds": float,
     "tokens_per_second": float,
+    "prefill_tokens_per_second": float,
+    "time_to_first_token_seconds": float,
 }
 SCHEMA = {
     "schema": int,
     "model": str,
     "device": str,
     "dtype": str,
+    "load_seconds": float,
     "prompt_tokens": int,
     "text": str,
     "token_ids": list,
@@ -199,7 +204,8 @@ def test_an_interrupt_is_not_a_traceback(generate, monkeypatch):
 
 
 def test_a_reader_that_goes_away_is_not_a_traceback(model):
-    command = [sys.executable, "-m", "mtpkern", "generate", PROMPT, "--model", str(model)]
+    command = [sys.executable, "-m", "mtpkern", "generate", "--quiet", PROMPT]
+    command += ["--model", str(model)]
     root = str(Path(mtpkern.__file__).parent.parent)
     reader, writer = os.pipe()
     os.close(reader)
@@ -238,7 +244,7 @@ def test_generate_imports_neither_gguf_nor_transformers(model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "COMMAND"),
+        (["no-such-command"], "no-such-command"),
         (["generat"], "generat"),
         (["train"], "train"),
         (["generate", "x", "--frob"], "--frob"),
@@ -404,6 +410,49 @@ def test_doctor_names_versions_and_the_device(capsys, monkeypatch, tmp_path):
     assert "mtpkern fetch" in out and "generate         runs on the" in out
 
 
-def test_version_is_the_packages(capsys):
-    assert main(["--version"]) == 0
+def commands() -> dict[str, Parser]:
+    """Every command by name, and the whole."""
+    parser = cli._parser()
+    (action,) = parser._subparsers._group_actions
+    return {"": parser} | action.choices
+
+
+def test_without_a_command_help_is_printed_with_examples(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "examples:\n  mtpkern generate" in out and all(name in out for name in commands())
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_has_an_example_and_says_its_defaults(name):
+    parser = commands()[name]
+    assert "example" in parser.epilog and f"\n  mtpkern {name}" in parser.epilog
+    for action in parser._actions:
+        if action.option_strings and action.nargs != 0 and not action.required:
+            text = parser.formatter_class(parser.prog)._get_help_string(action)
+            words = "default" in text or name == ""
+            assert words, f"{action.option_strings} does not say its default: {text!r}"
+
+
+def test_a_default_of_zero_is_said(capsys):
+    main(["generate", "--help"])
+    assert "0 is greedy (default: 0.0)" in capsys.readouterr().out
+
+
+def test_completion_for_shells(capsys, monkeypatch):
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "chat" in script and "--max-tokens" in script
+    assert_one_line_of_blame(main(["--print-completion", "sh"]), capsys.readouterr(), "bash")
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code = main(["--print-completion", "bash"])
+    assert_one_line_of_blame(code, capsys.readouterr(), "pip install 'mtpkern[completion]'")
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_version_is_the_packages(capsys, flag):
+    assert main([flag]) == 0
     assert capsys.readouterr().out == f"mtpkern {mtpkern.__version__}\n"

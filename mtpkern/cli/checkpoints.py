@@ -8,11 +8,19 @@ from mtpkern.cli.tables import print_table
 
 
 def add_commands(commands: Any) -> None:
-    fetch = commands.add_parser("fetch", help="get and convert the default model, once")
+    fetch = commands.add_parser(
+        "fetch",
+        help="get and convert the default model, once",
+        description="Get and convert the default model, or check the one that is there, and print "
+        "its directory.",
+        epilog="example:\n  mtpkern fetch",
+    )
     fetch.add_argument("name", nargs="?", metavar="NAME", help="a model's name or hub id")
     fetch.set_defaults(run=_fetch)
     inspect = commands.add_parser(
-        "inspect", help="what a checkpoint is, whether it runs, and how fast it can at most"
+        "inspect",
+        help="what a checkpoint is, whether it runs, and how fast it can at most",
+        epilog="example:\n  mtpkern inspect path/to/model",
     )
     inspect.add_argument("model", metavar="DIR", help="a model's directory, name or hub id")
     inspect.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
@@ -24,6 +32,7 @@ def add_commands(commands: Any) -> None:
         "pytorch_model.bin or Meta's consolidated.pth (each a file, or the directory that holds it "
         "beside its configuration), or a .gguf file, into a new directory that --heads or --model "
         "takes.",
+        epilog="example:\n  mtpkern convert medusa_lm_head.pt heads",
     )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")

@@ -2,15 +2,16 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.command import UsageError
+from mtpkern.status import Status, coloured
 
 if TYPE_CHECKING:
+    from mtpkern.config import SamplingParams
     from mtpkern.engine import LLM, Completion, Event, Stats
 
 _DRAFTED, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -23,31 +24,22 @@ def add_command(commands: Any) -> None:
         help="stream an answer",
         description="Stream an answer. On a terminal, tokens that were drafted and accepted are "
         "green, and those that the model had to compute itself are plain.",
+        epilog="examples:\n"
+        '  mtpkern generate "Why is the sky blue?" --compare\n'
+        "  mtpkern generate --raw --max-tokens 64 - < story.txt",
     )
     command.set_defaults(run=_generate)
     add = command.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
-    add("--model", help="a directory, a hub id or a name (default: the model of `mtpkern fetch`)")
-    add("--heads", default="auto", help="heads: auto, none, a name or a directory")
-    add("--no-ngram", action="store_true", help="do not draft from the text itself")
-    add("-K", "--num-speculative-tokens", type=int, metavar="K", help="drafts a step, 0 to 16")
-    add("--max-tokens", type=int, default=256, metavar="N", help="at most so many (default 256)")
-    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0)
-    add("--min-p", type=float, default=0.0)
-    add("--seed", type=int, default=0, help="the same seed gives the same tokens (default 0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    add("--system", metavar="TEXT", help="the system message of the chat")
+    add_answer_options(command)
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--load-format", default="auto", help="dummy: made-up weights, for measuring")
     add(
         "--synthetic-acceptance",
         type=_rates,
         metavar="R1,R2,...",
-        help="accept drafts at these rates by position, whatever they are, for measuring",
+        help="accept drafts at these rates by position, whatever they are, for measuring "
+        "(default: as the model decides)",
     )
     add("--no-graph", action="store_true", help="launch a GPU's kernels one by one")
     add("--cuda-profile", action="store_true", help="let a profiler see the answer alone")
@@ -55,24 +47,44 @@ def add_command(commands: Any) -> None:
     add("--json", action="store_true", help="print one JSON object and nothing else")
 
 
-def _generate(args: argparse.Namespace) -> int:
-    from mtpkern.config import SamplingParams
-    from mtpkern.engine import LLM
-
-    text = _read_prompt(args.prompt)
-    if not text.strip():
-        raise UsageError("the prompt is empty")
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        logprobs=args.json,
+def add_answer_options(command: argparse.ArgumentParser) -> None:
+    """The options of every command that answers: which model, and how."""
+    add = command.add_argument
+    add("--model", help="a directory, a hub id or a name (default: the model of `mtpkern fetch`)")
+    add("--heads", default="auto", help="heads: auto, none, a name or a directory")
+    add("--no-ngram", action="store_true", help="do not draft from the text itself")
+    add(
+        "-K",
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help="drafts per step, 0 to 16 (default: 4 where anything drafts; on a GPU, chosen while "
+        "running)",
     )
-    llm = LLM(
+    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer in tokens")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
+    add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest; 0: all")
+    add("--min-p", type=float, default=0.0, metavar="P", help="of the likeliest one's probability")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same tokens")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be repeated (default: none)",
+    )
+    add("--system", metavar="TEXT", help="the system message (default: the chat template's own)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+
+
+def open_model(args: argparse.Namespace, **settings: Any) -> "LLM":
+    """The model that `add_answer_options` describes, for one sequence at a time."""
+    with args.status.phase("starting"):  # torch takes a second or two to import
+        from mtpkern.engine import LLM
+
+    return LLM(
         args.model,
         heads=args.heads,
         ngram=not args.no_ngram,
@@ -80,6 +92,35 @@ def _generate(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         max_batch=1,
+        status=args.status,
+        **settings,
+    )
+
+
+def sampling_params(args: argparse.Namespace, *, logprobs: bool = False) -> "SamplingParams":
+    from mtpkern.config import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        logprobs=logprobs,
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from mtpkern.config import SamplingParams
+
+    text = _read_prompt(args.prompt)
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    params = sampling_params(args, logprobs=args.json)
+    llm = open_model(
+        args,
         load_format=args.load_format,
         synthetic_acceptance=args.synthetic_acceptance,
         graph=not args.no_graph,
@@ -88,14 +129,20 @@ def _generate(args: argparse.Namespace) -> int:
     if args.compare or args.cuda_profile:
         # The first steps of a process set things up; neither side is to pay for them.
         brief = SamplingParams(max_tokens=_WARM_UP_TOKENS)
-        for speculate in (True, False):
-            llm.generate(prompt, brief, speculate=speculate)
+        with args.status.phase("warming up"):
+            for speculate in (True, False):
+                llm.generate(prompt, brief, speculate=speculate)
     with _profiled(llm) if args.cuda_profile else nullcontext():
         if args.json:
             completion = llm.generate(prompt, params)[0]
         else:
-            completion = _print_stream(llm.stream(prompt, params))
-            print(summary(completion.stats), file=sys.stderr)
+            events: Iterator[Event] = llm.stream(prompt, params)
+            if not sys.stdout.isatty():
+                events = shown(events, args.status, params)
+            last = print_stream(events)
+            assert last and last.completion, "the last event of a stream carries the completion"
+            completion = last.completion
+            print(summary(completion.stats, llm.load_seconds), file=sys.stderr)
     if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
         print(_MADE_UP, file=sys.stderr)
     plain = llm.generate(prompt, params, speculate=False)[0] if args.compare else None
@@ -104,6 +151,14 @@ def _generate(args: argparse.Namespace) -> int:
     elif plain is not None:
         print(_comparison(completion, plain), file=sys.stderr)
     return 0 if plain is None or _identical(completion, plain) else 1
+
+
+def shown(events: "Iterator[Event]", status: Status, params: "SamplingParams") -> "Iterator[Event]":
+    """The same events, counted where nobody sees the text as it comes."""
+    with status.phase("answering", params.max_tokens, "tokens") as phase:
+        for event in events:
+            phase.advance()
+            yield event
 
 
 _MADE_UP = "made-up weights or acceptance: the rates are meant, the text and its tokens are not"
@@ -133,7 +188,10 @@ def _read_prompt(given: str | None) -> str:
     if given is not None and given != "-":
         return given
     if given is None and sys.stdin.isatty():
-        raise UsageError("no prompt: mtpkern generate PROMPT, or - to read standard input")
+        raise UsageError(
+            'no prompt: mtpkern generate "PROMPT", or - to read standard input; '
+            "mtpkern chat for a conversation"
+        )
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:
@@ -153,32 +211,35 @@ def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     return llm.encode([*system, {"role": "user", "content": text}])
 
 
-def _print_stream(events: "Iterator[Event]") -> "Completion":
-    terminal = sys.stdout.isatty()
-    coloured = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    shown = _PLAIN
+def print_stream(events: "Iterator[Event]") -> "Event | None":
+    """Print an answer as it comes -> its last event, if any came.
+
+    On a terminal, accepted drafts are green.
+    """
+    terminal, colours = sys.stdout.isatty(), coloured(sys.stdout)
+    painted, last = _PLAIN, None
     try:
         for event in events:
+            last = event
             colour = _DRAFTED if event.drafted else _PLAIN
-            if coloured and event.text and colour != shown:
+            if colours and event.text and colour != painted:
                 sys.stdout.write(colour)
-                shown = colour
+                painted = colour
             # A model's words must not steer the terminal; a file gets them as they are.
             sys.stdout.write(_without_controls(event.text) if terminal else event.text)
             sys.stdout.flush()
     finally:
-        sys.stdout.write("\n" if shown == _PLAIN else _PLAIN + "\n")
+        sys.stdout.write("\n" if painted == _PLAIN else _PLAIN + "\n")
         sys.stdout.flush()
-    assert event.completion is not None, "the last event of a stream carries the completion"
-    return event.completion
+    return last
 
 
 def _without_controls(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) >= 0xA0)
 
 
-def summary(stats: "Stats") -> str:
-    """One line: speed, steps, tokens per step, acceptance by position."""
+def summary(stats: "Stats", load_seconds: float | None = None) -> str:
+    """One line: speed, steps, tokens per step, acceptance by position; what came before that."""
     line = (
         f"{stats.tokens_per_second:.1f} tok/s: {stats.new_tokens} tokens in {stats.steps} steps, "
         f"{stats.mean_acceptance_length:.2f} a step"
@@ -186,7 +247,14 @@ def summary(stats: "Stats") -> str:
     if any(map(any, stats.drafted.values())):
         rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
         line += f"; accepted by position: {rates}"
-    return line
+    line += (
+        f"; first token after {stats.time_to_first_token_seconds:.2f} s, prompt of "
+        f"{stats.prompt_tokens} tokens"
+    )
+    if stats.cached_tokens:
+        line += f", {stats.cached_tokens} of them cached"
+    line += f", at {stats.prefill_tokens_per_second:.0f} tok/s"
+    return line if load_seconds is None else f"{line}; loaded in {load_seconds:.1f} s"
 
 
 def _comparison(completion: "Completion", plain: "Completion") -> str:
@@ -225,6 +293,7 @@ def _as_json(
         "model": model or llm.name,
         "device": llm.device.type,
         "dtype": str(llm.dtype).removeprefix("torch."),
+        "load_seconds": llm.load_seconds,
         "prompt_tokens": completion.stats.prompt_tokens,
         "text": completion.text,
         "token_ids": completion.token_ids,

@@ -11,12 +11,17 @@ def add_commands(commands: Any) -> None:
         "profile",
         help="profile an answer with Nsight",
         description="Print the profiler's command for `mtpkern generate ARGUMENTS`, and run it.",
+        epilog='example:\n  mtpkern profile nsys "Why is the sky blue?" --max-tokens 32',
     )
-    profile.add_argument("-o", "--output", default="mtpkern", help="the report (default mtpkern)")
+    profile.add_argument("-o", "--output", default="mtpkern", help="the report")
     profile.add_argument("tool", choices=("nsys", "ncu"), help="Nsight Systems or Nsight Compute")
     profile.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
     profile.set_defaults(run=_profile)
-    doctor = commands.add_parser("doctor", help="versions, this machine, what runs where")
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, this machine, what runs where",
+        epilog="example:\n  mtpkern doctor",
+    )
     doctor.set_defaults(run=_doctor)
 
 

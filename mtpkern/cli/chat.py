@@ -1,0 +1,229 @@
+"""mtpkern chat: a conversation, on a terminal or one turn per line of standard input."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from threading import Event as Flag
+from typing import TYPE_CHECKING, Any
+
+from mtpkern.cli.generate import (
+    add_answer_options,
+    open_model,
+    print_stream,
+    sampling_params,
+    shown,
+    summary,
+)
+from mtpkern.command import UsageError
+
+if TYPE_CHECKING:
+    from mtpkern.completion import Event, Stats
+    from mtpkern.config import SamplingParams
+    from mtpkern.engine import LLM
+
+_log = logging.getLogger(__name__)
+
+_HISTORY_LINES = 1000
+_HELP = """\
+/reset        start over; the system message stays
+/system TEXT  set the system message; without TEXT, show it
+/stats        what the last answer cost, and how full the context is
+/help         these lines
+/exit         leave, as Ctrl-D does
+Ctrl-C stops an answer and keeps what was said."""
+
+
+def add_command(commands: Any) -> None:
+    command = commands.add_parser(
+        "chat",
+        help="have a conversation",
+        description="Have a conversation. On a terminal, lines are edited and remembered, Ctrl-C "
+        "stops an answer, Ctrl-D leaves, and /help lists the commands. Otherwise each line of "
+        "standard input is a turn or a command, and standard output gets the answers.",
+        epilog="examples:\n"
+        '  mtpkern chat --system "Answer in one sentence."\n'
+        "  mtpkern chat --temperature 0.7 < turns.txt",
+    )
+    command.set_defaults(run=_chat)
+    add_answer_options(command)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    with args.status.phase("starting"):
+        from mtpkern.config import UserError
+        from mtpkern.engine import resolve_device
+
+    _, ops = resolve_device(args.device)
+    # On a CPU, a turn runs what is new in it only: the cache is kept.
+    llm = open_model(args, prefix_caching=ops.branches)
+    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+        raise UsageError(
+            f"{llm.name} has no chat template: mtpkern generate --raw continues a text"
+        )
+    conversation = Conversation(llm, sampling_params(args), args.system)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(f"{llm.name}: /help lists the commands, Ctrl-D leaves", file=sys.stderr)
+    for line in _typed_lines() if terminal else _piped_lines():
+        if line == "/exit":
+            break
+        try:
+            if line.startswith("/"):
+                print(conversation.command(line), file=sys.stderr)
+            elif line:
+                conversation.take_turn(line, args)
+        except (UserError, UsageError) as error:
+            if not terminal:
+                raise
+            print(f"error: {error} (/reset starts over)", file=sys.stderr)
+    return 0
+
+
+class Conversation:
+    """The messages so far, and a model that answers them."""
+
+    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None):
+        self.llm, self.params, self.system = llm, params, system
+        self.messages: list[dict[str, str]] = []
+        self.stats: Stats | None = None
+
+    def take_turn(self, text: str, args: argparse.Namespace) -> None:
+        """Answer a message, and print the answer as it comes.
+
+        One that was stopped is remembered as far as it was printed; a message without an answer is
+        not.
+        """
+        message = {"role": "user", "content": text}
+        said: list[str] = []
+        last = None
+        try:
+            with _stoppable() as stop, closing(self._events(message)) as events:
+                counted = _until(stop, events, said)
+                if not sys.stdout.isatty():
+                    counted = shown(counted, args.status, self.params)
+                last = print_stream(counted)
+        except KeyboardInterrupt:  # the second Ctrl-C: a step is not waited for
+            pass
+        if said:
+            self.messages += [message, {"role": "assistant", "content": "".join(said)}]
+        if last is None or last.completion is None:
+            print("[stopped]" if said else "[stopped before it began]", file=sys.stderr)
+            return
+        self.stats = last.completion.stats
+        if last.completion.finish_reason == "length":
+            print(f"[cut after {self.stats.new_tokens} tokens]", file=sys.stderr)
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with / says -> what to tell the user."""
+        name, _, rest = line.partition(" ")
+        if name == "/reset":
+            self.messages = []
+            return "starting over"
+        if name == "/system":
+            self.system = rest.strip() or self.system
+            return f"system message: {'none' if self.system is None else self.system}"
+        if name == "/stats":
+            return self._describe()
+        if name == "/help":
+            return _HELP
+        raise UsageError(f"no such command: {name} (/help lists them)")
+
+    def _events(self, message: dict[str, str]) -> "Generator[Event, None, None]":
+        return self.llm.stream([*self._opening(), *self.messages, message], self.params)
+
+    def _opening(self) -> list[dict[str, str]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def _describe(self) -> str:
+        if self.stats is None:
+            return "nothing was answered yet"
+        used = len(self.llm.encode([*self._opening(), *self.messages])) if self.messages else 0
+        return (
+            f"{summary(self.stats)}\n{len(self.messages) // 2} turns, {used} of "
+            f"{self.llm.max_length} tokens; loaded in {self.llm.load_seconds:.1f} s"
+        )
+
+
+def _until(stop: Flag, events: "Iterator[Event]", said: list[str]) -> "Iterator[Event]":
+    """The same events up to where `stop` is set; their texts go to `said`."""
+    for event in events:
+        said.append(event.text)
+        yield event
+        if stop.is_set():
+            return
+
+
+@contextmanager
+def _stoppable() -> Iterator[Flag]:
+    """While the block runs, a first Ctrl-C sets the flag and a second one interrupts."""
+    stop = Flag()
+
+    def handle(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from a terminal, with editing and a history where there is readline."""
+    with _history():
+        while True:
+            try:
+                if sys.stdout.isatty():
+                    line = input("> ")
+                else:
+                    print("> ", end="", file=sys.stderr, flush=True)
+                    line = input()
+            except EOFError:
+                print(file=sys.stderr)
+                return
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
+                continue
+            except UnicodeDecodeError:
+                print("error: that is not UTF-8 text", file=sys.stderr)
+                continue
+            yield line.strip()
+
+
+def _piped_lines() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        try:
+            yield line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise UsageError("standard input is not UTF-8 text") from None
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """What was typed before, while the block runs, and what is typed in it, later."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    from mtpkern.fetch import default_model_directory
+
+    file = default_model_directory().parent / "chat_history"
+    try:
+        readline.read_history_file(file)
+    except OSError as error:
+        _log.info("no history: %s", error)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+        except OSError as error:
+            _log.warning("the history cannot be written: %s", error)

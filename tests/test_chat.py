@@ -1,0 +1,208 @@
+"""mtpkern chat: turns through the model's template, a cache that is kept, answers that stop."""
+
+import io
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_checkpoint
+
+import mtpkern
+from mtpkern import LLM, SamplingParams
+from mtpkern.cli import main
+
+ROOT = str(Path(mtpkern.__file__).parent.parent)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), eos_token_id=None)
+
+
+@pytest.fixture
+def chat(model, capsys, monkeypatch):
+    """Run `chat` on lines of standard input -> (exit code, stdout, stderr)."""
+
+    def run(text: str, *options: str) -> tuple[int, str, str]:
+        stdin = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape")))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = main(["chat", "--model", str(model), "--max-tokens", "12", *options])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def answers(model: Path, *turns: str, system: str | None = None, count: int = 12) -> str:
+    """What a conversation prints, each turn from a fresh model and a whole prompt."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    out = ""
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        llm = LLM(model, max_batch=1)
+        (answer,) = llm.generate(messages, SamplingParams(max_tokens=count))
+        messages.append({"role": "assistant", "content": answer.text})
+        out += answer.text + "\n"
+    return out
+
+
+def test_each_line_is_a_turn_that_knows_those_before(chat, model):
+    code, out, err = chat("the fox\n\nthe dog\r\nand then\n")
+    assert (code, out) == (0, answers(model, "the fox", "the dog", "and then"))
+    assert err.splitlines() == ["[cut after 12 tokens]"] * 3
+
+
+def test_only_what_is_new_in_a_turn_is_run(chat):
+    _, _, err = chat("the fox\n/stats\nthe dog\n/stats\nthe sun\n/stats\n")
+    lines = [line for line in err.splitlines() if "tok/s" in line]
+    prompts = [int(re.search(r"prompt of (\d+) tokens", line).group(1)) for line in lines]
+    cached = [int((re.search(r"(\d+) of them cached", line) or [0, 0])[1]) for line in lines]
+    assert cached[0] == 0 and prompts[0] < cached[1] < prompts[1] < cached[2] < prompts[2]
+    assert "3 turns, " in err and " of 512 tokens" in err
+
+
+def test_commands(chat, model):
+    code, out, err = chat("the fox\n/reset\n/system be a dog\n/system\nthe dog\n/exit\nthe sun\n")
+    assert code == 0
+    assert out == answers(model, "the fox") + answers(model, "the dog", system="be a dog")
+    assert err.count("system message: be a dog\n") == 2 and "starting over" in err
+    _, out, err = chat("/help\n/stats\n/system\n")
+    assert out == "" and "/reset" in err and "nothing was answered yet" in err
+    assert "system message: none" in err
+    for flag in ("--system", "be a dog"):
+        assert flag in ("--system", "be a dog")
+    _, out, _ = chat("the dog\n", "--system", "be a dog")
+    assert out == answers(model, "the dog", system="be a dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("/no-such-command x\n", "no such command: /no-such-command (/help lists them)"),
+        ("the dog\n" + "the fox " * 400 + "\n", "the context holds 512"),
+        ("\udcff\n", "standard input is not UTF-8 text"),
+    ],
+)
+def test_a_mistake_in_a_file_of_turns_is_one_line(chat, text, words):
+    code, _, err = chat(text)
+    blame = err.splitlines()[-1]
+    assert code == 2 and blame.startswith("mtpkern: error: ") and words in blame
+
+
+def test_a_model_without_a_template_is_refused(chat, tmp_path):
+    directory = tiny_checkpoint(tmp_path)
+    (directory / "tokenizer_config.json").unlink()
+    code, _, err = chat("the fox\n", "--model", str(directory))
+    assert code == 2 and "no chat template: mtpkern generate --raw" in err
+
+
+def interrupt_after(count: int, monkeypatch, times: int = 1) -> None:
+    """Press Ctrl-C when an answer has had `count` tokens."""
+    stream = LLM.stream
+
+    def interrupted(self, *args, **options):
+        for number, event in enumerate(stream(self, *args, **options), start=1):
+            if number == count:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGINT)
+            yield event
+
+    monkeypatch.setattr(LLM, "stream", interrupted)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_said(chat, model, monkeypatch, times):
+    whole = answers(model, "the fox", count=100)
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch, times)
+        # The one answer after it is stopped after as many tokens.
+        code, out, err = chat("the fox\nthe dog\n", "--max-tokens", "100")
+    first, second = out.splitlines()[0], out.splitlines()[1]
+    assert code == 0 and err.splitlines() == ["[stopped]"] * 2
+    assert whole.startswith(first) and 0 < len(first) < 40
+    llm = LLM(model, max_batch=1)
+    messages = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": first}]
+    messages.append({"role": "user", "content": "the dog"})
+    (expected,) = llm.generate(messages, SamplingParams(max_tokens=100))
+    assert expected.text.startswith(second) and second
+
+
+def test_ctrl_c_before_the_first_token_forgets_the_message(chat, model, monkeypatch):
+    stream, calls = LLM.stream, []
+
+    def interrupted_once(self, *args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield from stream(self, *args, **options)
+
+    monkeypatch.setattr(LLM, "stream", interrupted_once)
+    code, out, err = chat("the fox\nthe dog\n")
+    assert (code, out) == (0, "\n" + answers(model, "the dog"))
+    assert "[stopped before it began]" in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Session:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, *argv: str, **environment: str):
+        self.terminal, theirs = os.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mtpkern", *argv],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            env=os.environ | {"PYTHONPATH": ROOT, "TERM": "xterm"} | environment,
+        )
+        os.close(theirs)
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 120) -> str:
+        """Read until `text` appears -> what came with it."""
+        end, begin = time.monotonic() + seconds, len(self.seen)
+        while text not in self.seen[begin:]:
+            ready, _, _ = select.select([self.terminal], [], [], 0.2)
+            if ready:
+                try:
+                    self.seen += os.read(self.terminal, 4096).decode()
+                except OSError:  # the other end is closed
+                    break
+            assert time.monotonic() < end, f"no {text!r} in {self.seen[begin:]!r}"
+        return self.seen[begin:]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal(model, tmp_path):
+    pytest.importorskip("readline")
+    options = ("chat", "--model", str(model), "--max-tokens", "400")
+    session = Session(*options, XDG_CACHE_HOME=str(tmp_path))
+    session.wait_for("> ")
+    assert "/help lists the commands" in session.seen
+    session.type("the fox\n")
+    session.wait_for("\n")
+    session.type("\x03")
+    session.wait_for("[stopped]")
+    session.wait_for("> ")
+    session.type("/bad\n")
+    session.wait_for("no such command: /bad")
+    session.wait_for("> ")
+    session.type("\x03")
+    session.wait_for("Ctrl-D or /exit leaves")
+    session.type("\x04")
+    session.wait_for("\0")  # to its end
+    assert session.process.wait(60) == 0
+    assert "Traceback" not in session.seen and "\x1b[?25l" not in session.seen
+    history = (tmp_path / "mtpkern" / "chat_history").read_text().split("\n")
+    assert [line for line in history if line and not line.startswith("_")] == ["the fox", "/bad"]
