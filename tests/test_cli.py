@@ -21,6 +21,7 @@ STATS = {
     "new_tokens": int,
     "steps": int,
     "num_speculative_tokens": int,
+    "steps_by_num_speculative_tokens": dict,
     "mean_acceptance_length": float,
     "acceptance_by_position": list,
     "prefill_seconds": float,

@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "prefill": {"kernels", "ops"},
     "synthetic": {"config"},
     "ring": {"kernels"},
-    "draft_length": set(),
+    "draft_length": {"heads"},
     "trace": set(),
     "profile": {"config"},
     "command": {"config"},
