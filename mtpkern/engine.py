@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,7 @@ from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
 from mtpkern.synthetic import draw_counts
+from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.trace import span
 
@@ -94,7 +96,8 @@ class LLM:
     "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
     alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
     for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by
-    one, as a profiler wants them; `ops` are others than the device's own.
+    one, as a profiler wants them; `threads` is how many a CPU computes with (None: at most one per
+    physical core), set for the whole process; `ops` are others than the device's own.
     Raises UserError for whatever the caller can mend.
     """
 
@@ -113,6 +116,7 @@ class LLM:
         load_format: str = "auto",
         synthetic_acceptance: Sequence[float] | None = None,
         graph: bool = True,
+        threads: int | None = None,
         ops: Ops | None = None,
     ):
         self.device, usual = resolve_device(device)
@@ -126,7 +130,7 @@ class LLM:
         self.name = model_name(directory)
         heads_directory = find_heads(str(heads), self.name, directory)
         self._running = False
-        self._threads = torch.get_num_threads()
+        self._threads = use_threads(threads)
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
@@ -192,7 +196,8 @@ class LLM:
             if graph and not on_cpu:
                 self._capture_all()
             elif self._adaptive and self.ops.branches:
-                self._time_steps()
+                for timings in self.time_steps().items():
+                    self._draft_length.seconds.observe(*timings)
 
     def _make_cache(self, cache_tokens: int | None) -> tuple[KVCache, PagePool]:
         """The cache and its free pages: on a CPU one long page a sequence, read without a copy."""
@@ -417,16 +422,20 @@ class LLM:
         # Those steps left words in the ring: no later one may bear their numbers.
         self._clock = int(self._state.progress.clock.max())
 
-    def _time_steps(self) -> None:
-        """Time a step of each K, while no sequence is active."""
+    @torch.inference_mode()
+    def time_steps(self) -> dict[int, float]:
+        """Seconds of a step of one sequence by its rows, 1 .. K + 1, drafting left out, as measured
+        now on a CPU: the median of a few, behind a short context."""
+        seconds = {}
         for k in range(self.k + 1):
-            state = self._state.view(1, k)
-            for i in range(1 + TIMED_STEPS):
+            state, timings = self._state.view(1, k), []
+            for _ in range(1 + TIMED_STEPS):
                 started = time.perf_counter()
                 decode_step(state, self.trunk, NoDrafter(), self.ops)
-                if i:
-                    self._draft_length.seconds.observe(k + 1, time.perf_counter() - started)
+                timings.append(time.perf_counter() - started)
+            seconds[k + 1] = median(timings[1:])
         self._clock = int(self._state.progress.clock.max())
+        return seconds
 
     def _choice(self, batch: int, k: int) -> Choice:
         """What chooses K for this batch, of 0..k."""

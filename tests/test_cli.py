@@ -110,7 +110,7 @@ def test_compare_finds_the_tokens_identical(generate, sampling):
     code, out, err = generate(PROMPT, "--compare", "-K", "3", *sampling)
     assert code == 0
     assert "tokens identical" in err and "DIFFER" not in err
-    assert "a step" in err.splitlines()[0]
+    assert "per step" in err.splitlines()[0] and err.splitlines()[0].endswith("K = 3")
 
 
 def test_compare_says_where_the_tokens_differ_and_fails(generate, monkeypatch):

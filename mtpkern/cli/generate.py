@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mtpkern.command import UsageError
+from mtpkern.command import UsageError, at_least
 
 if TYPE_CHECKING:
     from mtpkern.engine import LLM, Completion, Event, Stats
@@ -42,6 +42,7 @@ def add_command(commands: Any) -> None:
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads (default: physical cores)")
     add("--load-format", default="auto", help="dummy: made-up weights, for measuring")
     add(
         "--synthetic-acceptance",
@@ -79,6 +80,7 @@ def _generate(args: argparse.Namespace) -> int:
         num_speculative_tokens=args.num_speculative_tokens,
         device=args.device,
         dtype=args.dtype,
+        threads=args.threads,
         max_batch=1,
         load_format=args.load_format,
         synthetic_acceptance=args.synthetic_acceptance,
@@ -181,11 +183,16 @@ def summary(stats: "Stats") -> str:
     """One line: speed, steps, tokens per step, acceptance by position."""
     line = (
         f"{stats.tokens_per_second:.1f} tok/s: {stats.new_tokens} tokens in {stats.steps} steps, "
-        f"{stats.mean_acceptance_length:.2f} a step"
+        f"{stats.mean_acceptance_length:.2f} per step"
     )
     if any(map(any, stats.drafted.values())):
         rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
         line += f"; accepted by position: {rates}"
+    if len(stats.steps_by_k) > 1:
+        chosen = ", ".join(f"{k} in {n} steps" for k, n in sorted(stats.steps_by_k.items()))
+        line += f"; K chosen: {chosen}"
+    elif stats.num_speculative_tokens:
+        line += f"; K = {next(iter(stats.steps_by_k), 0)}"
     return line
 
 
