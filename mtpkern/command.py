@@ -26,10 +26,11 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        if unset or action.default == [] or "default" in text or not action.option_strings:
+        takes_value = action.option_strings and action.nargs != 0 and not action.required
+        if not takes_value or action.default is argparse.SUPPRESS or "default" in text:
             return text
-        return f"{text} (default: %(default)s)".lstrip()
+        default = "none" if action.default in (None, []) else "%(default)s"
+        return f"{text} (default: {default})".lstrip()
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("example") else super()._fill_text(text, width, indent)

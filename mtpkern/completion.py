@@ -30,6 +30,8 @@ class Stats:
     # source -> steps whose drafts came from it, and tokens that those steps emitted
     source_steps: dict[str, int] = field(default_factory=dict)
     source_tokens: dict[str, int] = field(default_factory=dict)
+    # K -> steps that verified so many drafts: one K where it is fixed
+    steps_by_k: dict[int, int] = field(default_factory=dict)
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -54,10 +56,18 @@ class Stats:
         accepted = [sum(counts[i] for counts in self.accepted.values()) for i in range(k)]
         return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
 
-    def count_step(self, source: str, drafts: int, accepted: int, emitted: int) -> None:
-        k = self.num_speculative_tokens
+    def count_step(self, k: int, source: str, drafts: int, accepted: int, emitted: int) -> None:
+        """Count a step of K = k that emitted `emitted` tokens, and whose first `accepted` drafts of
+        `drafts` stood.
+
+        In the last step only the drafts before its last token count: those behind it could not be
+        emitted, and it would have come without drafts too. So accepted drafts are tokens gained:
+        new_tokens is steps + accepted drafts.
+        """
         self.steps += 1
         self.new_tokens += emitted
+        self.steps_by_k[k] = self.steps_by_k.get(k, 0) + 1
+        k = self.num_speculative_tokens
         self.source_steps[source] = self.source_steps.get(source, 0) + 1
         self.source_tokens[source] = self.source_tokens.get(source, 0) + emitted
         drafted = self.drafted.setdefault(source, [0] * k)
@@ -71,6 +81,9 @@ class Stats:
             "new_tokens": self.new_tokens,
             "steps": self.steps,
             "num_speculative_tokens": self.num_speculative_tokens,
+            "steps_by_num_speculative_tokens": {
+                str(k): self.steps_by_k[k] for k in sorted(self.steps_by_k)
+            },
             "mean_acceptance_length": self.mean_acceptance_length,
             "acceptance_by_position": self.acceptance_by_position,
             "cached_tokens": self.cached_tokens,
@@ -141,8 +154,8 @@ class Request:
         """How many tokens may still come; one step brings at least one."""
         return 0 if self.finish_reason else self.room - len(self.token_ids)
 
-    def take(self, record: StepRecord, now: float) -> list[Event]:
-        """Take what a step emitted, up to where the completion ends."""
+    def take(self, record: StepRecord, k: int, now: float) -> list[Event]:
+        """Take what a step of K = k emitted, up to where the completion ends."""
         self.stats.decode_seconds = now - self.started
         if not self.token_ids:
             self.stats.time_to_first_token_seconds = now - self.created
@@ -155,8 +168,10 @@ class Request:
             self.logprobs += record.logprobs[: len(pieces)]
             if not all(map(math.isfinite, self.logprobs[-len(pieces) :])):
                 raise UserError("the model's logits are no numbers: another dtype may hold them")
-        source = SOURCES[record.source]
-        self.stats.count_step(source, record.drafted, record.accepted, len(pieces))
+        drafts = record.drafted
+        if self.finish_reason:
+            drafts = min(drafts, len(pieces) - 1)
+        self.stats.count_step(k, SOURCES[record.source], drafts, record.accepted, len(pieces))
         guessed = min(record.accepted, record.drafted)
         drafted = [i < guessed for i in range(len(pieces))]
         self.drafted += drafted

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.heads import NONE, Drafter, DraftInput
+from mtpkern.heads import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import Ops, Progress, SamplingRows
 from mtpkern.synthetic import force_acceptance
@@ -89,6 +89,7 @@ class StepOutput:
     target: Tensor  # [B, T] int64
     accepted: Tensor  # [B] int64, 0..K
     count: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
+    drafts: Drafts | None  # what stands in the next window; None for a window without drafts
 
 
 def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
@@ -98,26 +99,39 @@ def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: in
 
 
 def decode_step(
-    state: DecodeState, model: Llama, drafter: Drafter, ops: Ops, *, logprobs: bool = False
+    state: DecodeState,
+    model: Llama,
+    drafter: Drafter,
+    ops: Ops,
+    *,
+    logprobs: bool = False,
+    rows: int | None = None,
+    heads: bool = True,
+    least_chance: float = LEAST_CHANCE,
 ) -> StepOutput:
     """Advance every active sequence of `state` by 1 to K + 1 tokens, in place.
 
     The host finds them in the ring, with their log-probabilities where those are asked for.
+    Only the first `rows` of the window are verified (None: all K + 1). heads=False drafts for the
+    next window without the heads, which otherwise stop where the chance that all their drafts stand
+    is below `least_chance`; both need `ops.branches`.
     """
     config, progress = model.config, state.progress
-    batch, rows = state.window.shape
+    window = state.window[:, :rows]
+    batch, rows = window.shape
 
     inner = [tap for tap in drafter.taps if tap < config.num_layers]
-    hidden, tapped = run_trunk(model, state.window, state.cache, ops, inner)
+    hidden, tapped = run_trunk(model, window, state.cache, ops, inner)
     normed, projected = ops.project(
         hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
     )
     target = projected.target((batch, rows), progress.lengths, state.sampling)
     chances = projected.logprobs(target) if logprobs else None
     if state.forced is not None:
-        force_acceptance(state.window, target, state.forced, progress.clock)
-    accepted, count = ops.advance(state.window, target, chances, progress)
-    if rows > 1:
+        force_acceptance(window, target, state.forced, progress.clock)
+    accepted, count = ops.advance(window, target, chances, progress)
+    drafts = None
+    if state.window.shape[1] > 1:
         features = join_taps(drafter, tapped, normed, config.num_layers)
         step = DraftInput(
             features=features.view(batch, rows, -1),
@@ -128,12 +142,14 @@ def decode_step(
             accepted=accepted,
             advance=count,
             sampling=state.sampling,
+            heads=heads,
+            least_chance=least_chance,
         )
-        draft(state, drafter, step)
-    return StepOutput(target, accepted, count)
+        drafts = draft(state, drafter, step)
+    return StepOutput(target, accepted, count, drafts)
 
 
-def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> None:
+def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     """Let the drafter take in a committed step, and fill the next window with its guesses."""
     drafter.observe(step)
     drafts = drafter.guess(step, state.window.shape[1] - 1)
@@ -141,3 +157,4 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> None:
     progress = state.progress
     for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):
         kept.fill_(said) if isinstance(said, int) else kept.copy_(said)
+    return drafts

@@ -1,7 +1,7 @@
 """What a checkpoint is and what this machine can do with it, as rows of (name, value).
 
 The roofline: a decode step reads every weight once, so that memory bandwidth over bytes per step
-is the most steps a second that any runtime can make, and plain decoding's most tokens a second.
+is the most steps per second that any runtime can make, and plain decoding's most tokens per second.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 import mtpkern
 from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config
 from mtpkern.config import ModelConfig, resolve_dtype
-from mtpkern.engine import resolve_device
+from mtpkern.engine import LLM, resolve_device
 from mtpkern.fetch import default_model_directory, is_complete, model_name
 from mtpkern.head_checkpoint import find_heads
 from mtpkern.tokenizer import Tokenizer
@@ -25,6 +25,10 @@ from mtpkern.tokenizer import Tokenizer
 _MIB = 1 << 20
 _PROBE_BYTES = 64 * _MIB, 1024 * _MIB
 _PROBE_REPEATS = 5
+# The matmul that is timed: from memory, on most machines.
+_WIDTH = 4096
+# Memory that loading takes, over the weights' own: they are packed one by one.
+_LOADING = 1.3
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2")
 _OPTIONAL = ("gguf", "transformers", "huggingface_hub")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
@@ -59,8 +63,37 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
     yield "read bandwidth", f"{bandwidth / 1e9:.1f} GB/s, measured on {_device()}"
     yield (
         "roofline",
-        f"{bandwidth / step_bytes:.0f} steps/s: the bound of plain decoding in tok/s; "
-        "drafts multiply it by their tokens per step",
+        f"{bandwidth / step_bytes:.0f} steps/s at that bandwidth: the bound of plain decoding in "
+        "tok/s",
+    )
+    yield from describe_steps(directory, dtype, step_bytes, bandwidth)
+
+
+def describe_steps(
+    directory: Path, dtype: str, step_bytes: int, bandwidth: float
+) -> Iterator[tuple[str, str]]:
+    """Rows about what steps of a model take on this CPU, measured on the model itself."""
+    available = _available_memory()
+    if available is not None and step_bytes * _LOADING > available:
+        yield (
+            "plain step",
+            f"not measured: the weights take {step_bytes / 1e9:.1f} GB, and "
+            f"{available / 1e9:.1f} GB of memory are free",
+        )
+        return
+    llm = LLM(directory, heads="none", device="cpu", dtype=dtype, max_batch=1, max_length=64)
+    seconds = llm.time_steps()
+    plain, rows = seconds[1], max(seconds)
+    share = step_bytes / plain / bandwidth
+    yield (
+        "plain step",
+        f"{plain * 1e3:.1f} ms, {1 / plain:.1f} tok/s: {share:.0%} of the roofline, measured",
+    )
+    ratio = seconds[rows] / plain
+    yield (
+        f"window of {rows}",
+        f"{seconds[rows] * 1e3:.1f} ms, {ratio:.2f} times a plain step, measured: drafts pay where "
+        f"they bring more than {ratio:.2f} tokens per step",
     )
 
 
@@ -76,7 +109,15 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     flags = _cpu_flags()
     yield "cpu flags", " ".join(f for f in _CPU_FLAGS if f in flags) or "unknown"
     yield "torch kernels", torch.backends.cpu.get_cpu_capability()
-    yield "bfloat16", "native" if _has_native_bfloat16() else "emulated: --dtype float32 is faster"
+    bandwidth = measure_read_bandwidth(_PROBE_BYTES[1])
+    yield "read bandwidth", f"{bandwidth / 1e9:.1f} GB/s, measured on {_device()}"
+    for dtype in (torch.bfloat16, torch.float32):
+        one, five = (measure_matmul(dtype, rows) for rows in (1, 5))
+        yield (
+            _name(dtype),
+            f"a {_WIDTH} x {_WIDTH} matmul takes {one * 1e3:.2f} ms for one row, "
+            f"{five * 1e3:.2f} ms for five, measured",
+        )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
@@ -90,6 +131,10 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     directory = default_model_directory()
     fetched = is_complete(directory)
     yield "default model", str(directory) if fetched else "not here yet: mtpkern fetch"
+    if fetched:
+        config = load_config(directory)
+        step_bytes = bytes_per_step(config, resolve_dtype("auto", config))
+        yield from describe_steps(directory, "auto", step_bytes, bandwidth)
 
 
 def bytes_per_step(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -118,6 +163,28 @@ def measure_read_bandwidth(working_set: int) -> float:
     return buffer.nbytes / best
 
 
+def measure_matmul(dtype: torch.dtype, rows: int) -> float:
+    """Seconds of x @ w^T with x [rows, 4096] and w [4096, 4096] on a CPU, best of a few."""
+    weights = [torch.ones(_WIDTH, _WIDTH, dtype=dtype) for _ in range(_PROBE_REPEATS)]
+    x = torch.ones(rows, _WIDTH, dtype=dtype)
+    best = math.inf
+    for w in (weights[0], *weights):  # each from memory, not from a cache; the first sets things up
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _available_memory() -> int | None:
+    """Bytes of free memory; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has it
+        return None
+    (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(free) * 1024
+
+
 def cpu_model() -> str:
     """The CPU's own name, where the system says it."""
     for line in _cpuinfo():
@@ -135,10 +202,6 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # only Linux has it
         return []
-
-
-def _has_native_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _device() -> str:

@@ -8,8 +8,10 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +28,22 @@ from mtpkern.config import (
     UserError,
     resolve_dtype,
 )
-from mtpkern.decode import DecodeState, decode_step, draft, join_taps
-from mtpkern.draft_length import DraftLength
+from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
+from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
-from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, NgramDrafter, NoDrafter
+from mtpkern.heads import (
+    HEADS,
+    LEAST_CHANCE,
+    NONE,
+    CompanionDrafter,
+    Drafter,
+    DraftInput,
+    Drafts,
+    NgramDrafter,
+    NoDrafter,
+)
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
@@ -39,6 +51,7 @@ from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
 from mtpkern.status import SILENT, Phase, Status
 from mtpkern.synthetic import draw_counts
+from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.trace import span
 
@@ -52,6 +65,8 @@ GPU_PAGE = 64
 GRAPH_CEILING = 2 << 30
 # Steps that a GPU may be ahead of the host, which then never waits for a step that just began.
 STEPS_AHEAD = 4
+# Timings of each step at load, behind one that sets things up.
+TIMED_STEPS = 3
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -61,11 +76,15 @@ _ADMIT, _STEP, _READ = span("admit"), span("step"), span("read")
 
 
 class _Flight(NamedTuple):
-    """A step that was started: its number, its K, and whose slots it decodes."""
+    """A step that was started: its number, its K, whose slots it decodes, what was drafted for
+    each of them before it, and, where the host knows, what it took and what it drafted."""
 
     number: int
     drafts: int
     slots: tuple[Request | None, ...]
+    windows: tuple[Window | None, ...]
+    seconds: float
+    heads_drafted: int
 
 
 class LLM:
@@ -73,8 +92,8 @@ class LLM:
 
     `model` is a name, a directory or a hub id (None: the default model); `heads` "auto" (those that
     ship for the model, if any), "none", a name or a directory; `ngram` adds drafting from the
-    sequence itself. num_speculative_tokens is K in 0..16; None is 4 where anything drafts, and on a
-    GPU the best of 0, 1, 2 and 4, chosen while running.
+    sequence itself. num_speculative_tokens is K in 0..16; None is up to 4 where anything drafts,
+    chosen while running by measured costs, down to 0 where drafts do not pay.
     `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
     for all of them); one waits until there are pages for all that it may become. With
     `prefix_caching`, on a CPU, what the cache holds of a finished sequence serves a later prompt
@@ -82,8 +101,9 @@ class LLM:
     "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
     alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
     for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by
-    one, as a profiler wants them; `ops` are others than the device's own; `status` shows loading
-    and long prompts.
+    one, as a profiler wants them; `threads` is how many a CPU computes with (None: at most one per
+    physical core), set for the whole process; `ops` are others than the device's own; `status`
+    shows loading, long prompts and how far `generate` is.
     Raises UserError for whatever the caller can mend.
     """
 
@@ -103,6 +123,7 @@ class LLM:
         load_format: str = "auto",
         synthetic_acceptance: Sequence[float] | None = None,
         graph: bool = True,
+        threads: int | None = None,
         ops: Ops | None = None,
         status: Status = SILENT,
     ):
@@ -123,7 +144,7 @@ class LLM:
         self._prefix_caching = prefix_caching
         heads_directory = find_heads(str(heads), self.name, directory)
         self._running = False
-        self._threads = torch.get_num_threads()
+        self._threads = use_threads(threads)
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
@@ -145,7 +166,8 @@ class LLM:
                 )
             _log.info("loaded %s as %s from %s", self.name, self.dtype, directory)
             self._cache, self._pool = self._make_cache(cache_tokens)
-            self.drafter: Drafter = NgramDrafter(self.ops) if ngram else NoDrafter()
+            copier = NgramDrafter(self.ops) if ngram else NoDrafter()
+            self.drafter: Drafter = copier
             if heads_directory is not None and self.k:
                 with status.phase("loading the heads"):
                     drafter, most = load_heads(
@@ -163,8 +185,8 @@ class LLM:
                             f"got {self.k}"
                         )
                     self.k = most
-                if ngram:
-                    drafter = CompanionDrafter(NgramDrafter(self.ops), drafter)
+                if ngram or self.ops.branches:
+                    drafter = CompanionDrafter(copier, drafter, self.ops)
                 self.drafter = drafter
             self._prefill_ops = prefill_ops(self.ops)
             on_cpu = self.device.type == "cpu"
@@ -186,11 +208,16 @@ class LLM:
             self._clock = 0
             self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
             self.graph_bytes = 0
-            # What a step of (batch, K) costs, where K is chosen while running.
+            # What a graph of (batch, K) takes, where K is chosen while running.
             self._seconds: dict[tuple[int, int], float] = {}
-            self._adaptive = num_speculative_tokens is None
+            self._adaptive = num_speculative_tokens is None and self.k > 0
+            self._draft_length = DraftLength(self.k)
             if graph and not on_cpu:
                 self._capture_all()
+            elif self._adaptive and self.ops.branches:
+                with status.phase("timing steps"):
+                    for timings in self.time_steps().items():
+                        self._draft_length.seconds.observe(*timings)
         # Without the download, which happens once.
         self.load_seconds = time.perf_counter() - started
         _log.info("ready on %s after %.1f s", self.device.type, self.load_seconds)
@@ -341,8 +368,8 @@ class LLM:
         slots += [None] * batch
         state = self._state.view(batch, k)
         state.progress.clock.fill_(self._clock)
-        steps = {k: self._step(state, k, params.logprobs)}
-        lengths = self._draft_length(batch) if k else None
+        lengths = self._choice(batch, k)
+        windows: list[Window | None] = [None] * batch
         flights: deque[_Flight] = deque()
         while waiting or any(slots):
             for slot in range(batch):
@@ -353,31 +380,56 @@ class LLM:
                     slots[slot] = request = waiting.popleft()
                     request.pages, request.known, request.pairs = claim
                     with _ADMIT:
-                        self._admit(slot, request, k)
+                        windows[slot] = self._admit(slot, request, k, lengths)
             # A step brings a token at least, so more would only be thrown away.
             wanted = max(request.left for request in slots if request is not None)
             while len(flights) < min(self._ahead, wanted):
-                drafts = k if lengths is None else lengths.choose()
-                if drafts not in steps:
-                    view = self._state.view(batch, drafts)
-                    steps[drafts] = self._step(view, drafts, params.logprobs)
                 with _STEP:
-                    steps[drafts]()
-                self._clock += 1
-                flights.append(_Flight(self._clock, drafts, tuple(slots)))
+                    flights.append(self._take_step(state, slots, windows, lengths, params.logprobs))
             yield from self._land(flights.popleft(), lengths, params.logprobs)
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
                     self._leave(slot, occupant)
-                    slots[slot] = None
+                    slots[slot] = windows[slot] = None
 
-    def _step(self, state: DecodeState, k: int, logprobs: bool) -> Callable[[], object]:
-        """One step of this state's shape: a graph's replay, or the launches themselves."""
-        graph = self._graphs.get((state.window.shape[0], k))
+    def _take_step(
+        self,
+        state: DecodeState,
+        slots: list[Request | None],
+        windows: list[Window | None],
+        lengths: Choice,
+        logprobs: bool,
+    ) -> _Flight:
+        """Start a step of the K that `lengths` chooses; `windows` then hold what it drafted."""
+        verified = tuple(windows)
+        k = lengths.choose([w for w in verified if w is not None])
+        self._clock += 1
+        heads_drafted = 0
+        started = time.perf_counter()
+        graph = self._graphs.get((len(slots), k))
         if graph is not None:
-            return graph
-        drafter = self.drafter if k else NoDrafter()
-        return lambda: decode_step(state, self.trunk, drafter, self.ops, logprobs=logprobs)
+            graph()
+        else:
+            output = self._launch(state, k, lengths, logprobs)
+            if output.drafts is not None and self.ops.branches:
+                windows[:] = _windows(output.drafts, slots)
+                heads_drafted = _heads_drafted(windows)
+        seconds = time.perf_counter() - started
+        return _Flight(self._clock, k, tuple(slots), verified, seconds, heads_drafted)
+
+    def _launch(self, state: DecodeState, k: int, lengths: Choice, logprobs: bool) -> StepOutput:
+        """Launch a step of K = k one kernel after another, as a GPU's graphs do not."""
+        on_host = self.ops.branches
+        return decode_step(
+            state if on_host else self._state.view(len(state.window), k),
+            self.trunk,
+            self.drafter if state.window.shape[1] > 1 else NoDrafter(),
+            self.ops,
+            logprobs=logprobs,
+            rows=k + 1,
+            heads=lengths.use_heads() if on_host else True,
+            least_chance=lengths.least_chance() if on_host else LEAST_CHANCE,
+        )
 
     def _capture_all(self) -> None:
         """Capture every shape that may be wanted, while no sequence is active."""
@@ -387,7 +439,8 @@ class LLM:
         shapes = [(batch, k) for batch in batches for k in sorted(ladder | {self.k})]
         with self.status.phase("compiling and capturing graphs", len(shapes)) as phase:
             for batch, k in shapes:
-                step = self._step(self._state.view(batch, k), k, logprobs=True)
+                state, lengths = self._state.view(batch, k), FixedDraftLength(k)
+                step = partial(self._launch, state, k, lengths, True)
                 self._graphs[batch, k] = replay = capture(step, pool)
                 if self._adaptive:
                     self._seconds[batch, k] = measure(replay)
@@ -401,10 +454,28 @@ class LLM:
         # Those steps left words in the ring: no later one may bear their numbers.
         self._clock = int(self._state.progress.clock.max())
 
-    def _draft_length(self, batch: int) -> DraftLength | None:
-        """Who chooses K for this batch; None where it is fixed."""
+    @torch.inference_mode()
+    def time_steps(self) -> dict[int, float]:
+        """Seconds of a step of one sequence by its rows, 1 .. K + 1, drafting left out, as measured
+        now on a CPU: the median of a few, behind a short context."""
+        seconds = {}
+        for k in range(self.k + 1):
+            state, timings = self._state.view(1, k), []
+            for _ in range(1 + TIMED_STEPS):
+                started = time.perf_counter()
+                decode_step(state, self.trunk, NoDrafter(), self.ops)
+                timings.append(time.perf_counter() - started)
+            seconds[k + 1] = median(timings[1:])
+        self._clock = int(self._state.progress.clock.max())
+        return seconds
+
+    def _choice(self, batch: int, k: int) -> Choice:
+        """What chooses K for this batch, of 0..k."""
+        if k and self._adaptive and self.ops.branches:
+            self._draft_length.begin(batch)
+            return self._draft_length
         seconds = {k: cost for (size, k), cost in self._seconds.items() if size == batch}
-        return DraftLength(seconds) if seconds else None
+        return GraphDraftLength(seconds) if k and seconds else FixedDraftLength(k)
 
     def _bucket(self, batch: int) -> int:
         """The sequences of a step's shape: on a GPU a power of two, since each shape is a graph."""
@@ -417,8 +488,11 @@ class LLM:
         tokens = self._capacity(len(request.prompt) + request.room)
         return -(-tokens // self._cache.k.shape[2])
 
-    def _admit(self, slot: int, request: Request, k: int) -> None:
-        """Fill a slot: settings, known tokens, and the cache for all but the last of them."""
+    def _admit(self, slot: int, request: Request, k: int, lengths: Choice) -> Window | None:
+        """Fill a slot: settings, known tokens, and the cache for all but the last of them.
+
+        -> what was drafted for its first step, where the host knows.
+        """
         started = time.perf_counter()
         state, progress = self._state, self._state.progress
         prompt = torch.tensor(request.prompt)
@@ -448,8 +522,15 @@ class LLM:
         request.started = time.perf_counter()
         request.stats.prefill_seconds = request.started - started
         request.stats.cached_tokens = begin
-        if k and last is not None:
-            self._first_drafts(slot, prompt[-1:], *last, k)
+        if not k or last is None:
+            return Window(NONE, ()) if self.ops.branches else None
+        drafts = self._first_drafts(slot, prompt[-1:], *last, k, lengths)
+        if not self.ops.branches:
+            return None
+        (window,) = _windows(drafts, [request])
+        if _heads_drafted([window]):
+            lengths.spend(time.perf_counter() - request.started)
+        return window
 
     def _resume(self, slot: int, request: Request, k: int) -> int:
         """How many tokens of its prompt a request need not run, since its pages hold them."""
@@ -502,8 +583,14 @@ class LLM:
         return last
 
     def _first_drafts(
-        self, slot: int, token: Tensor, hidden: Tensor, tapped: list[Tensor], k: int
-    ) -> None:
+        self,
+        slot: int,
+        token: Tensor,
+        hidden: Tensor,
+        tapped: list[Tensor],
+        k: int,
+        lengths: Choice,
+    ) -> Drafts:
         """Draft a prompt's first window, from the last row before it.
 
         To a drafter that row is a committed step, whose bonus is the prompt's last token [1].
@@ -527,11 +614,13 @@ class LLM:
             advance=one,
             sampling=state.sampling,
             first=slot,
+            heads=lengths.use_heads(),
+            least_chance=lengths.least_chance(),
         )
-        draft(state, self.drafter, step)
+        return draft(state, self.drafter, step)
 
     def _land(
-        self, flight: _Flight, lengths: DraftLength | None, logprobs: bool
+        self, flight: _Flight, lengths: Choice, logprobs: bool
     ) -> Iterator[tuple[int, Event]]:
         """Hand a step's tokens to their requests, each of which stops where it must."""
         with _READ:
@@ -542,14 +631,20 @@ class LLM:
                 logprobs=logprobs,
                 check=self._check_device,
             )
-        now = time.perf_counter()
-        for request, record in zip(flight.slots, records, strict=True):
+        now, k = time.perf_counter(), flight.drafts
+        outcomes, taken = [], []
+        for request, window, record in zip(flight.slots, flight.windows, records, strict=True):
             if request is not None and not request.finish_reason:
-                record = record._replace(drafted=min(record.drafted, flight.drafts))
-                if lengths is not None:
-                    lengths.observe(record.drafted, record.accepted)
-                for event in request.take(record, now):
-                    yield request.index, event
+                record = record._replace(drafted=min(record.drafted, k))
+                if window is None:
+                    window = Window(record.source, (1.0,) * record.drafted)
+                window = window._replace(chances=window.chances[:k])
+                outcomes.append((window, min(record.accepted, record.drafted)))
+                taken.append((request, record))
+        lengths.observe(k, flight.seconds, outcomes, flight.heads_drafted)
+        for request, record in taken:
+            for event in request.take(record, k, now):
+                yield request.index, event
 
     def _check_device(self) -> None:
         """Raise what the device died of, if it did."""
@@ -584,6 +679,25 @@ def resolve_device(name: str) -> tuple[torch.device, Ops]:
             "device cuda needs Triton, which is not installed (it has wheels for Linux)"
         )
     return torch.device("cuda"), with_pdl(torch.cuda.get_device_capability() >= (9, 0))
+
+
+def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
+    """What was drafted for each occupied slot, as the host of a CPU may look at it."""
+    count = len(slots)
+    sources, lengths = (
+        torch.as_tensor(said).expand(count).tolist() for said in (drafts.source, drafts.length)
+    )
+    chances = torch.ones_like(drafts.tokens) if drafts.chances is None else drafts.chances
+    rows = zip(slots, sources, chances.tolist(), lengths, strict=True)
+    return [
+        None if slot is None else Window(source, tuple(row[:length]))
+        for slot, source, row, length in rows
+    ]
+
+
+def _heads_drafted(windows: Sequence[Window | None]) -> int:
+    """How many tokens the heads drafted, where they did."""
+    return max((len(w.chances) for w in windows if w and w.source == HEADS), default=0)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

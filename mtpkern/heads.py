@@ -22,6 +22,9 @@ from mtpkern.ops import Ops, Projected
 SOURCES = ("none", "heads", "ngram")
 NONE, HEADS, NGRAM = range(3)
 
+# Where K is fixed, sequential heads draft on down to this chance that all their drafts stand.
+LEAST_CHANCE = 0.1
+
 
 class Tensors(Protocol):
     """Tensors by name."""
@@ -41,6 +44,9 @@ class DraftInput(NamedTuple):
     advance: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     sampling: Any  # SamplingRows
     first: int = 0  # the slot of the first of the B sequences; the others follow
+    heads: bool = True  # False: only drafts that cost nothing are wanted
+    # Heads stop drafting where the chance that all their drafts stand is below this.
+    least_chance: float = LEAST_CHANCE
 
 
 class Drafts(NamedTuple):
@@ -49,6 +55,9 @@ class Drafts(NamedTuple):
     tokens: Tensor
     source: Tensor | int  # [B] int64, an index into SOURCES; one number: the same in all
     length: Tensor | int  # [B] int64, 0..K
+    # [B, K] float32: the drafter's own estimate that a draft stands where those before it stand;
+    # None where it has none.
+    chances: Tensor | None = None
 
 
 class Drafter(Protocol):
@@ -69,8 +78,8 @@ class Drafter(Protocol):
     def observe(self, step: DraftInput) -> None:
         """Take in a committed step, whether or not a guess is wanted after it."""
 
-    def is_due(self, step: DraftInput) -> bool:
-        """Whether `guess` must run now, since no further step could be taken in before it."""
+    def keep_up(self, step: DraftInput) -> None:
+        """Make room for further steps, where no guess is wanted after this one."""
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         """Guess the `count` tokens after the bonus token of each sequence."""
@@ -98,8 +107,8 @@ class NoDrafter:
     def observe(self, step: DraftInput) -> None:
         pass
 
-    def is_due(self, step: DraftInput) -> bool:
-        return False
+    def keep_up(self, step: DraftInput) -> None:
+        pass
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         return Drafts(step.accepted.new_zeros(1, 1).expand(len(step.accepted), count), NONE, 0)
@@ -186,13 +195,15 @@ class OwnVocabularyDrafter(NoDrafter):
 
 
 class CompanionDrafter:
-    """The n-gram's copy for sequences that have a match, the heads' guesses for the others.
+    """The copy of `ngram` for sequences that have a match, the heads' guesses for the others.
 
-    Where every sequence has a match, the heads are skipped, which is where the time is.
+    Where every sequence has a match, or heads are not wanted, they are skipped, which is where the
+    time is.
     """
 
-    def __init__(self, ngram: NgramDrafter, drafter: Drafter):
-        self.ngram, self.drafter, self.ops = ngram, drafter, ngram.ops
+    def __init__(self, ngram: NoDrafter, drafter: Drafter, ops: Ops):
+        """`ngram` is an NgramDrafter, or a NoDrafter where nothing is to be copied."""
+        self.ngram, self.drafter, self.ops = ngram, drafter, ops
         self.taps, self.heads, self.lookahead = drafter.taps, drafter.heads, drafter.lookahead
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
@@ -201,20 +212,26 @@ class CompanionDrafter:
     def observe(self, step: DraftInput) -> None:
         self.drafter.observe(step)
 
-    def is_due(self, step: DraftInput) -> bool:
-        return self.drafter.is_due(step)
+    def keep_up(self, step: DraftInput) -> None:
+        self.drafter.keep_up(step)
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
-        found = torch.as_tensor(copied.source) == NGRAM
-        if self.ops.branches and bool((found | (step.advance == 0)).all()):
-            if not self.drafter.is_due(step):
+        source = torch.as_tensor(copied.source, device=step.accepted.device)
+        found = (source == NGRAM).expand(len(step.accepted))
+        if self.ops.branches:
+            if not step.heads or bool((found | (step.advance == 0)).all()):
+                self.drafter.keep_up(step)
                 return copied
         guessed = self.drafter.guess(step, count)
+        chances = guessed.chances
+        if chances is not None:
+            chances = torch.where(found[:, None], 1.0, chances)
         return Drafts(
             torch.where(found[:, None], copied.tokens, guessed.tokens),
             torch.where(found, copied.source, guessed.source),
             torch.where(found, copied.length, guessed.length),
+            chances,
         )
 
     def kept(self, sequence: int, length: int) -> int:

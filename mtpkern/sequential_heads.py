@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.config import ModelConfig
+from mtpkern.config import MAX_SPECULATIVE_TOKENS, ModelConfig
 from mtpkern.heads import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
 from mtpkern.ops import Ops
 
-# A sequential head goes on while the product of its drafts' probabilities is at least this.
-MIN_CONFIDENCE = 0.1
-
-# Committed pairs that a sequential head may put off: more are taken in whether needed or not.
+# Committed pairs that a sequential head may put off, the next window included.
 MAX_PENDING = 64
 
 
@@ -56,11 +53,22 @@ class CachedDrafter:
             1, index[:, :, None].expand_as(step.features), step.features
         )
 
-    def is_due(self, step: DraftInput) -> bool:
-        if not self.ops.branches:
-            return True
-        waiting = (step.lengths - self._cache_of(step).lengths).max()
-        return bool(waiting > MAX_PENDING - step.features.shape[1])
+    def keep_up(self, step: DraftInput) -> None:
+        cache = self._cache_of(step)
+        waiting = step.lengths - cache.lengths
+        if bool(waiting.max() < MAX_PENDING - MAX_SPECULATIVE_TOKENS - 1):
+            return
+        after = tokens_from(step, cache.lengths + 1, int(waiting.max()))
+        for b, count in enumerate(waiting):
+            if count > 0:
+                self._take_in(step.first + b, self._pending_of(step)[b, :count], after[b, :count])
+
+    def _take_in(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        """Take in a sequence's pending pairs as prefill does: K and V alone, no guess."""
+        self.prefill(sequence, features.clone(), tokens)
+
+    def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        raise NotImplementedError
 
     def kept(self, sequence: int, length: int) -> int:
         return min(length, int(self.cache.lengths[sequence]))
@@ -164,11 +172,11 @@ class MtpDrafter(CachedDrafter):
         hidden = self._layer(*pairs, cache.at(begin), rows)
         hidden = rows_at(hidden.view(batch, rows, -1), last)
         drafts: list[Tensor] = []
-        confidence: Tensor | None = None
+        chances: list[Tensor] = []
         for i in range(count):
             if i > 0:
                 # A pass costs more than a draft is worth that hardly ever stands.
-                if confidence is not None and bool((confidence < MIN_CONFIDENCE).all()):
+                if chances and bool((torch.stack(chances).prod(0) < step.least_chance).all()):
                     break
                 ahead = step.lengths if i == 1 else step.lengths + (i - 1)
                 hidden = self._layer(*self._join(w, hidden, drafts[-1]), cache.at(ahead), 1)
@@ -177,10 +185,13 @@ class MtpDrafter(CachedDrafter):
             )
             drafts.append(token)
             if probability is not None:
-                confidence = probability if confidence is None else confidence * probability
+                chances.append(probability)
         meant = len(drafts)
         drafts += drafts[-1:] * (count - meant)
-        return Drafts(torch.stack(drafts, 1), HEADS, meant)
+        chances += chances[-1:] * (count - meant)
+        return Drafts(
+            torch.stack(drafts, 1), HEADS, meant, torch.stack(chances, 1) if chances else None
+        )
 
     def _hidden(self, features: Tensor) -> Tensor:
         fc = self.weights.fc
@@ -282,6 +293,10 @@ class ModulesDrafter(MtpDrafter):
     def reset(self, sequence: int) -> None:
         super().reset(sequence)
         self.recent.pop(sequence, None)
+
+    def _take_in(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        self.recent.pop(sequence, None)  # those pairs are among the pending ones
+        super()._take_in(sequence, features, tokens)
 
     def _run(self, d: int, hidden: Tensor, after: Tensor, cache: KVCache, rows: int) -> Tensor:
         """Module d over `rows` pairs of each sequence behind the cache's lengths -> o^d."""

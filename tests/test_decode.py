@@ -1,5 +1,6 @@
 """The theorem: whatever drafts, and however many, tokens and log-probabilities are plain ones."""
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,17 @@ from families import write_family
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import DecodeState, decode_step
+from mtpkern.draft_length import DraftLength, Window
 from mtpkern.engine import LLM
-from mtpkern.heads import HEADS, Drafter, DraftInput, Drafts, NgramDrafter, NoDrafter
+from mtpkern.heads import (
+    HEADS,
+    CompanionDrafter,
+    Drafter,
+    DraftInput,
+    Drafts,
+    NgramDrafter,
+    NoDrafter,
+)
 from mtpkern.ops import TORCH
 
 PROMPTS = [[5, 9, 33, 7, 7, 12], [11], [40 + i % 60 for i in range(150)]]
@@ -120,6 +130,33 @@ def test_drafts_never_change_a_token_or_a_logprob(
                 assert completion.stats.steps == alone + -(-(40 - alone) // (k + 1))
             if make is hostile:
                 assert completion.stats.steps == 40
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("make", DRAFTERS, ids=NAMES)
+def test_a_k_that_changes_from_step_to_step_changes_no_token(
+    checkpoint: tuple[Path, str], make: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU, where windows are cut and heads rest as the clock says: here at random."""
+    directory, dtype = checkpoint
+    params = SamplingParams(max_tokens=40, temperature=temperature, seed=7, logprobs=True)
+    llm = LLM(directory, dtype=dtype, max_length=300, max_batch=len(PROMPTS))
+    expected = llm.generate(PROMPTS, params, speculate=False)
+    answers = [p + c.token_ids for p, c in zip(PROMPTS, expected, strict=True)]
+    generator, chosen = random.Random(5), []
+
+    def choose(self: DraftLength, windows: Sequence[Window]) -> int:
+        chosen.append(generator.randint(0, max((len(w.chances) for w in windows), default=0)))
+        return chosen[-1]
+
+    monkeypatch.setattr(DraftLength, "choose", choose)
+    monkeypatch.setattr(DraftLength, "use_heads", lambda self: generator.random() < 0.5)
+    llm.drafter = CompanionDrafter(NgramDrafter(TORCH, 2), make(answers), TORCH)
+    for completion, plain in zip(llm.generate(PROMPTS, params), expected, strict=True):
+        assert completion.token_ids == plain.token_ids
+        assert completion.logprobs == plain.logprobs
+        assert sum(completion.stats.steps_by_k.values()) == completion.stats.steps
+    assert len(set(chosen)) > 1
 
 
 def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:

@@ -118,6 +118,24 @@ def test_statistics_add_up(llm: LLM) -> None:
     assert (plain.steps, plain.acceptance_by_position) == (60, [])
 
 
+def test_accepted_drafts_are_the_tokens_gained(llm: LLM) -> None:
+    """Drafts behind the last token, or in its place, are neither drafted nor accepted."""
+    whole = run(llm, max_tokens=60)
+    for count in range(1, 30):
+        stats = run(llm, max_tokens=count).stats
+        accepted = sum(sum(counts) for counts in stats.accepted.values())
+        assert accepted == stats.new_tokens - stats.steps
+        if stats.new_tokens == stats.steps:
+            assert not any(stats.acceptance_by_position)
+    llm.eos_token_ids = (whole.token_ids[20],)
+    try:
+        ended = run(llm, max_tokens=60).stats
+    finally:
+        llm.eos_token_ids = ()
+    assert sum(map(sum, ended.accepted.values())) == ended.new_tokens - ended.steps
+    assert whole.stats.as_json()["steps_by_num_speculative_tokens"] == {"4": whole.stats.steps}
+
+
 def test_a_prompt_may_be_text_ids_or_messages(llm: LLM) -> None:
     params = SamplingParams(max_tokens=8)
     messages = [{"role": "user", "content": "the fox"}]

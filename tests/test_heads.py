@@ -17,7 +17,7 @@ from mtpkern.checkpoint import load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
 from mtpkern.engine import LLM
-from mtpkern.heads import NGRAM, CompanionDrafter, Drafts
+from mtpkern.heads import NGRAM, CompanionDrafter, Drafts, NoDrafter
 from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.sequential_heads import MtpDrafter
@@ -456,8 +456,13 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
 
     recorder = watch(llm)
     llm.drafter.ngram = AlwaysCopies()  # type: ignore[assignment]
-    llm.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
-    assert recorder.drafted, "the heads must have run when their rows were full"
+    events = llm.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
+    for _ in range(150):
+        next(events)
+    assert not recorder.drafted, "copies alone must not make the heads guess"
+    llm.drafter.ngram = NoDrafter()  # type: ignore[assignment]
+    assert list(events)[-1].completion
+    assert recorder.drafted
     for seen in recorder.seen:
         check_mtp(heads, trunk, seen)
 

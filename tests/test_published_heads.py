@@ -10,13 +10,25 @@ import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
 from families import write_family
 from safetensors.torch import load_file, save_file
-from test_heads import PROMPT, E, L, V, agree, slow_layer, trunk_states, watch, write_mtp
+from test_heads import (
+    PROMPT,
+    E,
+    L,
+    V,
+    agree,
+    slow_layer,
+    trunk_states,
+    watch,
+    write_eagle3,
+    write_mtp,
+)
 from torch import Tensor
 
 from mtpkern import reference
 from mtpkern.checkpoint import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
+from mtpkern.draft_length import FixedDraftLength
 from mtpkern.engine import LLM
 from mtpkern.head_checkpoint import PRETRAINED, find_heads
 from mtpkern.heads import NgramDrafter
@@ -363,6 +375,48 @@ def test_heads_never_change_a_token(
     for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):
         plain = llm.generate(prompt, params, speculate=False)[0]
         assert (drafted.token_ids, drafted.logprobs) == (plain.token_ids, plain.logprobs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mtp", "eagle3", "layers", "hydra", "hydra with a layer", "mimo", "modules"]
+)
+def test_heads_that_rested_draft_what_heads_that_never_rested_do(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More steps than may be put off go by without a guess; then the drafts are the same again."""
+    heads: Path | str = "auto"
+    if kind == "layers":
+        trunk = write_layers(tmp_path / "trunk")
+    elif kind in ("mimo", "modules"):
+        write_family("mimo", trunk := tmp_path / "trunk", modules=3 if kind == "modules" else 1)
+    else:
+        layers = 8 if kind == "eagle3" else L
+        trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=layers)
+        if kind.startswith("hydra"):
+            heads = write_hydra(tmp_path / "heads", prefix="layer" in kind)
+        else:
+            heads = {"mtp": write_mtp, "eagle3": write_eagle3}[kind](tmp_path / "heads")
+    options: dict[str, Any] = {"heads": heads, "ngram": False, "max_length": 400, "max_batch": 3}
+    llm = LLM(trunk, num_speculative_tokens=3, **options)
+    drafted = []
+    for rested in (0, 100):
+        asked = []
+
+        def use_heads(self: Any, rested: int = rested, asked: list[int] = asked) -> bool:
+            asked.append(1)
+            return len(asked) > rested
+
+        monkeypatch.setattr(FixedDraftLength, "use_heads", use_heads)
+        recorder = watch(llm)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=200, ignore_eos=True))
+        drafted.append({tuple(known): meant for known, meant in recorder.drafted})
+        llm.drafter.drafter = recorder.inner
+    always, late = drafted
+    both = always.keys() & late.keys()
+    assert len(both) > 10 and len(late) < len(always)
+    for known in both:  # how many are drafted follows from the batch
+        mine, theirs = late[known], always[known]
+        assert mine[: len(theirs)] == theirs[: len(mine)]
 
 
 @pytest.mark.parametrize("kind", ["mimo", "mtp_llama"])

@@ -37,7 +37,7 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
     write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
     write["hydra"] = write_hydra
     heads, _ = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, ops=TRITON)
-    return CompanionDrafter(NgramDrafter(TRITON), heads) if "n-gram" in kind else heads
+    return CompanionDrafter(NgramDrafter(TRITON), heads, TRITON) if "n-gram" in kind else heads
 
 
 KINDS = [

@@ -23,7 +23,7 @@ STEP = FLOOR | {
     "prefill",
     "synthetic",
 }
-EVERYTHING = STEP | {"library", "ring", "completion", "draft_length", "trace", "engine"}
+EVERYTHING = STEP | {"library", "ring", "completion", "draft_length", "trace", "engine", "threads"}
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
 # LIBRARIES says otherwise. "mtpkern" is the package itself, whose names are the public ones.
@@ -52,14 +52,15 @@ ARROWS: dict[str, set[str]] = {
     "prefill": {"kernels", "ops"},
     "synthetic": {"config"},
     "ring": {"kernels"},
-    "draft_length": set(),
+    "draft_length": {"heads"},
     "trace": set(),
+    "threads": {"config"},
     "profile": {"config"},
     "command": {"config", "status"},
     "convert": {"config", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
-    "engine": STEP | {"ring", "completion", "draft_length", "trace"},
+    "engine": STEP | {"ring", "completion", "draft_length", "threads", "trace"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "command"},

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--print-completion",
         action=_PrintCompletion,
+        default=argparse.SUPPRESS,
         metavar="SHELL",
         help="print a script that completes commands and options in bash, zsh, fish ...",
     )

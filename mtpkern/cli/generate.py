@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mtpkern.command import UsageError
+from mtpkern.command import UsageError, at_least
 from mtpkern.status import Status, coloured
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def add_command(commands: Any) -> None:
         "--synthetic-acceptance",
         type=_rates,
         metavar="R1,R2,...",
-        help="accept drafts at these rates by position, whatever they are, for measuring "
-        "(default: as the model decides)",
+        help="accept drafts at these rates by position, whatever they are, for measuring",
     )
     add("--no-graph", action="store_true", help="launch a GPU's kernels one by one")
     add("--cuda-profile", action="store_true", help="let a profiler see the answer alone")
@@ -72,11 +71,12 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be repeated (default: none)",
+        help="end before this text; may be repeated",
     )
     add("--system", metavar="TEXT", help="the system message (default: the chat template's own)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads (default: physical cores)")
 
 
 def open_model(args: argparse.Namespace, **settings: Any) -> "LLM":
@@ -91,6 +91,7 @@ def open_model(args: argparse.Namespace, **settings: Any) -> "LLM":
         num_speculative_tokens=args.num_speculative_tokens,
         device=args.device,
         dtype=args.dtype,
+        threads=args.threads,
         max_batch=1,
         status=args.status,
         **settings,
@@ -239,16 +240,21 @@ def _without_controls(text: str) -> str:
 
 
 def summary(stats: "Stats", load_seconds: float | None = None) -> str:
-    """One line: speed, steps, tokens per step, acceptance by position; what came before that."""
+    """Two lines: speed, steps, tokens per step, acceptance by position, K; what came before."""
     line = (
         f"{stats.tokens_per_second:.1f} tok/s: {stats.new_tokens} tokens in {stats.steps} steps, "
-        f"{stats.mean_acceptance_length:.2f} a step"
+        f"{stats.mean_acceptance_length:.2f} per step"
     )
     if any(map(any, stats.drafted.values())):
         rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
         line += f"; accepted by position: {rates}"
+    if len(stats.steps_by_k) > 1:
+        chosen = ", ".join(f"{k} in {n} steps" for k, n in sorted(stats.steps_by_k.items()))
+        line += f"; K chosen: {chosen}"
+    elif stats.num_speculative_tokens:
+        line += f"; K = {next(iter(stats.steps_by_k), 0)}"
     line += (
-        f"; first token after {stats.time_to_first_token_seconds:.2f} s, prompt of "
+        f"\nfirst token after {stats.time_to_first_token_seconds:.2f} s, prompt of "
         f"{stats.prompt_tokens} tokens"
     )
     if stats.cached_tokens:

@@ -11,6 +11,7 @@ from mtpkern.train import FAMILIES
 def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "train",
+        epilog="example:\n  mtpkern train --model path/to/model --prompts texts.jsonl --out heads",
         help="train heads for a model",
         description="Train heads for a frozen model on its own answers to prompts. A run that was "
         "killed goes on with the same command. The directory then holds the heads, which --heads "
@@ -29,23 +30,23 @@ def add_command(commands: Any) -> None:
         help="heads to go on from, a name or a directory; what is written is the mean of their "
         "weights and of those at which learning ends",
     )
-    add("--family", default="mtp", choices=FAMILIES)
+    add("--family", default="mtp", choices=FAMILIES, help="the kind of heads")
     count, level = at_least(1), at_least(0.0)
     add("--steps", type=count, default=4000, metavar="N", help="optimiser steps (default 4000)")
     add("--rows", type=count, default=1024, metavar="N", help="answer rows a step (default 1024)")
     add(
         "-K", "--num-speculative-tokens", type=count, default=4, metavar="K", help="drafts to learn"
     )
-    add("--draft-vocab-size", type=count, default=16384, metavar="N")
-    add("--optimizer", default="muon", choices=("muon", "adamw"))
-    add("--lr", type=level, default=8e-3)
+    add("--draft-vocab-size", type=count, default=16384, metavar="N", help="tokens to draft from")
+    add("--optimizer", default="muon", choices=("muon", "adamw"), help="of the matrices")
+    add("--lr", type=level, default=8e-3, metavar="RATE", help="learning rate")
     add("--temperature", type=level, default=0.6, help="of every other answer; 0: greedy ones only")
     add("--max-new", type=count, default=192, metavar="N", help="longest answer in tokens")
     add("--round-prompts", type=count, default=1024, metavar="N", help="answered before learning")
     add("--held-out", type=count, default=64, metavar="N", help="prompts to measure on")
     add("--slots", type=count, default=128, metavar="N", help="answers written at a time")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of everything drawn at random")
 
 
 def _train(args: argparse.Namespace) -> int:
