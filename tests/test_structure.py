@@ -8,7 +8,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FETCH = {"fetch", "gguf_checkpoint", "package_index"}
-FLOOR = {"config", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
+FLOOR = {
+    "errors",
+    "arguments",
+    "config",
+    "cache",
+    "checkpoint",
+    "tokenizer",
+    "chat_template",
+} | FETCH
 STEP = FLOOR | {
     "kernels",
     "ops",
@@ -38,11 +46,13 @@ EVERYTHING = STEP | {
 # LIBRARIES says otherwise. "mtpkern" is the package itself, whose names are the public ones.
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
-    "config": set(),
+    "errors": set(),
+    "arguments": {"errors"},
+    "config": {"errors", "arguments"},
     "cache": set(),
     "checkpoint": {"config"},
     "tokenizer": {"config", "chat_template"},
-    "chat_template": {"config"},
+    "chat_template": {"arguments", "config"},
     "fetch": {"config", "gguf_checkpoint", "package_index"},
     "gguf_checkpoint": {"config"},
     "package_index": {"config"},
