@@ -66,6 +66,8 @@ def location(name: str, value: Any) -> str:
         raise UserError(f"{name} is empty: give a name or a path")
     if "\0" in text:
         raise UserError(f"{name} must not hold a null character")
+    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in text.split("/")):
+        raise UserError(f"{name} is too long for a file's name, got {shown(text)}")
     return text
 
 

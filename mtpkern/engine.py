@@ -29,7 +29,7 @@ from mtpkern.config import (
 )
 from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
 from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
-from mtpkern.errors import UserError, printable
+from mtpkern.errors import UserError, counted, printable
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
@@ -140,7 +140,7 @@ class LLM:
             cache_tokens = at_least("cache_tokens", cache_tokens, 1)
         rates = _checked_rates(synthetic_acceptance)
         heads = location("heads", heads)
-        directory = resolve_model(None if model is None else location("model", model))
+        directory = resolve_model(model)
         config = load_config(directory)
         self.name = model_name(directory)
         heads_directory = find_heads(heads, self.name, directory)
@@ -150,6 +150,7 @@ class LLM:
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
+        self._default_length = max_length is None
         self.config = config
         self.tokenizer = _load_tokenizer(directory, config)
         self.eos_token_ids = config.eos_token_ids
@@ -372,13 +373,14 @@ class LLM:
     def _too_long(self, count: int) -> str:
         """What to say of a prompt of `count` tokens, and what can be done."""
         limit = self.config.max_position_embeddings
-        says = (
-            f"the prompt has {_tokens(count)}; the context holds {_tokens(self.max_length)}, of "
-            "which at least one must be left for the answer"
+        way = "and the model takes no more"
+        if self.max_length < limit:
+            way = f"and the model takes {limit}: raise max_length"
+        default = "by default " if self._default_length else ""
+        return (
+            f"the prompt has {counted(count, 'token')}; the context holds {default}"
+            f"{self.max_length}, of which at least one must be left for the answer, {way}"
         )
-        if self.max_length == limit:
-            return f"{says}: the model takes no more"
-        return f"{says}; the model takes up to {_tokens(limit)}: raise max_length"
 
     @torch.inference_mode()
     def _run(
@@ -787,10 +789,6 @@ def _checked_rates(rates: Sequence[float] | None) -> tuple[float, ...] | None:
     if not isinstance(rates, list | tuple) or not rates:
         raise UserError(f"synthetic_acceptance must be one rate or more, got {shown(rates)}")
     return tuple(real("synthetic_acceptance", rate, 0.0, 1.0) for rate in rates)
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:

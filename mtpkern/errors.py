@@ -17,3 +17,8 @@ def printable(name: object) -> str:
     """A name out of a file, safe to print: control characters escaped, at most 200 characters."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def counted(count: int, noun: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

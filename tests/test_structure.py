@@ -53,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"config"},
     "tokenizer": {"config", "chat_template"},
     "chat_template": {"arguments", "config"},
-    "fetch": {"config", "gguf_checkpoint", "package_index"},
+    "fetch": {"arguments", "checkpoint", "errors", "gguf_checkpoint", "package_index"},
     "gguf_checkpoint": {"config"},
     "package_index": {"config"},
     "ops": {"kernels"},
@@ -75,8 +75,9 @@ ARROWS: dict[str, set[str]] = {
     "trace": set(),
     "threads": {"config"},
     "profile": {"config"},
-    "command": {"config"},
-    "convert": {"config", "gguf_checkpoint", "meta_checkpoint"},
+    "command": {"errors"},
+    "bin_checkpoint": {"checkpoint", "config", "errors"},
+    "convert": {"config", "errors", "bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "threads", "trace"},
@@ -86,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     "integrations": EVERYTHING | {"mtpkern"},
     "diagnose": EVERYTHING | {"mtpkern"},
     "cli": EVERYTHING
-    | {"mtpkern", "command", "diagnose", "profile", "convert", "train", "integrations"},
+    | {"mtpkern", "command", "errors", "diagnose", "profile", "convert", "train", "integrations"},
     "__main__": {"cli"},
 }
 
