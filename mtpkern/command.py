@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from mtpkern.errors import UserError
+
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 Number = TypeVar("Number", int, float)
@@ -56,12 +58,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         return BROKEN_PIPE
     except UsageError as error:
         return _complain(parser, error)
-    except ValueError as error:
-        from mtpkern.config import UserError
-
-        if not isinstance(error, UserError):
-            raise
-        return _complain(parser, error)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,8 +78,6 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 def _call(args: argparse.Namespace) -> int:
     """Run what was asked for; arguments that a UserError names become flags."""
-    from mtpkern.errors import UserError
-
     try:
         code: int = args.run(args)
     except UserError as error:

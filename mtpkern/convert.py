@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, is_model, read_pickle, shards
 from mtpkern.config import read_json_object
-from mtpkern.errors import ModelLoadError, UserError, printable
+from mtpkern.errors import ModelLoadError, UserError, counted, printable
 from mtpkern.gguf_checkpoint import convert_gguf
 from mtpkern.meta_checkpoint import convert_meta
 
@@ -112,7 +112,8 @@ def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
     heads, depth = 1 + max(h for h, _ in blocks), 1 + max(d for _, d in blocks)
     if len(blocks) != heads * depth or (own and own != dict.fromkeys(range(heads), depth)):
         raise ModelLoadError(
-            f"{printable(file)}: {heads} Medusa heads of {depth} blocks are not all there"
+            f"{printable(file)}: {counted(heads, 'Medusa head')} of "
+            f"{counted(depth, 'block')} are not all there"
         )
     renamed = {
         (f"{m[1]}.vocabulary.weight" if (m := _OWN.fullmatch(name)) else name): tensor

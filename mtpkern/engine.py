@@ -376,10 +376,10 @@ class LLM:
         way = "and the model takes no more"
         if self.max_length < limit:
             way = f"and the model takes {limit}: raise max_length"
-        default = "by default " if self._default_length else ""
+        default = " by default" if self._default_length else ""
         return (
-            f"the prompt has {counted(count, 'token')}; the context holds {default}"
-            f"{self.max_length}, of which at least one must be left for the answer, {way}"
+            f"the prompt has {counted(count, 'token')}; the context holds "
+            f"{self.max_length}{default}, of which at least one must be left for the answer, {way}"
         )
 
     @torch.inference_mode()
@@ -395,7 +395,7 @@ class LLM:
         if torch.get_num_threads() != self._threads:
             # The row counts that keep a row's bits were probed with that many.
             raise UserError(
-                f"torch had {self._threads} threads when this LLM was loaded and has "
+                f"torch had {counted(self._threads, 'thread')} when this LLM was loaded and has "
                 f"{torch.get_num_threads()} now: load it again"
             )
         if params.temperature > 0 and not self.ops.branches:

@@ -181,7 +181,7 @@ def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
 
 def _token_ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in re.split(r"[,\s]+", text.strip(", \t\r\n"))]
+        return [int(part) for part in re.split(r"[,\s]+", text.strip("[], \t\r\n"))]
     except ValueError:
         raise UsageError(
             "--token-ids needs a prompt of integers, apart by spaces or commas: "
