@@ -100,6 +100,7 @@ def test_sampling_parameters(name: str, value: Any) -> None:
         "num_speculative_tokens",
         "device",
         "dtype",
+        "threads",
         "max_batch",
         "max_length",
         "cache_tokens",
@@ -113,7 +114,9 @@ def test_sampling_parameters(name: str, value: Any) -> None:
 def test_arguments_of_a_model(name: str, value: Any, directory: Path, hub_is_empty: None) -> None:
     if name == "model" and value is None:
         return  # the default model, which may have to be fetched
+    threads = torch.get_num_threads()
     assert_works_or_is_a_user_error(lambda: LLM(**{"model": directory, name: value}))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ ARROWS: dict[str, set[str]] = {
     "ring": {"kernels"},
     "draft_length": {"heads"},
     "trace": set(),
-    "threads": {"config"},
+    "threads": {"arguments"},
     "profile": {"config"},
     "command": {"errors"},
     "bin_checkpoint": {"checkpoint", "config", "errors"},
