@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.command import UsageError, at_least
+from mtpkern.errors import counted, printable
 
 if TYPE_CHECKING:
     from mtpkern.engine import LLM, Completion, Event, Stats
@@ -26,7 +28,7 @@ def add_command(commands: Any) -> None:
     )
     command.set_defaults(run=_generate)
     add = command.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
+    add("prompt", nargs="?", metavar="PROMPT", help="the prompt, quoted; - or nothing reads stdin")
     add("--model", help="a directory, a hub id or a name (default: the model of `mtpkern fetch`)")
     add("--heads", default="auto", help="heads: auto, none, a name or a directory")
     add("--no-ngram", action="store_true", help="do not draft from the text itself")
@@ -38,6 +40,17 @@ def add_command(commands: Any) -> None:
     add("--min-p", type=float, default=0.0)
     add("--seed", type=int, default=0, help="the same seed gives the same tokens (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="the context: prompt and answer (default: the model's, at most 8192)",
+    )
+    add(
+        "--token-ids",
+        action="store_true",
+        help="the prompt is token ids, apart by spaces or commas, and so is the answer",
+    )
     add("--system", metavar="TEXT", help="the system message of the chat")
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -82,6 +95,7 @@ def _generate(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         threads=args.threads,
         max_batch=1,
+        max_length=args.max_length,
         load_format=args.load_format,
         synthetic_acceptance=args.synthetic_acceptance,
         graph=not args.no_graph,
@@ -96,7 +110,7 @@ def _generate(args: argparse.Namespace) -> int:
         if args.json:
             completion = llm.generate(prompt, params)[0]
         else:
-            completion = _print_stream(llm.stream(prompt, params))
+            completion = _print_stream(llm.stream(prompt, params), args.token_ids)
             print(summary(completion.stats), file=sys.stderr)
     if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
         print(_MADE_UP, file=sys.stderr)
@@ -113,6 +127,8 @@ _MADE_UP = "made-up weights or acceptance: the rates are meant, the text and its
 
 def _rates(text: str) -> list[float]:
     """The numbers of R1,R2,..."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be one rate or more: R1,R2,...")
     return [float(rate) for rate in text.split(",")]
 
 
@@ -137,14 +153,22 @@ def _read_prompt(given: str | None) -> str:
     if given is None and sys.stdin.isatty():
         raise UsageError("no prompt: mtpkern generate PROMPT, or - to read standard input")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError("standard input is not UTF-8 text") from None
+    # The newline that ends the last line of a file, or of what echo writes, is not the prompt's.
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     """The prompt's token ids: a chat where the model has a template, unless --raw."""
     tokenizer = llm.tokenizer
+    if args.token_ids:
+        if args.system is not None:
+            raise UsageError("--system needs a prompt that is text: --token-ids has none")
+        return llm.encode(_token_ids(text))
+    if tokenizer is None:
+        raise UsageError(f"{llm.name} has no tokenizer: give token ids, and --token-ids")
     chat = tokenizer is not None and tokenizer.has_chat_template and not args.raw
     if args.system is not None and not chat:
         reason = "--raw has none" if args.raw else "this model has no chat template"
@@ -155,18 +179,30 @@ def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     return llm.encode([*system, {"role": "user", "content": text}])
 
 
-def _print_stream(events: "Iterator[Event]") -> "Completion":
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in re.split(r"[,\s]+", text.strip("[], \t\r\n"))]
+    except ValueError:
+        raise UsageError(
+            "--token-ids needs a prompt of integers, apart by spaces or commas: "
+            f"{printable(text)} is none"
+        ) from None
+
+
+def _print_stream(events: "Iterator[Event]", as_ids: bool) -> "Completion":
+    """Print tokens as they come: their text, or their ids with a space after each."""
     terminal = sys.stdout.isatty()
     coloured = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     shown = _PLAIN
     try:
         for event in events:
+            text = f"{event.token_id} " if as_ids else event.text
             colour = _DRAFTED if event.drafted else _PLAIN
-            if coloured and event.text and colour != shown:
+            if coloured and text and colour != shown:
                 sys.stdout.write(colour)
                 shown = colour
             # A model's words must not steer the terminal; a file gets them as they are.
-            sys.stdout.write(_without_controls(event.text) if terminal else event.text)
+            sys.stdout.write(_without_controls(text) if terminal else text)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n" if shown == _PLAIN else _PLAIN + "\n")
@@ -182,8 +218,8 @@ def _without_controls(text: str) -> str:
 def summary(stats: "Stats") -> str:
     """One line: speed, steps, tokens per step, acceptance by position."""
     line = (
-        f"{stats.tokens_per_second:.1f} tok/s: {stats.new_tokens} tokens in {stats.steps} steps, "
-        f"{stats.mean_acceptance_length:.2f} per step"
+        f"{stats.tokens_per_second:.1f} tok/s: {counted(stats.new_tokens, 'token')} in "
+        f"{counted(stats.steps, 'step')}, {stats.mean_acceptance_length:.2f} per step"
     )
     if any(map(any, stats.drafted.values())):
         rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
