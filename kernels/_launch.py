@@ -30,31 +30,63 @@ COUNTS = ("B", "R", "S", "T")
 
 
 def jit(
-    *named: str, do_not_specialize: tuple[str, ...] = ()
+    *named: str, do_not_specialize: tuple[str, ...] = (), definition: str | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
     """Compile a kernel `_op_kernel` under the symbol mtpkern_op_<the constants `named`>.
 
-    `do_not_specialize` names further counts. Without Triton the kernel is an object whose launch
-    says that Triton is missing.
+    `do_not_specialize` names further counts, `definition` the reference in the kernel's own file
+    (None: <the file's name>_ref), which a launch that cannot run recommends.
     """
 
     def decorate(fn: Callable[..., Any]) -> Any:
-        if triton is None:
-            return _Missing()
         op = fn.__name__.strip("_").removesuffix("_kernel")
+        reference = definition or f"{fn.__module__.rpartition('.')[2]}_ref"
+        if triton is None:
+            return _Kernel(fn, None, reference)
 
         def symbol(specialization: Any) -> str:
             values = (specialization.constants[name] for name in named)
             return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
 
-        return triton.jit(
+        compiled = triton.jit(
             fn,
             repr=symbol,
             do_not_specialize=(*COUNTS, *do_not_specialize),
             launch_metadata=_costs,
         )
+        return _Kernel(fn, compiled, reference)
 
     return decorate
+
+
+class _Kernel:
+    """A kernel; its launch says what is missing where it cannot run, and what runs instead."""
+
+    def __init__(self, fn: Callable[..., Any], compiled: Any, definition: str):
+        self.compiled, self.definition = compiled, definition
+        self.arguments = fn.__code__.co_varnames
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            op = self.definition.removesuffix("_ref")
+            if self.compiled is None:
+                raise ImportError(
+                    f"{op} needs Triton, which is not installed; {self.definition} does not"
+                )
+            for name, value in zip(self.arguments, args, strict=False):
+                if isinstance(value, Tensor) and not _is_reachable(value):
+                    raise ValueError(
+                        f"{op} needs tensors on a GPU, got {name.removesuffix('_ptr')} on the CPU; "
+                        f"its definition, {self.definition}, takes those"
+                    )
+            self.compiled[grid](*args, **options)
+
+        return launch
+
+
+def _is_reachable(tensor: Tensor) -> bool:
+    """Whether a GPU reads the tensor's memory: pinned memory on the host is mapped."""
+    return tensor.device.type != "cpu" or tensor.is_pinned()
 
 
 def _costs(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -69,14 +101,9 @@ def _costs(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     return costs
 
 
-class _Missing:
-    def __getitem__(self, grid: Any) -> Any:
-        raise ImportError("Triton is not installed: the kernels need it, the references do not")
-
-
 def device(fn: Callable[..., Any]) -> Any:
     """Compile a function that kernels call."""
-    return _Missing() if triton is None else triton.jit(fn)
+    return fn if triton is None else triton.jit(fn)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -9,6 +9,7 @@ BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E w
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
@@ -24,6 +25,18 @@ from ._launch import (
     wait_for_producer,
 )
 from ._tiles import multiply_rows
+
+
+def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
+    [R, 1 + H, E]; see `medusa_blocks`."""
+    rows = [normed]
+    for blocks, biases in zip(w, bias, strict=True):
+        x = normed
+        for w_d, bias_d in zip(blocks, biases, strict=True):
+            x = x + F.silu(F.linear(x, w_d, bias_d))
+        rows.append(x)
+    return torch.stack(rows).transpose(0, 1)
 
 
 @jit("ROWS", "TAIL", "HEADS", "E")

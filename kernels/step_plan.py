@@ -111,6 +111,29 @@ def _clear(k_cache: Tensor, v_cache: Tensor, pages: Tensor, begin: int, end: int
             cache[:, index, offset : offset + end - begin] = 0
 
 
+def window_slots_ref(
+    lengths: Tensor,
+    page_table: Tensor,
+    rows: int,
+    page_size: int,
+    *,
+    active: Tensor | None = None,
+    tree: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Say where window rows go -> (slots [B * T], positions [B * T]); see `window_slots`."""
+    place = lengths[:, None] + torch.arange(rows, device=lengths.device)
+    # Entries of finished sequences may be anything.
+    live = torch.ones_like(lengths) if active is None else active
+    pages = page_table.gather(1, torch.where(live[:, None] != 0, place // page_size, 0))
+    slots = torch.where(live[:, None] != 0, pages.long() * page_size + place % page_size, -1)
+    positions = place
+    if tree is not None:
+        nodes = torch.arange(64, device=tree.device)
+        ancestors = (tree[:, :, None] >> nodes & 1).sum(-1) - 1
+        positions = lengths[:, None] + ancestors.clamp_(min=0)
+    return slots.view(-1), positions.reshape(-1)
+
+
 @device
 def node_depth(ancestors):
     """How many ancestors a node of a tree has: the bits of its mask [...] int64, less its own.
@@ -125,7 +148,7 @@ def node_depth(ancestors):
     return tl.maximum(bits.to(tl.int32) - 1, 0)
 
 
-@jit("BLOCK", do_not_specialize=("stride_tb",))
+@jit("BLOCK", do_not_specialize=("stride_tb",), definition="window_slots_ref")
 def _window_slots_kernel(
     lengths_ptr,
     page_table_ptr,

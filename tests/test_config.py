@@ -154,7 +154,7 @@ def test_sampling_parameters_out_of_range_are_named(wrong):
 
 
 def test_sampling_parameters_that_are_not_supported_are_refused_with_a_list():
-    with pytest.raises(TypeError, match="repetition_penalty is not supported.*temperature"):
+    with pytest.raises(UserError, match="repetition_penalty is not supported.*temperature"):
         SamplingParams(repetition_penalty=1.1)
 
 

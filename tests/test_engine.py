@@ -1,5 +1,8 @@
 """LLM: stops exactly where plain decoding would, counts honestly, refuses clearly."""
 
+import gc
+import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +156,9 @@ def test_prompts_that_cannot_be_run_are_refused(llm: LLM) -> None:
     for prompt, message in (
         ("", "the prompt is empty"),
         ([1] * 256, "the prompt has 256 tokens; the context holds 256"),
-        ([5, 307], r"token ids must be in 0\.\.306"),
-        ([5, -1], r"token ids must be in 0\.\.306"),
-        ([5, 1.5], "token ids must be integers"),
+        ([5, 307], r"a token id must be an integer in 0\.\.306, got 307"),
+        ([5, -1], r"a token id must be an integer in 0\.\.306, got -1"),
+        ([5, 1.5], r"a token id must be an integer in 0\.\.306, got 1\.5"),
         ([[]], "the prompt is empty"),
     ):
         with pytest.raises(UserError, match=message):
@@ -165,13 +168,13 @@ def test_prompts_that_cannot_be_run_are_refused(llm: LLM) -> None:
 def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path)
     for arguments, message in (
-        (dict(num_speculative_tokens=17), r"must be in 0\.\.16, got 17"),
-        (dict(num_speculative_tokens=-1), r"must be in 0\.\.16, got -1"),
+        (dict(num_speculative_tokens=17), r"an integer in 0\.\.16, got 17"),
+        (dict(num_speculative_tokens=-1), r"an integer in 0\.\.16, got -1"),
         (dict(num_speculative_tokens=2, heads="none", ngram=False), "nothing to draft with"),
-        (dict(max_length=513), r"max_length must be in 2\.\.512"),
-        (dict(max_batch=0), "max_batch must be at least 1"),
-        (dict(dtype="int3"), "dtype must be auto or one of"),
-        (dict(device="tpu"), "device must be auto, cpu or cuda, got tpu"),
+        (dict(max_length=513), r"max_length must be an integer in 2\.\.512"),
+        (dict(max_batch=0), r"max_batch must be an integer in 1\.\.4096"),
+        (dict(dtype="int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
+        (dict(device="tpu"), "device must be auto, cpu or cuda, got 'tpu'"),
         (
             dict(cache_tokens=256, max_length=256),
             "cache_tokens must be at least 384 to hold one sequence",
@@ -246,3 +249,99 @@ def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: An
     pretend(True, (8, 0), True)
     assert engine.resolve_device("auto")[0].type == "cuda"
     assert engine.resolve_device("cpu")[1] is TORCH
+
+
+def test_a_conversation_is_answered_and_goes_on(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8)
+    turns = [{"role": "user", "content": "the fox"}]
+    first = llm.chat(turns, params)
+    assert first.token_ids == llm.generate([turns], params)[0].token_ids
+    turns += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "the dog"}]
+    second = llm.chat(turns, params)
+    assert second.stats.prompt_tokens > first.stats.prompt_tokens
+    for wrong in ("the fox", turns[0], [1, 2], [[turns[0]]]):
+        with pytest.raises(UserError, match='messages must be a list of {"role"'):
+            llm.chat(wrong, params)  # type: ignore[arg-type]
+
+
+def test_a_content_may_be_a_list_of_texts_and_other_types_are_refused_by_name(llm: LLM) -> None:
+    def chat(content: Any) -> list[int]:
+        return llm.encode([{"role": "user", "content": content}])
+
+    parts = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "and the dog"}]
+    assert chat(parts) == chat("the fox\nand the dog") and chat(parts[:1]) == chat("the fox")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    for content, message in (
+        ([*parts, image], "content of type 'image_url' is not supported; supported:.*text"),
+        (["the fox"], "content of type 'the fox' is not supported"),
+        ([{"type": "text", "text": 5}], "content of type 'text' is not supported.*text"),
+        (5, "a message's content must be text, got 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chat(content)
+
+
+def test_what_goes_wrong_inside_a_template_is_the_messages_fault(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path)
+    template = "{{ messages[0].content.index('</think>') }}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    broken = LLM(directory, max_length=64)
+    with pytest.raises(UserError, match="chat template refused the messages: substring not found"):
+        broken.chat([{"role": "user", "content": "the fox"}])
+
+
+def test_a_closed_model_gives_its_memory_back_and_refuses_to_go_on(tmp_path: Path) -> None:
+    with LLM(tiny_checkpoint(tmp_path), max_length=64) as llm:
+        assert llm.generate(TEXT, SamplingParams(max_tokens=3))
+        kept = [weakref.ref(t) for t in (llm.trunk.embedding, llm._cache.k, llm._state.window)]
+        unfinished = llm.stream(TEXT, SamplingParams(max_tokens=20))
+        next(unfinished)
+    with pytest.raises(UserError, match="this LLM is closed: load it again"):
+        next(unfinished)
+    del unfinished
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+    llm.close()
+    assert "closed" in repr(llm)
+    messages = [{"role": "user", "content": "the fox"}]
+    for call in (
+        lambda: llm.generate(TEXT),
+        lambda: llm.generate([]),
+        lambda: llm.stream(TEXT),
+        lambda: llm.encode(TEXT),
+        lambda: llm.chat(messages),
+        lambda: llm.__enter__(),
+    ):
+        with pytest.raises(UserError, match="this LLM is closed"):
+            call()
+
+
+def test_a_model_shows_how_it_was_loaded(llm: LLM) -> None:
+    assert repr(llm).startswith("<LLM 'engine")
+    assert "num_speculative_tokens=4, device='cpu', dtype='float32', max_batch=3" in repr(llm)
+
+
+def test_a_stream_refuses_its_arguments_at_once(llm: LLM) -> None:
+    with pytest.raises(UserError, match="the prompt is empty"):
+        llm.stream("")
+
+
+def test_another_gpu_than_the_current_one_is_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(engine, "HAS_TRITON", True)
+    assert engine.resolve_device(torch.device("cuda:0"))[0].type == "cuda"
+    with pytest.raises(UserError, match=r"call torch\.cuda\.set_device\(1\) first"):
+        engine.resolve_device(torch.device("cuda:1"))
+    with pytest.raises(UserError, match="device must be auto, cpu or cuda, got 'mps'"):
+        engine.resolve_device(torch.device("mps"))
+
+
+def test_a_cache_that_does_not_fit_says_what_to_lower(tmp_path: Path, monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("not enough memory: you tried to allocate 99 bytes.\nMore")
+
+    monkeypatch.setattr(engine.KVCache, "empty", refuse)
+    with pytest.raises(UserError, match=r"max_batch=8 .* max_length=512 .*99 bytes.* lower one"):
+        LLM(tiny_checkpoint(tmp_path))

@@ -311,7 +311,7 @@ def test_a_model_name_is_resolved_or_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_text("x")
     for name, message in [
         (str(tmp_path / "model.gguf"), "is a file"),
-        (str(tmp_path / "nowhere"), "neither a directory"),
+        (str(tmp_path / "nowhere"), "no such directory"),
         ("no-such-name", "smollm2-135m-instruct"),
         ("bad\nname", "neither"),
     ]:

@@ -1,13 +1,13 @@
-"""torch.ops.mtpkern.*: each operator passes torch's own checks, and a layer is one graph."""
+"""torch.ops.mtpkern.*, kernels and definitions: torch's own checks, and a layer is one graph."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtpkern import library
+from mtpkern import definitions, library
 from mtpkern.cache import rotary_tables
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
@@ -15,14 +15,14 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 @pytest.fixture
 def ops(gpu: str, plain_devices: None) -> Iterator[Any]:
-    """The operators, which on a CPU run through ttsem, on the CPU's own tensors."""
+    """The operators as kernels, which without a GPU run through ttsem, on the CPU's tensors."""
     if torch.version.cuda:
         yield torch.ops.mtpkern
         return
     on_cpu = torch.library.Library("mtpkern", "IMPL")
     for name in OPERATORS:
         launcher = library._kept if name == "multi_head_projection" else getattr(library, name)
-        on_cpu.impl(name, launcher, "CPU")
+        on_cpu.impl(name, launcher, "CPU", allow_override=True)
     yield torch.ops.mtpkern
     on_cpu._destroy()
 
@@ -86,39 +86,91 @@ def test_every_operator_is_checked_here() -> None:
     assert registered == set(OPERATORS)
 
 
+def moved(given: Given, device: str) -> Given:
+    """The same arguments in memory of their own on `device`, with their strides."""
+
+    def there(value: Any) -> Any:
+        return value.clone().to(device) if isinstance(value, Tensor) else value
+
+    return tuple(map(there, given[0])), {name: there(value) for name, value in given[1].items()}
+
+
 @pytest.mark.parametrize("name", OPERATORS)
-def test_schema_fake_kernel_and_mutation_are_as_declared(gpu: str, ops: Any, name: str) -> None:
-    for args, options in arguments()[name]:
-        args = tuple(a.to(gpu) if isinstance(a, Tensor) else a for a in args)
-        options = {k: v.to(gpu) if isinstance(v, Tensor) else v for k, v in options.items()}
-        torch.library.opcheck(getattr(ops, name).default, args, options)
+def test_a_kernel_is_declared_as_it_is(gpu: str, ops: Any, name: str) -> None:
+    """Schema, fake kernel, mutation: torch's own checks."""
+    for given in arguments()[name]:
+        torch.library.opcheck(getattr(ops, name).default, *moved(given, gpu))
 
 
-def test_a_layer_compiles_as_one_graph_and_gives_what_it_gives_without(gpu: str, ops: Any) -> None:
-    E, F, Hq, Hk, D = 24, 40, 4, 2, 8
-    cos, sin = (t.to(gpu) for t in rotary_tables(torch.ones(D // 2), 1.0, 64))
-    w = [random(*shape).to(gpu) / 5 for shape in ((64, E), (E, Hq * D), (2 * F, E), (E, F))]
-    norm, vocabulary, pages = random(E).to(gpu), random(31, E).to(gpu), PAGES.to(gpu)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_definition_is_declared_as_it_is(name: str) -> None:
+    for given in arguments()[name]:
+        torch.library.opcheck(getattr(torch.ops.mtpkern, name).default, *moved(given, "cpu"))
 
-    def step(x: Tensor, k: Tensor, v: Tensor, window: Tensor, lengths: Tensor) -> Tensor:
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_definition_gives_what_the_kernel_gives(gpu: str, ops: Any, name: str) -> None:
+    definition = getattr(definitions, name, None) or getattr(library, f"{name}_ref")
+    for given in arguments()[name]:
+        (on_gpu, options), (on_cpu, same) = moved(given, gpu), moved(given, "cpu")
+        pairs = [(getattr(ops, name)(*on_gpu, **options), definition(*on_cpu, **same))]
+        pairs += zip(on_gpu, on_cpu, strict=True)  # what was written in place
+        for from_kernel, from_definition in pairs:
+            torch.testing.assert_close(
+                from_kernel, from_definition, check_device=False, check_stride=True, equal_nan=True
+            )
+
+
+class Layer(NamedTuple):
+    """A decoder layer and the end of a step, as code under torch.compile writes them."""
+
+    w: list[Tensor]
+    norm: Tensor
+    vocabulary: Tensor
+    pages: Tensor
+    tables: tuple[Tensor, Tensor]
+
+    @classmethod
+    def make(cls, device: str) -> "Layer":
+        shapes = ((64, E), (E, Hq * D), (2 * F, E), (E, F))
+        cos, sin = (t.to(device) for t in rotary_tables(torch.ones(D // 2), 1.0, 64))
+        w = [random(*shape).to(device) / 5 for shape in shapes]
+        return cls(w, random(E).to(device), random(31, E).to(device), PAGES.to(device), (cos, sin))
+
+    def step(self, x: Tensor, k: Tensor, v: Tensor, window: Tensor, lengths: Tensor) -> Tensor:
+        ops, w, pages = torch.ops.mtpkern, self.w, self.pages
         slots, positions = ops.window_slots(lengths, pages, 3, 16)
-        q = ops.qkv_rope_cache(x, norm, 1e-5, w[0], k[0], v[0], slots, positions, cos, sin)
+        q = ops.qkv_rope_cache(x, self.norm, 1e-5, w[0], k[0], v[0], slots, positions, *self.tables)
         attended = ops.verify_attention(q.view(2, 3, Hq, D), k[0], v[0], pages, lengths)
         x = ops.linear(attended.view(6, -1), w[1], residual=x)
-        x = ops.linear(ops.gate_up_silu(x, norm, 1e-5, w[2]), w[3], residual=x)
-        target = ops.multi_head_projection(ops.rms_norm(x, norm, 1e-5), vocabulary)[1]
+        x = ops.linear(ops.gate_up_silu(x, self.norm, 1e-5, w[2]), w[3], residual=x)
+        normed = ops.rms_norm(x, self.norm, 1e-5)
+        target = ops.multi_head_projection(normed, self.vocabulary)[1]
         accepted, bonus = ops.accept(window, target.view(2, 3))
         ops.kv_rollback(k, v, pages, lengths, accepted)
         return bonus + 0 * accepted
 
+
+E, F, Hq, Hk, D = 24, 40, 4, 2, 8
+
+
+def assert_one_graph_gives_what_the_operators_give(device: str) -> None:
     def inputs() -> list[Tensor]:
         caches = random(1, 8, 16, Hk, D), random(1, 8, 16, Hk, D) + 1
-        return [t.to(gpu) for t in (random(6, E), *caches, ids(31, 2, 3), LENGTHS.clone())]
+        return [t.to(device) for t in (random(6, E), *caches, ids(31, 2, 3), LENGTHS.clone())]
 
-    eager, compiled = inputs(), inputs()
-    expected = step(*eager)
-    graph = torch.compile(step, fullgraph=True, backend="aot_eager")
+    layer, eager, compiled = Layer.make(device), inputs(), inputs()
+    expected = layer.step(*eager)
+    graph = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
     assert torch.equal(graph(*compiled), expected)
     for changed, as_eager in zip(compiled, eager, strict=True):
         torch.testing.assert_close(changed, as_eager, atol=0, rtol=0)
     assert not torch.equal(eager[4].cpu(), LENGTHS)
+
+
+def test_a_layer_compiles_as_one_graph_and_gives_what_it_gives_without(gpu: str, ops: Any) -> None:
+    assert_one_graph_gives_what_the_operators_give(gpu)
+
+
+def test_a_layer_compiles_as_one_graph_on_a_cpu() -> None:
+    assert_one_graph_gives_what_the_operators_give("cpu")

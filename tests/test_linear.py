@@ -144,5 +144,7 @@ def test_a_profiler_is_told_what_a_launch_reads_and_computes() -> None:
     pytest.importorskip("triton")
     w = torch.empty(6, 8, dtype=torch.bfloat16)
     given = {"w_ptr": w, "R": 5, "x_ptr": torch.empty(5, 8)}
-    costs = linear_module._linear_kernel.launch_metadata((1,), SimpleNamespace(name="it"), given)
+    costs = linear_module._linear_kernel.compiled.launch_metadata(
+        (1,), SimpleNamespace(name="it"), given
+    )
     assert costs == {"name": "it", "bytes": 96, "flops16": 480}

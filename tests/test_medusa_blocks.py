@@ -2,26 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from launches import assert_within_budget, guarded_output
 from torch import Tensor
 
-from mtpkern.kernels.medusa_blocks import medusa_blocks
+from mtpkern.kernels.medusa_blocks import medusa_blocks, medusa_blocks_ref
 
 
 def make(heads: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     w = torch.randn(heads, depth, width, width) / width**0.5
     return w.to(dtype), torch.randn(heads, depth, width).to(dtype)
-
-
-def definition(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    hidden = [normed]
-    for h in range(w.shape[0]):
-        x = normed
-        for d in range(w.shape[1]):
-            x = x + F.silu(x @ w[h, d].T + bias[h, d])
-        hidden.append(x)
-    return torch.stack(hidden, 1)
 
 
 # R, H, depth, E: empty, one row, past a tier, a tail, several passes; odd, prime and real.
@@ -46,11 +35,13 @@ def test_values_are_within_twice_the_error_of_the_dtype(
     R, H, depth, E = launch
     torch.manual_seed(1)
     normed, (w, bias) = torch.randn(R, E).to(dtype), make(H, depth, E, dtype)
-    truth = definition(*(t.double() for t in (normed, w, bias)))
+    truth = medusa_blocks_ref(*(t.double() for t in (normed, w, bias)))
     with guarded_output((R, 1 + H, E), dtype, gpu) as out:
         medusa_blocks(normed.to(gpu), w.to(gpu), bias.to(gpu), out=out)
         torch.testing.assert_close(out[:, 0].cpu(), normed, atol=0, rtol=0)
-        assert_within_budget(out, definition(normed, w, bias), truth, terms=max(E * depth, 1))
+        assert_within_budget(
+            out, medusa_blocks_ref(normed, w, bias), truth, terms=max(E * depth, 1)
+        )
 
 
 def test_the_rows_of_the_language_model_come_first_in_memory_and_may_be_there_already(

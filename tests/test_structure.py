@@ -8,7 +8,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FETCH = {"fetch", "gguf_checkpoint", "package_index"}
-FLOOR = {"config", "status", "cache", "checkpoint", "tokenizer", "chat_template"} | FETCH
+FLOOR = {
+    "errors",
+    "arguments",
+    "config",
+    "status",
+    "cache",
+    "checkpoint",
+    "tokenizer",
+    "chat_template",
+} | FETCH
 STEP = FLOOR | {
     "kernels",
     "ops",
@@ -23,23 +32,35 @@ STEP = FLOOR | {
     "prefill",
     "synthetic",
 }
-EVERYTHING = STEP | {"library", "ring", "completion", "draft_length", "trace", "engine", "threads"}
+EVERYTHING = STEP | {
+    "definitions",
+    "library",
+    "ring",
+    "completion",
+    "draft_length",
+    "trace",
+    "engine",
+    "threads",
+}
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
 # LIBRARIES says otherwise. "mtpkern" is the package itself, whose names are the public ones.
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
-    "config": set(),
+    "errors": set(),
+    "arguments": {"errors"},
+    "config": {"errors", "arguments"},
     "status": set(),
     "cache": set(),
     "checkpoint": {"config"},
     "tokenizer": {"config", "chat_template"},
-    "chat_template": {"config"},
-    "fetch": {"config", "status", "gguf_checkpoint", "package_index"},
+    "chat_template": {"arguments", "config"},
+    "fetch": {"arguments", "checkpoint", "errors", "status"} | {"gguf_checkpoint", "package_index"},
     "gguf_checkpoint": {"config"},
     "package_index": {"config", "status"},
     "ops": {"kernels"},
-    "library": {"kernels", "ops"},
+    "definitions": {"kernels"},
+    "library": {"kernels", "definitions"},
     "model": {"config", "cache", "ops", "checkpoint"},
     "heads": {"ops"},
     "sequential_heads": {"config", "cache", "ops", "model", "heads"},
@@ -54,10 +75,11 @@ ARROWS: dict[str, set[str]] = {
     "ring": {"kernels"},
     "draft_length": {"heads"},
     "trace": set(),
-    "threads": {"config"},
+    "threads": {"arguments"},
     "profile": {"config"},
-    "command": {"config", "status"},
-    "convert": {"config", "gguf_checkpoint", "meta_checkpoint"},
+    "command": {"errors", "status"},
+    "bin_checkpoint": {"checkpoint", "config", "errors"},
+    "convert": {"config", "errors", "bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "threads", "trace"},
@@ -67,7 +89,7 @@ ARROWS: dict[str, set[str]] = {
     "integrations": EVERYTHING | {"mtpkern"},
     "diagnose": EVERYTHING | {"mtpkern"},
     "cli": EVERYTHING
-    | {"mtpkern", "command", "diagnose", "profile", "convert", "train", "integrations"},
+    | {"mtpkern", "command", "errors", "diagnose", "profile", "convert", "train", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -48,7 +48,7 @@ def test_made_up_weights_need_a_config_alone_and_are_labelled(tmp_path: Path, ca
     arguments = ["generate", "-", "--model", str(tmp_path), "--load-format", "dummy"]
     llm = LLM(tmp_path, load_format="dummy", max_length=64)
     assert len(llm.generate([1, 2, 3], SamplingParams(max_tokens=5))[0].token_ids) <= 5
-    with pytest.raises(UserError, match="load_format must be auto or dummy, got gguf"):
+    with pytest.raises(UserError, match="load_format must be auto or dummy, got 'gguf'"):
         LLM(tmp_path, load_format="gguf")
     assert cli.main([*arguments[:1], "x", *arguments[2:]]) == 2
     assert "has no tokenizer" in capsys.readouterr().err

@@ -53,8 +53,8 @@ def add_command(commands: Any) -> None:
 
 def _chat(args: argparse.Namespace) -> int:
     with args.status.phase("starting"):
-        from mtpkern.config import UserError
         from mtpkern.engine import resolve_device
+        from mtpkern.errors import UserError
 
     _, ops = resolve_device(args.device)
     # On a CPU, a turn runs what is new in it only: the cache is kept.

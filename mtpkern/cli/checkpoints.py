@@ -27,11 +27,11 @@ def add_commands(commands: Any) -> None:
     inspect.set_defaults(run=_inspect)
     convert = commands.add_parser(
         "convert",
-        help="make pickled heads or a GGUF loadable",
-        description="Convert medusa_lm_head.pt, hydra_lm_head.pt, an EAGLE-3 head's "
-        "pytorch_model.bin or Meta's consolidated.pth (each a file, or the directory that holds it "
-        "beside its configuration), or a .gguf file, into a new directory that --heads or --model "
-        "takes.",
+        help="make pickled heads, a pickled model or a GGUF loadable",
+        description="Convert medusa_lm_head.pt, hydra_lm_head.pt, an EAGLE-3 head's or a model's "
+        "pytorch_model.bin, sharded too, or Meta's consolidated.pth (each a file, or the directory "
+        "that holds it beside its configuration), or a .gguf file, into a new directory that "
+        "--heads or --model takes.",
         epilog="example:\n  mtpkern convert medusa_lm_head.pt heads",
     )
     convert.add_argument("source", type=Path, metavar="SRC")

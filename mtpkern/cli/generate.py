@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.command import UsageError, at_least
+from mtpkern.errors import counted, printable
 from mtpkern.status import Status, coloured
 
 if TYPE_CHECKING:
@@ -30,8 +32,13 @@ def add_command(commands: Any) -> None:
     )
     command.set_defaults(run=_generate)
     add = command.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
+    add("prompt", nargs="?", metavar="PROMPT", help="the prompt, quoted; - or nothing reads stdin")
     add_answer_options(command)
+    add(
+        "--token-ids",
+        action="store_true",
+        help="the prompt is token ids, apart by spaces or commas, and so is the answer",
+    )
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
     add("--load-format", default="auto", help="dummy: made-up weights, for measuring")
     add(
@@ -57,8 +64,7 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
         "--num-speculative-tokens",
         type=int,
         metavar="K",
-        help="drafts per step, 0 to 16 (default: 4 where anything drafts; on a GPU, chosen while "
-        "running)",
+        help="drafts per step, 0 to 16 (default: chosen while running, up to 4)",
     )
     add("--max-tokens", type=int, default=256, metavar="N", help="longest answer in tokens")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
@@ -72,6 +78,12 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TEXT",
         help="end before this text; may be repeated",
+    )
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="the context: prompt and answer (default: the model's, at most 8192)",
     )
     add("--system", metavar="TEXT", help="the system message (default: the chat template's own)")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -93,6 +105,7 @@ def open_model(args: argparse.Namespace, **settings: Any) -> "LLM":
         dtype=args.dtype,
         threads=args.threads,
         max_batch=1,
+        max_length=args.max_length,
         status=args.status,
         **settings,
     )
@@ -140,7 +153,7 @@ def _generate(args: argparse.Namespace) -> int:
             events: Iterator[Event] = llm.stream(prompt, params)
             if not sys.stdout.isatty():
                 events = shown(events, args.status, params)
-            last = print_stream(events)
+            last = print_stream(events, as_ids=args.token_ids)
             assert last and last.completion, "the last event of a stream carries the completion"
             completion = last.completion
             print(summary(completion.stats, llm.load_seconds), file=sys.stderr)
@@ -167,6 +180,8 @@ _MADE_UP = "made-up weights or acceptance: the rates are meant, the text and its
 
 def _rates(text: str) -> list[float]:
     """The numbers of R1,R2,..."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be one rate or more: R1,R2,...")
     return [float(rate) for rate in text.split(",")]
 
 
@@ -194,14 +209,22 @@ def _read_prompt(given: str | None) -> str:
             "mtpkern chat for a conversation"
         )
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError("standard input is not UTF-8 text") from None
+    # The newline that ends the last line of a file, or of what echo writes, is not the prompt's.
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     """The prompt's token ids: a chat where the model has a template, unless --raw."""
     tokenizer = llm.tokenizer
+    if args.token_ids:
+        if args.system is not None:
+            raise UsageError("--system needs a prompt that is text: --token-ids has none")
+        return llm.encode(_token_ids(text))
+    if tokenizer is None:
+        raise UsageError(f"{llm.name} has no tokenizer: give token ids, and --token-ids")
     chat = tokenizer is not None and tokenizer.has_chat_template and not args.raw
     if args.system is not None and not chat:
         reason = "--raw has none" if args.raw else "this model has no chat template"
@@ -212,8 +235,18 @@ def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
     return llm.encode([*system, {"role": "user", "content": text}])
 
 
-def print_stream(events: "Iterator[Event]") -> "Event | None":
-    """Print an answer as it comes -> its last event, if any came.
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in re.split(r"[,\s]+", text.strip("[], \t\r\n"))]
+    except ValueError:
+        raise UsageError(
+            "--token-ids needs a prompt of integers, apart by spaces or commas: "
+            f"{printable(text)} is none"
+        ) from None
+
+
+def print_stream(events: "Iterator[Event]", *, as_ids: bool = False) -> "Event | None":
+    """Print tokens as they come, their text or their ids -> the last event, if any came.
 
     On a terminal, accepted drafts are green.
     """
@@ -222,12 +255,13 @@ def print_stream(events: "Iterator[Event]") -> "Event | None":
     try:
         for event in events:
             last = event
+            text = f"{event.token_id} " if as_ids else event.text
             colour = _DRAFTED if event.drafted else _PLAIN
-            if colours and event.text and colour != painted:
+            if colours and text and colour != painted:
                 sys.stdout.write(colour)
                 painted = colour
             # A model's words must not steer the terminal; a file gets them as they are.
-            sys.stdout.write(_without_controls(event.text) if terminal else event.text)
+            sys.stdout.write(_without_controls(text) if terminal else text)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n" if painted == _PLAIN else _PLAIN + "\n")
@@ -242,8 +276,8 @@ def _without_controls(text: str) -> str:
 def summary(stats: "Stats", load_seconds: float | None = None) -> str:
     """Two lines: speed, steps, tokens per step, acceptance by position, K; what came before."""
     line = (
-        f"{stats.tokens_per_second:.1f} tok/s: {stats.new_tokens} tokens in {stats.steps} steps, "
-        f"{stats.mean_acceptance_length:.2f} per step"
+        f"{stats.tokens_per_second:.1f} tok/s: {counted(stats.new_tokens, 'token')} in "
+        f"{counted(stats.steps, 'step')}, {stats.mean_acceptance_length:.2f} per step"
     )
     if any(map(any, stats.drafted.values())):
         rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)

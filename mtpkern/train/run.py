@@ -21,6 +21,7 @@ from torch import Tensor
 from mtpkern.checkpoint import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelConfig, UserError, printable
 from mtpkern.engine import resolve_device
+from mtpkern.errors import counted
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.head_checkpoint import find_heads
 from mtpkern.tokenizer import Tokenizer
@@ -169,7 +170,8 @@ def _begin(plan: Plan, recipe: Recipe, model: Frozen) -> Head:
         raise UserError(f"{printable(plan.init)} was trained on other weights")
     if head.config.num_heads is not None and recipe.K > head.config.num_heads:
         raise UserError(
-            f"{printable(plan.init)} drafts {head.config.num_heads} tokens, and K is {recipe.K}"
+            f"{printable(plan.init)} drafts {counted(head.config.num_heads, 'token')}, "
+            f"and K is {recipe.K}"
         )
     head.config = replace(head.config, base_model_fingerprint=mark)  # type: ignore[assignment]
     return head
@@ -212,7 +214,9 @@ class _Rounds:
                 fingerprint=model.fingerprint[:16],
             )
             if len(self.data) < 2:
-                raise UserError(f"{len(self.data)} recorded answers are too few: one is held out")
+                raise UserError(
+                    f"too few recorded answers: {len(self.data)}, of which one is held out"
+                )
             self.measured = [i for i in range(len(self.data)) if is_held_out(self.data, i)] or [0]
             return
         tokenizer = Tokenizer.from_directory(model.directory)
@@ -220,7 +224,7 @@ class _Rounds:
         self.prompts = digest(self.jobs)
         if len(self.jobs) <= plan.held_out:
             raise UserError(
-                f"{len(self.jobs)} usable prompts are too few: {plan.held_out} are held out"
+                f"too few usable prompts: {len(self.jobs)}, of which {plan.held_out} to be held out"
             )
         # Every so many, so that the held-out ones are of all lengths.
         apart = len(self.jobs) // plan.held_out

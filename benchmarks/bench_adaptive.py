@@ -1,0 +1,143 @@
+"""Whether drafts ever make decoding slower on a CPU, where K is chosen while running.
+
+    python benchmarks/bench_adaptive.py --limit 12
+
+Per prompt, decoding with drafts and without in turn, `--alternations` times each, in one process:
+with the model's heads and n-grams, and with the same made hostile, whose every draft is wrong but
+is claimed with the same confidence; one prompt at a time and three. Tokens must be equal: anything
+red is exit code 1 and no speed. A row is a prompt (or three): the median ratio of the rates, the
+first one, and the share of steps that each K had. The last line is one JSON object.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench_decode import PROMPTS, encode, finish
+from common import Progress, environment, first_line, load, read_prompts
+
+from mtpkern import LLM, SamplingParams, Stats
+from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, Drafts
+
+TOGETHER = 3
+
+
+class Spoiled:
+    """A drafter each of whose drafts is replaced by the next token id."""
+
+    def __init__(self, inner: Drafter, vocabulary: int):
+        self.inner, self.vocabulary = inner, vocabulary
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        drafts = self.inner.guess(step, count)
+        return drafts._replace(tokens=(drafts.tokens + 1) % self.vocabulary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    facts = environment()
+    print(first_line(facts))
+    prompts = read_prompts(args.prompts, args.limit)
+    kinds = {"heads": False, "hostile": True}
+    progress = Progress(2 * args.alternations * len(kinds) * (len(prompts) + -(-len(prompts) // 3)))
+    rows: list[dict[str, Any]] = []
+    for kind, hostile in kinds.items():
+        llm = LLM(args.model, heads=args.heads, threads=args.threads, max_batch=TOGETHER)
+        if hostile:
+            spoil(llm)
+        ids = [encode(llm, prompt["turns"][0]) for prompt in prompts]
+        groups = [[i] for i in range(len(ids))]
+        groups += [list(range(i, min(i + 3, len(ids)))) for i in range(0, len(ids), TOGETHER)]
+        for group in groups:
+            row = alternate(llm, [ids[i] for i in group], args, progress)
+            rows.append({"drafter": kind, "prompts": group, "batch": len(group), **row})
+    report = {"schema": 1, "environment": facts | {"load_after": load()}, "rows": rows}
+    red = [row for row in rows if not row["identical"]]
+    if red:
+        print(f"RED: tokens differ in {len(red)} of {len(rows)} rows; no speed is reported")
+        return finish(report | {"rows": []}, args.output_json, 1)
+    print(table(rows))
+    return finish(report, args.output_json, 0)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", help="a directory, hub id or name (default: the default model)")
+    add("--heads", default="auto")
+    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--limit", type=int, default=12, metavar="N", help="prompts, over all categories")
+    add("--max-tokens", type=int, default=128, metavar="N")
+    add("--alternations", type=int, default=5, metavar="N")
+    add("--threads", type=int, metavar="N")
+    add("--output-json", type=Path, metavar="OUT")
+    return parser.parse_args(argv)
+
+
+def spoil(llm: LLM) -> None:
+    """Make an LLM's heads and copies hostile."""
+    vocabulary = llm.config.vocab_size
+    drafter = llm.drafter
+    if isinstance(drafter, CompanionDrafter):
+        heads, copies = Spoiled(drafter.drafter, vocabulary), Spoiled(drafter.ngram, vocabulary)
+        llm.drafter = CompanionDrafter(copies, heads, llm.ops)
+    else:
+        llm.drafter = Spoiled(drafter, vocabulary)
+
+
+def alternate(
+    llm: LLM, prompts: list[list[int]], args: argparse.Namespace, progress: Progress
+) -> dict[str, Any]:
+    """Decode prompts with drafts and without in turn -> the row of what was measured."""
+    params = SamplingParams(max_tokens=args.max_tokens)
+    ratios, same, chosen = [], True, Counter[int]()
+    for turn in range(args.alternations):
+        rates, tokens = {}, {}
+        for speculate in (turn % 2 == 0, turn % 2 == 1):
+            completions = llm.generate(prompts, params, speculate=speculate)
+            stats = [completion.stats for completion in completions]
+            rates[speculate] = rate(stats)
+            tokens[speculate] = [completion.token_ids for completion in completions]
+            if speculate:
+                for one in stats:
+                    chosen.update(one.steps_by_k)
+            progress(f"{len(prompts)} at a time, {'drafts' if speculate else 'plain'}")
+        ratios.append(rates[True] / rates[False])
+        same = same and tokens[True] == tokens[False]
+    steps = sum(chosen.values())
+    return {
+        "identical": same,
+        "ratio": median(ratios),
+        "first_ratio": ratios[0],
+        "plain_tokens_per_second": rates[False],
+        "share_of_steps_by_k": {str(k): chosen[k] / steps for k in sorted(chosen)},
+    }
+
+
+def rate(stats: list[Stats]) -> float:
+    """Tokens per second of sequences that were decoded together."""
+    return sum(one.new_tokens for one in stats) / max(one.decode_seconds for one in stats)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["drafter  batch  prompts  ratio  first  plain tok/s  K: share of steps"]
+    for row in rows:
+        shares = " ".join(f"{k}: {n:.0%}" for k, n in row["share_of_steps_by_k"].items())
+        named = ",".join(map(str, row["prompts"]))
+        lines.append(
+            f"{row['drafter']:<8} {row['batch']:>5}  {named:<7} {row['ratio']:>6.3f} "
+            f"{row['first_ratio']:>6.3f} {row['plain_tokens_per_second']:>12.1f}  {shares}"
+        )
+    worst = min(rows, key=lambda row: row["ratio"])
+    lines.append(f"worst: {worst['ratio']:.3f} ({worst['drafter']}, batch {worst['batch']})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
