@@ -361,8 +361,12 @@ def resolve_dtype(name: str | torch.dtype, config: ModelConfig) -> torch.dtype:
 class SamplingParams:
     """How one request is decoded. Temperature 0 is greedy; 0 switches top_k and min_p off, 1 top_p.
 
-    `stop` are strings that end the text, themselves not included; a single string will do. numpy's
-    numbers are taken for Python's. UserError for what is out of range or of another type.
+    `stop` are strings that end the text, and `stop_token_ids` tokens that end it as end-of-text
+    does, which `ignore_eos` switches off; a stop string may hold special tokens, though the text
+    shows none. include_stop_str_in_output keeps what ended the text in the text. For the first
+    `min_tokens` tokens neither end-of-text nor stop_token_ids are chosen, and stop strings are not
+    looked for. Names and meanings are vLLM's. numpy's numbers are taken for Python's. UserError for
+    what is out of range or of another type.
     """
 
     max_tokens: int = 256
@@ -374,6 +378,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: bool = False
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
 
     def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
         # The generated __init__ would name the stranger, but not what could be meant.
@@ -386,7 +393,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checked = {
             "stop": _stop_strings(self.stop),
-            "max_tokens": integer("max_tokens", self.max_tokens, 1, 2**31 - 1),
+            "stop_token_ids": _stop_token_ids(self.stop_token_ids),
+            "max_tokens": (most := integer("max_tokens", self.max_tokens, 1, 2**31 - 1)),
+            "min_tokens": integer("min_tokens", self.min_tokens, 0, most),
             "top_k": integer("top_k", self.top_k, 0, 2**31 - 1),
             "seed": integer("seed", self.seed, 0, 2**63 - 1),
             "temperature": real("temperature", self.temperature, 0.0, 1e4),
@@ -394,6 +403,9 @@ class SamplingParams:
             "top_p": real("top_p", self.top_p, 0.0, 1.0),
             "logprobs": flag("logprobs", self.logprobs),
             "ignore_eos": flag("ignore_eos", self.ignore_eos),
+            "include_stop_str_in_output": flag(
+                "include_stop_str_in_output", self.include_stop_str_in_output
+            ),
         }
         if checked["top_p"] == 0:
             raise UserError("top_p must be above 0 and at most 1, got 0")
@@ -407,4 +419,14 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, list | tuple) or any(not isinstance(s, str) or not s for s in texts):
         raise UserError(f"stop must be non-empty strings, got {shown(stop)}")
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise UserError("stop must be valid Unicode, got a lone surrogate")
     return tuple(texts)
+
+
+def _stop_token_ids(ids: Any) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if not isinstance(ids, list | tuple):
+        raise UserError(f"stop_token_ids must be a list of token ids, got {shown(ids)}")
+    return tuple(integer("stop_token_ids", token_id, 0, 2**31 - 1) for token_id in ids)

@@ -21,7 +21,7 @@ from torch import Tensor
 from mtpkern.arguments import at_least, choice, flag, integer, location, real, shown
 from mtpkern.cache import KVCache, PagePool, Prefix
 from mtpkern.checkpoint import load_config
-from mtpkern.completion import Completion, Event, Request, Stats
+from mtpkern.completion import Completion, EncodedPrompt, Event, Request, Stats
 from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,
     ModelConfig,
@@ -46,7 +46,7 @@ from mtpkern.heads import (
     NoDrafter,
 )
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
+from mtpkern.ops import HAS_TRITON, TORCH, Ops, Withheld, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
@@ -226,6 +226,8 @@ class LLM:
                 ring=self._ring.words,
                 forced=forced,
             )
+            # For `min_tokens`; None in a run without.
+            self._withheld: Withheld | None = None
             self._clock = 0
             self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
             self.graph_bytes = 0
@@ -323,14 +325,16 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         speculate: bool = True,
+        **chat: Any,
     ) -> Completion:
         """Answer a conversation, a list of messages; its next turn is that list, the answer as
-        {"role": "assistant", "content": completion.text}, and the user's next message."""
+        {"role": "assistant", "content": completion.text}, and the user's next message. `chat` is as
+        in `encode`."""
         if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
             raise UserError(
                 f'messages must be a list of {{"role": ..., "content": ...}}, got {shown(messages)}'
             )
-        return self.generate([messages], params, speculate=speculate)[0]
+        return self.generate([messages], params, speculate=speculate, **chat)[0]
 
     def generate(
         self,
@@ -338,16 +342,18 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         speculate: bool = True,
+        **chat: Any,
     ) -> list[Completion]:
         """Complete prompts (text, token ids or chat messages), `max_batch` at a time.
 
-        `speculate=False` is K = 0 through the same step, and gives the same tokens.
+        `speculate=False` is K = 0 through the same step, and gives the same tokens. `chat` is as in
+        `encode`, for all prompts.
         """
         self._check_open()
-        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        encoded = [self._encoded(prompt, chat) for prompt in _as_list(prompts)]
         params, speculate = _checked_params(params), flag("speculate", speculate)
         completions: dict[int, Completion] = {}
-        most = [min(params.max_tokens, self.max_length - len(prompt)) for prompt in encoded]
+        most = [min(params.max_tokens, self.max_length - len(prompt.ids)) for prompt in encoded]
         with self.status.phase("answering", sum(most), "tokens") as phase:
             for index, event in self._run(encoded, params, speculate):
                 phase.advance()
@@ -358,21 +364,55 @@ class LLM:
         return [completions[i] for i in range(len(encoded))]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, speculate: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        speculate: bool = True,
+        **chat: Any,
     ) -> Generator[Event, None, None]:
         """Complete one prompt, token by token; the last event carries the completion."""
-        encoded, params = [self.encode(prompt)], _checked_params(params)
+        encoded, params = [self._encoded(prompt, chat)], _checked_params(params)
         return self._events(encoded, params, flag("speculate", speculate))
 
     def _events(
-        self, encoded: list[list[int]], params: SamplingParams, speculate: bool
+        self, encoded: list[EncodedPrompt], params: SamplingParams, speculate: bool
     ) -> Generator[Event, None, None]:
         for _, event in self._run(encoded, params, speculate):
             yield event
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; chat messages go through the model's template."""
+    def _encoded(self, prompt: Prompt, chat: Mapping[str, Any]) -> EncodedPrompt:
+        """A prompt's ids, and whether the answer goes on in the prompt's own text."""
+        ids = self.encode(prompt, **chat)
+        given = {**(chat.get("chat_template_kwargs") or {}), **chat}
+        return EncodedPrompt(ids, not _is_chat(prompt) or bool(given.get("continue_final_message")))
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt; chat messages go through the model's template.
+
+        That is given `tools` (JSON schemas), `documents` and `chat_template_kwargs`, and may leave
+        the last message to be continued: see `Tokenizer.apply_chat_template`.
+        """
         self._check_open()
+        given = chat_template_kwargs or {}
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise UserError(f"chat_template_kwargs must have names as keys, got {shown(given)}")
+        chat = dict(given)
+        for name, value in (
+            ("tools", tools),
+            ("documents", documents),
+            ("continue_final_message", continue_final_message or None),
+        ):
+            if value is not None:
+                chat[name] = value
         if isinstance(prompt, torch.Tensor | np.ndarray):
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -381,14 +421,16 @@ class LLM:
             )
         if not len(prompt):
             raise UserError("the prompt is empty")
-        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        if chat and not _is_chat(prompt):
+            raise UserError(f"{sorted(chat)[0]} needs a prompt of chat messages")
+        if not isinstance(prompt, str) and not _is_chat(prompt):
             ids = [integer("a token id", i, 0, self.config.vocab_size - 1) for i in prompt]
         elif self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer: prompts must be token ids")
         elif isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+            ids = self.tokenizer.apply_chat_template(prompt, **chat)  # type: ignore[arg-type]
         if not ids:
             raise UserError("the prompt is empty")
         if len(ids) >= self.max_length:
@@ -411,7 +453,7 @@ class LLM:
 
     @torch.inference_mode()
     def _run(
-        self, prompts: list[list[int]], params: SamplingParams, speculate: bool
+        self, prompts: list[EncodedPrompt], params: SamplingParams, speculate: bool
     ) -> Iterator[tuple[int, Event]]:
         """Decode all prompts; the cache serves one run at a time."""
         self._check_open()
@@ -427,6 +469,8 @@ class LLM:
             )
         if params.temperature > 0 and not self.ops.branches:
             raise UserError("temperature above 0 needs device cpu in this version")
+        if any(i >= self.config.vocab_size for i in params.stop_token_ids):
+            raise UserError(f"stop_token_ids must be in 0..{self.config.vocab_size - 1}")
         self._running = True
         slots: list[Request | None] = []
         try:
@@ -437,12 +481,13 @@ class LLM:
             for slot, request in enumerate(slots):
                 if request is not None and not self._closed:
                     self._leave(slot, request)
+            self._withheld = None
             self._running = False
 
     def _decode(
         self,
         slots: list[Request | None],
-        prompts: list[list[int]],
+        prompts: list[EncodedPrompt],
         params: SamplingParams,
         k: int,
     ) -> Iterator[tuple[int, Event]]:
@@ -453,12 +498,18 @@ class LLM:
                 prompt,
                 params,
                 k=k,
-                room=self.max_length - len(prompt),
+                room=self.max_length - len(prompt.ids),
                 ends=self.eos_token_ids,
                 tokenizer=self.tokenizer,
             )
             for index, prompt in enumerate(prompts)
         )
+        if any(request.withheld for request in waiting):
+            if not self.ops.branches:
+                raise UserError("min_tokens needs device cpu in this version")
+            shape = self.max_batch, self.config.vocab_size
+            until = torch.zeros(self.max_batch, dtype=torch.int64)
+            self._withheld = Withheld(torch.zeros(shape, dtype=torch.bool), until)
         batch = self._bucket(min(self.max_batch, len(prompts)))
         slots += [None] * batch
         state = self._state.view(batch, k)
@@ -514,7 +565,9 @@ class LLM:
 
     def _launch(self, state: DecodeState, k: int, lengths: Choice, logprobs: bool) -> StepOutput:
         """Launch a step of K = k one kernel after another, as a GPU's graphs do not."""
-        on_host = self.ops.branches
+        on_host, withheld = self.ops.branches, self._withheld
+        if withheld is not None:
+            withheld = Withheld(*(tensor[: len(state.window)] for tensor in withheld))
         return decode_step(
             state if on_host else self._state.view(len(state.window), k),
             self.trunk,
@@ -524,6 +577,7 @@ class LLM:
             rows=k + 1,
             heads=lengths.use_heads() if on_host else True,
             least_chance=lengths.least_chance() if on_host else LEAST_CHANCE,
+            withheld=withheld,
         )
 
     def _capture_all(self) -> None:
@@ -605,6 +659,10 @@ class LLM:
             (state.sampling.key, sampling_key(request.params.seed, 0)),
         ):
             tensor[slot] = value
+        if self._withheld is not None:
+            self._withheld.tokens[slot] = False
+            self._withheld.tokens[slot, list(request.withheld)] = True
+            self._withheld.until[slot] = len(prompt) + request.params.min_tokens
         ends = progress.ends[slot].fill_(-1)
         known = request.ends[: len(ends)]  # the host knows them all
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
@@ -804,6 +862,10 @@ def _current(device: torch.device) -> str:
             "first, or set CUDA_VISIBLE_DEVICES"
         )
     return device.type
+
+
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
-from mtpkern.chat_template import load_chat_template
+from mtpkern.chat_template import load_chat_templates
 from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
 
 _SPACE = "\u2581"  # what sentencepiece writes for a space
+# Classes of transformers that write spaces their own way, and models that they are not used for.
+_LLAMA_CLASSES, _AS_WRITTEN = ("LlamaTokenizer", "LlamaTokenizerFast"), ("mistral", "qwen2")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -31,6 +33,7 @@ class _Vocabulary(Protocol):
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def token_id(self, token: str) -> int | None: ...
+    def special_tokens(self) -> dict[str, int]: ...
 
 
 class Tokenizer:
@@ -43,7 +46,7 @@ class Tokenizer:
         self.vocab_size = vocabulary.size
         self.bos_token_id = vocabulary.token_id(specials.get("bos_token", "<s>"))
         self.eos_token_id = vocabulary.token_id(specials.get("eos_token", "</s>"))
-        self._template = load_chat_template(directory, settings, specials)
+        self._templates = load_chat_templates(directory, settings, specials)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -54,14 +57,14 @@ class Tokenizer:
             if (path / name).is_file():
                 settings |= read_json_object(path / name)
         if (path / "tokenizer.json").is_file():
-            return cls(_JsonVocabulary(path / "tokenizer.json"), path, settings)
+            return cls(_JsonVocabulary(path / "tokenizer.json", settings), path, settings)
         if (path / "tokenizer.model").is_file():
             return cls(_PieceVocabulary(path / "tokenizer.model", settings), path, settings)
         raise ModelLoadError(f"{printable(path)} has neither tokenizer.json nor tokenizer.model")
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self._templates is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the beginning-of-text token where the model wants one."""
@@ -76,9 +79,9 @@ class Tokenizer:
         stream = self.stream()
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
-    def stream(self) -> "Detokenizer":
-        """An incremental decoder for one sequence."""
-        return Detokenizer(self)
+    def stream(self, before: Iterable[int] = ()) -> "Detokenizer":
+        """An incremental decoder for one sequence, or for what follows the tokens `before`."""
+        return Detokenizer(self, before)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for: none for special tokens and ids without a token."""
@@ -86,14 +89,39 @@ class Tokenizer:
             self._bytes[token_id] = self._vocabulary.token_bytes(int(token_id))
         return self._bytes[token_id]
 
+    def special_tokens_in(self, text: str) -> dict[str, int]:
+        """The special tokens spelled out in a text, which decoding would leave out: their ids."""
+        found = self._vocabulary.special_tokens()
+        return {token: i for token, i in found.items() if token in text}
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        add_generation_prompt: bool | None = None,
+        **chat: Any,
     ) -> list[int]:
-        """Token ids of chat messages (`role`, `content`), ready for the assistant's answer."""
-        if self._template is None:
+        """Token ids of chat messages (`role`, `content`), ready for the assistant's answer.
+
+        `chat` are the other arguments of transformers' method of this name: tools, documents,
+        chat_template, continue_final_message, and what the template itself reads. Without
+        add_generation_prompt the answer begins, unless the last message is to be continued.
+        """
+        return self.encode(self.chat_text(messages, add_generation_prompt, **chat), False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        add_generation_prompt: bool | None = None,
+        **chat: Any,
+    ) -> str:
+        """The text whose token ids `apply_chat_template` gives."""
+        if self._templates is None:
             raise UserError("this model has no chat template; give it plain text")
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        return self.encode(text, add_special_tokens=False)
+        if add_generation_prompt is None:
+            add_generation_prompt = not chat.get("continue_final_message")
+        return self._templates.render(messages, add_generation_prompt=add_generation_prompt, **chat)
 
     def check_against(self, config: ModelConfig) -> None:
         """ModelLoadError when this tokenizer makes ids that the model has no embedding for."""
@@ -111,10 +139,12 @@ class Tokenizer:
 class Detokenizer:
     """Token ids in, whole and final characters out, as soon as they are: O(1) a token."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = tokenizer.strips_first_space
+        self._at_start = tokenizer.strips_first_space and not any(
+            tokenizer.token_bytes(token_id) for token_id in before
+        )
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes, possibly none."""
@@ -133,7 +163,7 @@ class Detokenizer:
 class _JsonVocabulary:
     """tokenizer.json: byte-level BPE (Llama 3, SmolLM2) or sentencepiece's spelling (Llama 2)."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, settings: Mapping[str, Any]):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises a bare Exception for a file it cannot read
@@ -152,20 +182,39 @@ class _JsonVocabulary:
             )
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
+        config = file.with_name("config.json")
+        model_type = read_json_object(config).get("model_type") if config.is_file() else None
+        is_llama = settings.get("tokenizer_class") in _LLAMA_CLASSES
+        if is_llama and model_type not in _AS_WRITTEN and not self._byte_level:
+            self._split_as_llama(settings)
         self.strips_first_space = any(
             step["type"] == "Strip"
             or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
             for step in steps
         )
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {token_id for token_id, token in added.items() if token.special}
+        self._special = {i: token.content for i, token in added.items() if token.special}
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def _split_as_llama(self, settings: Mapping[str, Any]) -> None:
+        """Write spaces as transformers' LlamaTokenizer does, whatever tokenizer.json says: one is
+        put before the text, and before what follows a special token where `legacy` says so."""
+        scheme = "always" if settings.get("legacy") else "first"
+        if settings.get("add_prefix_space") is False:
+            scheme = "never"
+        self._tokenizer.normalizer = None  # type: ignore[assignment]
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            _SPACE, prepend_scheme=scheme, split=False
+        )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def special_tokens(self) -> dict[str, int]:
+        return {token: i for i, token in self._special.items()}
 
     def token_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
@@ -199,6 +248,7 @@ class _PieceVocabulary:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first or ["\0"])) + ")")
         self._bos = [pieces.bos_id()] if settings.get("add_bos_token", True) else []
         self._eos = [pieces.eos_id()] if settings.get("add_eos_token", False) else []
+        self._legacy = settings.get("legacy") is not False
         self.strips_first_space = pieces.EncodeAsPieces("a")[0].startswith(_SPACE)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -207,15 +257,25 @@ class _PieceVocabulary:
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
-                ids += self._pieces.Encode(part)
+                ids += self._pieces.Encode(part) if self._legacy or not ids else self._inner(part)
         ids = self._bos + ids + self._eos if add_special_tokens else ids
         return [i for i in ids if i >= 0]
+
+    def _inner(self, text: str) -> list[int]:
+        """Ids of a text without the space that is put before one: what follows the unknown token's
+        spelling, as in transformers."""
+        unknown = self._pieces.IdToPiece(self._pieces.unk_id())
+        skipped = len(self._pieces.Encode(unknown))
+        return self._pieces.Encode(unknown + text)[skipped:]
 
     def token_id(self, token: str) -> int | None:
         if token in self._special:
             return self._special[token]
         found = self._pieces.PieceToId(token)
         return found if self._pieces.IdToPiece(found) == token else None
+
+    def special_tokens(self) -> dict[str, int]:
+        return self._special
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._text_of or not 0 <= token_id < self._pieces.GetPieceSize():

@@ -122,8 +122,8 @@ def test_compare_finds_the_tokens_identical(generate, sampling):
 def test_compare_says_where_the_tokens_differ_and_fails(generate, monkeypatch):
     honest = LLM.generate
 
-    def broken(self, prompts, params=None, *, speculate=True):
-        completions = honest(self, prompts, params, speculate=speculate)
+    def broken(self, prompts, params=None, *, speculate=True, **chat):
+        completions = honest(self, prompts, params, speculate=speculate, **chat)
         if not speculate:
             completions[0].token_ids[2] += 1
         return completions
@@ -153,6 +153,17 @@ def test_a_stop_string_ends_the_text_before_it(generate):
     code, out, _ = generate(PROMPT, "--raw", "--stop", stop)
     assert code == 0
     assert out == text[: text.index(stop)] + "\n"
+
+
+def test_the_flags_that_stop_an_answer_reach_it(generate):
+    ids = json.loads(generate(PROMPT, "--raw", "--json")[1])["token_ids"]
+    end = ["--raw", "--json", "--stop-token-id", str(ids[3])]
+    short = json.loads(generate(PROMPT, *end)[1])
+    assert short["token_ids"] == ids[: ids.index(ids[3]) + 1]
+    kept = json.loads(generate(PROMPT, *end, "--include-stop-str-in-output")[1])
+    assert kept["text"].startswith(short["text"]) and kept["text"] != short["text"]
+    longer = json.loads(generate(PROMPT, *end, "--min-tokens", "9", "--ignore-eos")[1])
+    assert len(longer["token_ids"]) > 9 and ids[3] not in longer["token_ids"][:9]
 
 
 @pytest.mark.parametrize("given", ["-", None])
@@ -257,6 +268,8 @@ def test_generate_imports_neither_gguf_nor_transformers(model):
         (["generate", "x", "--temperature", "nan"], "temperature"),
         (["generate", "x", "--seed", "-1"], "seed"),
         (["generate", "x", "--stop", ""], "stop"),
+        (["generate", "x", "--stop-token-id", "307"], "--stop-token-id must be in 0..306"),
+        (["generate", "x", "--min-tokens", "300"], "--min-tokens"),
         (["generate", "x", "-K", "17"], "0..16"),
         (["generate", "x", "-K", "-1"], "0..16"),
         (["generate", "x", "-K", "2", "--no-ngram", "--heads", "none"], "nothing to draft with"),

@@ -145,6 +145,13 @@ def test_rope_frequencies_are_those_of_transformers(rope, head_dim):
         {"seed": True},
         {"stop": ("",)},
         {"stop": (1,)},
+        {"stop": 1},
+        {"stop": "\ud800"},
+        {"stop_token_ids": (-1,)},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": ("</s>",)},
+        {"min_tokens": -1},
+        {"min_tokens": 257},
     ],
 )
 def test_sampling_parameters_out_of_range_are_named(wrong):
@@ -161,3 +168,4 @@ def test_sampling_parameters_that_are_not_supported_are_refused_with_a_list():
 def test_a_single_stop_string_is_one_stop_string():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None, stop_token_ids=None).stop == ()  # type: ignore[arg-type]

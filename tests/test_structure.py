@@ -65,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
     "heads": {"ops"},
     "sequential_heads": {"config", "cache", "ops", "model", "heads"},
     "layer_heads": {"cache", "ops", "model", "heads", "sequential_heads"},
-    "head_layouts": {"config", "checkpoint"},
+    "head_layouts": {"config", "checkpoint", "errors"},
     "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model"}
     | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
@@ -79,7 +79,8 @@ ARROWS: dict[str, set[str]] = {
     "profile": {"config"},
     "command": {"errors", "status"},
     "bin_checkpoint": {"checkpoint", "config", "errors"},
-    "convert": {"config", "errors", "bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
+    "convert": {"config", "errors", "checkpoint", "head_checkpoint", "head_layouts"}
+    | {"bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "threads", "trace"},
