@@ -221,8 +221,8 @@ class _JsonVocabulary:
         if token is None or token_id in self._special:
             return b""
         if self._byte_level:
-            if all(character in _BYTE_OF for character in token):
-                return bytes(_BYTE_OF[character] for character in token)
+            if all(character in BYTE_OF for character in token):
+                return bytes(BYTE_OF[character] for character in token)
             return token.encode()
         byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
@@ -331,4 +331,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()

@@ -15,15 +15,21 @@ from mtpkern.checkpoint import load_tensors
 from mtpkern.config import UserError
 from mtpkern.head_checkpoint import PRETRAINED
 from mtpkern.kernels.ngram import ngram_ref
+from mtpkern.status import Status
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train import distill, fit, invent, joint, prompts, record, run
+from mtpkern.train import budget, distill, fit, invent, joint, prompts, record, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
-from mtpkern.train.dataset import Dataset, DatasetWriter
+from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
 from mtpkern.train.families import export_head, load_head, new_head
 from mtpkern.train.fit import Trainer
 from mtpkern.train.run import Plan
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def learning_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "measure_learning", lambda *_: (0.01, 1e-4))
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +131,9 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
     recorded: tuple[Path, Path], asked: Path, tmp_path: Path
 ):
     model = recorded[0]
-    trunk = distill.Trunk(model, 6, 120, taps=(1, 2))
-    jobs = distill.read_prompts([asked], Tokenizer.from_directory(model), 0)
-    setting: dict[str, Any] = {"max_new": 30, "temperature": 1.3, "seed": 5}
+    trunk = distill.Trunk(model, 120, taps=(1, 2))
+    jobs = distill.read_prompts([asked], Tokenizer.from_directory(model), 0, 512)
+    setting: dict[str, Any] = {"slots": 6, "max_new": 30, "temperature": 1.3, "seed": 5}
     found = []
     for name, call in (("whole", 0), ("broken", 17)):
         with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +167,7 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["the dog sleeps"]}')
     tokenizer = Tokenizer.from_directory(tmp_path)
-    (job,) = distill.read_prompts([tmp_path / "prompts.jsonl"], tokenizer, 0)
+    (job,) = distill.read_prompts([tmp_path / "prompts.jsonl"], tokenizer, 0, 512)
     assert job.prompt == tokenizer.encode("the dog sleeps") and job.category == "all"
 
 
@@ -210,22 +216,36 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "heads").exists()
 
 
-def test_slots_grow_with_the_longest_answer(
-    recorded: tuple[Path, Path], asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("context", [300, 2000])
+def test_a_slot_is_as_long_as_the_longest_prompt_and_answer_or_the_context(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, context: int
 ):
-    """Prompts have their 512 tokens at any --max-new."""
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=context)
     capacities = []
 
     def watched(trunk: distill.Trunk, jobs: list[distill.Job], *_: Any, **__: Any) -> None:
         assert len(jobs) == 4
-        capacities.append(trunk.keys.shape[3])
+        capacities.append(trunk.capacity)
         killed()
 
     monkeypatch.setattr(run, "record", watched)
-    plan = replace(small_plan(recorded[0], tmp_path / "heads", asked), max_new=800)
+    plan = replace(small_plan(model, tmp_path / "heads", asked), max_new=800)
     with pytest.raises(KeyboardInterrupt):
-        run.train(plan, RECIPE)
-    assert capacities == [1312]
+        run.train(plan, RECIPE, status=Status())
+    tokenizer = Tokenizer.from_directory(model)
+    longest = max(len(job.prompt) for job in distill.read_prompts([asked], tokenizer, 0, context))
+    assert capacities == [min(longest + 800, context)]
+    said = f"an answer ends there, the one to the longest prompt after {300 - longest} of 800"
+    assert capsys.readouterr().err.count(said) == (context == 300)
+
+
+def test_answers_end_with_the_context(asked: Path, tmp_path: Path):
+    """33 positions, which is no multiple of what attention reads at a time."""
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=33, eos_token_id=None)
+    command = ["--model", str(model), "--prompts", str(asked), "--out", str(tmp_path / "answers")]
+    assert record.main(command) == 0
+    rows = read_index(tmp_path / "answers")
+    assert rows and max(row["length"] for row in rows) == 33
 
 
 def test_heads_that_cannot_be_gone_on_from_are_refused(recorded: tuple[Path, Path], tmp_path: Path):
