@@ -34,8 +34,8 @@ HELD_OUT = (64, 32, 16, 8)  # prompts, the most whose answers take at most this 
 HELD_OUT_SHARE = 0.1
 ROWS = (128, 256, 512, 1024)  # of a step, the fewest with which the optimiser takes at most:
 OPTIMIZER_SHARE = 0.25
-PROBED_ROWS = 256
-SLOTS = {"cpu": (8, 16, 32, 64, 128), "cuda": (32, 128, 512)}
+PROBED_ROWS, PROBE_SECONDS = 256, 20.0
+SLOTS = {"cpu": (8, 32, 128), "cuda": (32, 128, 512)}
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def share_out(
     return replace(wanted, slots=slots, rows=rows, steps=steps, prompts=prompts, held_out=held_out)
 
 
-def describe(settings: Settings, pace: Pace, tokens: int) -> list[str]:
-    """What was measured, and what is made of it, in two lines."""
+def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> list[str]:
+    """What was measured, and what is made of it; `seconds` is the time that was given, if any."""
     s = settings
     learning = pace.learning(s.steps, s.rows)
     rate = f"{s.steps * s.rows / learning:.0f} rows/s learned from in steps of {s.rows}"
@@ -122,14 +122,22 @@ def describe(settings: Settings, pace: Pace, tokens: int) -> list[str]:
         tokens = round(s.prompts * pace.length)
         rate = f"answers at {tokens / answering:.0f} tokens/s, {s.slots} at a time; {rate}"
         amount = f"answers to {s.prompts} prompts, about {tokens} tokens, and {s.held_out} held out"
-    seconds = answered + learning
-    end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
-    return [
+    needed = answered + learning
+    end = time.strftime("%a %H:%M", time.localtime(time.time() + needed))
+    lines = [
         f"measured: {s.dtype}; {rate}",
         f"planned: {amount}; {s.steps} steps, each token learned from "
         f"{s.steps * s.rows / tokens:.1f} times; {answered / 60:.1f} minutes of answering and "
         f"{learning / 60:.1f} of learning, until about {end}",
     ]
+    if seconds and needed > 1.5 * seconds:
+        lines.append("that is longer than the time given, which is too short for anything of use")
+    elif needed < 0.7 * seconds:
+        lines.append(
+            f"that is shorter than the time given: a token is learned from at most {MOST_PASSES} "
+            "times, so that more time needs more prompts"
+        )
+    return lines
 
 
 def _prompts(seconds: float, pace: Pace, rows: int, slots: int, most: int) -> int:
@@ -180,29 +188,32 @@ def fastest_dtype(kind: str) -> torch.dtype:
 
 
 def timed(device: torch.device, call: Callable[[], object], repeats: int = 3) -> float:
-    """The least seconds of some calls; a call of over a second is not repeated, but once."""
-    best = math.inf
-    for n in range(repeats):
+    """The least seconds of some calls, or of as many as half a second has room for."""
+    best, spent = math.inf, 0.0
+    for _ in range(repeats):
         began = time.perf_counter()
         call()
         _wait(device)
-        best = min(best, time.perf_counter() - began)
-        if n and best > 1:
+        seconds = time.perf_counter() - began
+        best, spent = min(best, seconds), spent + seconds
+        if spent > 0.5:
             break
     return best
 
 
 @torch.inference_mode()
 def measure_answers(trunk: Trunk, jobs: Sequence[Job], max_new: int, slots: int) -> Pace:
-    """How fast a trunk answers; `slots` is the number of sequences, or 0 to try several."""
+    """How fast a trunk answers; `slots` is the number of sequences, or 0 to try several, the fewest
+    first, for some seconds."""
     lengths = sorted(len(job.prompt) for job in jobs)
     prompt = lengths[len(lengths) // 2]
     longest = min(max_new, trunk.capacity - prompt)
     on, found = trunk.device, dict[int, float]()
     candidates = (slots,) if slots else SLOTS[on.type]
+    began = time.perf_counter()
     most = max(1, _free_memory(on) // 2 // trunk.bytes_per_slot)
     for count in candidates:
-        if count > most and found:
+        if found and (count > most or time.perf_counter() - began > PROBE_SECONDS):
             break
         trunk.allot(count)
         tokens = torch.full((count, 1), 5, device=on)

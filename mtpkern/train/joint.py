@@ -33,7 +33,7 @@ from mtpkern.train.muon import Muon
 from mtpkern.train.prompts import python_files
 
 VOCABULARY = 256
-QUESTION = "import argparse\n\n\ndef main("
+QUESTION = "def main(argv=None):"
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def _settle(
         held_out=plan.held_out,
     )
     settings = budget.share_out(seconds, pace, wanted, rounds.available, rounds.tokens)
-    for line in budget.describe(settings, pace, rounds.tokens):
+    for line in budget.describe(settings, pace, rounds.tokens, seconds):
         status.say(line)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(settings)) + "\n")
