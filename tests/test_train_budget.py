@@ -18,7 +18,8 @@ from test_train import record_answers, recorder_of_losses
 from mtpkern import cli
 from mtpkern.train import budget, fit, interrupt, joint, muon
 from mtpkern.train.budget import Pace, Settings, share_out
-from mtpkern.train.fit import Trainer
+from mtpkern.train.families import new_head
+from mtpkern.train.fit import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 PACE = Pace((8, 32, 128), (0.08, 0.12, 0.3), 0.1, 134.0, 192, update=0.4, row=1 / 400)
@@ -74,7 +75,7 @@ def test_a_plan_takes_the_time_that_it_was_given(minutes: float, slower: float):
     took = pace.answering(s.prompts, s.slots) + pace.answering(s.held_out, s.slots)
     took += pace.learning(s.steps, s.rows)
     assert 0.85 * seconds < took < 1.05 * seconds
-    passes = s.steps * s.rows / (s.prompts * pace.length)
+    passes = s.steps * pace.in_step(s.rows) / (s.prompts * pace.length)
     assert 0.85 * budget.PASSES < passes < 1.15 * budget.PASSES
     assert pace.update <= budget.OPTIMIZER_SHARE * pace.learning(1, s.rows)
     assert pace.answering(s.held_out, s.slots) <= 0.15 * seconds
@@ -83,7 +84,7 @@ def test_a_plan_takes_the_time_that_it_was_given(minutes: float, slower: float):
 def test_few_prompts_are_learned_from_ten_times_and_it_says_that_more_would_help():
     s = share_out(7200, PACE, OPEN, 100, 0)
     assert (s.prompts, s.held_out) == (90, 10)
-    assert 9 < s.steps * s.rows / (s.prompts * PACE.length) <= 10
+    assert 9 < s.steps * PACE.in_step(s.rows) / (s.prompts * PACE.length) <= 10
     assert "more time needs more prompts" in budget.describe(s, PACE, 0, 7200)[-1]
     assert len(budget.describe(share_out(600, PACE, OPEN, 10**6, 0), PACE, 0, 600)) == 2
     short = share_out(5, PACE, OPEN, 100, 0)
@@ -96,6 +97,44 @@ def test_recorded_answers_are_all_learned_from():
     assert (s.prompts, s.held_out, s.slots) == (500, 0, 0)
     assert s.steps == int(600 / PACE.learning(1, s.rows))
     assert "500 recorded answers of 60000 tokens" in budget.describe(s, PACE, 60_000, 600)[1]
+
+
+def test_recorded_answers_and_a_time_are_enough(
+    asked: tuple[Path, Path], tmp_path: Path, capsys: Any
+):
+    answers = ["--answers", str(asked[1].parent / "answers"), "--out", str(tmp_path / "heads")]
+    words = ["train", "--model", str(asked[0]), *answers, "--draft-vocab-size", "99"]
+    assert cli.main([*words, "--minutes", "0.05"]) == 0
+    out, err = capsys.readouterr()
+    assert "planned: 23 recorded answers of " in err and "rows/s learned from in steps of" in err
+    assert "held-out answers, accepted by position" in out
+
+
+def test_learning_is_measured_on_a_copy_and_for_the_rows_that_there_were(
+    asked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A clock that counts rows: 2 seconds each, and 7 for the optimisers."""
+    head, ticks = new_head("mtp", asked[0], K=2, vocab_size=99), [0.0]
+    loss, take_step = fit.batch_loss, Trainer.take_step
+
+    def counted(*a: Any) -> Any:
+        ticks[0] += 2 * int(a[4]["live"][0].sum())
+        return loss(*a)
+
+    def timed(self: Trainer) -> None:
+        ticks[0] += 7
+        take_step(self)
+
+    monkeypatch.setattr(fit, "batch_loss", counted)
+    monkeypatch.setattr(Trainer, "take_step", timed)
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: ticks[0])
+    data = budget.made_up_answers(tmp_path, 48, (1, 2, 3), 307, 5, 200)
+    before = {name: w.clone() for name, w in head.state_dict().items()}
+    table = torch.randn(307, 48)
+    measured = budget.measure_learning(head, Recipe(steps=0, K=2), data, table, table)
+    assert measured == (7, 2)
+    for name, w in head.state_dict().items():
+        torch.testing.assert_close(w, before[name], rtol=0, atol=0)
 
 
 def test_a_number_of_steps_means_all_prompts_and_1024_rows():

@@ -61,9 +61,13 @@ class Pace:
     def best_slots(self, answers: int) -> int:
         return min(self.slots, key=lambda slots: self.answering(answers, slots))
 
+    def in_step(self, rows: int) -> float:
+        """Rows of a step that is to have so many: its last answer is a whole one."""
+        return rows + self.length / 2
+
     def learning(self, steps: int, rows: int) -> float:
         """Seconds to learn."""
-        return steps * (self.update + rows * self.row)
+        return steps * (self.update + self.in_step(rows) * self.row)
 
     def of_step(self, slots: int) -> float:
         """Seconds of a decoding step of so many sequences."""
@@ -105,7 +109,7 @@ def share_out(
         prompts = _prompts(seconds, pace, rows, wanted.slots, available - held_out)
         slots = wanted.slots or pace.best_slots(prompts)
         seconds -= pace.answering(prompts, slots)
-    most = MOST_PASSES * (tokens or prompts * pace.length) / rows
+    most = MOST_PASSES * (tokens or prompts * pace.length) / pace.in_step(rows)
     steps = max(1, int(min(seconds / pace.learning(1, rows), most)))
     return replace(wanted, slots=slots, rows=rows, steps=steps, prompts=prompts, held_out=held_out)
 
@@ -114,7 +118,8 @@ def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> lis
     """What was measured, and what is made of it; `seconds` is the time that was given, if any."""
     s = settings
     learning = pace.learning(s.steps, s.rows)
-    rate = f"{s.steps * s.rows / learning:.0f} rows/s learned from in steps of {s.rows}"
+    learned = s.steps * pace.in_step(s.rows)
+    rate = f"{learned / learning:.0f} rows/s learned from in steps of {s.rows}"
     answered, amount = 0.0, f"{s.prompts} recorded answers of {tokens} tokens"
     if not tokens:
         answering = pace.answering(s.prompts, s.slots)
@@ -127,7 +132,7 @@ def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> lis
     lines = [
         f"measured: {s.dtype}; {rate}",
         f"planned: {amount}; {s.steps} steps, each token learned from "
-        f"{s.steps * s.rows / tokens:.1f} times; {answered / 60:.1f} minutes of answering and "
+        f"{learned / tokens:.1f} times; {answered / 60:.1f} minutes of answering and "
         f"{learning / 60:.1f} of learning, until about {end}",
     ]
     if seconds and needed > 1.5 * seconds:
@@ -142,7 +147,7 @@ def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> lis
 
 def _prompts(seconds: float, pace: Pace, rows: int, slots: int, most: int) -> int:
     """How many to answer, for as long as leaves the time to learn PASSES times from the answers."""
-    best, row = 0, pace.learning(1, rows) / rows
+    best, row = 0, pace.learning(1, rows) / pace.in_step(rows)
     for count in (slots,) if slots else pace.slots:
         step = pace.of_step(count)
         an_answer = pace.prompt + pace.length * (step / count + PASSES * row)
@@ -242,28 +247,28 @@ class _Watched(Trainer):
     """A trainer that notes when its steps end, and how long its optimisers take."""
 
     ends: list[float]
-    optimising: list[float]
+    updates: list[float]
 
     def take_step(self) -> None:
         began = time.perf_counter()
         super().take_step()
         _wait(self.head.draft_vocab.device)
         self.ends.append(time.perf_counter())
-        self.optimising.append(self.ends[-1] - began)
+        self.updates.append(self.ends[-1] - began)
 
 
 def measure_learning(
     head: Head, recipe: Recipe, data: Dataset, embedding: Tensor, lm_head: Tensor
 ) -> tuple[float, float]:
-    """Seconds of an optimiser step, and of a row learned from: of the second of two short steps,
+    """Seconds of the optimisers' part of a step, and of a row: of the second of two short steps,
     which change a copy of the head."""
     trainer = _Watched(
         copy.deepcopy(head), replace(recipe, steps=2, rows=PROBED_ROWS), None, embedding.dtype
     )
-    trainer.ends, trainer.optimising = [time.perf_counter()], []
-    trainer.fit(embedding, lm_head, data, begin=0, end=2)
-    whole, update = trainer.ends[2] - trainer.ends[1], trainer.optimising[1]
-    return update, (whole - update) / PROBED_ROWS
+    trainer.ends, trainer.updates, rows = [], [], []
+    trainer.fit(embedding, lm_head, data, begin=0, end=2, log=lambda *_: rows.append(trainer.rows))
+    whole, update = trainer.ends[1] - trainer.ends[0], trainer.updates[1]
+    return update, (whole - update) / (rows[1] - rows[0])
 
 
 def made_up_answers(

@@ -110,6 +110,7 @@ class Trainer:
         self.head, self.recipe, self.step = head, recipe, 0
         self.checkpoint, self.saved_at = checkpoint, time.monotonic()
         self.is_whole = True  # not within a step of the optimisers
+        self.rows = 0  # learned from by this process
         self.notes: dict[str, Any] = {"seconds": 0.0}  # what else the run must not forget
         parameters = list(head.parameters())
         matrices = [w for w in parameters if w.dim() == 2]
@@ -213,7 +214,8 @@ class Trainer:
         weights = recipe.decay ** torch.arange(K, device=where)
         weights = weights / weights.sum()
         # A resumed run skips what it has seen: the order depends on seed, begin and epoch alone.
-        rows, began, skip, epoch = 0, time.monotonic(), self.step - begin, 0
+        skip, epoch = self.step - begin, 0
+        before, began = self.rows, time.monotonic()
         while self.step < end:
             rng = np.random.default_rng((recipe.seed, begin, epoch))
             batches = data.batches(recipe.rows, rng)
@@ -232,5 +234,5 @@ class Trainer:
                     self.head, embedding, table, to_draft, x, keep, weights, recipe.hard
                 )
                 self.update(loss)
-                rows += int(x["live"][0].sum())
-                yield loss.item(), parts, rows / (time.monotonic() - began)
+                self.rows += int(x["live"][0].sum())
+                yield loss.item(), parts, (self.rows - before) / (time.monotonic() - began)

@@ -307,7 +307,7 @@ class _Rounds:
         """How fast the answers to come are written."""
         self.dtype = dtype
         if self.plan.answers:
-            return Pace()
+            return Pace(length=self.tokens / self.available)
         return budget.measure_answers(self._trunk(), self.jobs, self.plan.max_new, self.plan.slots)
 
     def settle(self, settings: Settings, recipe: Recipe) -> None:
@@ -424,7 +424,8 @@ class _Progress:
 
     def __call__(self, step: int, loss: float, parts: Tensor, rate: float) -> None:
         self.losses.append(loss)
-        left = tqdm.format_interval((self.recipe.steps - step) * self.recipe.rows / rate)
+        per_step = self.phase.seconds / (self.phase.done + 1)
+        left = tqdm.format_interval((self.recipe.steps - step) * per_step)
         pace = f"{rate:.0f} rows/s, {left} of learning left"
         self.phase.advance(1, f"loss {loss:.2f}, {pace}")
         due = step % self.steps == 0 and time.monotonic() - self.printed > self.seconds
