@@ -10,7 +10,7 @@ from conftest import tiny_checkpoint
 from test_heads import write_medusa
 from test_train import RECIPE, random_head, record_answers, small_plan
 
-from mtpkern import cli
+from mtpkern import cli, status
 from mtpkern.checkpoint import load_tensors
 from mtpkern.config import UserError
 from mtpkern.head_checkpoint import PRETRAINED
@@ -239,13 +239,14 @@ def test_a_slot_is_as_long_as_the_longest_prompt_and_answer_or_the_context(
     assert capsys.readouterr().err.count(said) == (context == 300)
 
 
-def test_answers_end_with_the_context(asked: Path, tmp_path: Path):
-    """33 positions, which is no multiple of what attention reads at a time."""
-    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=33, eos_token_id=None)
+def test_answers_end_with_the_context(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """45 positions, which is no multiple of what attention reads at a time."""
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=45, eos_token_id=None)
+    monkeypatch.setattr(distill.Job, "is_looping", lambda self: False)
     command = ["--model", str(model), "--prompts", str(asked), "--out", str(tmp_path / "answers")]
     assert record.main(command) == 0
     rows = read_index(tmp_path / "answers")
-    assert rows and max(row["length"] for row in rows) == 33
+    assert rows and max(row["length"] for row in rows) == 45
 
 
 def test_heads_that_cannot_be_gone_on_from_are_refused(recorded: tuple[Path, Path], tmp_path: Path):
@@ -294,6 +295,60 @@ def test_mistakes_of_the_other_commands_are_one_line_too(
     assert main([*model, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m mtpkern.train.") and message in line
+
+
+def test_the_other_commands_show_what_they_do_and_stop_cleanly(
+    recorded: tuple[Path, Path],
+    asked: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+):
+    phases: list[status.Phase] = []
+    begin = status.Phase.__init__
+
+    def kept(self: status.Phase, *a: Any) -> None:
+        begin(self, *a)
+        phases.append(self)
+
+    monkeypatch.setattr(status.Phase, "__init__", kept)
+    model = ["--model", str(recorded[0]), "--max-new", "9"]
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    words = "This is a page of the manual, and it tells a reader to look at the list of files. "
+    (texts / "a.txt").write_text("\n\n".join(f"{chr(97 + n)} {words * 4}" for n in range(20)))
+    loading = ["loading the model", "measuring how fast it goes"]
+    commands: list[tuple[Any, list[str], list[str], tuple[Any, str]]] = [
+        (
+            record.main,
+            [*model, "--prompts", str(asked)],
+            ["reading prompts", *loading, "answers: 24/24 answers"],
+            (distill.Trunk, "forward"),
+        ),
+        (
+            invent.main,
+            [*model, "--count", "20"],
+            [*loading, "prompts: 20/20 tried"],
+            (distill.Trunk, "forward"),
+        ),
+        (
+            prompts.main,
+            ["--roots", str(texts)],
+            ["reading texts: 20 paragraphs", "prompts: "],
+            (prompts, "is_english"),
+        ),
+    ]
+    for number, (main, words_of, shown, (owner, name)) in enumerate(commands):
+        command = [*words_of, "--out", str(tmp_path / f"out{number}")]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            assert main(command) == 130
+        assert "Traceback" not in capsys.readouterr().err
+        phases.clear()
+        assert main(command) == 0
+        lines = [phase.line("") for phase in phases]
+        for text in shown:
+            assert any(line.startswith(text) for line in lines), (text, lines)
 
 
 def test_a_round_without_a_step_is_looked_at_with_the_next(

@@ -193,17 +193,19 @@ def fastest_dtype(kind: str) -> torch.dtype:
 
 
 def timed(device: torch.device, call: Callable[[], object], repeats: int = 3) -> float:
-    """The least seconds of some calls, or of as many as half a second has room for."""
-    best, spent = math.inf, 0.0
-    for _ in range(repeats):
+    """Mean seconds of a few calls after a first one, for about half a second.
+
+    The mean, since a busy neighbour will be there later, too.
+    """
+    call()
+    _wait(device)
+    spent: list[float] = []
+    while len(spent) < repeats and sum(spent) < 0.5:
         began = time.perf_counter()
         call()
         _wait(device)
-        seconds = time.perf_counter() - began
-        best, spent = min(best, seconds), spent + seconds
-        if spent > 0.5:
-            break
-    return best
+        spent.append(time.perf_counter() - began)
+    return sum(spent) / len(spent)
 
 
 @torch.inference_mode()
