@@ -176,6 +176,7 @@ def test_minutes_become_steps_once_and_a_run_that_goes_on_keeps_them(
     monkeypatch.setattr(fit.Trainer, "resume", lambda self: kept.append(self.recipe) or False)
     assert cli.main(command(asked, out, "--minutes", "0.1")) == 0
     assert (kept[0].steps, kept[0].rows) == (before["steps"], before["rows"])
+    assert kept[0].warmup == min(20, -(-before["steps"] // 5))
     assert time.monotonic() - began < 60
     assert "measured: " not in capsys.readouterr().err
 

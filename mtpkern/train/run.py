@@ -117,6 +117,9 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
     rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work, status)
     claim(work / "run.json", _essentials(plan, recipe, model, rounds.prompts))
     settings = _settle(plan, recipe, model, head, rounds, began, status)
+    if not recipe.steps:
+        # Of a short run, the rise of the learning rate is not to be all.
+        recipe = replace(recipe, warmup=min(recipe.warmup, math.ceil(settings.steps / 5)))
     recipe = replace(recipe, steps=settings.steps, rows=settings.rows)
     rounds.settle(settings, recipe)
     dtype = getattr(torch, settings.dtype)
