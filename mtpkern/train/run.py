@@ -427,16 +427,16 @@ class _Progress:
 
     def __call__(self, step: int, loss: float, parts: Tensor, rate: float) -> None:
         self.losses.append(loss)
-        per_step = self.phase.seconds / (self.phase.done + 1)
-        left = tqdm.format_interval((self.recipe.steps - step) * per_step)
-        pace = f"{rate:.0f} rows/s, {left} of learning left"
-        self.phase.advance(1, f"loss {loss:.2f}, {pace}")
+        self.phase.advance(1, f"loss {loss:.2f}, {rate:.0f} rows/s")
         due = step % self.steps == 0 and time.monotonic() - self.printed > self.seconds
         if due or step == self.recipe.steps:
             mean = sum(self.losses) / len(self.losses)
             drafts = " ".join(f"{part:.2f}" for part in parts.tolist())
+            per_step = self.phase.seconds / self.phase.done
+            left = tqdm.format_interval((self.recipe.steps - step) * per_step)
             self.status.say(
-                f"step {step}/{self.recipe.steps}: loss {mean:.4f}, by draft {drafts}; {pace}"
+                f"step {step}/{self.recipe.steps}: loss {mean:.4f}, by draft {drafts}; "
+                f"{rate:.0f} rows/s, {left} of learning left"
             )
             self.losses, self.printed = [], time.monotonic()
 
