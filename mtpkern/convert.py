@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, read_pickle, shards
 from mtpkern.checkpoint import load_config, load_model, load_tensors
-from mtpkern.config import read_json_object
+from mtpkern.config import read_json_object, resolve_dtype
 from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.gguf_checkpoint import convert_gguf
 from mtpkern.head_checkpoint import check_heads
@@ -91,7 +91,7 @@ def _write(tensors: dict[str, Tensor], directory: Path, file: Path) -> None:
         _write_medusa(tensors, directory, file)
     try:
         if model:
-            load_model(directory, dtype=load_config(directory).dtype)
+            load_model(directory, dtype=resolve_dtype("auto", load_config(directory)))
         if not model or any(name.startswith("extra_heads.") for name in tensors):
             check_heads(directory)
     except ModelLoadError as error:

@@ -54,6 +54,7 @@ from mtpkern.status import SILENT, Phase, Status
 from mtpkern.synthetic import draw_counts
 from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
+from mtpkern.tokenizer_files import has_tokenizer
 from mtpkern.trace import span
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]
@@ -906,7 +907,7 @@ def _checked_rates(rates: Sequence[float] | None) -> tuple[float, ...] | None:
 
 def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     """The checkpoint's tokenizer; None where it has none, which leaves prompts of token ids."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(directory):
         return None
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(config)

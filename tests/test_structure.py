@@ -16,6 +16,7 @@ FLOOR = {
     "cache",
     "checkpoint",
     "tokenizer",
+    "tokenizer_files",
     "chat_template",
 } | FETCH
 STEP = FLOOR | {
@@ -53,10 +54,11 @@ ARROWS: dict[str, set[str]] = {
     "status": set(),
     "cache": set(),
     "checkpoint": {"config"},
-    "tokenizer": {"config", "chat_template"},
+    "tokenizer": {"config", "chat_template", "tokenizer_files"},
+    "tokenizer_files": {"config"},
     "chat_template": {"arguments", "config"},
     "fetch": {"arguments", "checkpoint", "errors", "status"} | {"gguf_checkpoint", "package_index"},
-    "gguf_checkpoint": {"config"},
+    "gguf_checkpoint": {"config", "checkpoint"},
     "package_index": {"config", "status"},
     "ops": {"kernels"},
     "definitions": {"kernels"},

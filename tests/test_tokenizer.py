@@ -235,7 +235,10 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
 def test_a_broken_tokenizer_file_is_one_clear_line(tmp_path, file):
-    with pytest.raises(ModelLoadError, match=r"neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(
+        ModelLoadError,
+        match="neither tokenizer.json nor vocab.json with merges.txt nor tokenizer.model",
+    ):
         Tokenizer.from_directory(tmp_path)
     for garbage in (b"", b"{}", b"\xff\x00garbage"):
         (tmp_path / file).write_bytes(garbage)
