@@ -75,7 +75,7 @@ def test_a_recording_is_not_taken_for_another_one(
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(asked.read_text().splitlines(keepends=True)[1:]))
     for change, message in (
-        ([*first[:-1], "7"], "max_new 6, now 7): the same options go on with it"),
+        ([*first[:-1], "7"], "--max-new 6, now 7): the same options go on with it"),
         ([*first, "--seed", "1"], "seed 0, now 1"),
         ([*first, "--temperature", "0"], "temperature 0.6, now 0.0"),
         ([*first, "--families", "layers"], "taps [1, 2, 3], now [2, 3]"),
@@ -190,7 +190,7 @@ def test_prompts_are_objects_with_turns(tmp_path: Path):
         (["-K", "0"], "must be 1 or more, got 0"),
         (["--steps", "x"], "invalid int value: 'x'"),
         (["--lr", "nan"], "argument --lr: must be 0.0 or more, got nan"),
-        (["--device", "tpu"], "device must be auto, cpu or cuda, got tpu"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
         (["--family", "ngram"], "argument --family: invalid choice"),
         (["--prompts", "nowhere.jsonl"], "cannot read prompts nowhere.jsonl"),
         (["--answers", "nowhere"], "nowhere/layout.json: No such file"),
