@@ -24,7 +24,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, read_pickle, shards
+from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, is_model, read_pickle, shards
 from mtpkern.checkpoint import load_config, load_model, load_tensors
 from mtpkern.config import read_json_object, resolve_dtype
 from mtpkern.errors import ModelLoadError, UserError, printable
@@ -85,6 +85,12 @@ def _write(tensors: dict[str, Tensor], directory: Path, file: Path) -> None:
         convert_meta(tensors, directory, file)
     elif is_eagle3(tensors):
         _write_eagle3(tensors, directory, file)
+    elif is_model(tensors):
+        if file.suffix == ".safetensors":
+            raise UserError(f"{printable(file)} is a model in safetensors, which loads as it is")
+        together = shards(file.parent)
+        convert_bin(together if file in together else [file], directory)
+        return
     elif any(name.startswith("hydra_mlp.") for name in tensors):
         _write_hydra(tensors, directory, file)
     else:
