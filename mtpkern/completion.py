@@ -107,6 +107,8 @@ class Completion:
     logprobs: list[float] | None
     finish_reason: str  # "stop" or "length"
     stats: Stats
+    index: int = 0  # which of its prompt's `n` completions this is
+    seed: int | None = None  # what repeats it: the one given, or a fresh one; None if greedy
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,16 @@ class Request:
         prompt: EncodedPrompt,
         params: SamplingParams,
         *,
+        completion_index: int = 0,
         k: int,
         room: int,
         ends: tuple[int, ...],
         tokenizer: Tokenizer | None,
     ):
-        """`room` is how many tokens the context can still take, `ends` are the tokens that end."""
+        """`index` counts the run's requests, completion_index those of one prompt; `room` is how
+        many tokens the context can still take, `ends` are the tokens that end."""
         self.index, self.prompt, self.params = index, prompt.ids, params
+        self.completion_index = completion_index
         self.stats = Stats(k, len(prompt.ids))
         self.pages: list[int] = []
         self.known = self.pairs = 0  # what they hold of the prompt: see cache.Claim
@@ -244,6 +249,8 @@ class Request:
             logprobs,
             self.finish_reason,
             self.stats,
+            self.completion_index,
+            self.params.seed,
         )
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,72 @@ def test_sampled_answers_depend_on_the_seed_alone(llm: LLM) -> None:
         [TEXT, "dog", TEXT], SamplingParams(temperature=1.2, seed=1, max_tokens=30)
     )
     assert batch[0].token_ids == batch[2].token_ids == answer(1)
+
+
+def share(a: list[int], b: list[int]) -> float:
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def test_prompts_of_one_seed_draw_unlike_noise(llm: LLM) -> None:
+    """At this temperature the 307 tokens are nearly equally likely: like noise, like tokens."""
+    torch.manual_seed(0)
+    prompts = torch.randint(3, 300, (6, 10)).tolist()
+    for seed in (3, None):
+        params = SamplingParams(max_tokens=60, temperature=100.0, seed=seed)
+        first, *others = [answer.token_ids for answer in llm.generate(prompts, params)]
+        assert max(share(first, other) for other in others) < 0.1
+
+
+def test_each_of_n_completions_has_noise_of_its_own_wherever_it_is_decoded(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20, temperature=30.0, seed=5, n=4, logprobs=True)
+    answers = llm.generate([TEXT, "dog"], params)
+    assert [answer.index for answer in answers] == [0, 1, 2, 3] * 2
+    assert {answer.seed for answer in answers} == {5}
+    assert len({tuple(answer.token_ids) for answer in answers}) == 8
+    # Other slots, neighbours and drafts, and more of them.
+    plain = llm.generate(["fox", "dog", TEXT], replace(params, n=6), speculate=False)
+    for mine, theirs in ((answers[:4], plain[12:16]), (answers[4:], plain[6:10])):
+        assert [a.token_ids for a in mine] == [a.token_ids for a in theirs]
+        assert [a.logprobs for a in mine] == [a.logprobs for a in theirs]
+    alone = llm.generate("dog", replace(params, n=1))[0]
+    assert (alone.index, alone.token_ids) == (0, answers[4].token_ids)
+
+
+def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
+    each = [
+        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=12, temperature=0.9, seed=1, logprobs=True, n=2),
+        SamplingParams(max_tokens=7, temperature=1.1, seed=2, top_k=5),
+        SamplingParams(max_tokens=12, temperature=0.9, seed=2),
+    ]
+    prompts = [TEXT, "dog", TEXT, "dog"]
+    together = llm.generate(prompts, each)
+    assert [answer.index for answer in together] == [0, 0, 1, 0, 0]
+    apart = [a for p, params in zip(prompts, each, strict=True) for a in llm.generate(p, params)]
+    assert [a.token_ids for a in together] == [a.token_ids for a in apart]
+    assert [a.logprobs for a in together] == [a.logprobs for a in apart]
+    assert [a.logprobs is None for a in together] == [True, False, False, True, True]
+    assert llm.generate(TEXT, each[:1])[0].token_ids == together[0].token_ids
+    for wrong in (each, []):
+        with pytest.raises(UserError, match=f"got {len(wrong)} for 1 prompt"):
+            llm.generate(TEXT, wrong)
+
+
+def test_without_a_seed_each_prompt_gets_a_fresh_one_that_repeats_it(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20, temperature=30.0, n=2)
+    answers = llm.generate([TEXT, TEXT], params) + llm.generate(TEXT, params)
+    assert len({tuple(answer.token_ids) for answer in answers}) == 6
+    seeds = [answer.seed for answer in answers]
+    assert seeds[::2] == seeds[1::2] and len({*seeds}) == 3
+    for i in range(0, 6, 2):
+        again = llm.generate(TEXT, replace(params, seed=seeds[i]))
+        assert [a.token_ids for a in again] == [a.token_ids for a in answers[i : i + 2]]
+    assert run(llm, max_tokens=2).seed is None and run(llm, max_tokens=2, seed=3).seed == 3
+
+
+def test_a_stream_is_one_completion(llm: LLM) -> None:
+    with pytest.raises(UserError, match="n must be 1 for a stream, got 2"):
+        next(llm.stream(TEXT, SamplingParams(temperature=1.0, n=2)))
 
 
 def test_a_prompt_of_many_chunks_is_the_same_alone_and_among_others(llm: LLM) -> None:

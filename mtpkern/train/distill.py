@@ -147,7 +147,8 @@ def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
     def choose(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
         facts = [(sampling_key(seed, job.number), len(job.tokens)) for job in jobs]
         key, position = torch.tensor(facts, device=ids.device).unbind(1)
-        scaled = logits.float() / temperature
+        # The largest comes first: no temperature makes the differences overflow upwards.
+        scaled = (logits.float() - logits[:, :1].float()) / temperature
         p = scaled.softmax(-1)
         # Every row has ids of its own, [B, M] in place of [n].
         noisy = scaled + gumbel_ref(key, position, ids.long())
