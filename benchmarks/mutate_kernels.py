@@ -422,6 +422,42 @@ FAULTS = [
     ),
     Fault(
         "advance",
+        "a draft stands behind a row that chose no token",
+        "stands = in_drafts & (draft == target) & sound",
+        "stands = in_drafts & (draft == target)",
+    ),
+    Fault(
+        "advance",
+        "NaN is a sound logit",
+        'sound = tl.abs(largest) < float("inf")',
+        'sound = tl.abs(largest) != float("inf")',
+    ),
+    Fault(
+        "advance",
+        "a finished sequence is broken",
+        "broken = tl.max(((t == accepted) & ~sound).to(tl.int64)) * active",
+        "broken = tl.max(((t == accepted) & ~sound).to(tl.int64))",
+    ),
+    Fault(
+        "advance",
+        "a rejected row breaks a sequence",
+        "broken = tl.max(((t == accepted) & ~sound)",
+        "broken = tl.max((in_window & ~sound)",
+    ),
+    Fault(
+        "advance",
+        "a broken sequence goes on",
+        "goes_on &= broken == 0",
+        "goes_on &= broken >= 0",
+    ),
+    Fault(
+        "advance",
+        "the largest logits are read with the target's stride",
+        "largest_ptr + b * stride_ab",
+        "largest_ptr + b * stride_gb",
+    ),
+    Fault(
+        "advance",
         "an end token ends also where it was not emitted",
         "ended |= emitted & (target ==",
         "ended |= in_window & (target ==",

@@ -1,12 +1,11 @@
 """What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
 
-import math
 import re
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from mtpkern.config import SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.heads import SOURCES
 from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer
@@ -176,19 +175,17 @@ class Request:
         return 0 if self.finish_reason else self.room - len(self.token_ids)
 
     def take(self, record: StepRecord, k: int, now: float) -> list[Event]:
-        """Take what a step of K = k emitted, up to where the completion ends."""
+        """Take the tokens that a step of K = k emitted, up to where the completion ends."""
         self.stats.decode_seconds = now - self.started
         if not self.token_ids:
             self.stats.time_to_first_token_seconds = now - self.created
         pieces = []
-        for token_id in record.target[: record.accepted + 1]:
+        for token_id in record.target[: record.accepted + (not record.broken)]:
             pieces.append((self.push(token_id), token_id))
             if self.finish_reason:
                 break
         if self.params.logprobs:
             self.logprobs += record.logprobs[: len(pieces)]
-            if not all(map(math.isfinite, self.logprobs[-len(pieces) :])):
-                raise UserError("the model's logits are no numbers: another dtype may hold them")
         drafts = record.drafted
         if self.finish_reason:
             drafts = min(drafts, len(pieces) - 1)

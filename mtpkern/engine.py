@@ -816,6 +816,8 @@ class LLM:
         for request, record in taken:
             for event in request.take(record, k, now):
                 yield request.index, event
+            if record.broken and not request.finish_reason:
+                raise UserError("the model's logits are no numbers: another dtype may hold them")
 
     def _check_device(self) -> None:
         """Raise what the device died of, if it did."""
