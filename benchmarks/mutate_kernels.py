@@ -246,6 +246,19 @@ FAULTS = [
         "other = heads",
     ),
     Fault(
+        "qkv_rope_cache",
+        "a value is NaN",
+        "low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)",
+        "low, high = tl.where(low == low, low, 0.0), high",
+    ),
+    Fault(
+        "verify_attention",
+        "a key that is NaN reaches rows that do not see it",
+        's = tl.where(sees, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))',
+        's = tl.dot(q, k, input_precision="ieee") * scale\n'
+        '        s += tl.where(sees, 0.0, float("-inf"))',
+    ),
+    Fault(
         "verify_attention",
         "a row sees the key behind its own",
         "sees = n[None, :] <= position[:, None]",

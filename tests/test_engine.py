@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
+from mtpkern.heads import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.ops import TORCH
 
 TEXT = "the quick brown fox jumps over the lazy dog "
@@ -73,14 +74,104 @@ def test_an_end_token_leaves_no_text_whatever_the_tokenizer_calls_it(llm: LLM) -
     assert answer.text == llm.tokenizer.decode(answer.token_ids[:-1])
 
 
-def test_logits_that_are_no_numbers_are_an_error_not_an_answer(tmp_path: Path) -> None:
+NO_NUMBERS = "logits are no numbers: another dtype may hold them"
+FRAGILE = [5, 9, 33, 7, 40]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
+    tmp_path: Path, logprobs: bool, temperature: float
+) -> None:
     directory = tiny_checkpoint(tmp_path, dtype=torch.float32)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"].fill_(6e4)
     save_file(tensors, directory / "model.safetensors")
     broken = LLM(directory, max_length=64, dtype="float16")
-    with pytest.raises(UserError, match="logits are no numbers: another dtype"):
-        broken.generate(TEXT, SamplingParams(max_tokens=4, logprobs=True))
+    params = SamplingParams(max_tokens=4, logprobs=logprobs, temperature=temperature)
+    for prompts in (TEXT, [TEXT, "dog"]):
+        for speculate in (True, False):
+            with pytest.raises(UserError, match=NO_NUMBERS):
+                broken.generate(prompts, params, speculate=speculate)
+    with pytest.raises(UserError, match=NO_NUMBERS):
+        list(broken.stream(TEXT, params))
+
+
+class Foresight(NgramDrafter):
+    """Drafts what follows in `answer`, whose prompt is FRAGILE, or one token again and again."""
+
+    def __init__(self, answer: list[int], instead: int | None = None):
+        super().__init__(TORCH)
+        self.known, self.instead = torch.tensor(FRAGILE + answer + [0] * 32), instead
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        tokens = self.known[step.lengths[:, None] + 1 + torch.arange(count)]
+        if self.instead is not None:
+            tokens = torch.full_like(tokens, self.instead)
+        return Drafts(tokens, HEADS, count)
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> tuple[LLM, list[int]]:
+    """A model whose embedding is its own, and its answer to FRAGILE."""
+    directory = tiny_checkpoint(tmp_path, tie_word_embeddings=False, eos_token_id=None)
+    llm = LLM(directory, num_speculative_tokens=4, max_batch=2, max_length=128)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    return llm, llm.generate([FRAGILE], params)[0].token_ids
+
+
+@torch.inference_mode()
+def break_at(llm: LLM, token: int) -> None:
+    """Whatever follows `token` has logits that are NaN."""
+    llm.trunk.embedding[token] = torch.nan
+
+
+def until_the_error(llm: LLM, speculate: bool) -> list[int]:
+    """The tokens that are streamed before the error."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    found = []
+    with pytest.raises(UserError, match=NO_NUMBERS):
+        for event in llm.stream(FRAGILE, params, speculate=speculate):
+            found.append(event.token_id)
+    return found
+
+
+def test_an_answer_breaks_off_at_the_same_token_with_and_without_drafts(
+    fragile: tuple[LLM, list[int]],
+) -> None:
+    llm, answer = fragile
+    at = next(i for i in range(11, 40) if i % 5 == 2 and answer[i] not in answer[:i])
+    break_at(llm, answer[at])
+    for drafter in (llm.drafter, Foresight(answer), Foresight(answer, instead=answer[at])):
+        llm.drafter = drafter
+        for speculate in (True, False):
+            assert until_the_error(llm, speculate) == answer[: at + 1]
+            # An answer that is over by then is whole, and what broke before leaves no trace.
+            short = SamplingParams(max_tokens=at + 1, logprobs=True, ignore_eos=True)
+            whole = llm.generate([FRAGILE, FRAGILE], short, speculate=speculate)
+            assert [c.token_ids for c in whole] == [answer[: at + 1]] * 2
+            assert np.isfinite(whole[0].logprobs).all()
+
+
+def test_a_rejected_draft_may_be_no_number(fragile: tuple[LLM, list[int]]) -> None:
+    llm, answer = fragile
+    params = SamplingParams(max_tokens=40, logprobs=True, ignore_eos=True)
+    expected = llm.generate([FRAGILE], params)[0]
+    never = next(i for i in range(300) if i not in answer + FRAGILE)
+    break_at(llm, never)
+    llm.drafter = Foresight(answer, instead=never)
+    found = llm.generate([FRAGILE], params)[0]
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    assert sum(found.stats.drafted["heads"]) > 100 and not any(found.stats.accepted["heads"])
+
+
+def test_a_prompt_whose_states_are_no_numbers_is_an_error(fragile: tuple[LLM, list[int]]) -> None:
+    llm, answer = fragile
+    break_at(llm, FRAGILE[1])
+    for speculate in (True, False):
+        assert until_the_error(llm, speculate) == []
+    other = [token for token in FRAGILE if token != FRAGILE[1]]
+    assert len(llm.generate([other], SamplingParams(max_tokens=5))[0].token_ids) == 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 41])
