@@ -118,6 +118,18 @@ def test_an_answer_without_a_seed_names_the_one_that_repeats_it(generate):
     assert (again["seed"], again["token_ids"]) == (first["seed"], first["token_ids"])
 
 
+@pytest.mark.parametrize("mode", [(), ("--compare",), ("--json",), ("--json", "--compare")])
+def test_logits_that_are_no_numbers_are_one_line_and_exit_2(tmp_path, capsys, mode):
+    directory = tiny_checkpoint(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"].fill_(6e4)
+    save_file(tensors, directory / "model.safetensors")
+    code = main(["generate", PROMPT, "--model", str(directory), "--dtype", "float16", *mode])
+    captured = capsys.readouterr()
+    assert captured.out.strip() == ""
+    assert_one_line_of_blame(code, captured, "logits are no numbers")
+
+
 def test_without_compare_the_json_object_says_null(generate):
     assert json.loads(generate(PROMPT, "--json")[1])["compare"] is None
 

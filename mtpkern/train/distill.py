@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_model
+from mtpkern.config import UserError
 from mtpkern.kernels.sample import gumbel_ref, sampling_key
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.dataset import TOP, DatasetWriter
@@ -170,7 +171,8 @@ def generate(
 ) -> None:
     """Answer every job; sink(job, features [n, n*E], ids [n, M], logits [n, M]) gets each, whole.
 
-    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops.
+    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops. A
+    model whose logits are no numbers is a UserError.
     """
     _, slots, _, capacity, _ = trunk.keys.shape
     stop = set(trunk.config.eos_token_ids)
@@ -188,6 +190,8 @@ def generate(
         """Add a token to the sequences in slots `rows`, from features [B, n*E] at their ends."""
         nonlocal finished, made
         logits, ids = trunk.top(at_end)
+        if not logits[:, 0].isfinite().all():  # topk puts NaN first
+            raise UserError("the model's logits are no numbers in bfloat16: nothing to learn from")
         ends = lengths[rows] - 1
         features[rows, ends], top_ids[rows, ends] = at_end, ids.int()
         top_logits[rows, ends] = logits.half()
