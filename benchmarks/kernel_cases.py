@@ -347,7 +347,7 @@ def advance_cases(model: Model, B: int, T: int) -> Iterator[Case]:
 
     def inputs(device: str) -> Call:
         drafts, target = (torch.randint(2, (B, T), device=device) for _ in range(2))
-        largest, logprobs = torch.randn(2, B, T, device=device)
+        largest, logprobs = (torch.randn(B, T, device=device) for _ in range(2))
         ids = torch.zeros(B, dtype=torch.int64, device=device)
         progress = Progress(
             tokens=torch.zeros(B, begin + 200, dtype=torch.int64, device=device),

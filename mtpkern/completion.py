@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from mtpkern.config import SamplingParams
+from mtpkern.config import SamplingParams, UserError
 from mtpkern.heads import SOURCES
 from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer

@@ -79,16 +79,16 @@ FRAGILE = [5, 9, 33, 7, 40]
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
 def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
-    tmp_path: Path, logprobs: bool, temperature: float
+    tmp_path: Path, logprobs: bool, sampling: dict[str, Any]
 ) -> None:
     directory = tiny_checkpoint(tmp_path, dtype=torch.float32)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"].fill_(6e4)
     save_file(tensors, directory / "model.safetensors")
     broken = LLM(directory, max_length=64, dtype="float16")
-    params = SamplingParams(max_tokens=4, logprobs=logprobs, temperature=temperature)
+    params = SamplingParams(max_tokens=4, logprobs=logprobs, **sampling)
     for prompts in (TEXT, [TEXT, "dog"]):
         for speculate in (True, False):
             with pytest.raises(UserError, match=NO_NUMBERS):
