@@ -1,6 +1,5 @@
 """What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
 
-import math
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -107,6 +106,8 @@ class Completion:
     logprobs: list[float] | None
     finish_reason: str  # "stop" or "length"
     stats: Stats
+    index: int = 0  # which of its prompt's `n` completions this is
+    seed: int | None = None  # what repeats it: the one given, or a fresh one; None if greedy
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,16 @@ class Request:
         prompt: EncodedPrompt,
         params: SamplingParams,
         *,
+        completion_index: int = 0,
         k: int,
         room: int,
         ends: tuple[int, ...],
         tokenizer: Tokenizer | None,
     ):
-        """`room` is how many tokens the context can still take, `ends` are the tokens that end."""
+        """`index` counts the run's requests, completion_index those of one prompt; `room` is how
+        many tokens the context can still take, `ends` are the tokens that end."""
         self.index, self.prompt, self.params = index, prompt.ids, params
+        self.completion_index = completion_index
         self.stats = Stats(k, len(prompt.ids))
         self.pages: list[int] = []
         self.known = self.pairs = 0  # what they hold of the prompt: see cache.Claim
@@ -171,19 +175,17 @@ class Request:
         return 0 if self.finish_reason else self.room - len(self.token_ids)
 
     def take(self, record: StepRecord, k: int, now: float) -> list[Event]:
-        """Take what a step of K = k emitted, up to where the completion ends."""
+        """Take the tokens that a step of K = k emitted, up to where the completion ends."""
         self.stats.decode_seconds = now - self.started
         if not self.token_ids:
             self.stats.time_to_first_token_seconds = now - self.created
         pieces = []
-        for token_id in record.target[: record.accepted + 1]:
+        for token_id in record.target[: record.accepted + (not record.broken)]:
             pieces.append((self.push(token_id), token_id))
             if self.finish_reason:
                 break
         if self.params.logprobs:
             self.logprobs += record.logprobs[: len(pieces)]
-            if not all(map(math.isfinite, self.logprobs[-len(pieces) :])):
-                raise UserError("the model's logits are no numbers: another dtype may hold them")
         drafts = record.drafted
         if self.finish_reason:
             drafts = min(drafts, len(pieces) - 1)
@@ -244,6 +246,8 @@ class Request:
             logprobs,
             self.finish_reason,
             self.stats,
+            self.completion_index,
+            self.params.seed,
         )
 
 

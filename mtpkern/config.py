@@ -18,6 +18,7 @@ from mtpkern.arguments import choice, flag, integer, real, shown
 from mtpkern.errors import ModelLoadError, UserError, printable, reason
 
 MAX_SPECULATIVE_TOKENS = 16
+MAX_COMPLETIONS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -506,6 +507,9 @@ def resolve_dtype(name: str | torch.dtype, config: ModelConfig) -> torch.dtype:
 class SamplingParams:
     """How one request is decoded. Temperature 0 is greedy; 0 switches top_k and min_p off, 1 top_p.
 
+    `n` is how many completions are drawn for a prompt. One seed gives a prompt the same completions
+    in every run, whatever else is decoded beside it, and different prompts different noise; without
+    a seed each prompt gets a fresh one, which its completions name.
     `stop` are strings that end the text, and `stop_token_ids` tokens that end it as end-of-text
     does, which `ignore_eos` switches off; a stop string may hold special tokens, though the text
     shows none. include_stop_str_in_output keeps what ended the text in the text. For the first
@@ -519,13 +523,14 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
+    n: int = 1
 
     def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
         # The generated __init__ would name the stranger, but not what could be meant.
@@ -542,7 +547,8 @@ class SamplingParams:
             "max_tokens": (most := integer("max_tokens", self.max_tokens, 1, 2**31 - 1)),
             "min_tokens": integer("min_tokens", self.min_tokens, 0, most),
             "top_k": integer("top_k", self.top_k, 0, 2**31 - 1),
-            "seed": integer("seed", self.seed, 0, 2**63 - 1),
+            "seed": None if self.seed is None else integer("seed", self.seed, 0, 2**63 - 1),
+            "n": integer("n", self.n, 1, MAX_COMPLETIONS),
             "temperature": real("temperature", self.temperature, 0.0, 1e4),
             "min_p": real("min_p", self.min_p, 0.0, 1.0),
             "top_p": real("top_p", self.top_p, 0.0, 1.0),
@@ -556,6 +562,8 @@ class SamplingParams:
             raise UserError("top_p must be above 0 and at most 1, got 0")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.n > 1 and self.temperature == 0:
+            raise UserError(f"n must be 1 at temperature 0, where all are the same, got {self.n}")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

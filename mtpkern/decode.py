@@ -128,10 +128,11 @@ def decode_step(
         hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
     )
     target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
+    largest = projected.largest((batch, rows))
     chances = projected.logprobs(target) if logprobs else None
     if state.forced is not None:
         force_acceptance(window, target, state.forced, progress.clock)
-    accepted, count = ops.advance(window, target, chances, progress)
+    accepted, count = ops.advance(window, target, largest, chances, progress)
     drafts = None
     if state.window.shape[1] > 1:
         features = join_taps(drafter, tapped, normed, config.num_layers)

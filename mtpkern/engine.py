@@ -5,9 +5,11 @@ The only file that waits for the device: what a step emitted is read here, from 
 
 import gc
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -72,6 +74,8 @@ GRAPH_CEILING = 2 << 30
 STEPS_AHEAD = 4
 # Timings of each step at load, behind one that sets things up.
 TIMED_STEPS = 3
+# Of a seed that nobody gave: as many as every reader of JSON keeps.
+SEED_BITS = 53
 
 # A message's content is text, or a list of parts {"type": "text", "text": ...}.
 Message = Mapping[str, Any]
@@ -92,6 +96,14 @@ class _Flight(NamedTuple):
     windows: tuple[Window | None, ...]
     seconds: float
     heads_drafted: int
+
+
+class _Job(NamedTuple):
+    """One completion to make, and which of its prompt's it is."""
+
+    prompt: EncodedPrompt
+    params: SamplingParams
+    completion_index: int
 
 
 class LLM:
@@ -335,34 +347,38 @@ class LLM:
             raise UserError(
                 f'messages must be a list of {{"role": ..., "content": ...}}, got {shown(messages)}'
             )
+        if isinstance(params, SamplingParams) and params.n > 1:
+            raise UserError(f"n must be 1 in a conversation, got {params.n}")
         return self.generate([messages], params, speculate=speculate, **chat)[0]
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         speculate: bool = True,
         **chat: Any,
     ) -> list[Completion]:
         """Complete prompts (text, token ids or chat messages), `max_batch` at a time.
 
+        `params` are for all prompts, or a list of one for each. The completions come in the order
+        of the prompts, each prompt's `params.n` one after another; `Completion.index` counts them.
         `speculate=False` is K = 0 through the same step, and gives the same tokens. `chat` is as in
         `encode`, for all prompts.
         """
         self._check_open()
         encoded = [self._encoded(prompt, chat) for prompt in _as_list(prompts)]
-        params, speculate = _checked_params(params), flag("speculate", speculate)
+        jobs, speculate = _jobs(encoded, params), flag("speculate", speculate)
         completions: dict[int, Completion] = {}
-        most = [min(params.max_tokens, self.max_length - len(prompt.ids)) for prompt in encoded]
+        most = [min(job.params.max_tokens, self.max_length - len(job.prompt.ids)) for job in jobs]
         with self.status.phase("answering", sum(most), "tokens") as phase:
-            for index, event in self._run(encoded, params, speculate):
+            for number, event in self._run(jobs, speculate):
                 phase.advance()
                 if event.completion is not None:
-                    completions[index] = event.completion
-                    most[index] = len(event.completion.token_ids)
+                    completions[number] = event.completion
+                    most[number] = len(event.completion.token_ids)
                     phase.total = sum(most)
-        return [completions[i] for i in range(len(encoded))]
+        return [completions[i] for i in range(len(jobs))]
 
     def stream(
         self,
@@ -373,13 +389,13 @@ class LLM:
         **chat: Any,
     ) -> Generator[Event, None, None]:
         """Complete one prompt, token by token; the last event carries the completion."""
-        encoded, params = [self._encoded(prompt, chat)], _checked_params(params)
-        return self._events(encoded, params, flag("speculate", speculate))
+        jobs = _jobs([self._encoded(prompt, chat)], params)
+        if len(jobs) > 1:
+            raise UserError(f"n must be 1 for a stream, got {len(jobs)}")
+        return self._events(jobs, flag("speculate", speculate))
 
-    def _events(
-        self, encoded: list[EncodedPrompt], params: SamplingParams, speculate: bool
-    ) -> Generator[Event, None, None]:
-        for _, event in self._run(encoded, params, speculate):
+    def _events(self, jobs: list[_Job], speculate: bool) -> Generator[Event, None, None]:
+        for _, event in self._run(jobs, speculate):
             yield event
 
     def _encoded(self, prompt: Prompt, chat: Mapping[str, Any]) -> EncodedPrompt:
@@ -453,10 +469,8 @@ class LLM:
         )
 
     @torch.inference_mode()
-    def _run(
-        self, prompts: list[EncodedPrompt], params: SamplingParams, speculate: bool
-    ) -> Iterator[tuple[int, Event]]:
-        """Decode all prompts; the cache serves one run at a time."""
+    def _run(self, jobs: list[_Job], speculate: bool) -> Iterator[tuple[int, Event]]:
+        """Decode all jobs; the cache serves one run at a time."""
         self._check_open()
         if self._running:
             raise UserError(
@@ -468,14 +482,14 @@ class LLM:
                 f"torch had {counted(self._threads, 'thread')} when this LLM was loaded and has "
                 f"{torch.get_num_threads()} now: load it again"
             )
-        if params.temperature > 0 and not self.ops.branches:
+        if any(job.params.temperature > 0 for job in jobs) and not self.ops.branches:
             raise UserError("temperature above 0 needs device cpu in this version")
-        if any(i >= self.config.vocab_size for i in params.stop_token_ids):
+        if any(i >= self.config.vocab_size for job in jobs for i in job.params.stop_token_ids):
             raise UserError(f"stop_token_ids must be in 0..{self.config.vocab_size - 1}")
         self._running = True
         slots: list[Request | None] = []
         try:
-            for event in self._decode(slots, prompts, params, self.k if speculate else 0):
+            for event in self._decode(slots, jobs, self.k if speculate else 0):
                 yield event
                 self._check_open()
         finally:
@@ -488,22 +502,22 @@ class LLM:
     def _decode(
         self,
         slots: list[Request | None],
-        prompts: list[EncodedPrompt],
-        params: SamplingParams,
+        jobs: list[_Job],
         k: int,
     ) -> Iterator[tuple[int, Event]]:
         """Take steps until all are done, refilling a slot as soon as its sequence has finished."""
         waiting = deque(
             Request(
-                index,
-                prompt,
-                params,
+                number,
+                job.prompt,
+                job.params,
+                completion_index=job.completion_index,
                 k=k,
-                room=self.max_length - len(prompt.ids),
+                room=self.max_length - len(job.prompt.ids),
                 ends=self.eos_token_ids,
                 tokenizer=self.tokenizer,
             )
-            for index, prompt in enumerate(prompts)
+            for number, job in enumerate(jobs)
         )
         if any(request.withheld for request in waiting):
             if not self.ops.branches:
@@ -511,7 +525,8 @@ class LLM:
             shape = self.max_batch, self.config.vocab_size
             until = torch.zeros(self.max_batch, dtype=torch.int64)
             self._withheld = Withheld(torch.zeros(shape, dtype=torch.bool), until)
-        batch = self._bucket(min(self.max_batch, len(prompts)))
+        logprobs = any(job.params.logprobs for job in jobs)
+        batch = self._bucket(min(self.max_batch, len(jobs)))
         slots += [None] * batch
         state = self._state.view(batch, k)
         state.progress.clock.fill_(self._clock)
@@ -532,8 +547,8 @@ class LLM:
             wanted = max(request.left for request in slots if request is not None)
             while len(flights) < min(self._ahead, wanted):
                 with _STEP:
-                    flights.append(self._take_step(state, slots, windows, lengths, params.logprobs))
-            yield from self._land(flights.popleft(), lengths, params.logprobs)
+                    flights.append(self._take_step(state, slots, windows, lengths, logprobs))
+            yield from self._land(flights.popleft(), lengths, logprobs)
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
                     self._leave(slot, occupant)
@@ -644,7 +659,7 @@ class LLM:
         -> what was drafted for its first step, where the host knows.
         """
         started = time.perf_counter()
-        state, progress = self._state, self._state.progress
+        state, progress, params = self._state, self._state.progress, request.params
         prompt = torch.tensor(request.prompt)
         progress.tokens[slot, : len(prompt)] = prompt.to(self.device)
         state.window[slot] = 0
@@ -653,17 +668,20 @@ class LLM:
             (progress.limits, len(prompt) + request.room),
             (progress.source, 0),
             (progress.drafted, 0),
-            (state.sampling.temperature, request.params.temperature),
-            (state.sampling.top_k, request.params.top_k),
-            (state.sampling.top_p, request.params.top_p),
-            (state.sampling.min_p, request.params.min_p),
-            (state.sampling.key, sampling_key(request.params.seed, 0)),
+            (state.sampling.temperature, params.temperature),
+            (state.sampling.top_k, params.top_k),
+            (state.sampling.top_p, params.top_p),
+            (state.sampling.min_p, params.min_p),
+            (
+                state.sampling.key,
+                sampling_key(params.seed or 0, request.completion_index, request.prompt),
+            ),
         ):
             tensor[slot] = value
         if self._withheld is not None:
             self._withheld.tokens[slot] = False
             self._withheld.tokens[slot, list(request.withheld)] = True
-            self._withheld.until[slot] = len(prompt) + request.params.min_tokens
+            self._withheld.until[slot] = len(prompt) + params.min_tokens
         ends = progress.ends[slot].fill_(-1)
         known = request.ends[: len(ends)]  # the host knows them all
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
@@ -799,6 +817,8 @@ class LLM:
         for request, record in taken:
             for event in request.take(record, k, now):
                 yield request.index, event
+            if record.broken and not request.finish_reason:
+                raise UserError("the model's logits are no numbers: another dtype may hold them")
 
     def _check_device(self) -> None:
         """Raise what the device died of, if it did."""
@@ -887,12 +907,25 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _checked_params(params: SamplingParams | None) -> SamplingParams:
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise UserError(f"params must be SamplingParams, got {shown(params)}")
-    return params
+def _jobs(
+    prompts: list[EncodedPrompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[_Job]:
+    """The completions to make for each prompt, all of one prompt under one seed."""
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    wanted = "params must be SamplingParams, or a list of one for each prompt, got"
+    if not isinstance(params, list | tuple):
+        raise UserError(f"{wanted} {shown(params)}")
+    if strange := [one for one in params if not isinstance(one, SamplingParams)]:
+        raise UserError(f"{wanted} a list that holds {shown(strange[0])}")
+    if len(params) != len(prompts):
+        raise UserError(f"{wanted} {len(params)} for {counted(len(prompts), 'prompt')}")
+    jobs = []
+    for prompt, one in zip(prompts, params, strict=True):
+        if one.seed is None and one.temperature > 0:
+            one = replace(one, seed=secrets.randbits(SEED_BITS))
+        jobs += [_Job(prompt, one, index) for index in range(one.n)]
+    return jobs
 
 
 def _checked_rates(rates: Sequence[float] | None) -> tuple[float, ...] | None:

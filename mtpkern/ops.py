@@ -75,6 +75,9 @@ class Projected(Protocol):
     ) -> Tensor:
         """The model's own choices [B, T] = shape, int64."""
 
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        """The largest of each row's own logits, [B, T] = shape, float32; NaN if one of them is."""
+
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
     ) -> Tensor:
@@ -121,6 +124,9 @@ class Logits(NamedTuple):
             early = positions < withheld.until[:, None]
             own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
         return sample_ref(own, positions, sampling)
+
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        return self.logits[:, 0].amax(-1).float().view(shape)
 
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
@@ -211,6 +217,9 @@ class Likeliest(NamedTuple):
         if withheld is not None:
             raise ValueError("withheld needs logits, which are not kept here")
         return self.kept.ids[: shape[0] * shape[1], 0].view(shape)
+
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        return self.kept.values[: shape[0] * shape[1], 0].view(shape)
 
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows

@@ -40,6 +40,7 @@ SCHEMA = {
     "dtype": str,
     "load_seconds": float,
     "prompt_tokens": int,
+    "seed": type(None),
     "text": str,
     "token_ids": list,
     "finish_reason": str,
@@ -105,6 +106,28 @@ def test_the_json_object_is_the_published_one_and_alone_on_stdout(generate):
     assert len(found["stats"]["acceptance_by_position"]) == 4
     assert compare["plain"]["num_speculative_tokens"] == 0
     assert compare["plain"]["steps"] == compare["plain"]["new_tokens"]
+
+
+def test_an_answer_without_a_seed_names_the_one_that_repeats_it(generate):
+    sampled = (PROMPT, "--json", "--temperature", "30")
+    code, out, _ = generate(*sampled, "--compare")
+    first, second = json.loads(out), json.loads(generate(*sampled)[1])
+    assert code == 0 and first["compare"]["identical"] is True
+    assert first["seed"] != second["seed"] and first["token_ids"] != second["token_ids"]
+    again = json.loads(generate(*sampled, "--seed", str(first["seed"]))[1])
+    assert (again["seed"], again["token_ids"]) == (first["seed"], first["token_ids"])
+
+
+@pytest.mark.parametrize("mode", [(), ("--compare",), ("--json",), ("--json", "--compare")])
+def test_logits_that_are_no_numbers_are_one_line_and_exit_2(tmp_path, capsys, mode):
+    directory = tiny_checkpoint(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"].fill_(6e4)
+    save_file(tensors, directory / "model.safetensors")
+    code = main(["generate", PROMPT, "--model", str(directory), "--dtype", "float16", *mode])
+    captured = capsys.readouterr()
+    assert captured.out.strip() == ""
+    assert_one_line_of_blame(code, captured, "logits are no numbers")
 
 
 def test_without_compare_the_json_object_says_null(generate):

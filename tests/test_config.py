@@ -288,6 +288,8 @@ def test_rope_frequencies_are_those_of_transformers(rope, head_dim):
         {"min_p": 2.0},
         {"seed": -1},
         {"seed": True},
+        {"n": 0},
+        {"n": 2},
         {"stop": ("",)},
         {"stop": (1,)},
         {"stop": 1},

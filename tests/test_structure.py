@@ -98,7 +98,7 @@ ARROWS: dict[str, set[str]] = {
 
 STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
 LIBRARIES: dict[str, set[str]] = {
-    "kernels": STANDARD | {"torch", "triton"},
+    "kernels": STANDARD | {"torch", "triton", "hashlib"},
     "graph": STANDARD | {"contextlib", "torch"},
     "reference": STANDARD | {"torch"},
 }

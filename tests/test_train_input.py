@@ -149,6 +149,26 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("choose", [distill.greedy, distill.nucleus(0.6, 0.95, 0)])
+def test_an_answer_of_logits_that_are_no_numbers_is_not_recorded(
+    tmp_path: Path, choose: distill.Choice
+):
+    trunk = distill.Trunk(tiny_checkpoint(tmp_path), 2, 64)
+    trunk.weights.embedding[9] = torch.nan
+    kept: list[int] = []
+    jobs = [distill.Job([5, 7], "a", 0), distill.Job([5, 9, 7], "a", 1)]
+    with pytest.raises(UserError, match="logits are no numbers in bfloat16"):
+        sink = lambda job, *_: kept.append(job.number)  # noqa: E731
+        distill.generate(trunk, jobs, sink, max_new=4, choose=choose)
+    assert not kept
+
+
+def test_a_temperature_near_0_records_the_likeliest_token():
+    logits, ids = torch.tensor([[90.0, 89.5, 88.0]]), torch.tensor([[7, 3, 5]])
+    choose = distill.nucleus(1e-39, 0.95, 3)
+    assert choose(logits, ids, [distill.Job([1], "a", 0, tokens=[0])]).tolist() == [7]
+
+
 def test_noise_is_keyed_and_samples_the_distribution():
     logits, ids = torch.tensor([[2.0, 1.0, 0.0, -9.0]]), torch.tensor([[7, 3, 5, 2]])
     jobs = [distill.Job([1], "a", n, tokens=[0] * n) for n in range(4000)]

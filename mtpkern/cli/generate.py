@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,12 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
     add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest; 0: all")
     add("--min-p", type=float, default=0.0, metavar="P", help="of the likeliest one's probability")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same tokens")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed gives the same tokens (default: a fresh one)",
+    )
     add(
         "--stop",
         action="append",
@@ -187,6 +193,8 @@ def _generate(args: argparse.Namespace) -> int:
         print(_MADE_UP, file=sys.stderr)
     plain = None
     if args.compare:
+        # A fresh seed serves both sides.
+        params = replace(params, seed=completion.seed)
         plain = llm.generate(prompt, params, speculate=False, **chat)[0]
     if args.json:
         print(json.dumps(_as_json(llm, args.model, completion, plain), allow_nan=False))
@@ -394,6 +402,7 @@ def _as_json(
         "dtype": str(llm.dtype).removeprefix("torch."),
         "load_seconds": llm.load_seconds,
         "prompt_tokens": completion.stats.prompt_tokens,
+        "seed": completion.seed,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,

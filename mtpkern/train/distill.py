@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_model
-from mtpkern.config import ModelConfig
+from mtpkern.config import ModelConfig, UserError
 from mtpkern.kernels.sample import gumbel_ref, sampling_key
 from mtpkern.status import SILENT, Phase, Status
 from mtpkern.tokenizer import Tokenizer
@@ -164,7 +164,8 @@ def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
     def choose(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
         facts = [(sampling_key(seed, job.number), len(job.tokens)) for job in jobs]
         key, position = torch.tensor(facts, device=ids.device).unbind(1)
-        scaled = logits.float() / temperature
+        # The largest comes first: no temperature makes the differences overflow upwards.
+        scaled = (logits.float() - logits[:, :1].float()) / temperature
         p = scaled.softmax(-1)
         # Every row has ids of its own, [B, M] in place of [n].
         noisy = scaled + gumbel_ref(key, position, ids.long())
@@ -198,7 +199,8 @@ def generate(
     """Answer every job, `slots` at a time; sink(job, features [n, n*E], ids [n, M], logits [n, M])
     gets each, whole, and `phase` counts them.
 
-    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops.
+    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops. A
+    model whose logits are no numbers is a UserError.
     """
     if not jobs:
         return
@@ -219,6 +221,8 @@ def generate(
         """Add a token to the sequences in slots `rows`, from features [B, n*E] at their ends."""
         nonlocal made
         logits, ids = trunk.top(at_end)
+        if not logits[:, 0].isfinite().all():  # topk puts NaN first
+            raise UserError("the model's logits are no numbers: there is nothing to learn from")
         ends = lengths[rows] - 1
         features[rows, ends], top_ids[rows, ends] = at_end.bfloat16(), ids.int()
         top_logits[rows, ends] = logits.half()
