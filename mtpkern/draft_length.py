@@ -48,8 +48,8 @@ class Choice(Protocol):
     def least_chance(self) -> float:
         """The chance of standing from which on one more draft of the heads is worth its cost."""
 
-    def spend(self, seconds: float) -> None:
-        """Take in that heads drafted outside of a step, for a prompt's first window."""
+    def spend(self, seconds: float, drafted: int) -> None:
+        """Take in that heads drafted so many tokens outside of a step, for a first window."""
 
     def observe(
         self,
@@ -77,7 +77,7 @@ class FixedDraftLength:
     def least_chance(self) -> float:
         return LEAST_CHANCE
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float, drafted: int) -> None:
         pass
 
     def observe(
@@ -177,7 +177,6 @@ class Timings:
         """Seconds for `count`: measured, or on the line through the nearest two that were.
 
         Beyond the largest count the line goes on; below the smallest it is level.
-        """
         known = self._median
         if count in known:
             return known[count]
@@ -213,9 +212,10 @@ class DraftLength:
         self.credit = START
         self._weight = [[PRIOR_COUNT] * most for _ in SOURCES]
         self._calls = 0  # of the heads, whose windows were verified
-        self._idle = {source: 0 for source in range(len(SOURCES))}  # steps since last tried
+        self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since last tried
         self._unrefreshed = 0  # steps since a plain one
         self._drafted = 0  # tokens that the heads drafted in the last step
+        self._warm = False  # whether the heads have run: the first time sets things up
         self._batch = 1
 
     def begin(self, batch: int) -> None:
@@ -272,9 +272,12 @@ class DraftLength:
         passes = (self.drafting(self.most) - self.drafting(1)) / max(1, self.most - 1)
         return self.speed * max(0.0, rows + passes) / plain
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float, drafted: int) -> None:
+        self._drafted = drafted
         plain = self.plain()
-        self.credit -= seconds / plain if plain else 0.0
+        if self._warm and plain:
+            self.credit -= seconds / plain
+        self._warm = True
 
     def observe(
         self,
@@ -284,8 +287,10 @@ class DraftLength:
         drafted: int,
     ) -> None:
         rows = self._batch * (k + 1)
-        if drafted:
-            known = self.seconds(rows)
+        known = self.seconds(rows)
+        if drafted and not self._warm:
+            seconds, self._warm = known, True
+        elif drafted:
             self.drafting.observe(drafted, max(0.0, seconds - known) if known else 0.0)
         else:
             self.seconds.observe(rows, seconds)

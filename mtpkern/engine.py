@@ -700,8 +700,8 @@ class LLM:
         if not self.ops.branches:
             return None
         (window,) = _windows(drafts, [request])
-        if _heads_drafted([window]):
-            lengths.spend(time.perf_counter() - request.started)
+        if drafted := _heads_drafted([window]):
+            lengths.spend(time.perf_counter() - request.started, drafted)
         return window
 
     def _resume(self, slot: int, request: Request, k: int) -> int:
