@@ -347,7 +347,7 @@ def advance_cases(model: Model, B: int, T: int) -> Iterator[Case]:
 
     def inputs(device: str) -> Call:
         drafts, target = (torch.randint(2, (B, T), device=device) for _ in range(2))
-        logprobs = torch.randn(B, T, device=device)
+        largest, logprobs = (torch.randn(B, T, device=device) for _ in range(2))
         ids = torch.zeros(B, dtype=torch.int64, device=device)
         progress = Progress(
             tokens=torch.zeros(B, begin + 200, dtype=torch.int64, device=device),
@@ -365,12 +365,12 @@ def advance_cases(model: Model, B: int, T: int) -> Iterator[Case]:
         def run(op: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> tuple[Tensor, ...]:
             progress.lengths.fill_(begin)
             window.copy_(drafts)
-            return *op(window, target, logprobs, progress, **options), window
+            return *op(window, target, largest, logprobs, progress, **options), window
 
         reference = partial(run, advance_ref)
         return Call(lambda pdl: run(advance, pdl=pdl), reference, reference, reference)
 
-    yield Case("chain", f"B={B} T={T}", B * (8 * (5 * T + 14 + 2) + 4 * T), inputs)
+    yield Case("chain", f"B={B} T={T}", B * (8 * (5 * T + 14 + 2) + 8 * T), inputs)
 
 
 def kv_rollback_cases(model: Model, B: int, T: int) -> Iterator[Case]:

@@ -246,6 +246,19 @@ FAULTS = [
         "other = heads",
     ),
     Fault(
+        "qkv_rope_cache",
+        "a value is NaN",
+        "low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)",
+        "low, high = tl.where(low == low, low, 0.0), high",
+    ),
+    Fault(
+        "verify_attention",
+        "a key that is NaN reaches rows that do not see it",
+        's = tl.where(sees, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))',
+        's = tl.dot(q, k, input_precision="ieee") * scale\n'
+        '        s += tl.where(sees, 0.0, float("-inf"))',
+    ),
+    Fault(
         "verify_attention",
         "a row sees the key behind its own",
         "sees = n[None, :] <= position[:, None]",
@@ -419,6 +432,42 @@ FAULTS = [
         "tokens lie one place early",
         "stride_tb + length - count + 1 + t",
         "stride_tb + length - count + t",
+    ),
+    Fault(
+        "advance",
+        "a draft stands behind a row that chose no token",
+        "stands = in_drafts & (draft == target) & sound",
+        "stands = in_drafts & (draft == target)",
+    ),
+    Fault(
+        "advance",
+        "NaN is a sound logit",
+        'sound = tl.abs(largest) < float("inf")',
+        'sound = tl.abs(largest) != float("inf")',
+    ),
+    Fault(
+        "advance",
+        "a finished sequence is broken",
+        "broken = tl.max(((t == accepted) & ~sound).to(tl.int64)) * active",
+        "broken = tl.max(((t == accepted) & ~sound).to(tl.int64))",
+    ),
+    Fault(
+        "advance",
+        "a rejected row breaks a sequence",
+        "broken = tl.max(((t == accepted) & ~sound)",
+        "broken = tl.max((in_window & ~sound)",
+    ),
+    Fault(
+        "advance",
+        "a broken sequence goes on",
+        "goes_on &= broken == 0",
+        "goes_on &= broken >= 0",
+    ),
+    Fault(
+        "advance",
+        "the largest logits are read with the target's stride",
+        "largest_ptr + b * stride_ab",
+        "largest_ptr + b * stride_gb",
     ),
     Fault(
         "advance",

@@ -3,15 +3,17 @@
     accepted = longest prefix of drafts that equals the targets;  lengths += (accepted + 1) * active
     tokens[lengths + 1 + t] = target[t];  window[0] = target[accepted]
 
-A sequence stops advancing where one of its tokens ends it, or where it has no room for another.
+A sequence stops advancing where one of its tokens ends it, or where it has no room for another. A
+row whose largest logit is not finite (a NaN among logits is their largest) chooses no token: no
+draft behind it is accepted, and if it gives the bonus, the sequence is broken and ends.
 
 The host is told through a ring of 64-bit words in pinned memory: the step's number above, 32 bits
 of content below, so that each word says by itself whether it has arrived, and no order among them
-is needed. Word 0 of a sequence packs accepted, drafted, source and active, a byte each; then come
-the T targets, then their T log-probabilities as float32 bits.
+is needed. Word 0 of a sequence packs accepted, drafted, source and active + 2 broken, a byte each;
+then come the T targets, then their T log-probabilities as float32 bits.
 
-Bytes moved: 8 (5 T + 14 + n) a sequence of ids, counts and words, for n tokens that end it, and 4 T
-of log-probabilities; a tree's keys and values are `kv_rollback`'s.
+Bytes moved: 8 (5 T + 14 + n) a sequence of ids, counts and words, for n tokens that end it, 4 T of
+largest logits and 4 T of log-probabilities; a tree's keys and values are `kv_rollback`'s.
 """
 
 from __future__ import annotations
@@ -43,15 +45,23 @@ class Progress(NamedTuple):
 
 
 def advance_ref(
-    window: Tensor, target: Tensor, logprobs: Tensor | None, progress: Progress
+    window: Tensor,
+    target: Tensor,
+    largest: Tensor,
+    logprobs: Tensor | None,
+    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """End a step; see `advance`."""
     p, T = progress, window.shape[1]
-    accepted, bonus = accept_ref(window, target)
+    sound = largest.isfinite()
+    agreeing, _ = accept_ref(window, target)
+    accepted = torch.minimum(agreeing, sound.long().cumprod(1).sum(1))
+    bonus = target.gather(1, accepted[:, None])[:, 0]
+    broken = p.active * ~sound.gather(1, accepted[:, None])[:, 0]
     count = (accepted + 1) * p.active
     p.clock.add_(1)
     words = torch.zeros_like(p.ring[0, :, : 1 + 2 * T])
-    words[:, 0] = accepted | p.drafted << 8 | p.source << 16 | p.active << 24
+    words[:, 0] = accepted | p.drafted << 8 | p.source << 16 | (p.active + 2 * broken) << 24
     words[:, 1 : 1 + T] = target
     if logprobs is not None:
         words[:, 1 + T :] = logprobs.float().view(torch.int32).long() & 0xFFFFFFFF
@@ -66,19 +76,20 @@ def advance_ref(
     p.lengths.add_(count)
     emitted = torch.arange(T, device=window.device) < count[:, None]
     ended = ((target[:, :, None] == p.ends[:, None]).any(-1) & emitted).any(-1)
-    p.active.mul_(~ended & (p.lengths + 1 < p.limits))
+    p.active.mul_(~ended & (broken == 0) & (p.lengths + 1 < p.limits))
     p.drafted.zero_()
     p.source.zero_()
     return accepted, count
 
 
-_STRIDES = tuple(f"stride_{name}" for name in ("wb", "gb", "lb", "tb", "eb", "rs", "rb"))
+_STRIDES = tuple(f"stride_{name}" for name in ("wb", "gb", "ab", "lb", "tb", "eb", "rs", "rb"))
 
 
 @jit("BLOCK_T", do_not_specialize=("ends_count", "ring_slots", *_STRIDES))
 def _advance_kernel(
     window_ptr,
     target_ptr,
+    largest_ptr,
     logprobs_ptr,
     tokens_ptr,
     lengths_ptr,
@@ -96,6 +107,7 @@ def _advance_kernel(
     ring_slots,
     stride_wb,
     stride_gb,
+    stride_ab,
     stride_lb,
     stride_tb,
     stride_eb,
@@ -111,10 +123,14 @@ def _advance_kernel(
     in_window, in_drafts = t < T, t + 1 < T
     draft = tl.load(window_ptr + b * stride_wb + t + 1, mask=in_drafts, other=0)
     target = tl.load(target_ptr + b * stride_gb + t, mask=in_window, other=0)
+    largest = tl.load(largest_ptr + b * stride_ab + t, mask=in_window, other=0.0)
+    sound = tl.abs(largest) < float("inf")  # which NaN is not
     active = tl.load(active_ptr + b)
     length = tl.load(lengths_ptr + b)
-    # The first row whose draft falls; the last row has none.
-    accepted = tl.min(tl.where(in_drafts & (draft == target), BLOCK_T, t)).to(tl.int64)
+    # The first row behind which no draft stands; the last row has none.
+    stands = in_drafts & (draft == target) & sound
+    accepted = tl.min(tl.where(stands, BLOCK_T, t)).to(tl.int64)
+    broken = tl.max(((t == accepted) & ~sound).to(tl.int64)) * active
     count = (accepted + 1) * active
     bonus = tl.sum(tl.where(t == accepted, target, 0))
     emitted = t < count
@@ -123,7 +139,7 @@ def _advance_kernel(
     step = (clock & 0x7FFFFFFF) << 32
     ring_ptr += clock % ring_slots * stride_rs + b * stride_rb
     drafted, source = tl.load(drafted_ptr + b), tl.load(source_ptr + b)
-    counts = accepted | (drafted << 8) | (source << 16) | (active << 24)
+    counts = accepted | (drafted << 8) | (source << 16) | ((active + 2 * broken) << 24)
     tl.store(ring_ptr, step | counts, cache_modifier=".wt")
     tl.store(ring_ptr + 1 + t, step | target, mask=in_window, cache_modifier=".wt")
     if logprobs_ptr is not None:
@@ -136,6 +152,7 @@ def _advance_kernel(
         ended |= emitted & (target == tl.load(ends_ptr + b * stride_eb + i))
     length += count
     goes_on = (tl.max(ended.to(tl.int32)) == 0) & (length + 1 < tl.load(limits_ptr + b))
+    goes_on &= broken == 0
     lives = active != 0
     # Several threads hold the same scalars: all have read before any writes.
     tl.debug_barrier()
@@ -154,13 +171,15 @@ def _advance_kernel(
 def advance(
     window: Tensor,
     target: Tensor,
+    largest: Tensor,
     logprobs: Tensor | None,
     progress: Progress,
     *,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """End a step: window [B, T] int64 and target [B, T] int64, T <= 64, logprobs [B, T] float32 or
-    None -> (accepted [B], count [B]) int64, count = accepted + 1, or 0 for a finished sequence.
+    """End a step: window [B, T] int64 and target [B, T] int64, T <= 64, largest [B, T] float32, the
+    largest logit of each row, logprobs [B, T] float32 or None -> (accepted [B], count [B]) int64,
+    count = accepted + 1, or 0 for a finished sequence.
 
     In place: tokens, lengths, active, clock and ring of `progress`; source and drafted become 0,
     for a drafter to say more; the bonus token goes to window[:, 0]. Tokens and counts must fit into
@@ -169,6 +188,8 @@ def advance(
     (B, T), p = window.shape, progress
     check_shape("window", window, "[B, T]", B, T)
     check_shape("target", target, "[B, T]", B, T)
+    check_shape("largest", largest, "[B, T]", B, T)
+    check_dtype("largest", largest, torch.float32)
     check_shape("tokens", p.tokens, "[B, max_length + T]", B, p.tokens.shape[1])
     check_shape("ends", p.ends, "[B, n]", B, p.ends.shape[1])
     check_shape("ring", p.ring, "[slots, B, words]", p.ring.shape[0], B, p.ring.shape[2])
@@ -190,6 +211,7 @@ def advance(
         _advance_kernel[(B,)](
             window,
             target,
+            largest,
             logprobs,
             p.tokens,
             p.lengths,
@@ -207,6 +229,7 @@ def advance(
             p.ring.shape[0],
             window.stride(0),
             target.stride(0),
+            largest.stride(0),
             0 if logprobs is None else logprobs.stride(0),
             p.tokens.stride(0),
             p.ends.stride(0),

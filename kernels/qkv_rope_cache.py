@@ -159,6 +159,9 @@ def _qkv_rope_cache_kernel(
         v_heads = (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh + d
         _store_halves(q_ptrs, low, high, in_q, D)
         _store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
+        # A row that does not see this key weights its value with zero, and zero times NaN is NaN.
+        # For those that do see it the key, which is as much NaN, is enough.
+        low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)
         _store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
 
 

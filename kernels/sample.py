@@ -3,15 +3,18 @@
     argmax_v (logits_v / temperature + g_v),  g_v = -log(-log u_v)
 
 draws exactly from softmax(logits / temperature) (the Gumbel-max trick, Gumbel 1954). The noise is a
-hash of (seed, index of the completion, position, token id) and of nothing else: a position gets the
-same token whether it was reached by plain decoding or by verifying a draft, so that acceptance
-stays equality, and heads that draft with the same noise guess the sampled token, not the likeliest.
+hash of (seed, the prompt's tokens, index of the completion, position, token id) and of nothing
+else: a position gets the same token whether it was reached by plain decoding or by verifying a
+draft, so that acceptance stays equality, and heads that draft with the same noise guess the sampled
+token, not the likeliest.
 
 Bytes moved: R * V logits once; the noise is computed, not read.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,20 +23,32 @@ from torch import Tensor
 from ._launch import check_dtype, check_shape, jit, tl, wait_for_producer
 from ._order import LOWEST, rank, ranked_column
 
+# Below this temperature the likeliest token is chosen, the lowest id among equals. vLLM's bound.
+GREEDY = 1e-5
+
 
 class SamplingRows(NamedTuple):
-    """Sampling settings of B sequences. temperature 0 is greedy and ignores the rest."""
+    """Sampling settings of B sequences."""
 
-    temperature: Tensor  # [B] float32, >= 0
+    temperature: Tensor  # [B] float32, >= 0; below GREEDY the rest is ignored
     top_k: Tensor  # [B] int64, 0 = all
     top_p: Tensor  # [B] float32 in (0, 1]
     min_p: Tensor  # [B] float32 in [0, 1)
-    key: Tensor  # [B] int64, made of seed and completion index by `sampling_key`
+    key: Tensor  # [B] int64, made by `sampling_key`
 
 
-def sampling_key(seed: int, index: int) -> int:
-    """One 63-bit noise key from a request's seed and the index of the completion in it."""
-    x = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 1) & (2**64 - 1)
+def sampling_key(seed: int, index: int, prompt: Sequence[int] = ()) -> int:
+    """One 63-bit noise key from a request's seed, the index of the completion in it, and the token
+    ids of its prompt, so that different prompts under one seed draw different noise.
+
+    The same on every platform and in every process. Without a prompt, `index` alone tells the
+    sequences of one seed apart.
+    """
+    x = seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 1
+    if prompt:
+        tokens = b"".join(token.to_bytes(8, "little", signed=True) for token in prompt)
+        x += int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+    x &= 2**64 - 1
     for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         x = ((x ^ (x >> 30)) * factor) & (2**64 - 1)
     return (x ^ (x >> 31)) >> 1
@@ -58,7 +73,7 @@ def sample_ref(
     token_ids [n] names the columns where they are not 0..V-1 (a reduced draft vocabulary); the
     result is an id either way. Ties go to the lowest column.
     """
-    greedy = bool((rows.temperature == 0).all())
+    greedy = bool((rows.temperature < GREEDY).all())
     columns = _largest(logits.float()) if greedy else _sampled(logits, position, rows, token_ids)
     return columns if token_ids is None else token_ids[columns]
 
@@ -76,10 +91,12 @@ def _sampled(
     chosen = []
     for b in range(batch):
         temperature = rows.temperature[b]
-        if temperature == 0:
+        if temperature < GREEDY:
             chosen.append(_largest(logits[b].float()))
             continue
-        scaled = logits[b].float() / temperature
+        # From the largest down: neither overflows nor loses the likely tokens' low bits.
+        scaled = logits[b].float()
+        scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature
         noise = gumbel_ref(rows.key[b].expand(width), position[b], ids)
         noise.masked_fill_(_filtered_out(scaled, rows, b), float("-inf"))
         chosen.append(_largest(scaled + noise))

@@ -91,14 +91,25 @@ def _attend(
     packed = q.new_zeros(kv_heads, tiles * tile, head_dim)
     live = packed[:, : rows * group].view(kv_heads, rows, group, head_dim)
     live.copy_(q.view(rows, kv_heads, group, head_dim).transpose(0, 1))
-    out = F.scaled_dot_product_attention(
-        packed.view(kv_heads, tiles, tile, head_dim).transpose(0, 1),
-        _keys(k_pages, table, part.extent).expand(tiles, -1, -1, -1),
-        _keys(v_pages, table, part.extent).expand(tiles, -1, -1, -1),
-        attn_mask=part.mask.expand(-1, kv_heads, -1, -1),
-        scale=scale,
-    )
-    out = out.transpose(0, 1).reshape(kv_heads, tiles * tile, head_dim)
+
+    def attended(k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(
+            packed.view(kv_heads, tiles, tile, head_dim).transpose(0, 1),
+            k.expand(tiles, -1, -1, -1),
+            v.expand(tiles, -1, -1, -1),
+            attn_mask=part.mask.expand(-1, kv_heads, -1, -1),
+            scale=scale,
+        )
+        return out.transpose(0, 1).reshape(kv_heads, tiles * tile, head_dim)
+
+    k, v = (_keys(pages, table, part.extent) for pages in (k_pages, v_pages))
+    out = attended(k, v)
+    if rows > 1 and not math.isfinite(out.sum()):
+        # Zero times NaN is NaN: what is hidden from a row is cleared for it.
+        for begin in range(0, rows * group, group):
+            hidden = part.mask.view(-1, part.extent, 1)[begin] != 0
+            alone = attended(k.masked_fill(hidden, 0), v.masked_fill(hidden, 0))
+            out[:, begin : begin + group] = alone[:, begin : begin + group]
     live = out[:, : rows * group].view(kv_heads, rows, group, head_dim)
     return live.transpose(0, 1).reshape(rows, heads, head_dim)
 

@@ -8,13 +8,14 @@ never resident twice.
 
 import hashlib
 import json
+import logging
 import math
 import mmap
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_object
+from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_object, reason
+
+_LOG = logging.getLogger("mtpkern")
 
 
 @dataclass(frozen=True)
@@ -87,29 +90,93 @@ _TORCH_DTYPES = {
 }
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _PICKLED = (".bin", ".pt", ".pth")  # what `mtpkern convert` reads
-# Buffers that some exporters saved and that the config already says.
-# Computed here, or heads that a trunk does without (MiMo, mtp_llama).
+# What a trunk does without: buffers that trainers save and that are computed here, and heads.
 _IGNORED = re.compile(
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.mtp_(layers|heads|norms)\..*"
+    r"(.+\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
+    r"|model\.layers\.\d+\.self_attn\.(masked_bias|bias)|(.+\.)?(causal_mask|position_ids)"
+    r"|model\.mtp_(layers|heads|norms)\..*"
 )
+# What wrappers of a model put into the names of its tensors: DDP and PEFT before them, torch's
+# compiler, FSDP and activation checkpointing anywhere.
+_WRAPPERS = re.compile(
+    r"^(module\.|base_model\.model\.)+"
+    r"|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+# The names of a trunk that was saved without its LM head, and nothing else.
+_BARE_TRUNK = re.compile(
+    r"(embed_tokens|norm)\.weight|lm_head\.weight|rotary_emb\..+"
+    r"|layers\.\d+\.((input|post_attention)_layernorm\.weight|mlp\.(gate|up|down)_proj\.\w+"
+    r"|self_attn\.([qkvo]_proj\.\w+|[qk]_norm\.weight|rotary_emb\..+|masked_bias|bias))"
+)
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """The config of a checkpoint directory, with its generation_config.json merged in."""
+    """The config of a checkpoint directory, completed by its other files.
+
+    generation_config.json says where text ends, and the tensors what config.json leaves open: the
+    dtype, where it names none, and whether an LM head that it calls tied is one of its own.
+    """
     directory = _checked_directory(directory)
     if not (directory / "config.json").is_file():
         for file in sorted(directory.glob("*.gguf"))[:1]:
             raise ModelLoadError(f"{printable(directory)} holds a GGUF: {conversion(file)}")
         raise ModelLoadError(f"{printable(directory)} has no config.json: not a model directory")
-    return ModelConfig.from_json(directory)
+    config = ModelConfig.from_json(directory)
+    single, index = _weight_files(directory)
+    if not (single.is_file() or index.is_file()):
+        return config
+    return _completed(config, read_entries(directory), single, index)
 
 
 def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, TensorEntry]]:
-    """Config and tensors, checked against each other from the headers: no weight is read."""
+    """Config and tensors, checked against each other from the headers.
+
+    No weight is read but an LM head beside an embedding that it is said to be tied to.
+    """
     config = load_config(directory)
     entries = read_entries(directory)
+    if config.tie_word_embeddings and _EMBEDDING not in entries and _LM_HEAD in entries:
+        entries[_EMBEDDING] = entries.pop(_LM_HEAD)
     _check_entries(config, entries, _checked_directory(directory))
     return config, entries
+
+
+def _completed(
+    config: ModelConfig, entries: Mapping[str, TensorEntry], single: Path, index: Path
+) -> ModelConfig:
+    """The config with what only the tensors say."""
+    remarks = list(config.remarks)
+    dtype, tied = config.dtype, config.tie_word_embeddings
+    if dtype is None:
+        floats = [_TORCH_DTYPES[e.dtype] for e in entries.values() if e.dtype in _WEIGHT_DTYPES]
+        dtype = floats[0] if floats else None
+    if tied and _EMBEDDING in entries and _LM_HEAD in entries:
+        if not _is_equal(entries[_EMBEDDING], entries[_LM_HEAD]):
+            tied = False
+            remarks.append(
+                f"{entries[_LM_HEAD]} differs from the embedding and is used, although config.json "
+                "says tie_word_embeddings"
+            )
+    if single.is_file() and index.is_file():
+        remarks.append(f"{printable(single)} is read, {index.name} beside it is not")
+    return replace(config, dtype=dtype, tie_word_embeddings=tied, remarks=tuple(remarks))
+
+
+def _is_equal(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two matrices have the same values, some rows at a time."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(_WEIGHT_DTYPES):
+        return False
+    maps: dict[Path, mmap.mmap] = {}
+    pairs = zip(
+        *(_mapped(entry, maps).split(_COMPARED_ROWS) for entry in (one, other)), strict=True
+    )
+    # In one dtype a comparison needs no copies.
+    same = one.dtype == other.dtype
+    equal = all(torch.equal(a, b) if same else torch.equal(a.float(), b.float()) for a, b in pairs)
+    _release(maps.values())
+    return equal
 
 
 def load_model(
@@ -133,6 +200,8 @@ def load_model(
     else:
         config, entries = check_checkpoint(directory)
         place = _Placer(entries, dtype, torch.device(device))
+    for remark in config.remarks:
+        _LOG.warning(remark)
     layers = []
     for i in range(config.num_layers):
         fields: dict[str, Any] = {
@@ -141,9 +210,9 @@ def load_model(
         }
         layers.append(pack_layer(LayerWeights(**fields)))
         _release(place.maps.values())
-    embedding = place(["model.embed_tokens.weight"])
+    embedding = place([_EMBEDDING])
     norm = place([final_norm(config)])
-    lm_head = embedding if config.tie_word_embeddings else place(["lm_head.weight"])
+    lm_head = embedding if config.tie_word_embeddings else place([_LM_HEAD])
     mappings = tuple(place.maps.values())
     return config, ModelWeights(embedding, tuple(layers), norm, lm_head, mappings)
 
@@ -211,32 +280,58 @@ def final_norm(config: ModelConfig) -> str:
 def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor name that the config calls for, with its shape."""
     embedding = (config.vocab_size, config.hidden_size)
-    yield "model.embed_tokens.weight", embedding
+    yield _EMBEDDING, embedding
     for i in range(config.num_layers):
         for named in layer_parts(config).values():
             for name, shape in named:
                 yield f"model.layers.{i}.{name}", shape
     yield final_norm(config), (config.hidden_size,)
     if not config.tie_word_embeddings:
-        yield "lm_head.weight", embedding
+        yield _LM_HEAD, embedding
 
 
 def read_entries(directory: str | Path) -> dict[str, TensorEntry]:
-    """Every tensor of a directory's safetensors (or of one such file), from the headers alone."""
+    """Every tensor of a directory's safetensors (or of one such file), from the headers alone.
+
+    The names are those of the model itself: without what wrappers put into them, and with "model."
+    before those of a trunk that was saved alone. Of a single file and an index, the file counts.
+    """
     path = Path(directory)
     if path.is_file():
-        return _read_header(path)
+        return _unwrapped(_read_header(path))
     path = _checked_directory(path)
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
+    single, index = _weight_files(path)
+    if single.is_file():
+        return _unwrapped(_read_header(single))
     if index.is_file():
-        return _read_shards(path, index)
-    if not single.is_file():
-        pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLED)
-        if pickled:
-            raise _pickle_error(path / pickled[0])
-        raise ModelLoadError(f"{printable(path)} has no model.safetensors and no index of shards")
-    return _read_header(single)
+        return _unwrapped(_read_shards(path, index))
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLED)
+    other = sorted(p.name for p in path.glob("*.safetensors"))
+    if pickled and not other:
+        raise _pickle_error(path / pickled[0])
+    beside = f", only {printable(other[0])}" if other else ""
+    adapter = " (an adapter: merge it into its model)" if "adapter" in beside else ""
+    raise ModelLoadError(
+        f"{printable(path)} has no model.safetensors and no index of shards{beside}{adapter}"
+    )
+
+
+def _weight_files(directory: Path) -> tuple[Path, Path]:
+    """A directory's single file of weights, and its index of shards: where they are to be."""
+    return directory / "model.safetensors", directory / "model.safetensors.index.json"
+
+
+def _unwrapped(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The entries under the model's own names; ModelLoadError where two would have the same."""
+    own: dict[str, TensorEntry] = {}
+    for raw, entry in entries.items():
+        name = _WRAPPERS.sub("", raw)
+        if name in own:
+            raise ModelLoadError(f"{entry} and {printable(own[name].name)} are both {name}")
+        own[name] = entry
+    if "embed_tokens.weight" in own and all(map(_BARE_TRUNK.fullmatch, own)):
+        own = {n if n == _LM_HEAD else f"model.{n}": entry for n, entry in own.items()}
+    return own
 
 
 def _checked_directory(directory: str | Path) -> Path:
@@ -301,9 +396,8 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise ModelLoadError(
-            f"{printable(file)} is not a whole safetensors file ({reason})"
+            f"{printable(file)} is not a whole safetensors file ({reason(error, file)})"
         ) from None
     header.pop("__metadata__", None)
     entries = {}
@@ -321,7 +415,8 @@ def _check_entries(config: ModelConfig, entries: dict[str, TensorEntry], directo
     for name, shape in expected.items():
         entry = entries.get(name)
         if entry is None:
-            raise ModelLoadError(f"{printable(directory)}: tensor {name} is missing")
+            says = _flag_behind(name, "true")
+            raise ModelLoadError(f"{printable(directory)}: tensor {name} is missing{says}")
         if entry.dtype not in _WEIGHT_DTYPES:
             raise _dtype_error(entry, _WEIGHT_DTYPES)
         if entry.shape != shape:
@@ -329,9 +424,25 @@ def _check_entries(config: ModelConfig, entries: dict[str, TensorEntry], directo
                 f"{entry} must be {list(shape)} to match config.json, got {list(entry.shape)[:8]}"
             )
     for name, entry in entries.items():
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        tied = name == _LM_HEAD and config.tie_word_embeddings
         if name not in expected and not tied and not _IGNORED.fullmatch(name):
-            raise ModelLoadError(f"{entry} has no place in the model that config.json describes")
+            says = _flag_behind(name, "not true")
+            raise ModelLoadError(
+                f"{entry} has no place in the model that config.json describes{says}"
+            )
+
+
+def _flag_behind(name: str, value: str) -> str:
+    """What in config.json makes a tensor wanted, or unwanted, where that is easily said."""
+    if ".lora_" in name or ".base_layer." in name:
+        return " (an adapter's: merge it into its model)"
+    if name == _LM_HEAD:
+        return " (tie_word_embeddings is not true there)"
+    if re.search(r"self_attn\.[qkvo]_proj\.bias$", name):
+        return f" (attention_bias is {value} there, or the architecture's own)"
+    if re.search(r"mlp\.\w+_proj\.bias$", name):
+        return f" (mlp_bias is {value} there)"
+    return ""
 
 
 def _dtype_error(entry: TensorEntry, supported: tuple[str, ...]) -> ModelLoadError:

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from mtpkern import status
@@ -63,6 +64,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         sys.stdout.reconfigure(errors="replace")
     try:
         args = _parse(parser, argv)
+        args.command_line = _command_line(parser, argv)
         with status.from_arguments(args) as args.status:
             code = _call(args)
         sys.stdout.flush()
@@ -132,6 +134,21 @@ def at_least(least: Number) -> Callable[[str], Number]:
 
     parse.__name__ = kind.__name__  # what argparse calls a text that is none
     return parse
+
+
+def above_zero(text: str) -> float:
+    """An argument's type: a finite number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def _command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
+    """What a shell takes to run the same command again."""
+    if argv is None and Path(sys.argv[0]).name == "__main__.py":
+        return shlex.join(sys.orig_argv)  # python -m
+    return f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
 def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:

@@ -1,9 +1,9 @@
 """What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
 
-import math
+import re
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.heads import SOURCES
@@ -106,6 +106,8 @@ class Completion:
     logprobs: list[float] | None
     finish_reason: str  # "stop" or "length"
     stats: Stats
+    index: int = 0  # which of its prompt's `n` completions this is
+    seed: int | None = None  # what repeats it: the one given, or a fresh one; None if greedy
 
 
 @dataclass(frozen=True)
@@ -118,23 +120,34 @@ class Event:
     completion: Completion | None  # with the last token
 
 
+class EncodedPrompt(NamedTuple):
+    """A prompt's token ids, and whether the answer goes on in the prompt's own text, or is one of
+    its own, as a turn in a chat is."""
+
+    ids: list[int]
+    continued: bool = True
+
+
 class Request:
     """One prompt on its way: its tokens so far, and whether they are enough."""
 
     def __init__(
         self,
         index: int,
-        prompt: list[int],
+        prompt: EncodedPrompt,
         params: SamplingParams,
         *,
+        completion_index: int = 0,
         k: int,
         room: int,
         ends: tuple[int, ...],
         tokenizer: Tokenizer | None,
     ):
-        """`room` is how many tokens the context can still take, `ends` are the tokens that end."""
-        self.index, self.prompt, self.params = index, prompt, params
-        self.stats = Stats(k, len(prompt))
+        """`index` counts the run's requests, completion_index those of one prompt; `room` is how
+        many tokens the context can still take, `ends` are the tokens that end."""
+        self.index, self.prompt, self.params = index, prompt.ids, params
+        self.completion_index = completion_index
+        self.stats = Stats(k, len(prompt.ids))
         self.pages: list[int] = []
         self.known = self.pairs = 0  # what they hold of the prompt: see cache.Claim
         self.created = time.perf_counter()
@@ -143,10 +156,17 @@ class Request:
         self.logprobs: list[float] = []
         self.finish_reason: str | None = None
         self.started = 0.0
-        self.ends = () if params.ignore_eos else ends
+        self.ends = (() if params.ignore_eos else ends) + params.stop_token_ids
+        # Tokens that are not to be chosen among the first `min_tokens`.
+        self.withheld = ends + params.stop_token_ids if params.min_tokens else ()
         self.room = min(params.max_tokens, room)
-        self._detokenizer = tokenizer.stream() if tokenizer else None
+        if params.stop and tokenizer is None:
+            raise UserError("stop needs a tokenizer, which this model has none of")
+        before = prompt.ids if prompt.continued else []
+        self._detokenizer = tokenizer.stream(before) if tokenizer else None
+        # With a mark for each special token of a stop string: see `_stop_patterns`.
         self._text = ""
+        self._stop, self._marks = _stop_patterns(params.stop, tokenizer)
         self._printed = 0
 
     @property
@@ -155,19 +175,17 @@ class Request:
         return 0 if self.finish_reason else self.room - len(self.token_ids)
 
     def take(self, record: StepRecord, k: int, now: float) -> list[Event]:
-        """Take what a step of K = k emitted, up to where the completion ends."""
+        """Take the tokens that a step of K = k emitted, up to where the completion ends."""
         self.stats.decode_seconds = now - self.started
         if not self.token_ids:
             self.stats.time_to_first_token_seconds = now - self.created
         pieces = []
-        for token_id in record.target[: record.accepted + 1]:
+        for token_id in record.target[: record.accepted + (not record.broken)]:
             pieces.append((self.push(token_id), token_id))
             if self.finish_reason:
                 break
         if self.params.logprobs:
             self.logprobs += record.logprobs[: len(pieces)]
-            if not all(map(math.isfinite, self.logprobs[-len(pieces) :])):
-                raise UserError("the model's logits are no numbers: another dtype may hold them")
         drafts = record.drafted
         if self.finish_reason:
             drafts = min(drafts, len(pieces) - 1)
@@ -184,11 +202,12 @@ class Request:
         """Take one token; -> the text that is certain now. Sets `finish_reason` at the end."""
         self.token_ids.append(token_id)
         text = ""
-        if token_id in self.ends:
+        ended = token_id in self.ends
+        if self._detokenizer and (not ended or self.params.include_stop_str_in_output):
+            text = self._detokenizer.push(token_id) + self._marks.get(token_id, "")
+        if ended:
             self.finish_reason = "stop"
-        elif self._detokenizer:
-            text = self._detokenizer.push(token_id)
-        if not self.finish_reason and len(self.token_ids) >= self.room:
+        elif len(self.token_ids) >= self.room:
             self.finish_reason = "length"
         if self.finish_reason and self._detokenizer:
             text += self._detokenizer.flush()
@@ -197,26 +216,60 @@ class Request:
 
     def _release(self, fresh: int) -> str:
         """Cut at a stop string, and hold back what could become one."""
-        longest = max(map(len, self.params.stop), default=0)
         # A match must end in the fresh text, or it would have been found before.
-        begin = max(0, len(self._text) - fresh - longest + 1)
-        found = [at for s in self.params.stop if (at := self._text.find(s, begin)) >= 0]
+        old = len(self._text) - fresh
+        found = []
+        if len(self.token_ids) > self.params.min_tokens:
+            for stop in self._stop:
+                at = self._text.find(stop, max(0, old - len(stop) + 1))
+                if at >= 0:
+                    found.append((at, at + len(stop)))
         if found:
-            self._text = self._text[: min(found)]
+            begin, end = min(found)
+            self._text = self._text[: end if self.params.include_stop_str_in_output else begin]
             self.finish_reason = "stop"
         end = len(self._text)
         if not self.finish_reason:
-            held = (
-                n for s in self.params.stop for n in range(1, len(s)) if self._text.endswith(s[:n])
-            )
+            held = (n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n]))
             end -= max(held, default=0)
         released = self._text[self._printed : end]
         self._printed = max(self._printed, end)
-        return released
+        return _without_marks(released)
 
     def completion(self) -> Completion:
         logprobs = self.logprobs if self.params.logprobs else None
         assert self.finish_reason is not None, "a completion is made when the request has finished"
         return Completion(
-            self._text, self.token_ids, self.drafted, logprobs, self.finish_reason, self.stats
+            _without_marks(self._text),
+            self.token_ids,
+            self.drafted,
+            logprobs,
+            self.finish_reason,
+            self.stats,
+            self.completion_index,
+            self.params.seed,
         )
+
+
+def _stop_patterns(
+    stop: tuple[str, ...], tokenizer: Tokenizer | None
+) -> tuple[list[str], dict[int, str]]:
+    """What to look for in a text that marks special tokens, and the mark of each by its id.
+
+    A mark is a lone surrogate, which no decoded text holds. A stop string is looked for as it is,
+    since other tokens may spell the same, and with marks for the special tokens in it.
+    """
+    if tokenizer is None:
+        return list(stop), {}
+    special = {token: i for text in stop for token, i in tokenizer.special_tokens_in(text).items()}
+    if not special:
+        return list(stop), {}
+    marks = {token: chr(0xD800 + n) for n, token in enumerate(special)}
+    longest_first = sorted(special, key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, longest_first)))
+    marked = [spelled.sub(lambda found: marks[found[0]], text) for text in stop]
+    return list(dict.fromkeys([*stop, *marked])), {special[token]: marks[token] for token in marks}
+
+
+def _without_marks(text: str) -> str:
+    return re.sub("[\ud800-\udfff]", "", text)

@@ -7,7 +7,7 @@ does not compute, before any weight is read. `SamplingParams` shapes one request
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mtpkern.arguments import choice, flag, integer, real, shown
-from mtpkern.errors import ModelLoadError, UserError, printable
+from mtpkern.errors import ModelLoadError, UserError, printable, reason
 
 MAX_SPECULATIVE_TOKENS = 16
+MAX_COMPLETIONS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class RopeConfig:
             return plain * (1 - stretch) + plain / self.factor * stretch, self._yarn_attention()
         return plain, 1.0
 
+    def reach(self, positions: int) -> int:
+        """The positions that a model for `positions` reaches with its frequencies stretched.
+
+        Published configs state a linear or YaRN context before stretching, or after it.
+        """
+        if self.kind == "linear":
+            return max(positions, int(positions * self.factor))
+        if self.kind == "yarn":
+            return max(positions, int(self.original_max_position_embeddings * self.factor))
+        return positions
+
     def _yarn_pair(self, turns: float, head_dim: int) -> float:
         """The (fractional) pair index that makes `turns` full turns within the original context."""
         wavelength = self.original_max_position_embeddings / (2 * math.pi * turns)
@@ -84,10 +96,9 @@ class RopeConfig:
 # Keys of config.json that would change the computation, with the values under which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
-    "use_sliding_window": (False,),
     "quantization_config": (),
+    "compression_config": (),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "logits_scaling": (1.0,),
@@ -107,23 +118,75 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class _Family(NamedTuple):
-    """What an architecture adds to Llama's computation, beside what config.json says."""
+    """What an architecture adds to Llama's computation, and what it takes keys left out to mean.
+
+    The defaults are those of the configuration classes of transformers.
+    """
 
     model_type: str
-    qkv_bias: bool = False  # always, and none for o; else `attention_bias` decides for all four
+    qkv_bias: bool = False  # always, and none for o
+    bias_flags: tuple[str, ...] = ()  # of attention_bias and mlp_bias, those that count
     qk_norm: bool = False
-    sliding_window: bool = False  # every layer's, where config.json gives one
+    window: str = ""  # what switches a sliding window on: "sliding_window" or "use_sliding_window"
+    kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    context: int = 32768
 
 
+_LLAMA = _Family("llama", bias_flags=("attention_bias", "mlp_bias"), context=2048)
+_QWEN2 = _Family("qwen2", qkv_bias=True, window="use_sliding_window", kv_heads=32)
 _FAMILIES = {
-    "LlamaForCausalLM": _Family("llama"),
-    "MistralForCausalLM": _Family("mistral", sliding_window=True),
-    "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": _Family("qwen3", qk_norm=True),
-    "MiMoForCausalLM": _Family("mimo", qkv_bias=True),
-    "MTPLlamaForCausalLM": _Family("mtp_llama"),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA._replace(
+        model_type="mistral", bias_flags=(), window="sliding_window", kv_heads=8, context=131072
+    ),
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": _QWEN2._replace(
+        model_type="qwen3",
+        qkv_bias=False,
+        bias_flags=("attention_bias",),
+        qk_norm=True,
+        head_dim=128,
+    ),
+    "MiMoForCausalLM": _QWEN2._replace(model_type="mimo"),
+    "MTPLlamaForCausalLM": _LLAMA._replace(model_type="mtp_llama"),
 }
-_SUPPORTED = f"supported: {', '.join(_FAMILIES)}"
+# A trunk saved without its LM head: the same layers, names without "model." before them.
+_TRUNKS = {name.replace("ForCausalLM", "Model"): name for name in _FAMILIES}
+# The window that Mistral and Qwen have where config.json names none.
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+# Settings of generation_config.json that say nothing about which tokens come, and the values at
+# which the others say nothing.
+_GENERATION_SILENT = {
+    "_from_model_config",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "trust_remote_code",
+}
+_GENERATION_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0,),
+    "min_length": (0,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "temperature": (1.0,),
+    "top_p": (1.0,),
+    "typical_p": (1.0,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "length_penalty": (1.0,),
+    "guidance_scale": (1.0,),
+}
 
 
 @dataclass(frozen=True)
@@ -144,19 +207,22 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None where nothing says
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     model_type: str = "llama"
     qk_norm: bool = False  # RMS norm of each head of q and k, before it is rotated
     sliding_window: int = 0  # positions that a token sees, its own included; 0: all
+    # What of the files was left out or overruled, a line each, for whoever loads or inspects them.
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> "ModelConfig":
         """Read a config.json (its path, its directory, or its content already parsed).
 
-        Next to a file, generation_config.json adds its end-of-text ids. Raises ModelLoadError for
-        what is missing, malformed or not supported.
+        Where two keys disagree, that one counts which counts in transformers. The end-of-text ids
+        of a generation_config.json beside the file, if it has any, replace its own. Raises
+        ModelLoadError for what is missing, malformed or not supported.
         """
         if isinstance(source, Mapping):
             return _Reader("config.json", dict(source)).model_config({})
@@ -172,7 +238,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelLoadError(f"{printable(path)}: {error.strerror or error}") from None
+        raise ModelLoadError(f"{printable(path)}: {reason(error, path)}") from None
     except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{printable(path)} is not valid JSON: {printable(error)}") from None
     if not isinstance(content, dict):
@@ -185,6 +251,7 @@ class _Reader:
 
     def __init__(self, where: str, content: dict[str, Any]):
         self.where, self.content = where, content
+        self.remarks: list[str] = []
 
     def refuse(self, message: str) -> ModelLoadError:
         return ModelLoadError(f"{self.where}: {message}")
@@ -212,80 +279,122 @@ class _Reader:
 
     def model_config(self, generation: dict[str, Any]) -> ModelConfig:
         family = self.family()
+        self.check_settings()
         heads, hidden = self.count("num_attention_heads"), self.count("hidden_size")
-        kv_heads = self.count("num_key_value_heads", heads)
+        kv_heads = self.count(
+            "num_key_value_heads", self.absent("num_key_value_heads", family.kv_heads) or heads
+        )
         if heads % kv_heads:
             raise self.refuse(
                 f"num_attention_heads must be a multiple of num_key_value_heads={kv_heads}, "
                 f"got {heads}"
             )
-        if self.content.get("head_dim") is None and hidden % heads:
+        usual = self.absent("head_dim", family.head_dim)
+        if self.content.get("head_dim") is None and not usual and hidden % heads:
             raise self.refuse(
                 f"hidden_size must be a multiple of num_attention_heads={heads} where head_dim is "
                 f"not given, got {hidden}"
             )
-        head_dim = self.count("head_dim", hidden // heads)
+        head_dim = self.count("head_dim", usual or hidden // heads)
         if head_dim % 2:
             raise self.refuse(f"head_dim must be even, got {head_dim}")
-        context = self.count("max_position_embeddings", 2048)
+        layers = self.count("num_hidden_layers")
+        positions = self.count("max_position_embeddings", family.context)
+        rope = self.rope(positions)
+        attention_bias = "attention_bias" in family.bias_flags and self.flag("attention_bias")
+        ends = self.token_ids("eos_token_id", generation)
+        ends = ends or self.token_ids("eos_token_id", self.content)
+        starts = self.token_ids("bos_token_id", self.content)
+        self.note_left_out(generation)
         return ModelConfig(
             vocab_size=self.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=self.count("intermediate_size"),
-            num_layers=self.count("num_hidden_layers"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=float(self.number("rms_norm_eps", 1e-6)),
-            rope=self.rope(context),
-            max_position_embeddings=context,
+            rope=rope,
+            max_position_embeddings=rope.reach(positions),
             tie_word_embeddings=self.flag("tie_word_embeddings"),
-            qkv_bias=family.qkv_bias or self.flag("attention_bias"),
-            o_bias=self.flag("attention_bias") and not family.qkv_bias,
-            mlp_bias=self.flag("mlp_bias"),
+            qkv_bias=family.qkv_bias or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias="mlp_bias" in family.bias_flags and self.flag("mlp_bias"),
             dtype=self.dtype(),
-            bos_token_id=next(iter(self.token_ids("bos_token_id", self.content)), None),
-            eos_token_ids=tuple(
-                dict.fromkeys(
-                    self.token_ids("eos_token_id", self.content)
-                    + self.token_ids("eos_token_id", generation)
-                )
-            ),
+            bos_token_id=next(iter(starts), None),
+            eos_token_ids=tuple(dict.fromkeys(ends)),
             model_type=family.model_type,
             qk_norm=family.qk_norm,
-            sliding_window=self.sliding_window(family),
+            sliding_window=self.sliding_window(family, layers),
+            remarks=tuple(self.remarks),
         )
 
     def family(self) -> _Family:
-        """What the architecture adds; ModelLoadError for what config.json has and this does not."""
-        architectures = self.content.get("architectures")
+        """What the architecture adds; ModelLoadError for one that is not supported."""
+        architectures = self.content.get("architectures") or []
         model_type = self.content.get("model_type")
+        names = architectures if isinstance(architectures, list) else [architectures]
+        known = [_FAMILIES.get(_TRUNKS.get(str(name), str(name))) for name in names]
         by_type = {family.model_type: family for family in _FAMILIES.values()}
-        if architectures:
-            names = architectures if isinstance(architectures, list) else [architectures]
-            if len(names) != 1 or names[0] not in _FAMILIES:
-                listed = ", ".join(printable(name) for name in names)
-                raise self.refuse(f"architecture {listed} is not supported; {_SUPPORTED}")
-            family = _FAMILIES[names[0]]
-        elif isinstance(model_type, str) and model_type in by_type:
-            family = by_type[model_type]
-        else:
-            raise self.refuse(f"model_type {printable(model_type)} is not supported; {_SUPPORTED}")
-        if model_type not in (None, family.model_type):
-            raise self.refuse(f"model_type {printable(model_type)} is not supported; {_SUPPORTED}")
-        self.check_settings()
-        return family
+        if names and (len(names) > 1 or known[0] is None):
+            listed = ", ".join(printable(name) for name in names)
+            raise self.refuse(
+                f"architecture {listed} is not supported; supported: {', '.join(_FAMILIES)}"
+            )
+        if model_type is None and known:
+            model_type = known[0].model_type  # type: ignore[union-attr]
+        if not isinstance(model_type, str) or model_type not in by_type:
+            raise self.refuse(
+                f"model_type {printable(model_type)} is not supported; "
+                f"supported: {', '.join(by_type)}"
+            )
+        if known and known[0] != by_type[model_type]:
+            raise self.refuse(
+                f"architectures says {printable(names[0])}, but model_type {model_type}: "
+                "one of the two is wrong"
+            )
+        return by_type[model_type]
 
-    def sliding_window(self, family: _Family) -> int:
+    def absent(self, name: str, default: int | None) -> int | None:
+        """The family's default, which a key that is there and null does not have."""
+        return None if name in self.content else default
+
+    def sliding_window(self, family: _Family, layers: int) -> int:
         """Positions that a token sees in every layer; 0 for all of them."""
-        wanted = self.content.get("sliding_window") and self.content.get("use_sliding_window", True)
-        if wanted and not family.sliding_window:
-            raise self.refuse("sliding_window attention is not supported; supported: null")
-        window = self.count("sliding_window") if wanted else 0
         kinds = self.content.get("layer_types") or []
-        whole = "sliding_attention" if window else "full_attention"
-        if any(kind != whole for kind in kinds):
-            raise self.refuse(f"layer_types other than {whole} are not supported")
+        if kinds and (not isinstance(kinds, list) or len(kinds) != layers):
+            raise self.refuse(f"layer_types must name num_hidden_layers={layers} layers")
+        size = self.content.get("sliding_window", _DEFAULT_WINDOW if family.window else None)
+        wanted = size is not None
+        if family.window == "use_sliding_window":
+            wanted = wanted and self.flag("use_sliding_window")
+            if wanted and not kinds:
+                full = self.content.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+                if not isinstance(full, int) or full < 0:
+                    raise self.refuse(f"max_window_layers must be a count, got {printable(full)}")
+                kinds = ["full_attention"] * min(full, layers)
+                kinds += ["sliding_attention"] * (layers - len(kinds))
+            # A window that no layer has is none.
+            wanted = wanted and "sliding_attention" in kinds
+        elif not family.window and size:
+            raise self.refuse(
+                f"sliding_window attention is not supported in {family.model_type}; supported: null"
+            )
+        window = self.count("sliding_window", _DEFAULT_WINDOW) if wanted and family.window else 0
+        if window and "full_attention" in kinds:
+            raise self.refuse(
+                f"sliding_window={window} in some layers only (layer_types, max_window_layers) is "
+                "not supported; supported: in all of them, or none"
+            )
+        strange = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+        if not window and "sliding_attention" in kinds:
+            raise self.refuse("layer_types has sliding_attention, but sliding_window is off")
+        if strange:
+            raise self.refuse(
+                f"layer_types has {printable(strange[0])}, which is not supported; supported: "
+                "full_attention, sliding_attention"
+            )
         return window
 
     def check_settings(self) -> None:
@@ -297,34 +406,48 @@ class _Reader:
                 shown = printable(json.dumps(value))
                 raise self.refuse(f"{name}={shown} is not supported; supported: {only}")
 
-    def rope(self, context: int) -> RopeConfig:
-        """RoPE settings from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-        given = self.content.get("rope_parameters") or self.content.get("rope_scaling") or {}
+    def rope(self, positions: int) -> RopeConfig:
+        """RoPE settings: `rope_scaling` if there is any, else `rope_parameters`.
+
+        In either, what it holds counts before the same key beside it in config.json, except
+        original_max_position_embeddings, where it is the other way round.
+        """
+        name = "rope_scaling" if self.content.get("rope_scaling") else "rope_parameters"
+        given = self.content.get(name) or {}
         if not isinstance(given, dict):
-            raise self.refuse(f"rope_parameters must be an object, got {printable(repr(given))}")
+            raise self.refuse(f"{name} must be an object, got {printable(repr(given))}")
+        other = self.content.get("rope_parameters")
+        if name == "rope_scaling" and other and other != given:
+            self.remarks.append(f"{self.where}: rope_scaling replaces rope_parameters altogether")
         kind = given.get("rope_type", given.get("type", "default"))
         if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
             kinds = ", ".join(_ROPE_REQUIRED)
             raise self.refuse(f"rope type {printable(kind)} is not supported; supported: {kinds}")
-        if given.get("partial_rotary_factor", 1.0) != 1.0:
-            raise self.refuse("partial_rotary_factor other than 1.0 is not supported")
-        nested = [name for name, value in given.items() if isinstance(value, dict)]
+        nested = [key for key, value in given.items() if isinstance(value, dict)]
         if nested:
             raise self.refuse(f"RoPE per layer type ({printable(nested[0])}) is not supported")
-        theta = self.number("rope_theta", self.content.get("rope_theta") or 10000.0, given)
+        partial = given.get("partial_rotary_factor", self.content.get("partial_rotary_factor"))
+        if partial not in (None, 1.0):
+            raise self.refuse(
+                f"partial_rotary_factor={printable(partial)} is not supported; supported: 1.0"
+            )
+        theta = self.number("rope_theta", self.beside("rope_theta", given) or 10000.0, given)
         values: dict[str, Any] = {
-            name: float(self.number(name, None, given)) for name in _ROPE_REQUIRED[kind]
+            key: float(self.number(key, None, given)) for key in _ROPE_REQUIRED[kind]
         }
         if kind in ("llama3", "yarn"):
-            outer = self.content.get("original_max_position_embeddings")
-            original = context if outer is None else outer
+            original = self.content.get("original_max_position_embeddings")
             values["original_max_position_embeddings"] = self.count(
-                "original_max_position_embeddings", original, given if outer is None else {}
+                "original_max_position_embeddings",
+                positions if original is None else original,
+                given if original is None else {},
             )
         if kind == "yarn":
-            for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-                if given.get(name):
-                    values[name] = float(self.number(name, None, given))
+            for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                if given.get(key):
+                    values[key] = float(self.number(key, None, given))
+            if given.get("attention_factor") is not None:
+                values["attention_factor"] = float(self.number("attention_factor", None, given))
             values["truncate"] = bool(given.get("truncate", True))
         if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
             raise self.refuse("low_freq_factor must be below high_freq_factor")
@@ -332,8 +455,31 @@ class _Reader:
             raise self.refuse(f"rope_theta must be above 1, got {theta}")
         return RopeConfig(kind=kind, theta=float(theta), **values)
 
-    def dtype(self) -> torch.dtype:
-        name = self.content.get("dtype") or self.content.get("torch_dtype") or "float32"
+    def beside(self, name: str, given: dict[str, Any]) -> Any:
+        """config.json's own value of a key that `given`, an object in it, may have too."""
+        outer = self.content.get(name)
+        if given.get(name) is not None and outer not in (None, given[name]):
+            self.remarks.append(
+                f"{self.where}: {name}={printable(given[name])} of the RoPE settings replaces "
+                f"{name}={printable(outer)} beside them"
+            )
+        return outer
+
+    def note_left_out(self, generation: dict[str, Any]) -> None:
+        """Remark on what generation_config.json asks for and nothing here applies."""
+        left_out = [
+            f"{printable(name)}={printable(json.dumps(value))}"
+            for name, value in generation.items()
+            if name not in _GENERATION_SILENT
+            and value not in (None, False, [], {}, *_GENERATION_NEUTRAL.get(name, ()))
+        ]
+        if left_out:
+            self.remarks.append(f"generation_config.json: not applied: {', '.join(left_out)}")
+
+    def dtype(self) -> torch.dtype | None:
+        name = self.content.get("dtype") or self.content.get("torch_dtype")
+        if name is None:
+            return None
         if not isinstance(name, str) or name.removeprefix("torch.") not in _DTYPES:
             raise self.refuse(
                 f"dtype {printable(name)} is not supported; supported: {', '.join(_DTYPES)}"
@@ -350,19 +496,26 @@ class _Reader:
 
 def resolve_dtype(name: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     """The dtype that a user's choice means: one of three, by name or itself, or "auto", the
-    checkpoint's."""
+    checkpoint's, which is float32 where it has no weights either."""
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     name = choice("dtype", name, ("auto", *_DTYPES))
-    return config.dtype if name == "auto" else _DTYPES[name]
+    return (config.dtype or torch.float32) if name == "auto" else _DTYPES[name]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is decoded. Temperature 0 is greedy; 0 switches top_k and min_p off, 1 top_p.
 
-    `stop` are strings that end the text, themselves not included; a single string will do. numpy's
-    numbers are taken for Python's. UserError for what is out of range or of another type.
+    `n` is how many completions are drawn for a prompt. One seed gives a prompt the same completions
+    in every run, whatever else is decoded beside it, and different prompts different noise; without
+    a seed each prompt gets a fresh one, which its completions name.
+    `stop` are strings that end the text, and `stop_token_ids` tokens that end it as end-of-text
+    does, which `ignore_eos` switches off; a stop string may hold special tokens, though the text
+    shows none. include_stop_str_in_output keeps what ended the text in the text. For the first
+    `min_tokens` tokens neither end-of-text nor stop_token_ids are chosen, and stop strings are not
+    looked for. Names and meanings are vLLM's. numpy's numbers are taken for Python's. UserError for
+    what is out of range or of another type.
     """
 
     max_tokens: int = 256
@@ -370,10 +523,14 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    n: int = 1
 
     def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
         # The generated __init__ would name the stranger, but not what could be meant.
@@ -386,19 +543,27 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checked = {
             "stop": _stop_strings(self.stop),
-            "max_tokens": integer("max_tokens", self.max_tokens, 1, 2**31 - 1),
+            "stop_token_ids": _stop_token_ids(self.stop_token_ids),
+            "max_tokens": (most := integer("max_tokens", self.max_tokens, 1, 2**31 - 1)),
+            "min_tokens": integer("min_tokens", self.min_tokens, 0, most),
             "top_k": integer("top_k", self.top_k, 0, 2**31 - 1),
-            "seed": integer("seed", self.seed, 0, 2**63 - 1),
+            "seed": None if self.seed is None else integer("seed", self.seed, 0, 2**63 - 1),
+            "n": integer("n", self.n, 1, MAX_COMPLETIONS),
             "temperature": real("temperature", self.temperature, 0.0, 1e4),
             "min_p": real("min_p", self.min_p, 0.0, 1.0),
             "top_p": real("top_p", self.top_p, 0.0, 1.0),
             "logprobs": flag("logprobs", self.logprobs),
             "ignore_eos": flag("ignore_eos", self.ignore_eos),
+            "include_stop_str_in_output": flag(
+                "include_stop_str_in_output", self.include_stop_str_in_output
+            ),
         }
         if checked["top_p"] == 0:
             raise UserError("top_p must be above 0 and at most 1, got 0")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.n > 1 and self.temperature == 0:
+            raise UserError(f"n must be 1 at temperature 0, where all are the same, got {self.n}")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
@@ -407,4 +572,14 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, list | tuple) or any(not isinstance(s, str) or not s for s in texts):
         raise UserError(f"stop must be non-empty strings, got {shown(stop)}")
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise UserError("stop must be valid Unicode, got a lone surrogate")
     return tuple(texts)
+
+
+def _stop_token_ids(ids: Any) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if not isinstance(ids, list | tuple):
+        raise UserError(f"stop_token_ids must be a list of token ids, got {shown(ids)}")
+    return tuple(integer("stop_token_ids", token_id, 0, 2**31 - 1) for token_id in ids)

@@ -2,8 +2,9 @@
 
 A pickle is read by torch's weights-only loader, which runs no code of the file's. Known layouts:
 
-    medusa_lm_head.pt   Medusa (Cai et al. 2024): {h}.{l}.linear.{weight,bias} are head h's blocks,
-                        {h}.{l}.weight behind the last of them is its own vocabulary matrix
+    medusa_lm_head.pt   Medusa (Cai et al. 2024), or medusa_lm_head.safetensors:
+                        {h}.{l}.linear.{weight,bias} are head h's blocks, {h}.{l}.weight behind the
+                        last of them is its own vocabulary matrix
     hydra_lm_head.pt    Hydra (Ankner et al. 2024), beside its config.json: hydra_mlp and
                         hydra_lm_head, and in Hydra++ one layer below them
     pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), beside its config.json; or a whole model,
@@ -19,35 +20,36 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, is_model, read_pickle, shards
-from mtpkern.config import read_json_object
-from mtpkern.errors import ModelLoadError, UserError, counted, printable
+from mtpkern.checkpoint import load_config, load_model, load_tensors
+from mtpkern.config import read_json_object, resolve_dtype
+from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.gguf_checkpoint import convert_gguf
+from mtpkern.head_checkpoint import check_heads
+from mtpkern.head_layouts import is_eagle3, read_medusa
 from mtpkern.meta_checkpoint import convert_meta
 
 MEDUSA_FILE = "medusa_lm_head.pt"
 KNOWN_FILES = (
     MEDUSA_FILE,
+    "medusa_lm_head.safetensors",
     "hydra_lm_head.pt",
     "pytorch_model.bin",
     "consolidated.pth",
     INDEX_FILE,
 )
-SUFFIXES = (".pt", ".pth", ".bin", ".gguf")
-_BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
-_OWN = re.compile(r"(\d+)\.(\d+)\.weight")
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
 
 
 def convert(source: Path, target: Path) -> None:
     """Convert `source`, a file or a directory that holds one, into the new directory `target`.
 
-    Raises UserError where there is nothing known in it or the target is in the way; nothing is left
-    behind then.
+    Raises UserError where there is nothing known in it, what is in it would not load, or the target
+    is in the way; nothing is left behind then.
     """
     if target.exists():
         raise UserError(f"{printable(target)} exists already")
@@ -65,25 +67,43 @@ def convert(source: Path, target: Path) -> None:
             convert_gguf(file, work)
         elif file.name == INDEX_FILE:
             convert_bin(shards(file.parent), work)
-        elif file.suffix in (".pt", ".pth", ".bin"):
-            tensors = read_pickle(file)
-            if "midlayer.hidden_norm.weight" in tensors:
-                _write_eagle3(tensors, work, file)
-            elif "tok_embeddings.weight" in tensors:
-                convert_meta(tensors, work, file)
-            elif is_model(tensors):
-                together = shards(file.parent)
-                convert_bin(together if file in together else [file], work)
-            elif any(name.startswith("hydra_mlp.") for name in tensors):
-                _write_hydra(tensors, work, file)
-            else:
-                _write_medusa(tensors, work, file)
+        elif file.suffix in SUFFIXES:
+            pickled = file.suffix != ".safetensors"
+            _write(read_pickle(file) if pickled else load_tensors(file), work, file)
         else:
             raise UserError(f"{printable(file)} is not a known kind; known: {', '.join(SUFFIXES)}")
         work.chmod(0o755)
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(tensors: dict[str, Tensor], directory: Path, file: Path) -> None:
+    """Write a model's or heads' tensors in a layout that loads, and see that they would."""
+    model = "tok_embeddings.weight" in tensors
+    if model:
+        convert_meta(tensors, directory, file)
+    elif is_eagle3(tensors):
+        _write_eagle3(tensors, directory, file)
+    elif is_model(tensors):
+        if file.suffix == ".safetensors":
+            raise UserError(f"{printable(file)} is a model in safetensors, which loads as it is")
+        together = shards(file.parent)
+        convert_bin(together if file in together else [file], directory)
+        return
+    elif any(name.startswith("hydra_mlp.") for name in tensors):
+        _write_hydra(tensors, directory, file)
+    else:
+        _write_medusa(tensors, directory, file)
+    try:
+        if model:
+            load_model(directory, dtype=resolve_dtype("auto", load_config(directory)))
+        if not model or any(name.startswith("extra_heads.") for name in tensors):
+            check_heads(directory)
+    except ModelLoadError as error:
+        # The directory goes; its name would tell nobody anything.
+        reason = str(error).replace(printable(directory), printable(file.parent))
+        raise ModelLoadError(reason) from None
 
 
 def _save(tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -102,30 +122,9 @@ def _write_eagle3(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
 
 
 def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
-    """Heads and depth are counted: published configs are known to say something else."""
-    blocks = {(int(m[1]), int(m[2])) for name in tensors if (m := _BLOCK.fullmatch(name))}
-    own = {int(m[1]): int(m[2]) for name in tensors if (m := _OWN.fullmatch(name))}
-    strange = [n for n in tensors if not _BLOCK.fullmatch(n) and not _OWN.fullmatch(n)]
-    if strange or not blocks:
-        what = f"{printable(strange[0])} has no place in them" if strange else "no blocks"
-        raise ModelLoadError(f"{printable(file)} holds no Medusa heads: {what}")
-    heads, depth = 1 + max(h for h, _ in blocks), 1 + max(d for _, d in blocks)
-    if len(blocks) != heads * depth or (own and own != dict.fromkeys(range(heads), depth)):
-        raise ModelLoadError(
-            f"{printable(file)}: {counted(heads, 'Medusa head')} of "
-            f"{counted(depth, 'block')} are not all there"
-        )
-    renamed = {
-        (f"{m[1]}.vocabulary.weight" if (m := _OWN.fullmatch(name)) else name): tensor
-        for name, tensor in tensors.items()
-    }
-    settings: dict[str, Any] = {
-        "model_type": "mtpkern_medusa",
-        "num_heads": heads,
-        "num_layers": depth,
-        "own_vocabulary": bool(own),
-    }
+    renamed, settings = read_medusa(tensors, {}, None, file)
     _save(renamed, directory)
+    settings = {"model_type": "mtpkern_medusa"} | settings
     (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
@@ -137,13 +136,13 @@ def _write_hydra(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> 
             f"{printable(file)}: Hydra heads must be grounded, on the final hidden state"
         )
     renamed: dict[str, Tensor] = {}
-    depth: dict[str, list[int]] = {}
+    depth: dict[str, set[int]] = {}
     for name in tensors:
-        if m := re.fullmatch(r"hydra_mlp\.(\d+)\.(\d+)\.linear\.weight", name):
-            depth.setdefault(m[1], []).append(int(m[2]))
+        if m := re.match(r"hydra_mlp\.(\d+)\.(\d+)\.", name):
+            depth.setdefault(m[1], set()).add(int(m[2]))
     for name, tensor in tensors.items():
         if m := re.fullmatch(r"hydra_mlp\.(\d+)\.(\d+)\.(\w+)\.(weight|bias)", name):
-            block = sorted(depth.get(m[1], [])).index(int(m[2]))
+            block = sorted(depth[m[1]]).index(int(m[2]))
             part = "residual" if m[3] == "res_connection" else f"{block}.{m[3]}"
             renamed[f"{m[1]}.{part}.{m[4]}"] = tensor
         elif m := re.fullmatch(r"hydra_lm_head\.(\d+)\.(?:1\.)?(weight|bias)", name):

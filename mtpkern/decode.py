@@ -11,7 +11,7 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.heads import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import Ops, Progress, SamplingRows
+from mtpkern.ops import Ops, Progress, SamplingRows, Withheld
 from mtpkern.synthetic import force_acceptance
 
 
@@ -105,13 +105,15 @@ def decode_step(
     ops: Ops,
     *,
     logprobs: bool = False,
+    withheld: Withheld | None = None,
     rows: int | None = None,
     heads: bool = True,
     least_chance: float = LEAST_CHANCE,
 ) -> StepOutput:
     """Advance every active sequence of `state` by 1 to K + 1 tokens, in place.
 
-    The host finds them in the ring, with their log-probabilities where those are asked for.
+    The host finds them in the ring, with their log-probabilities where those are asked for, which
+    are the model's own, whatever tokens are `withheld`.
     Only the first `rows` of the window are verified (None: all K + 1). heads=False drafts for the
     next window without the heads, which otherwise stop where the chance that all their drafts stand
     is below `least_chance`; both need `ops.branches`.
@@ -125,11 +127,12 @@ def decode_step(
     normed, projected = ops.project(
         hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
     )
-    target = projected.target((batch, rows), progress.lengths, state.sampling)
+    target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
+    largest = projected.largest((batch, rows))
     chances = projected.logprobs(target) if logprobs else None
     if state.forced is not None:
         force_acceptance(window, target, state.forced, progress.clock)
-    accepted, count = ops.advance(window, target, chances, progress)
+    accepted, count = ops.advance(window, target, largest, chances, progress)
     drafts = None
     if state.window.shape[1] > 1:
         features = join_taps(drafter, tapped, normed, config.num_layers)

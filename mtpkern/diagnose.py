@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 import mtpkern
-from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config
+from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config, read_entries
 from mtpkern.config import ModelConfig, resolve_dtype
 from mtpkern.engine import LLM, resolve_device
 from mtpkern.fetch import default_model_directory, is_complete, model_name
 from mtpkern.head_checkpoint import find_heads
 from mtpkern.tokenizer import Tokenizer
+from mtpkern.tokenizer_files import has_tokenizer
 
 _MIB = 1 << 20
 _PROBE_BYTES = 64 * _MIB, 1024 * _MIB
@@ -47,7 +48,7 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
         f"vocabulary {config.vocab_size}{' (tied)' if config.tie_word_embeddings else ''}",
     )
     yield "positions", f"{config.max_position_embeddings}, RoPE {_rope(config)}"
-    yield "dtype", f"{_name(config.dtype)} on disk, run in {_name(as_run)}"
+    yield "dtype", f"{_dtypes_on_disk(directory)}run in {_name(as_run)}"
     parameters = sum(math.prod(shape) for _, shape in expected_tensors(config))
     yield "parameters", f"{parameters / 1e6:.1f} million"
     step_bytes = bytes_per_step(config, as_run)
@@ -56,8 +57,10 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
     yield "KV per token", f"{kv_bytes / 1e3:.1f} kB, read in every step after it"
     heads = find_heads("auto", model_name(directory), directory)
     yield "heads", heads.name if heads else "none ship for this model; n-gram drafts only"
+    for remark in config.remarks:
+        yield "remark", remark
     check_checkpoint(directory)
-    Tokenizer.from_directory(directory).check_against(config)
+    yield "tokenizer", _tokenizer(directory, config)
     yield "will run", "yes (names, shapes, dtypes and tokenizer checked; weights not read)"
     bandwidth = measure_read_bandwidth(step_bytes)
     yield "read bandwidth", f"{bandwidth / 1e9:.1f} GB/s, measured on {_device()}"
@@ -211,6 +214,21 @@ def _device() -> str:
 def _threads() -> str:
     count = torch.get_num_threads()
     return f"{count} thread{'s' if count != 1 else ''}"
+
+
+def _tokenizer(directory: Path, config: ModelConfig) -> str:
+    if not has_tokenizer(directory):
+        return "none: prompts must be token ids"
+    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.check_against(config)
+    template = "with" if tokenizer.has_chat_template else "without"
+    return f"{tokenizer.vocab_size} tokens, {template} chat template"
+
+
+def _dtypes_on_disk(directory: Path) -> str:
+    """The weights' own dtypes, whatever config.json says."""
+    names = sorted({entry.dtype for entry in read_entries(directory).values()})
+    return f"{', '.join(names)} on disk, "
 
 
 def _rope(config: ModelConfig) -> str:

@@ -5,9 +5,11 @@ The only file that waits for the device: what a step emitted is read here, from 
 
 import gc
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from mtpkern.arguments import at_least, choice, flag, integer, location, real, shown
 from mtpkern.cache import KVCache, PagePool, Prefix
 from mtpkern.checkpoint import load_config
-from mtpkern.completion import Completion, Event, Request, Stats
+from mtpkern.completion import Completion, EncodedPrompt, Event, Request, Stats
 from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,
     ModelConfig,
@@ -46,7 +48,7 @@ from mtpkern.heads import (
     NoDrafter,
 )
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import HAS_TRITON, TORCH, Ops, sampling_key, with_pdl
+from mtpkern.ops import HAS_TRITON, TORCH, Ops, Withheld, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
@@ -54,6 +56,7 @@ from mtpkern.status import SILENT, Phase, Status
 from mtpkern.synthetic import draw_counts
 from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
+from mtpkern.tokenizer_files import has_tokenizer
 from mtpkern.trace import span
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]
@@ -71,6 +74,8 @@ GRAPH_CEILING = 2 << 30
 STEPS_AHEAD = 4
 # Timings of each step at load, behind one that sets things up.
 TIMED_STEPS = 3
+# Of a seed that nobody gave: as many as every reader of JSON keeps.
+SEED_BITS = 53
 
 # A message's content is text, or a list of parts {"type": "text", "text": ...}.
 Message = Mapping[str, Any]
@@ -91,6 +96,14 @@ class _Flight(NamedTuple):
     windows: tuple[Window | None, ...]
     seconds: float
     heads_drafted: int
+
+
+class _Job(NamedTuple):
+    """One completion to make, and which of its prompt's it is."""
+
+    prompt: EncodedPrompt
+    params: SamplingParams
+    completion_index: int
 
 
 class LLM:
@@ -226,6 +239,8 @@ class LLM:
                 ring=self._ring.words,
                 forced=forced,
             )
+            # For `min_tokens`; None in a run without.
+            self._withheld: Withheld | None = None
             self._clock = 0
             self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
             self.graph_bytes = 0
@@ -323,56 +338,98 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         speculate: bool = True,
+        **chat: Any,
     ) -> Completion:
         """Answer a conversation, a list of messages; its next turn is that list, the answer as
-        {"role": "assistant", "content": completion.text}, and the user's next message."""
+        {"role": "assistant", "content": completion.text}, and the user's next message. `chat` is as
+        in `encode`."""
         if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
             raise UserError(
                 f'messages must be a list of {{"role": ..., "content": ...}}, got {shown(messages)}'
             )
-        return self.generate([messages], params, speculate=speculate)[0]
+        if isinstance(params, SamplingParams) and params.n > 1:
+            raise UserError(f"n must be 1 in a conversation, got {params.n}")
+        return self.generate([messages], params, speculate=speculate, **chat)[0]
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         speculate: bool = True,
+        **chat: Any,
     ) -> list[Completion]:
         """Complete prompts (text, token ids or chat messages), `max_batch` at a time.
 
-        `speculate=False` is K = 0 through the same step, and gives the same tokens.
+        `params` are for all prompts, or a list of one for each. The completions come in the order
+        of the prompts, each prompt's `params.n` one after another; `Completion.index` counts them.
+        `speculate=False` is K = 0 through the same step, and gives the same tokens. `chat` is as in
+        `encode`, for all prompts.
         """
         self._check_open()
-        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
-        params, speculate = _checked_params(params), flag("speculate", speculate)
+        encoded = [self._encoded(prompt, chat) for prompt in _as_list(prompts)]
+        jobs, speculate = _jobs(encoded, params), flag("speculate", speculate)
         completions: dict[int, Completion] = {}
-        most = [min(params.max_tokens, self.max_length - len(prompt)) for prompt in encoded]
+        most = [min(job.params.max_tokens, self.max_length - len(job.prompt.ids)) for job in jobs]
         with self.status.phase("answering", sum(most), "tokens") as phase:
-            for index, event in self._run(encoded, params, speculate):
+            for number, event in self._run(jobs, speculate):
                 phase.advance()
                 if event.completion is not None:
-                    completions[index] = event.completion
-                    most[index] = len(event.completion.token_ids)
+                    completions[number] = event.completion
+                    most[number] = len(event.completion.token_ids)
                     phase.total = sum(most)
-        return [completions[i] for i in range(len(encoded))]
+        return [completions[i] for i in range(len(jobs))]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, speculate: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        speculate: bool = True,
+        **chat: Any,
     ) -> Generator[Event, None, None]:
         """Complete one prompt, token by token; the last event carries the completion."""
-        encoded, params = [self.encode(prompt)], _checked_params(params)
-        return self._events(encoded, params, flag("speculate", speculate))
+        jobs = _jobs([self._encoded(prompt, chat)], params)
+        if len(jobs) > 1:
+            raise UserError(f"n must be 1 for a stream, got {len(jobs)}")
+        return self._events(jobs, flag("speculate", speculate))
 
-    def _events(
-        self, encoded: list[list[int]], params: SamplingParams, speculate: bool
-    ) -> Generator[Event, None, None]:
-        for _, event in self._run(encoded, params, speculate):
+    def _events(self, jobs: list[_Job], speculate: bool) -> Generator[Event, None, None]:
+        for _, event in self._run(jobs, speculate):
             yield event
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; chat messages go through the model's template."""
+    def _encoded(self, prompt: Prompt, chat: Mapping[str, Any]) -> EncodedPrompt:
+        """A prompt's ids, and whether the answer goes on in the prompt's own text."""
+        ids = self.encode(prompt, **chat)
+        given = {**(chat.get("chat_template_kwargs") or {}), **chat}
+        return EncodedPrompt(ids, not _is_chat(prompt) or bool(given.get("continue_final_message")))
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt; chat messages go through the model's template.
+
+        That is given `tools` (JSON schemas), `documents` and `chat_template_kwargs`, and may leave
+        the last message to be continued: see `Tokenizer.apply_chat_template`.
+        """
         self._check_open()
+        given = chat_template_kwargs or {}
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise UserError(f"chat_template_kwargs must have names as keys, got {shown(given)}")
+        chat = dict(given)
+        for name, value in (
+            ("tools", tools),
+            ("documents", documents),
+            ("continue_final_message", continue_final_message or None),
+        ):
+            if value is not None:
+                chat[name] = value
         if isinstance(prompt, torch.Tensor | np.ndarray):
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -381,14 +438,16 @@ class LLM:
             )
         if not len(prompt):
             raise UserError("the prompt is empty")
-        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        if chat and not _is_chat(prompt):
+            raise UserError(f"{sorted(chat)[0]} needs a prompt of chat messages")
+        if not isinstance(prompt, str) and not _is_chat(prompt):
             ids = [integer("a token id", i, 0, self.config.vocab_size - 1) for i in prompt]
         elif self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer: prompts must be token ids")
         elif isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+            ids = self.tokenizer.apply_chat_template(prompt, **chat)  # type: ignore[arg-type]
         if not ids:
             raise UserError("the prompt is empty")
         if len(ids) >= self.max_length:
@@ -410,10 +469,8 @@ class LLM:
         )
 
     @torch.inference_mode()
-    def _run(
-        self, prompts: list[list[int]], params: SamplingParams, speculate: bool
-    ) -> Iterator[tuple[int, Event]]:
-        """Decode all prompts; the cache serves one run at a time."""
+    def _run(self, jobs: list[_Job], speculate: bool) -> Iterator[tuple[int, Event]]:
+        """Decode all jobs; the cache serves one run at a time."""
         self._check_open()
         if self._running:
             raise UserError(
@@ -425,41 +482,51 @@ class LLM:
                 f"torch had {counted(self._threads, 'thread')} when this LLM was loaded and has "
                 f"{torch.get_num_threads()} now: load it again"
             )
-        if params.temperature > 0 and not self.ops.branches:
+        if any(job.params.temperature > 0 for job in jobs) and not self.ops.branches:
             raise UserError("temperature above 0 needs device cpu in this version")
+        if any(i >= self.config.vocab_size for job in jobs for i in job.params.stop_token_ids):
+            raise UserError(f"stop_token_ids must be in 0..{self.config.vocab_size - 1}")
         self._running = True
         slots: list[Request | None] = []
         try:
-            for event in self._decode(slots, prompts, params, self.k if speculate else 0):
+            for event in self._decode(slots, jobs, self.k if speculate else 0):
                 yield event
                 self._check_open()
         finally:
             for slot, request in enumerate(slots):
                 if request is not None and not self._closed:
                     self._leave(slot, request)
+            self._withheld = None
             self._running = False
 
     def _decode(
         self,
         slots: list[Request | None],
-        prompts: list[list[int]],
-        params: SamplingParams,
+        jobs: list[_Job],
         k: int,
     ) -> Iterator[tuple[int, Event]]:
         """Take steps until all are done, refilling a slot as soon as its sequence has finished."""
         waiting = deque(
             Request(
-                index,
-                prompt,
-                params,
+                number,
+                job.prompt,
+                job.params,
+                completion_index=job.completion_index,
                 k=k,
-                room=self.max_length - len(prompt),
+                room=self.max_length - len(job.prompt.ids),
                 ends=self.eos_token_ids,
                 tokenizer=self.tokenizer,
             )
-            for index, prompt in enumerate(prompts)
+            for number, job in enumerate(jobs)
         )
-        batch = self._bucket(min(self.max_batch, len(prompts)))
+        if any(request.withheld for request in waiting):
+            if not self.ops.branches:
+                raise UserError("min_tokens needs device cpu in this version")
+            shape = self.max_batch, self.config.vocab_size
+            until = torch.zeros(self.max_batch, dtype=torch.int64)
+            self._withheld = Withheld(torch.zeros(shape, dtype=torch.bool), until)
+        logprobs = any(job.params.logprobs for job in jobs)
+        batch = self._bucket(min(self.max_batch, len(jobs)))
         slots += [None] * batch
         state = self._state.view(batch, k)
         state.progress.clock.fill_(self._clock)
@@ -480,8 +547,8 @@ class LLM:
             wanted = max(request.left for request in slots if request is not None)
             while len(flights) < min(self._ahead, wanted):
                 with _STEP:
-                    flights.append(self._take_step(state, slots, windows, lengths, params.logprobs))
-            yield from self._land(flights.popleft(), lengths, params.logprobs)
+                    flights.append(self._take_step(state, slots, windows, lengths, logprobs))
+            yield from self._land(flights.popleft(), lengths, logprobs)
             for slot, occupant in enumerate(slots):
                 if occupant is not None and occupant.finish_reason:
                     self._leave(slot, occupant)
@@ -514,7 +581,9 @@ class LLM:
 
     def _launch(self, state: DecodeState, k: int, lengths: Choice, logprobs: bool) -> StepOutput:
         """Launch a step of K = k one kernel after another, as a GPU's graphs do not."""
-        on_host = self.ops.branches
+        on_host, withheld = self.ops.branches, self._withheld
+        if withheld is not None:
+            withheld = Withheld(*(tensor[: len(state.window)] for tensor in withheld))
         return decode_step(
             state if on_host else self._state.view(len(state.window), k),
             self.trunk,
@@ -524,6 +593,7 @@ class LLM:
             rows=k + 1,
             heads=lengths.use_heads() if on_host else True,
             least_chance=lengths.least_chance() if on_host else LEAST_CHANCE,
+            withheld=withheld,
         )
 
     def _capture_all(self) -> None:
@@ -589,7 +659,7 @@ class LLM:
         -> what was drafted for its first step, where the host knows.
         """
         started = time.perf_counter()
-        state, progress = self._state, self._state.progress
+        state, progress, params = self._state, self._state.progress, request.params
         prompt = torch.tensor(request.prompt)
         progress.tokens[slot, : len(prompt)] = prompt.to(self.device)
         state.window[slot] = 0
@@ -598,13 +668,20 @@ class LLM:
             (progress.limits, len(prompt) + request.room),
             (progress.source, 0),
             (progress.drafted, 0),
-            (state.sampling.temperature, request.params.temperature),
-            (state.sampling.top_k, request.params.top_k),
-            (state.sampling.top_p, request.params.top_p),
-            (state.sampling.min_p, request.params.min_p),
-            (state.sampling.key, sampling_key(request.params.seed, 0)),
+            (state.sampling.temperature, params.temperature),
+            (state.sampling.top_k, params.top_k),
+            (state.sampling.top_p, params.top_p),
+            (state.sampling.min_p, params.min_p),
+            (
+                state.sampling.key,
+                sampling_key(params.seed or 0, request.completion_index, request.prompt),
+            ),
         ):
             tensor[slot] = value
+        if self._withheld is not None:
+            self._withheld.tokens[slot] = False
+            self._withheld.tokens[slot, list(request.withheld)] = True
+            self._withheld.until[slot] = len(prompt) + params.min_tokens
         ends = progress.ends[slot].fill_(-1)
         known = request.ends[: len(ends)]  # the host knows them all
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
@@ -740,6 +817,8 @@ class LLM:
         for request, record in taken:
             for event in request.take(record, k, now):
                 yield request.index, event
+            if record.broken and not request.finish_reason:
+                raise UserError("the model's logits are no numbers: another dtype may hold them")
 
     def _check_device(self) -> None:
         """Raise what the device died of, if it did."""
@@ -806,6 +885,10 @@ def _current(device: torch.device) -> str:
     return device.type
 
 
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Tell one prompt from a list of prompts."""
     if isinstance(prompts, torch.Tensor | np.ndarray):
@@ -824,12 +907,25 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _checked_params(params: SamplingParams | None) -> SamplingParams:
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise UserError(f"params must be SamplingParams, got {shown(params)}")
-    return params
+def _jobs(
+    prompts: list[EncodedPrompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[_Job]:
+    """The completions to make for each prompt, all of one prompt under one seed."""
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    wanted = "params must be SamplingParams, or a list of one for each prompt, got"
+    if not isinstance(params, list | tuple):
+        raise UserError(f"{wanted} {shown(params)}")
+    if strange := [one for one in params if not isinstance(one, SamplingParams)]:
+        raise UserError(f"{wanted} a list that holds {shown(strange[0])}")
+    if len(params) != len(prompts):
+        raise UserError(f"{wanted} {len(params)} for {counted(len(prompts), 'prompt')}")
+    jobs = []
+    for prompt, one in zip(prompts, params, strict=True):
+        if one.seed is None and one.temperature > 0:
+            one = replace(one, seed=secrets.randbits(SEED_BITS))
+        jobs += [_Job(prompt, one, index) for index in range(one.n)]
+    return jobs
 
 
 def _checked_rates(rates: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -844,7 +940,7 @@ def _checked_rates(rates: Sequence[float] | None) -> tuple[float, ...] | None:
 
 def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     """The checkpoint's tokenizer; None where it has none, which leaves prompts of token ids."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(directory):
         return None
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(config)

@@ -251,7 +251,7 @@ def _hub_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
         # Subdirectories and "consolidated" files hold the same weights in other layouts.
         other = ["*/*", "consolidated*"]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=other))

@@ -8,10 +8,12 @@ A directory holds config.json, whose `model_type` names the kind, and model.safe
     mtpkern_hydra    heads that see the drafts before them (`mtpkern convert` of hydra_lm_head.pt)
     mtpkern_layers   layers in place of the trunk's last one, names as there, prefixed "0.", ...
 
-Published kinds are in head_layouts.py; an EAGLE-3 head says so in `architectures`, a speculators
-one in `speculators_model_type`.
+Published kinds are in head_layouts.py. EAGLE-3 and Medusa heads are known by their tensors, those
+of speculators by `speculators_model_type`; Medusa's may lie in medusa_lm_head.safetensors.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +22,27 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoint import LayerWeights, conversion, fingerprint, layer_parts, load_tensors
+from mtpkern.checkpoint import (
+    LayerWeights,
+    conversion,
+    fingerprint,
+    layer_parts,
+    load_config,
+    load_tensors,
+    read_entries,
+)
 from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
 from mtpkern.head_layouts import (
     eagle3_shapes,
     hydra_shapes,
+    is_eagle3,
+    is_medusa,
     layers_shapes,
     medusa_shapes,
     mtp_layer_config,
     mtp_shapes,
     read_eagle3,
+    read_medusa,
     read_mimo,
     read_mtp_llama,
     read_speculators,
@@ -41,25 +54,39 @@ from mtpkern.ops import Ops
 from mtpkern.sequential_heads import Eagle3Drafter, ModulesDrafter, MtpDrafter, MtpWeights
 
 PRETRAINED = Path(__file__).with_name("pretrained")
-# Models that come with heads: model_type -> what config.json counts them by, and the count of a
-# model without.
-_BRINGS = {"mimo": ("num_nextn_predict_layers", 0), "mtp_llama": ("prediction_heads", 1)}
+MEDUSA_FILE = "medusa_lm_head.safetensors"
+# Models that come with heads: model_type -> what config.json counts them by, the count of a model
+# without, and where their tensors are.
+_BRINGS = {
+    "mimo": ("num_nextn_predict_layers", 0, "model.mtp_layers."),
+    "mtp_llama": ("prediction_heads", 1, "model.mtp_heads."),
+}
+_LOG = logging.getLogger(__name__)
 
 
 def find_heads(name: str, model: str, directory: Path | None = None) -> Path | None:
     """The directory of heads that `name` means for `model`; None where there are to be none.
 
     "auto" is what the checkpoint in `directory` brings along, or what ships for these weights of
-    the model, if anything; "none" nothing; else a name in the package or a directory. Raises
+    the model, if anything; "none" nothing; else a name in the package or a directory. A checkpoint
+    whose config.json names heads that its fine-tuning dropped has none, with a warning. Raises
     UserError for a name that is neither.
     """
     if name == "none":
         return None
     if name == "auto" and directory is not None and _has_weights(directory):
         settings = read_json_object(directory / "config.json")
-        count, none = _BRINGS.get(str(settings.get("model_type")), ("", 0))
+        count, none, prefix = _BRINGS.get(str(settings.get("model_type")), ("", 0, ""))
         if settings.get(count, none) not in (none, None):
-            return directory
+            if any(tensor.startswith(prefix) for tensor in read_entries(directory)):
+                return directory
+            _LOG.warning(
+                "%s has no tensors %s*, though %s=%s: it runs without heads of its own",
+                printable(directory),
+                prefix,
+                count,
+                settings[count],
+            )
     shipped = sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))
     if name == "auto":
         own = PRETRAINED / model
@@ -77,7 +104,7 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
 
 def _trained_on(heads: Path, base: Path | None) -> bool:
     """Whether heads fit these weights, as far as they name them and there are any."""
-    mark = read_json_object(heads / "config.json").get("base_model_fingerprint")
+    mark = _settings(heads).get("base_model_fingerprint")
     return not mark or base is None or not _has_weights(base) or mark == fingerprint(base)
 
 
@@ -115,30 +142,81 @@ def load_heads(
     `base` is the trunk's checkpoint, where heads that name their model's fingerprint are to be
     held to it.
     """
+    if not _trained_on(directory, base):
+        raise ModelLoadError(
+            f"{printable(directory)} was trained on other weights than those of {printable(base)}"
+        )
+    kind, tensors, settings = _read(directory, trunk.config)
+    embedding = tensors.get("embed_tokens.weight")
+    if embedding is not None and _is_same(embedding, trunk.embedding):
+        del tensors["embed_tokens.weight"]
+    drafter = kind.build(_Source(tensors, trunk), settings, trunk, cache, ops)
+    return drafter, settings.get("num_heads")  # of which each drafts one position
+
+
+def check_heads(directory: Path) -> None:
+    """ModelLoadError where there is no trunk for which these heads would load."""
+    tensors, settings, name = _open(directory)
+    try:
+        own = name in _BRINGS
+        trunk = load_config(directory) if own else _implied_trunk(name, tensors, settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelLoadError(
+            f"{printable(directory)} is not complete: {printable(error)}"
+        ) from None
+    _, tensors, _ = _read(directory, trunk)
+    for tensor, values in tensors.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise ModelLoadError(
+                f"{printable(directory)}: tensor {tensor} holds values that are not finite"
+            )
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """A directory's config.json, which Medusa heads do without."""
     path = directory / "config.json"
-    settings = read_json_object(path)
-    name = settings.get("model_type")
-    if settings.get("architectures") == ["LlamaForCausalLMEagle3"]:
-        name = "eagle3"
-    elif settings.get("speculators_model_type") is not None:
-        name = f"speculators_{settings['speculators_model_type']}"
-    kind = _KINDS.get(str(name))
+    if not path.is_file() and (directory / MEDUSA_FILE).is_file():
+        return {}
+    return read_json_object(path)
+
+
+def _open(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """A directory's tensors and settings, and the kind of heads that they are."""
+    settings = _settings(directory)
+    medusa = directory / MEDUSA_FILE
+    whole = (directory / "model.safetensors").is_file() or not medusa.is_file()
+    tensors = load_tensors(directory if whole else medusa)
+    name = str(settings.get("model_type"))
+    if not name.startswith("mtpkern_"):
+        if is_eagle3(tensors):
+            name = "eagle3"
+        elif settings.get("speculators_model_type") is not None:
+            name = f"speculators_{settings['speculators_model_type']}"
+        elif is_medusa(tensors):
+            name = "medusa"
+    return tensors, settings, name
+
+
+def _read(directory: Path, trunk: ModelConfig) -> tuple[_Kind, dict[str, Tensor], dict[str, Any]]:
+    """Heads for a trunk, checked against it: their kind, tensors and settings, in our names."""
+    path = directory / "config.json"
+    tensors, settings, name = _open(directory)
+    kind = _KINDS.get(name)
     if kind is None:
         raise ModelLoadError(
             f"{printable(path)}: model_type {printable(name)} is not supported; supported: "
             f"{', '.join(_KINDS)}"
         )
-    if not _trained_on(directory, base):
-        raise ModelLoadError(
-            f"{printable(directory)} was trained on other weights than those of {printable(base)}"
-        )
-    tensors = load_tensors(directory)
     try:
         if kind.read is not None:
-            tensors, settings = kind.read(tensors, settings, trunk.config, path)
-        shapes = kind.shapes(settings, trunk.config)
+            tensors, settings = kind.read(tensors, settings, trunk, path)
+        shapes = kind.shapes(settings, trunk)
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ModelLoadError):
+            raise
         raise ModelLoadError(f"{printable(path)} is not complete: {printable(error)}") from None
+    if name in _OWN_EMBEDDING and "embed_tokens.weight" in tensors:
+        shapes["embed_tokens.weight"] = (trunk.vocab_size, trunk.hidden_size)
     for tensor, shape in shapes.items():
         if tensor not in tensors:
             raise ModelLoadError(f"{printable(directory)}: tensor {tensor} is missing")
@@ -147,25 +225,64 @@ def load_heads(
                 f"{printable(directory)}: tensor {tensor} must be {list(shape)} to match the "
                 f"model, got {list(tensors[tensor].shape)}"
             )
-    embedding = tensors.pop("embed_tokens.weight", None)
-    if embedding is not None and not _is_same(embedding, trunk.embedding):
-        raise ModelLoadError(
-            f"{printable(directory)} has an embedding of its own, which is not supported"
-        )
+        if tensor != "draft_vocab" and not tensors[tensor].is_floating_point():
+            raise ModelLoadError(
+                f"{printable(directory)}: tensor {tensor} must hold floats, "
+                f"got {tensors[tensor].dtype}"
+            )
     if strange := sorted(tensors.keys() - shapes.keys()):
         raise ModelLoadError(
             f"{printable(directory)}: tensor {printable(strange[0])} has no place in such heads"
         )
     ids = tensors.get("draft_vocab", torch.zeros(1))
-    if ids.min() < 0 or ids.max() >= trunk.config.vocab_size:
+    if ids.min() < 0 or ids.max() >= trunk.vocab_size:
         raise ModelLoadError(
             f"{printable(directory)} drafts tokens that the model's vocabulary of "
-            f"{trunk.config.vocab_size} does not have"
+            f"{trunk.vocab_size} does not have"
         )
-    most = settings.get("num_heads")  # where each head drafts one position
+    most = settings.get("num_heads")
     if most is not None and most < 1:
         raise ModelLoadError(f"{printable(path)} names {most} heads")
-    return kind.build(_Source(tensors, trunk), settings, trunk, cache, ops), most
+    return kind, tensors, settings
+
+
+def _implied_trunk(
+    name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> ModelConfig:
+    """A trunk of the sizes that heads to be converted imply; KeyError where they are not all
+    there."""
+    queries = keys = head_dim = width = 1
+    layers = 1
+    if name == "eagle3":
+        inner = settings.get("transformer_layer_config", settings)
+        hidden, vocabulary = len(tensors["fc.weight"]), inner.get("vocab_size", 32000)
+        given = dict(settings.get("eagle_config") or {}) | dict(settings)
+        ids = given.get("eagle_aux_hidden_state_layer_ids") or [2, 4, 5]
+        # Three from the end, counted from 1 or from 0.
+        layers = int(ids[-1]) + (4 if ids[0] == 1 else 3)
+    elif name in ("medusa", "mtpkern_medusa"):
+        hidden = len(tensors["0.0.linear.weight"])
+        vocabulary = len(tensors.get("0.vocabulary.weight", tensors["0.0.linear.weight"]))
+    else:
+        hidden, vocabulary = len(tensors["0.0.linear.weight"]), len(tensors["0.vocabulary.weight"])
+        if settings.get("prefix"):
+            rows = [len(tensors[f"prefix.self_attn.{n}_proj.weight"]) for n in "qk"]
+            head_dim = math.gcd(*rows)
+            queries, keys = (n // head_dim for n in rows)
+            width = len(tensors["prefix.mlp.gate_proj.weight"])
+    return ModelConfig.from_json(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": "float32",
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": queries,
+            "num_key_value_heads": keys,
+            "head_dim": head_dim if head_dim % 2 == 0 else 2,
+        }
+    )
 
 
 class _Source:
@@ -269,8 +386,11 @@ def _build_mtp(
         own = _cache_beside(cache, weights[0].config, modules)
         return ModulesDrafter(weights, trunk, own, ops)
     module = _mtp_weights(source, "", settings, trunk, _vocabulary(source, trunk, ops), ops)
-    drafter = MtpDrafter if module.input_proj is not None else Eagle3Drafter
-    return drafter(module, trunk, _cache_beside(cache, module.config), ops)
+    kind = MtpDrafter if module.input_proj is not None else Eagle3Drafter
+    drafter = kind(module, trunk, _cache_beside(cache, module.config), ops)
+    if "embed_tokens.weight" in source:
+        drafter.embedding = source["embed_tokens.weight"]
+    return drafter
 
 
 def _mtp_weights(
@@ -298,6 +418,8 @@ def _mtp_weights(
         token_ids=token_ids,
         config=config,
         zero_first=bool(settings.get("zero_first")),
+        input_norm=source["input_norm.weight"] if settings.get("norm_before_fc") else None,
+        norm_before_residual=bool(settings.get("norm_before_residual")),
     )
 
 
@@ -309,5 +431,8 @@ _KINDS = {
     "mimo": _Kind(read_mimo, mtp_shapes, _build_mtp),
     "speculators_mtp": _Kind(read_speculators, mtp_shapes, _build_mtp),
     "eagle3": _Kind(read_eagle3, eagle3_shapes, _build_mtp),
+    "medusa": _Kind(read_medusa, medusa_shapes, _build_medusa),
     "mtp_llama": _Kind(read_mtp_llama, layers_shapes, _build_layers),
 }
+# Kinds that may look drafted tokens up in an embedding of their own.
+_OWN_EMBEDDING = ("eagle3",)

@@ -2,7 +2,11 @@
 
     mimo             the MTP layer that a MiMo checkpoint brings along (Xiaomi 2025)
     speculators_mtp  the same layer in a directory of its own, as vllm-project/speculators saves it
-    eagle3           an EAGLE-3 head as published (Li et al. 2025)
+    eagle3           an EAGLE-3 head as its authors publish it (Li et al. 2025), or as
+                     vllm-project/speculators does: known by its tensors, whatever its config is
+                     called
+    medusa           Medusa's heads (Cai et al. 2024) as their authors publish them, or as vLLM's
+                     converter wrote them: known by their tensors, and counted
     mtp_llama        layers in place of the trunk's last one, in the trunk's own checkpoint
                      (Gloeckle et al. 2024, in the names of ServiceNow's Fast-LLM)
 
@@ -10,7 +14,8 @@ A reader takes all tensors and the config.json of a directory; shapes come from 
 returns, and raise KeyError, TypeError or ValueError where those are not complete.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,44 @@ import torch
 from torch import Tensor
 
 from mtpkern.checkpoint import layer_parts
-from mtpkern.config import ModelConfig, ModelLoadError, RopeConfig, printable
+from mtpkern.config import ModelConfig, RopeConfig
+from mtpkern.errors import ModelLoadError, counted, printable
 
 Read = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+# What speculators leaves out of transformer_layer_config: Llama's defaults in transformers.
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+}
+_EAGLE3_LAYER = re.compile(r"(?:model\.)?(?:midlayer|layers\.0)\.(.+)")
+# Buffers, and what only training reads.
+_EAGLE3_UNUSED = re.compile(r".*rotary_emb\..*|(?:model\.)?verifier_(?:norm|lm_head)\.weight")
+_EAGLE3_NAMES = {
+    "input_layernorm.weight": "token_layernorm.weight",
+    "hidden_norm.weight": "hidden_layernorm.weight",
+    "norm.weight": "final_layernorm.weight",
+    "lm_head.weight": "vocabulary.weight",
+}
+# Settings of variants, with the values under which they change nothing.
+_EAGLE3_NEUTRAL = {
+    "fc_norm": False,
+    "norm_output": False,
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+}
+
+
+def is_eagle3(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an EAGLE-3 head, which norms both halves."""
+    plain = {name.removeprefix("model.") for name in names}
+    layers = ("midlayer", "layers.0")
+    return "fc.weight" in plain and any(f"{n}.hidden_norm.weight" in plain for n in layers)
 
 
 def read_eagle3(
@@ -29,71 +69,154 @@ def read_eagle3(
 ) -> Read:
     """An EAGLE-3 head as published, in the names and settings of our own sequential heads.
 
-    It taps three layers of the trunk (their outputs, counted from 1), and its context is the
-    trunk's, whatever its config says. d2t holds distances: id = row + d2t[row].
+    It taps three layers of the trunk, and its context is the trunk's, whatever its config says; nor
+    does the number of layers there count, which may be the trunk's. d2t holds distances: id = row +
+    d2t[row].
     """
-    llama = {"num_hidden_layers": 1} | dict(settings) | {"model_type": "llama"}
-    layer = ModelConfig.from_json(llama | {"architectures": ["LlamaForCausalLM"]})
+    given = dict(settings.get("eagle_config") or {}) | dict(settings)
+    inner = settings.get("transformer_layer_config")
+    sizes = dict(settings) if inner is None else _LLAMA_DEFAULTS | dict(inner)
+    layer = ModelConfig.from_json(
+        sizes
+        | {"num_hidden_layers": 1, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    )
     if layer.vocab_size != trunk.vocab_size:
         raise ModelLoadError(
             f"{printable(path)}: vocab_size must be {trunk.vocab_size} to match the model, "
             f"got {layer.vocab_size}"
         )
-    L = trunk.num_layers
-    # Some count the tapped layers from 1, some from 0: both are the same three.
-    usual = {
-        "num_hidden_layers": (1,),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "norm_before_residual": (False,),
-        "norm_before_fc": (False,),
-        "fc_norm": (False,),
-        "norm_output": (False,),
-        "eagle_aux_hidden_state_layer_ids": ([2, L // 2, L - 3], [1, L // 2 - 1, L - 4]),
-    }
-    given = dict(settings.get("eagle_config") or {}) | dict(settings)
-    for name, values in usual.items():
-        if given.get(name) not in (None, *values):
+    for name, neutral in _EAGLE3_NEUTRAL.items():
+        if given.get(name) not in (None, neutral):
             raise ModelLoadError(
                 f"{printable(path)}: {name}={printable(given[name])} is not supported in EAGLE-3 "
-                f"heads; supported: {values[0]}"
+                f"heads; supported: {neutral}"
             )
-    own = {name.removeprefix("midlayer."): tensor for name, tensor in tensors.items()}
-    for ours, theirs in (
-        ("token_layernorm", "input_layernorm"),
-        ("hidden_layernorm", "hidden_norm"),
-        ("final_layernorm", "norm"),
-        ("vocabulary", "lm_head"),
-    ):
-        if f"{theirs}.weight" in own:
-            own[f"{ours}.weight"] = own.pop(f"{theirs}.weight")
-    own.pop("t2d", None)  # d2t the other way round
-    rows = settings.get("draft_vocab_size") or trunk.vocab_size
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if re.match(r"(model\.)?layers\.[1-9]", name):
+            raise ModelLoadError(f"{printable(path)}: EAGLE-3 heads of one layer are supported")
+        if not _EAGLE3_UNUSED.fullmatch(name):
+            in_layer = _EAGLE3_LAYER.fullmatch(name)
+            plain = in_layer[1] if in_layer else name.removeprefix("model.")
+            own[_EAGLE3_NAMES.get(plain, plain)] = tensor
+    # The draft vocabulary comes twice, from either side.
+    chosen = own.pop("t2d", None)
     if "d2t" in own:
         distances = own.pop("d2t").long()
         own["draft_vocab"] = distances + torch.arange(len(distances))
+    elif chosen is not None:
+        own["draft_vocab"] = chosen.nonzero().flatten()
+    rows = settings.get("draft_vocab_size") or trunk.vocab_size
     return own, {
-        "tap_layers": [2, L // 2, L - 3],
+        "tap_layers": _eagle3_taps(given, trunk.num_layers, inner is not None, path),
         "num_attention_heads": layer.num_heads,
         "num_key_value_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
         "intermediate_size": layer.intermediate_size,
         "rms_norm_eps": layer.rms_norm_eps,
         "rope": layer.rope,
+        "qkv_bias": "self_attn.q_proj.bias" in own,
+        "qk_norm": "self_attn.q_norm.weight" in own,
         "draft_vocab_size": rows if "draft_vocab" in own else None,
+        "own_vocabulary": "vocabulary.weight" in own,
+        "norm_before_fc": bool(given.get("norm_before_fc")),
+        "norm_before_residual": bool(given.get("norm_before_residual")),
     }
+
+
+def _eagle3_taps(given: Mapping[str, Any], L: int, counted: bool, path: Path) -> list[int]:
+    """After how many of the trunk's L layers its states are tapped.
+
+    That is what the ids mean where they are `counted` so (speculators). Others count the layers
+    from 1 or from 0, so that only the usual three are known for sure.
+    """
+    name = "eagle_aux_hidden_state_layer_ids"
+    usual, ids = [2, L // 2, L - 3], given.get(name)
+    if ids is None or (not counted and ids in (usual, [1, L // 2 - 1, L - 4])):
+        return usual
+    if counted and isinstance(ids, list) and all(type(i) is int and 0 < i < L for i in ids):
+        return ids
+    raise ModelLoadError(
+        f"{printable(path)}: {name}={printable(ids)} is not supported in EAGLE-3 heads for a model "
+        f"of {L} layers; supported: {usual}"
+    )
 
 
 def eagle3_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tuple[int, ...]]:
     taps, E = settings["tap_layers"], trunk.hidden_size
-    if taps != sorted(set(taps)):
+    if taps != sorted(set(taps)) or len(taps) != 3:
         raise ValueError(f"EAGLE-3 taps layers {taps}: the model has too few")
     shapes = mtp_shapes(dict(settings, tap_layers=[trunk.num_layers]), trunk)
     del shapes["input_proj.weight"], shapes["input_layernorm.weight"]
     for name in ("q_proj", "k_proj", "v_proj"):
         shapes[f"self_attn.{name}.weight"] = (shapes[f"self_attn.{name}.weight"][0], 2 * E)
-    rows = settings["draft_vocab_size"] or trunk.vocab_size
-    return shapes | {"fc.weight": (E, 3 * E), "vocabulary.weight": (rows, E)}
+    if settings["own_vocabulary"]:
+        rows = settings["draft_vocab_size"] or trunk.vocab_size
+        shapes["vocabulary.weight"] = (rows, E)
+    if settings["norm_before_fc"]:
+        shapes["input_norm.weight"] = (3 * E,)
+    return shapes | {"fc.weight": (E, 3 * E)}
+
+
+# Blocks, and vocabularies behind them: the authors' names, alone or in a whole model, and vLLM's.
+_MEDUSA_BLOCK = re.compile(
+    r"(?:medusa_head\.)?(\d+)\.(\d+)\.linear\.(weight|bias)"
+    r"|blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)"
+)
+_MEDUSA_VOCABULARY = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.weight|lm_heads\.(\d+)\.weight")
+
+
+def is_medusa(names: Iterable[str]) -> bool:
+    """Whether there are blocks of Medusa heads among tensors of these names."""
+    return any(_MEDUSA_BLOCK.fullmatch(name) for name in names)
+
+
+def read_medusa(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], trunk: Any, path: Path
+) -> Read:
+    """Medusa heads as published. Heads and depth are counted: configs are known to say something
+    else. The blocks of a head are one block, so that a file may hold the first alone."""
+    blocks: dict[tuple[int, int], dict[str, Tensor]] = {}
+    vocabularies: dict[int, Tensor] = {}
+    depths = set()
+    for name, tensor in tensors.items():
+        if m := _MEDUSA_BLOCK.fullmatch(name):
+            head, block, part = (group for group in m.groups() if group is not None)
+            blocks.setdefault((int(head), int(block)), {})[part] = tensor
+        elif m := _MEDUSA_VOCABULARY.fullmatch(name):
+            vocabularies[int(m[1] or m[3])] = tensor
+            depths |= {int(m[2])} if m[2] else set()
+        else:
+            raise ModelLoadError(
+                f"{printable(path)} holds no Medusa heads: {printable(name)} has no place in them"
+            )
+    if not blocks:
+        raise ModelLoadError(f"{printable(path)} holds no Medusa heads: no blocks")
+    heads = 1 + max(head for head, _ in blocks)
+    depth = max(depths, default=1 + max(block for _, block in blocks))
+    for head in range(heads):
+        for block in range(1, depth):
+            if (head, 0) in blocks:
+                blocks.setdefault((head, block), blocks[head, 0])
+    everywhere = set(range(heads))
+    whole = len(blocks) == heads * depth and vocabularies.keys() in (set(), everywhere)
+    if not whole or len(depths) > 1:
+        raise ModelLoadError(
+            f"{printable(path)}: {counted(heads, 'Medusa head')} of {counted(depth, 'block')} are "
+            "not all there"
+        )
+    own: dict[str, Tensor] = {}
+    biased = any("bias" in parts for parts in blocks.values())
+    for (head, block), parts in blocks.items():
+        if not biased and parts["weight"].dim():
+            parts = parts | {"bias": parts["weight"].new_zeros(len(parts["weight"]))}
+        own |= {f"{head}.{block}.linear.{part}": tensor for part, tensor in parts.items()}
+    own |= {f"{head}.vocabulary.weight": tensor for head, tensor in vocabularies.items()}
+    return own, {
+        "num_heads": heads,
+        "num_layers": depth,
+        "own_vocabulary": bool(vocabularies),
+    }
 
 
 def read_mimo(
@@ -113,6 +236,11 @@ def read_mimo(
     # One module drafts all positions and needs no number.
     prefix = "model.mtp_layers.0." if modules == 1 else "model.mtp_layers."
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not own:
+        raise ModelLoadError(
+            f"{printable(path)} names MTP layers, but there are no tensors model.mtp_layers: heads "
+            "none does without"
+        )
     return own, {
         "tap_layers": [trunk.num_layers],
         "num_attention_heads": trunk.num_heads,
@@ -220,7 +348,7 @@ def mtp_layer_config(settings: Mapping[str, Any], trunk: ModelConfig) -> ModelCo
         rms_norm_eps=settings["rms_norm_eps"],
         rope=rope,
         qkv_bias=bool(settings.get("qkv_bias")),
-        qk_norm=False,
+        qk_norm=bool(settings.get("qk_norm")),
         sliding_window=0,
     )
 
@@ -260,6 +388,8 @@ def mtp_shapes(settings: Mapping[str, Any], trunk: ModelConfig) -> dict[str, tup
     if config.qkv_bias:
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
             shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
     if settings.get("draft_vocab_size"):
         shapes["draft_vocab"] = (settings["draft_vocab_size"],)
     return shapes

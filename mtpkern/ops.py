@@ -37,6 +37,7 @@ __all__ = [
     "Ops",
     "Progress",
     "SamplingRows",
+    "Withheld",
     "sampling_key",
     "with_pdl",
 ]
@@ -51,6 +52,13 @@ ONE_READ_ROWS = 512
 PREFILL_ROWS = tuple(range(64, 513, 64))
 
 
+class Withheld(NamedTuple):
+    """Tokens that B sequences may not choose yet, since too few have come (min_tokens)."""
+
+    tokens: Tensor  # [B, V] bool
+    until: Tensor  # [B] int64, the index of the first token that may be any
+
+
 class Projected(Protocol):
     """What a window's rows say about the next tokens: of the LM head and of H parallel heads.
 
@@ -58,8 +66,17 @@ class Projected(Protocol):
     index behind[b] + 1 + t.
     """
 
-    def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
+    def target(
+        self,
+        shape: tuple[int, int],
+        behind: Tensor,
+        sampling: SamplingRows,
+        withheld: Withheld | None = None,
+    ) -> Tensor:
         """The model's own choices [B, T] = shape, int64."""
+
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        """The largest of each row's own logits, [B, T] = shape, float32; NaN if one of them is."""
 
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
@@ -95,9 +112,21 @@ class Logits(NamedTuple):
 
     logits: Tensor  # [B * T, 1 + H, V]
 
-    def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
-        own = self.logits[:, 0].view(*shape, -1)
-        return sample_ref(own, _positions(behind, shape[1]), sampling)
+    def target(
+        self,
+        shape: tuple[int, int],
+        behind: Tensor,
+        sampling: SamplingRows,
+        withheld: Withheld | None = None,
+    ) -> Tensor:
+        own, positions = self.logits[:, 0].view(*shape, -1), _positions(behind, shape[1])
+        if withheld is not None:
+            early = positions < withheld.until[:, None]
+            own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
+        return sample_ref(own, positions, sampling)
+
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        return self.logits[:, 0].amax(-1).float().view(shape)
 
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
@@ -178,8 +207,19 @@ class Likeliest(NamedTuple):
     heads: int  # H
     later: Callable[[Tensor], Projection] | None = None  # rows [B] -> of B * H rows
 
-    def target(self, shape: tuple[int, int], behind: Tensor, sampling: SamplingRows) -> Tensor:
+    def target(
+        self,
+        shape: tuple[int, int],
+        behind: Tensor,
+        sampling: SamplingRows,
+        withheld: Withheld | None = None,
+    ) -> Tensor:
+        if withheld is not None:
+            raise ValueError("withheld needs logits, which are not kept here")
         return self.kept.ids[: shape[0] * shape[1], 0].view(shape)
+
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        return self.kept.values[: shape[0] * shape[1], 0].view(shape)
 
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows

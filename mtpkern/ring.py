@@ -25,6 +25,7 @@ class StepRecord(NamedTuple):
     source: int
     target: list[int]  # T tokens, of which accepted + 1 were emitted
     logprobs: list[float]  # of the targets, where the step wrote them
+    broken: bool  # the last of those emitted is no token: its logits were NaN or infinite
 
 
 class Ring:
@@ -62,6 +63,13 @@ class Ring:
         targets = low[:, 1 : 1 + rows].tolist()
         chances = low[:, 1 + rows :].view(numpy.float32).tolist()
         return [
-            StepRecord(word & 0xFF, word >> 8 & 0xFF, word >> 16 & 0xFF, target, chance)
+            StepRecord(
+                word & 0xFF,
+                word >> 8 & 0xFF,
+                word >> 16 & 0xFF,
+                target,
+                chance,
+                bool(word >> 24 & 2),
+            )
             for word, target, chance in zip(low[:, 0].tolist(), targets, chances, strict=True)
         ]

@@ -137,6 +137,9 @@ class MtpWeights:
     token_ids: Tensor  # [Vd] int64
     config: ModelConfig  # the trunk's, with the layer's head counts and sizes
     zero_first: bool = False  # the first pair of a sequence has an embedding of zeros (MiMo)
+    # Variants of EAGLE-3.
+    input_norm: Tensor | None = None  # [n*E], of what fc takes
+    norm_before_residual: bool = False
 
 
 class MtpDrafter(CachedDrafter):
@@ -194,8 +197,10 @@ class MtpDrafter(CachedDrafter):
         )
 
     def _hidden(self, features: Tensor) -> Tensor:
-        fc = self.weights.fc
-        return features if fc is None else self.ops.linear(features, fc)
+        w = self.weights
+        if w.input_norm is not None:
+            features = self.ops.rms_norm(features, w.input_norm, w.config.rms_norm_eps)
+        return features if w.fc is None else self.ops.linear(features, w.fc)
 
     def _join(
         self, w: MtpWeights, hidden: Tensor, tokens: Tensor, index: Tensor | None = None
@@ -317,6 +322,8 @@ class Eagle3Drafter(MtpDrafter):
 
         x_j = h_j;  inputs_j = [norm(e_{j+1}), norm(h_j)];  o_j = layer(x_j, inputs_j)
         draft = argmax(norm(o_j) V^T)
+
+    x_j is norm(h_j) where the norm comes before the residual.
     """
 
     def _join(
@@ -326,7 +333,7 @@ class Eagle3Drafter(MtpDrafter):
         pair = hidden.new_empty(len(hidden), 2 * E)
         self.ops.rms_norm(self.embedding, w.token_norm, eps, ids=tokens, out=pair[:, :E])
         self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, E:])
-        return hidden, pair
+        return pair[:, E:].contiguous() if w.norm_before_residual else hidden, pair
 
     def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
         return self._block(x, inputs, cache, rows)

@@ -195,7 +195,11 @@ class Status:
             return
         due = time.time() - self._printed_at >= REPEATED_AFTER
         if phase.announced and due:
-            self._print(phase.line(f"{phase.seconds:.0f} s so far"))
+            left = ""
+            if phase.total and phase.done:
+                rest = phase.seconds * (phase.total - phase.done) / phase.done
+                left = f", {tqdm.format_interval(rest)} left"
+            self._print(phase.line(f"{phase.seconds:.0f} s so far{left}"))
         elif not phase.announced and (due or not around):
             phase.announced = True
             self._print(f"{phase.what} ...")

@@ -98,6 +98,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": dict(head_dim=20),
     "qwen3_biases": dict(head_dim=16, attention_bias=True, num_key_value_heads=4),
     "mimo": dict(),
+    # A window from layer max_window_layers on: every layer's, or none's.
+    "qwen2_window_7": dict(sliding_window=7, use_sliding_window=True, max_window_layers=0),
+    "qwen3_window_7": dict(
+        head_dim=20, sliding_window=7, use_sliding_window=True, max_window_layers=0
+    ),
+    "qwen3_window_of_no_layer": dict(
+        head_dim=20, sliding_window=7, use_sliding_window=True, max_window_layers=2
+    ),
 }
 
 # One at which no family's 64 greedy tokens meet a near-tie. New families go last in the table.

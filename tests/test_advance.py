@@ -1,5 +1,7 @@
 """advance: what a step decided reaches the cache, the tokens and the ring as defined."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,8 +9,16 @@ from torch import Tensor
 from mtpkern.kernels.advance import STEP_MASK, Progress, advance, advance_ref
 
 
-def make(batch: int, rows: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor, Progress]:
-    """A batch before the end of a step, drafts right now and then, one sequence finished."""
+class Inputs(NamedTuple):
+    window: Tensor
+    target: Tensor
+    largest: Tensor
+    progress: Progress
+
+
+def make(batch: int, rows: int, seed: int) -> Inputs:
+    """A batch before the end of a step, drafts right now and then, one sequence finished, and a few
+    rows without a largest logit."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(*shape: int, high: int = 5) -> Tensor:
@@ -27,7 +37,10 @@ def make(batch: int, rows: int, seed: int, device: str = "cpu") -> tuple[Tensor,
     clock = torch.full((batch,), 2 * 2**31 - 2 + seed % 3)
     tokens, ring = ids(batch, 9 + 2 * rows + 3), torch.zeros(3, batch, 2 * rows + 3).long()
     progress = (tokens, lengths, active, limits, ends, source, drafted, clock, ring)
-    return window.to(device), target.to(device), Progress(*(t.to(device) for t in progress))
+    largest = torch.randn(batch, rows, generator=generator)
+    no_numbers = torch.tensor([torch.nan, torch.inf, -torch.inf])[ids(batch, rows, high=3)]
+    largest = torch.where(ids(batch, rows, high=2 * rows) == 0, no_numbers, largest)
+    return Inputs(window, target, largest, Progress(*progress))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 17, 64])
@@ -36,12 +49,14 @@ def test_the_kernel_ends_a_step_as_the_definition_does(
     gpu: str, rows: int, with_logprobs: bool
 ) -> None:
     for batch, seed in ((1, 0), (7, 1), (33, 2)):
-        window, target, progress = make(batch, rows, seed)
+        window, target, largest, progress = make(batch, rows, seed)
         logprobs = -torch.rand(batch, rows, generator=torch.Generator().manual_seed(3))
-        given = (window.to(gpu).clone(), target.to(gpu), logprobs.to(gpu))
+        wider = torch.nn.functional.pad(largest, (0, 3)).to(gpu)
+        given = (window.to(gpu).clone(), target.to(gpu), wider[:, :rows])
         on_gpu = Progress(*(t.to(gpu).clone() for t in progress))
-        out = advance(*given[:2], given[2] if with_logprobs else None, on_gpu)
-        expected = advance_ref(window, target, logprobs if with_logprobs else None, progress)
+        out = advance(*given, logprobs.to(gpu) if with_logprobs else None, on_gpu)
+        of_both = logprobs if with_logprobs else None
+        expected = advance_ref(window, target, largest, of_both, progress)
         for mine, theirs in zip((*out, given[0]), (*expected, window), strict=True):
             torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0)
         written = 1 + rows * (2 if with_logprobs else 1)
@@ -52,10 +67,11 @@ def test_the_kernel_ends_a_step_as_the_definition_does(
 
 
 def test_a_word_of_the_ring_carries_its_step_and_its_content() -> None:
-    window, target, progress = make(4, 3, 5)
+    window, target, _, progress = make(4, 3, 5)
+    largest = torch.ones(4, 3)
     before = progress.active.clone()
     logprobs = torch.tensor([[-0.5, -1.5, -2.5]] * 4)
-    accepted, _ = advance_ref(window, target, logprobs, progress)
+    accepted, _ = advance_ref(window, target, largest, logprobs, progress)
     step = int(progress.clock[0])
     words = progress.ring[step % 3]
     assert (words[:, :7] >> 32 == step & STEP_MASK).all()
@@ -66,13 +82,30 @@ def test_a_word_of_the_ring_carries_its_step_and_its_content() -> None:
 
 
 def test_a_finished_sequence_stays_as_it_is() -> None:
-    window, target, progress = make(6, 4, 7)
+    window, target, _, progress = make(6, 4, 7)
     progress.active.zero_()
     before = [t.clone() for t in (*progress[:3], window)]
-    _, count = advance_ref(window, target, None, progress)
-    assert not count.any()
+    _, count = advance_ref(window, target, torch.full((6, 4), torch.nan), None, progress)
+    assert not count.any() and not (progress.ring >> 24 & 0xFF).any()
     for mine, theirs in zip((*progress[:3], window), before, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_stands_behind_a_row_without_a_largest_logit(value: float) -> None:
+    """Two of three drafts stand; row by row the logits are no numbers."""
+    for row in range(4):
+        _, _, _, progress = make(1, 4, 0)
+        progress.active.fill_(1), progress.limits.fill_(100), progress.ends.fill_(-1)
+        before = progress.lengths.clone()
+        window, target = torch.tensor([[9, 1, 2, 3]]), torch.tensor([[1, 2, 8, 4]])
+        largest = torch.ones(1, 4)
+        largest[0, row] = value
+        accepted, count = advance_ref(window, target, largest, None, progress)
+        state = progress.ring[progress.clock % 3, 0, 0] >> 24 & 0xFF
+        assert int(accepted) == min(row, 2) and int(count) == int(accepted) + 1
+        assert torch.equal(progress.lengths, before + count)
+        assert (int(state), int(progress.active)) == ((3, 0) if row < 3 else (1, 1))
 
 
 def test_a_sequence_ends_at_its_limit_and_at_its_tokens() -> None:
@@ -90,7 +123,7 @@ def test_a_sequence_ends_at_its_limit_and_at_its_tokens() -> None:
             one,
             torch.zeros(2, 1, 7).long(),
         )
-        advance_ref(window, target, None, progress)
+        advance_ref(window, target, torch.ones(1, 3), None, progress)
         assert progress.lengths.item() == 7
         return int(progress.active)
 

@@ -84,17 +84,6 @@ def test_a_checkpoint_does_not_change_when_its_tensors_are_written_to(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_saved_rotary_buffers_and_tied_heads_are_ignored(tmp_path):
-    tiny_checkpoint(tmp_path)
-    extra = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "lm_head.weight": torch.zeros(307, 48),
-    }
-    rewrite(tmp_path, lambda tensors: tensors.update(extra))
-    _, weights = load_model(tmp_path, dtype=torch.float32)
-    assert weights.lm_head is weights.embedding
-
-
 DOWN = "model.layers.2.mlp.down_proj.weight"
 
 

@@ -40,6 +40,7 @@ SCHEMA = {
     "dtype": str,
     "load_seconds": float,
     "prompt_tokens": int,
+    "seed": type(None),
     "text": str,
     "token_ids": list,
     "finish_reason": str,
@@ -107,6 +108,28 @@ def test_the_json_object_is_the_published_one_and_alone_on_stdout(generate):
     assert compare["plain"]["steps"] == compare["plain"]["new_tokens"]
 
 
+def test_an_answer_without_a_seed_names_the_one_that_repeats_it(generate):
+    sampled = (PROMPT, "--json", "--temperature", "30")
+    code, out, _ = generate(*sampled, "--compare")
+    first, second = json.loads(out), json.loads(generate(*sampled)[1])
+    assert code == 0 and first["compare"]["identical"] is True
+    assert first["seed"] != second["seed"] and first["token_ids"] != second["token_ids"]
+    again = json.loads(generate(*sampled, "--seed", str(first["seed"]))[1])
+    assert (again["seed"], again["token_ids"]) == (first["seed"], first["token_ids"])
+
+
+@pytest.mark.parametrize("mode", [(), ("--compare",), ("--json",), ("--json", "--compare")])
+def test_logits_that_are_no_numbers_are_one_line_and_exit_2(tmp_path, capsys, mode):
+    directory = tiny_checkpoint(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"].fill_(6e4)
+    save_file(tensors, directory / "model.safetensors")
+    code = main(["generate", PROMPT, "--model", str(directory), "--dtype", "float16", *mode])
+    captured = capsys.readouterr()
+    assert captured.out.strip() == ""
+    assert_one_line_of_blame(code, captured, "logits are no numbers")
+
+
 def test_without_compare_the_json_object_says_null(generate):
     assert json.loads(generate(PROMPT, "--json")[1])["compare"] is None
 
@@ -122,8 +145,8 @@ def test_compare_finds_the_tokens_identical(generate, sampling):
 def test_compare_says_where_the_tokens_differ_and_fails(generate, monkeypatch):
     honest = LLM.generate
 
-    def broken(self, prompts, params=None, *, speculate=True):
-        completions = honest(self, prompts, params, speculate=speculate)
+    def broken(self, prompts, params=None, *, speculate=True, **chat):
+        completions = honest(self, prompts, params, speculate=speculate, **chat)
         if not speculate:
             completions[0].token_ids[2] += 1
         return completions
@@ -153,6 +176,17 @@ def test_a_stop_string_ends_the_text_before_it(generate):
     code, out, _ = generate(PROMPT, "--raw", "--stop", stop)
     assert code == 0
     assert out == text[: text.index(stop)] + "\n"
+
+
+def test_the_flags_that_stop_an_answer_reach_it(generate):
+    ids = json.loads(generate(PROMPT, "--raw", "--json")[1])["token_ids"]
+    end = ["--raw", "--json", "--stop-token-id", str(ids[3])]
+    short = json.loads(generate(PROMPT, *end)[1])
+    assert short["token_ids"] == ids[: ids.index(ids[3]) + 1]
+    kept = json.loads(generate(PROMPT, *end, "--include-stop-str-in-output")[1])
+    assert kept["text"].startswith(short["text"]) and kept["text"] != short["text"]
+    longer = json.loads(generate(PROMPT, *end, "--min-tokens", "9", "--ignore-eos")[1])
+    assert len(longer["token_ids"]) > 9 and ids[3] not in longer["token_ids"][:9]
 
 
 @pytest.mark.parametrize("given", ["-", None])
@@ -257,6 +291,8 @@ def test_generate_imports_neither_gguf_nor_transformers(model):
         (["generate", "x", "--temperature", "nan"], "temperature"),
         (["generate", "x", "--seed", "-1"], "seed"),
         (["generate", "x", "--stop", ""], "stop"),
+        (["generate", "x", "--stop-token-id", "307"], "--stop-token-id must be in 0..306"),
+        (["generate", "x", "--min-tokens", "300"], "--min-tokens"),
         (["generate", "x", "-K", "17"], "0..16"),
         (["generate", "x", "-K", "-1"], "0..16"),
         (["generate", "x", "-K", "2", "--no-ngram", "--heads", "none"], "nothing to draft with"),

@@ -1,17 +1,23 @@
 """convert: pickled heads become a directory that loads, and a hostile file becomes an error."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_checkpoint
 from safetensors.torch import load_file
-from test_heads import published_medusa
+from test_heads import published_medusa, write_eagle3
+from test_published_heads import published_hydra
 
 from mtpkern import cli
 from mtpkern.config import ModelLoadError, UserError
 from mtpkern.convert import MEDUSA_FILE, convert
+from mtpkern.engine import LLM
+from mtpkern.head_checkpoint import load_heads
 
 
 def test_heads_and_depth_are_counted_whatever_the_config_says(tmp_path: Path) -> None:
@@ -67,6 +73,66 @@ def test_what_is_not_a_file_of_heads_is_refused_and_leaves_nothing(
     with pytest.raises(ModelLoadError, match="is not a file of weights"):
         convert(Path("bad.pt"), Path("heads"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt"]
+
+
+def damages(tensors: dict[str, Any], config: dict[str, Any]) -> Any:
+    """Heads that are broken, or other than they should be, one way at a time."""
+    for name in tensors:
+        tensor = tensors[name]
+        yield f"without {name}", {n: t for n, t in tensors.items() if n != name}, config
+        if tensor.is_floating_point():
+            yield f"{name} of integers", tensors | {name: tensor.to(torch.int32)}, config
+            yield f"{name} with NaN", tensors | {name: tensor * float("nan")}, config
+        if tensor.dim():
+            yield f"{name} cut", tensors | {name: tensor[:-1].clone()}, config
+        if tensor.dim() == 2:
+            yield f"{name} turned", tensors | {name: tensor.T.clone()}, config
+    yield "a stranger", tensors | {"stranger.weight": torch.ones(3)}, config
+    for key in config:
+        yield f"without {key}", tensors, {k: v for k, v in config.items() if k != key}
+        for value in (3, True, "x", None, [1]):
+            yield f"{key}={value}", tensors, config | {key: value}
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "medusa", "hydra", "hydra with a layer"])
+def test_what_converts_loads(kind: str, tmp_path: Path) -> None:
+    """And what would not load does not convert, whatever is wrong with it."""
+    layers = 8 if kind == "eagle3" else 3
+    trunk = LLM(tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=layers), heads="none")
+    source, name = tmp_path / "source", "medusa_lm_head.pt"
+    config: dict[str, Any] = {"medusa_num_heads": 3}
+    if kind == "eagle3":
+        write_eagle3(tmp_path / "good")
+        name, good = "pytorch_model.bin", tmp_path / "good-published"
+        tensors = torch.load(good / name)
+        config = json.loads((good / "config.json").read_text())
+        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}
+    elif kind == "medusa":
+        tensors = published_medusa(heads=2)
+    else:
+        name, config = "hydra_lm_head.pt", {"grounded_heads": True}
+        tensors = published_hydra(heads=2, prefix="layer" in kind)
+    source.mkdir()
+    loaded, refused = 0, 0
+    cases = [("as published", tensors, config), *damages(tensors, config)]
+    for number, (what, some, settings) in enumerate(cases):
+        torch.save(some, source / name)
+        (source / "config.json").write_text(json.dumps(settings))
+        target = tmp_path / f"heads{number}"
+        try:
+            convert(source, target)
+        except UserError as error:
+            assert not target.exists() and number and ".heads" not in str(error), what
+            refused += 1
+            continue
+        # Of another model's sizes, perhaps, which is no fault of the heads'.
+        try:
+            load_heads(target, trunk.trunk, trunk._cache, ops=trunk.ops)
+        except ModelLoadError as error:
+            assert "to match the model" in str(error) or "for a model of" in str(error), what
+        loaded += 1
+        shutil.rmtree(target)
+    assert loaded and refused > len(tensors)
 
 
 def test_the_command_names_what_it_made_and_what_it_cannot(tmp_path: Path, capsys: Any) -> None:

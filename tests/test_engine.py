@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
+from mtpkern.heads import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.ops import TORCH
 
 TEXT = "the quick brown fox jumps over the lazy dog "
@@ -72,14 +74,104 @@ def test_an_end_token_leaves_no_text_whatever_the_tokenizer_calls_it(llm: LLM) -
     assert answer.text == llm.tokenizer.decode(answer.token_ids[:-1])
 
 
-def test_logits_that_are_no_numbers_are_an_error_not_an_answer(tmp_path: Path) -> None:
+NO_NUMBERS = "logits are no numbers: another dtype may hold them"
+FRAGILE = [5, 9, 33, 7, 40]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
+    tmp_path: Path, logprobs: bool, sampling: dict[str, Any]
+) -> None:
     directory = tiny_checkpoint(tmp_path, dtype=torch.float32)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"].fill_(6e4)
     save_file(tensors, directory / "model.safetensors")
     broken = LLM(directory, max_length=64, dtype="float16")
-    with pytest.raises(UserError, match="logits are no numbers: another dtype"):
-        broken.generate(TEXT, SamplingParams(max_tokens=4, logprobs=True))
+    params = SamplingParams(max_tokens=4, logprobs=logprobs, **sampling)
+    for prompts in (TEXT, [TEXT, "dog"]):
+        for speculate in (True, False):
+            with pytest.raises(UserError, match=NO_NUMBERS):
+                broken.generate(prompts, params, speculate=speculate)
+    with pytest.raises(UserError, match=NO_NUMBERS):
+        list(broken.stream(TEXT, params))
+
+
+class Foresight(NgramDrafter):
+    """Drafts what follows in `answer`, whose prompt is FRAGILE, or one token again and again."""
+
+    def __init__(self, answer: list[int], instead: int | None = None):
+        super().__init__(TORCH)
+        self.known, self.instead = torch.tensor(FRAGILE + answer + [0] * 32), instead
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        tokens = self.known[step.lengths[:, None] + 1 + torch.arange(count)]
+        if self.instead is not None:
+            tokens = torch.full_like(tokens, self.instead)
+        return Drafts(tokens, HEADS, count)
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> tuple[LLM, list[int]]:
+    """A model whose embedding is its own, and its answer to FRAGILE."""
+    directory = tiny_checkpoint(tmp_path, tie_word_embeddings=False, eos_token_id=None)
+    llm = LLM(directory, num_speculative_tokens=4, max_batch=2, max_length=128)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    return llm, llm.generate([FRAGILE], params)[0].token_ids
+
+
+@torch.inference_mode()
+def break_at(llm: LLM, token: int) -> None:
+    """Whatever follows `token` has logits that are NaN."""
+    llm.trunk.embedding[token] = torch.nan
+
+
+def until_the_error(llm: LLM, speculate: bool) -> list[int]:
+    """The tokens that are streamed before the error."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    found = []
+    with pytest.raises(UserError, match=NO_NUMBERS):
+        for event in llm.stream(FRAGILE, params, speculate=speculate):
+            found.append(event.token_id)
+    return found
+
+
+def test_an_answer_breaks_off_at_the_same_token_with_and_without_drafts(
+    fragile: tuple[LLM, list[int]],
+) -> None:
+    llm, answer = fragile
+    at = next(i for i in range(11, 40) if i % 5 == 2 and answer[i] not in answer[:i])
+    break_at(llm, answer[at])
+    for drafter in (llm.drafter, Foresight(answer), Foresight(answer, instead=answer[at])):
+        llm.drafter = drafter
+        for speculate in (True, False):
+            assert until_the_error(llm, speculate) == answer[: at + 1]
+            # An answer that is over by then is whole, and what broke before leaves no trace.
+            short = SamplingParams(max_tokens=at + 1, logprobs=True, ignore_eos=True)
+            whole = llm.generate([FRAGILE, FRAGILE], short, speculate=speculate)
+            assert [c.token_ids for c in whole] == [answer[: at + 1]] * 2
+            assert np.isfinite(whole[0].logprobs).all()
+
+
+def test_a_rejected_draft_may_be_no_number(fragile: tuple[LLM, list[int]]) -> None:
+    llm, answer = fragile
+    params = SamplingParams(max_tokens=40, logprobs=True, ignore_eos=True)
+    expected = llm.generate([FRAGILE], params)[0]
+    never = next(i for i in range(300) if i not in answer + FRAGILE)
+    break_at(llm, never)
+    llm.drafter = Foresight(answer, instead=never)
+    found = llm.generate([FRAGILE], params)[0]
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    assert sum(found.stats.drafted["heads"]) > 100 and not any(found.stats.accepted["heads"])
+
+
+def test_a_prompt_whose_states_are_no_numbers_is_an_error(fragile: tuple[LLM, list[int]]) -> None:
+    llm, answer = fragile
+    break_at(llm, FRAGILE[1])
+    for speculate in (True, False):
+        assert until_the_error(llm, speculate) == []
+    other = [token for token in FRAGILE if token != FRAGILE[1]]
+    assert len(llm.generate([other], SamplingParams(max_tokens=5))[0].token_ids) == 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 41])
@@ -193,6 +285,72 @@ def test_sampled_answers_depend_on_the_seed_alone(llm: LLM) -> None:
         [TEXT, "dog", TEXT], SamplingParams(temperature=1.2, seed=1, max_tokens=30)
     )
     assert batch[0].token_ids == batch[2].token_ids == answer(1)
+
+
+def share(a: list[int], b: list[int]) -> float:
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def test_prompts_of_one_seed_draw_unlike_noise(llm: LLM) -> None:
+    """At this temperature the 307 tokens are nearly equally likely: like noise, like tokens."""
+    torch.manual_seed(0)
+    prompts = torch.randint(3, 300, (6, 10)).tolist()
+    for seed in (3, None):
+        params = SamplingParams(max_tokens=60, temperature=100.0, seed=seed, ignore_eos=True)
+        first, *others = [answer.token_ids for answer in llm.generate(prompts, params)]
+        assert max(share(first, other) for other in others) < 0.1
+
+
+def test_each_of_n_completions_has_noise_of_its_own_wherever_it_is_decoded(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20, temperature=30.0, seed=5, n=4, logprobs=True)
+    answers = llm.generate([TEXT, "dog"], params)
+    assert [answer.index for answer in answers] == [0, 1, 2, 3] * 2
+    assert {answer.seed for answer in answers} == {5}
+    assert len({tuple(answer.token_ids) for answer in answers}) == 8
+    # Other slots, neighbours and drafts, and more of them.
+    plain = llm.generate(["fox", "dog", TEXT], replace(params, n=6), speculate=False)
+    for mine, theirs in ((answers[:4], plain[12:16]), (answers[4:], plain[6:10])):
+        assert [a.token_ids for a in mine] == [a.token_ids for a in theirs]
+        assert [a.logprobs for a in mine] == [a.logprobs for a in theirs]
+    alone = llm.generate("dog", replace(params, n=1))[0]
+    assert (alone.index, alone.token_ids) == (0, answers[4].token_ids)
+
+
+def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
+    each = [
+        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=12, temperature=0.9, seed=1, logprobs=True, n=2),
+        SamplingParams(max_tokens=7, temperature=1.1, seed=2, top_k=5),
+        SamplingParams(max_tokens=12, temperature=0.9, seed=2),
+    ]
+    prompts = [TEXT, "dog", TEXT, "dog"]
+    together = llm.generate(prompts, each)
+    assert [answer.index for answer in together] == [0, 0, 1, 0, 0]
+    apart = [a for p, params in zip(prompts, each, strict=True) for a in llm.generate(p, params)]
+    assert [a.token_ids for a in together] == [a.token_ids for a in apart]
+    assert [a.logprobs for a in together] == [a.logprobs for a in apart]
+    assert [a.logprobs is None for a in together] == [True, False, False, True, True]
+    assert llm.generate(TEXT, each[:1])[0].token_ids == together[0].token_ids
+    for wrong in (each, []):
+        with pytest.raises(UserError, match=f"got {len(wrong)} for 1 prompt"):
+            llm.generate(TEXT, wrong)
+
+
+def test_without_a_seed_each_prompt_gets_a_fresh_one_that_repeats_it(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20, temperature=30.0, n=2)
+    answers = llm.generate([TEXT, TEXT], params) + llm.generate(TEXT, params)
+    assert len({tuple(answer.token_ids) for answer in answers}) == 6
+    seeds = [answer.seed for answer in answers]
+    assert seeds[::2] == seeds[1::2] and len({*seeds}) == 3
+    for i in range(0, 6, 2):
+        again = llm.generate(TEXT, replace(params, seed=seeds[i]))
+        assert [a.token_ids for a in again] == [a.token_ids for a in answers[i : i + 2]]
+    assert run(llm, max_tokens=2).seed is None and run(llm, max_tokens=2, seed=3).seed == 3
+
+
+def test_a_stream_is_one_completion(llm: LLM) -> None:
+    with pytest.raises(UserError, match="n must be 1 for a stream, got 2"):
+        next(llm.stream(TEXT, SamplingParams(temperature=1.0, n=2)))
 
 
 def test_a_prompt_of_many_chunks_is_the_same_alone_and_among_others(llm: LLM) -> None:

@@ -50,8 +50,11 @@ def interleaved(rows, heads):
     return torch.stack((a, b), dim=2).reshape(rows.shape)
 
 
-def write_gguf(path, *, pre="smollm"):
-    """A small GGUF with the weights of tiny_tensors, quantised to Q4_1 where it is a layer's."""
+def write_gguf(path, *, pre="smollm", change=lambda writer: None):
+    """A small GGUF with the weights of tiny_tensors, quantised to Q4_1 where it is a layer's.
+
+    `change` may alter the writer before the file is written.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(64)
@@ -84,6 +87,7 @@ def write_gguf(path, *, pre="smollm"):
             writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
+    change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -369,34 +369,48 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
             agree(draft, logits[h], w[f"{h}.2.weight"] @ x)
 
 
+@pytest.mark.parametrize("variant", ["", "norm_before_residual", "norm_before_fc", "embedding"])
 @pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_an_eagle3_head_drafts_what_its_definition_says(
-    reduced: bool, ngram: bool, tmp_path: Path
+    reduced: bool, ngram: bool, variant: str, tmp_path: Path
 ) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
     heads = write_eagle3(tmp_path / "heads", reduced=reduced)
+    config = heads / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {variant or "x": True}))
+    more = {"norm_before_fc": {"input_norm.weight": 1 + torch.randn(3 * E) / 5}}
+    more["embedding"] = {"embed_tokens.weight": torch.randn(V, E)}
+    tensors = dict(load_tensors(heads)) | more.get(variant, {})
+    save_file({n: t.clone() for n, t in tensors.items()}, heads / "model.safetensors")
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
     recorder = watch(llm)
     prompts = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
     llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     w = load_tensors(heads)
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
+    embedding = w.get("embed_tokens.weight", embedding)
     assert len(recorder.drafted) > (5 if ngram else 20)
     rows = len(w["lm_head.weight"])
     ids = torch.arange(rows) + (w["d2t"] if reduced else 0)
     for known, drafts, logits in recorder.seen[::5]:
         states = trunk_states(trunk, known[:-1])
-        hidden = torch.cat([states[layer - 1] for layer in (2, 4, 5)], -1) @ w["fc.weight"].T
-        tokens = list(known[1:])
+        hidden = torch.cat([states[layer - 1] for layer in (2, 4, 5)], -1)
+        if variant == "norm_before_fc":
+            hidden = rms_norm_ref(hidden, w["input_norm.weight"], 1e-5)
+        hidden = hidden @ w["fc.weight"].T
+        tokens, norm_first = list(known[1:]), variant == "norm_before_residual"
         for draft, row in zip(drafts, logits, strict=True):
-            hidden = torch.cat([hidden, eagle3_layer(hidden, embedding[tokens], w)[-1:]])
+            new = eagle3_layer(hidden, embedding[tokens], w, norm_first=norm_first)[-1:]
+            hidden = torch.cat([hidden, new])
             last = rms_norm_ref(hidden[-1], w["norm.weight"], 1e-5)
             agree(draft, row, w["lm_head.weight"] @ last, ids)
             tokens.append(draft)
 
 
-def eagle3_layer(hidden: Tensor, token: Tensor, w: dict[str, Tensor]) -> Tensor:
+def eagle3_layer(
+    hidden: Tensor, token: Tensor, w: dict[str, Tensor], *, norm_first: bool = False
+) -> Tensor:
     """The head's layer over all pairs [S, E], in float32, without a cache."""
     count, heads, kv_heads, D = len(hidden), 4, 2, 12
     names = ("input_layernorm", "hidden_norm")
@@ -418,7 +432,8 @@ def eagle3_layer(hidden: Tensor, token: Tensor, w: dict[str, Tensor]) -> Tensor:
 
     k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (rotate(k), v))
     out = F.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
-    x = hidden + out.transpose(0, 1).reshape(count, -1) @ w["midlayer.self_attn.o_proj.weight"].T
+    residual = halves[1] if norm_first else hidden
+    x = residual + out.transpose(0, 1).reshape(count, -1) @ w["midlayer.self_attn.o_proj.weight"].T
     inner = rms_norm_ref(x, w["midlayer.post_attention_layernorm.weight"], 1e-5)
     gate, up = (inner @ w[f"midlayer.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
     return x + (F.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
@@ -527,8 +542,8 @@ def test_an_eagle3_head_of_another_kind_is_refused(tmp_path: Path) -> None:
     for change, message in (
         ({"vocab_size": V + 1}, f"vocab_size must be {V} to match the model, got {V + 1}"),
         ({"hidden_size": E + 2, "draft_vocab_size": 5}, r"must be \["),
-        ({"num_hidden_layers": 2}, "num_hidden_layers=2 is not supported in EAGLE-3 heads"),
-        ({"norm_before_residual": True}, "norm_before_residual=True is not supported"),
+        ({"norm_output": True}, "norm_output=True is not supported in EAGLE-3 heads"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state=False is not"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "layer_ids=.1, 2, 3"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type dynamic"),
     ):
@@ -541,9 +556,14 @@ def test_an_eagle3_head_of_another_kind_is_refused(tmp_path: Path) -> None:
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
     save_file(tensors | {"embed_tokens.weight": embedding.half()}, heads / "model.safetensors")
     LLM(trunk, heads=heads)
-    for other in (2 * embedding, embedding[:-1].contiguous()):
-        save_file(tensors | {"embed_tokens.weight": other}, heads / "model.safetensors")
-        with pytest.raises(ModelLoadError, match="has an embedding of its own"):
+    for changed, message in (
+        ({"embed_tokens.weight": embedding[:-1].contiguous()}, r"embed_tokens.weight must be \["),
+        ({"midlayer.mlp.gate_proj.bias": torch.ones(72)}, "gate_proj.bias has no place"),
+        ({"layers.1.mlp.down_proj.weight": torch.ones(2)}, "EAGLE-3 heads of one layer are"),
+        ({"lm_head.weight": torch.ones(V // 2, E, dtype=torch.int8)}, "must hold floats"),
+    ):
+        save_file(tensors | changed, heads / "model.safetensors")
+        with pytest.raises(ModelLoadError, match=message):
             LLM(trunk, heads=heads)
 
 

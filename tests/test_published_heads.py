@@ -16,6 +16,7 @@ from test_heads import (
     L,
     V,
     agree,
+    published_medusa,
     slow_layer,
     trunk_states,
     watch,
@@ -273,6 +274,199 @@ def test_hydra_heads_of_another_kind_are_refused(tmp_path: Path) -> None:
     torch.save(good | {"surprise": torch.ones(2)}, source / "hydra_lm_head.pt")
     with pytest.raises(ModelLoadError, match="surprise has no place in Hydra heads"):
         convert(source, tmp_path / "heads")
+
+
+# EAGLE-3 (Li et al. 2025) and Medusa (Cai et al. 2024), in the spellings that are published
+
+
+def spell_eagle3(heads: Path, spelling: str) -> None:
+    """Rewrite a head, published in its authors' layout, in another of the same meaning."""
+    config = json.loads((heads / "config.json").read_text())
+    tensors = {name: tensor.clone() for name, tensor in load_tensors(heads).items()}
+    layer = "midlayer."
+    if spelling in ("LlamaForCausalLM", "Eagle3LlamaForCausalLM", "Eagle3DraftModel"):
+        config["architectures"] = [spelling]
+    elif spelling == "the trunk's number of layers":
+        config |= {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 40}
+    elif spelling == "layers.0":
+        layer = "layers.0."
+    elif spelling == "model.layers.0":
+        layer = "layers.0."
+        tensors = {n if n in ("d2t", "t2d") else f"model.{n}": t for n, t in tensors.items()}
+        config["model_type"] = "qwen2"
+    elif spelling == "t2d alone":
+        del tensors["d2t"]
+    elif spelling == "buffers":
+        tensors["midlayer.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+        tensors["verifier_norm.weight"] = torch.ones(E)
+    elif spelling == "ids from 0":
+        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}
+    else:
+        layer = "layers.0."
+        outer = {"draft_vocab_size": config.pop("draft_vocab_size")}
+        outer |= {"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3"}
+        outer |= {"norm_before_residual": False, "norm_before_fc": False}
+        if spelling == "speculators with ids":
+            outer["eagle_aux_hidden_state_layer_ids"] = [2, 4, 5]
+        del config["architectures"]
+        config = outer | {"transformer_layer_config": config}
+    tensors = {name.replace("midlayer.", layer): tensor for name, tensor in tensors.items()}
+    save_file(tensors, heads / "model.safetensors")
+    (heads / "config.json").write_text(json.dumps(config))
+
+
+SPELLINGS = [
+    "LlamaForCausalLM",
+    "Eagle3LlamaForCausalLM",
+    "Eagle3DraftModel",
+    "the trunk's number of layers",
+    "layers.0",
+    "model.layers.0",
+    "t2d alone",
+    "buffers",
+    "ids from 0",
+    "speculators",
+    "speculators with ids",
+]
+
+
+def test_an_eagle3_head_drafts_the_same_in_each_spelling(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+
+    def drafts(heads: Path) -> Any:
+        llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
+        recorder = watch(llm)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=8, ignore_eos=True))
+        return recorder.drafted
+
+    want = drafts(write_eagle3(tmp_path / "heads"))
+    for number, spelling in enumerate(SPELLINGS):
+        heads = write_eagle3(tmp_path / f"heads{number}")
+        spell_eagle3(heads, spelling)
+        assert drafts(heads) == want, spelling
+
+
+def test_speculators_heads_tap_the_layers_that_they_name(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+    heads = write_eagle3(tmp_path / "heads")
+    spell_eagle3(heads, "speculators")
+    config = json.loads((heads / "config.json").read_text())
+    for ids, taps in (
+        ([1, 3, 6], (1, 3, 6)),
+        (None, (2, 4, 5)),
+        ([2, 4, 8], None),
+        ([3, 1, 6], None),
+    ):
+        config["eagle_aux_hidden_state_layer_ids"] = ids
+        (heads / "config.json").write_text(json.dumps(config))
+        if taps is None:
+            with pytest.raises(ModelLoadError, match="layer_ids|taps layers"):
+                LLM(trunk, heads=heads)
+        else:
+            assert LLM(trunk, heads=heads, ngram=False).drafter.taps == taps
+
+
+def test_sizes_that_speculators_leaves_out_are_llamas(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+    heads = write_eagle3(tmp_path / "heads")
+    spell_eagle3(heads, "speculators")
+    config = json.loads((heads / "config.json").read_text())
+    del config["transformer_layer_config"]["intermediate_size"]
+    (heads / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=r"gate_proj.weight must be \[11008, 48\]"):
+        LLM(trunk, heads=heads)
+
+
+def test_a_head_without_a_vocabulary_drafts_through_the_trunks(tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
+    heads = write_eagle3(tmp_path / "heads", reduced=False)
+    tensors = {name: tensor.clone() for name, tensor in load_tensors(heads).items()}
+    del tensors["lm_head.weight"]
+    save_file(tensors, heads / "model.safetensors")
+    head = load_tensors(trunk)["model.embed_tokens.weight"]
+    llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=2, max_length=300)
+    with_it = tensors | {"lm_head.weight": head.clone()}
+    seen = recorded(llm, PROMPTS)
+    save_file(with_it, heads / "model.safetensors")
+    same = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=2, max_length=300)
+    assert [s[:2] for s in seen] == [s[:2] for s in recorded(same, PROMPTS)]
+
+
+MEDUSA_SPELLINGS = {
+    "medusa_lm_head.safetensors": lambda name: name,
+    "within a whole model": lambda name: f"medusa_head.{name}",
+    "of vLLM": lambda name: (
+        f"blocks.{name[0]}.layers.{name[2]}.{name.rpartition('.')[2]}"
+        if "linear" in name
+        else f"lm_heads.{name[0]}.weight"
+    ),
+    "one block for all": lambda name: None if name[2:].startswith("1.linear") else name,
+}
+
+
+@pytest.mark.parametrize("spelling", MEDUSA_SPELLINGS)
+def test_medusa_heads_draft_the_same_in_each_spelling(spelling: str, tmp_path: Path) -> None:
+    trunk = tiny_checkpoint(tmp_path / "trunk")
+    tensors = published_medusa()
+    for name in [name for name in tensors if ".1.linear" in name]:
+        tensors[name] = tensors[name.replace(".1.linear", ".0.linear")].clone()
+    source = tmp_path / "published"
+    source.mkdir()
+    torch.save(tensors, source / "medusa_lm_head.pt")
+    convert(source, tmp_path / "converted")
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    renamed = {MEDUSA_SPELLINGS[spelling](name): tensor for name, tensor in tensors.items()}
+    renamed.pop(None, None)
+    file = heads / ("model.safetensors" if spelling == "of vLLM" else "medusa_lm_head.safetensors")
+    save_file({name: tensor.clone() for name, tensor in renamed.items()}, file)
+    if spelling != "one block for all":  # does without a config.json
+        config = {"model_type": "medusa", "medusa_num_heads": 2, "medusa_num_layers": 1}
+        (heads / "config.json").write_text(json.dumps(config))
+    convert(file, tmp_path / "again")
+    drafted = []
+    for directory in (tmp_path / "converted", heads, tmp_path / "again"):
+        llm = LLM(trunk, heads=directory, ngram=False, num_speculative_tokens=3, max_length=300)
+        recorder = watch(llm)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=10, ignore_eos=True))
+        drafted.append(recorder.drafted)
+    assert drafted[0] == drafted[1] == drafted[2] and len(drafted[0]) > 10
+
+
+def test_medusa_blocks_without_biases_have_none(tmp_path: Path) -> None:
+    tensors = {f"blocks.{h}.layers.0.weight": torch.randn(E, E) for h in range(2)}
+    save_file(tensors | {"lm_heads.0.weight": torch.ones(V, E)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelLoadError, match="2 Medusa heads of 1 block are not all there"):
+        convert(tmp_path / "x.safetensors", tmp_path / "heads")
+    save_file(tensors, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", tmp_path / "heads")
+    assert not load_tensors(tmp_path / "heads")["1.0.linear.bias"].any()
+    assert LLM(tiny_checkpoint(tmp_path / "trunk"), heads=tmp_path / "heads").k == 2
+
+
+# A checkpoint whose heads a fine-tuning dropped
+
+
+@pytest.mark.parametrize("kind", ["mimo", "mtp_llama"])
+def test_heads_that_fine_tuning_dropped_are_missed_once_and_no_more(
+    kind: str, tmp_path: Path, caplog: Any
+) -> None:
+    write_family("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_tensors(tmp_path).items()}
+    dropped = {n: t for n, t in tensors.items() if not n.startswith(("model.mtp_l", "model.mtp_h"))}
+    whole = LLM(tmp_path, max_length=96).generate([PROMPT], SamplingParams(9, ignore_eos=True))
+    assert not caplog.records
+    save_file(dropped, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    llm = LLM(tmp_path, max_length=96)
+    assert isinstance(llm.drafter, NgramDrafter)
+    (record,) = caplog.records
+    assert "it runs without heads of its own" in record.getMessage()
+    (answer,) = llm.generate([PROMPT], SamplingParams(9, ignore_eos=True))
+    assert answer.token_ids == whole[0].token_ids
+    LLM(tmp_path, max_length=96, heads="none")
+    assert len(caplog.records) == 1
+    with pytest.raises(ModelLoadError, match="mtp_layers: heads none|is missing"):
+        LLM(tmp_path, max_length=96, heads=tmp_path)
 
 
 # speculators' MTP

@@ -185,6 +185,24 @@ def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(
             torch.testing.assert_close(pages[page, offset], whole[page, offset], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("extras", [False, True])
+def test_of_a_row_that_is_nan_the_value_is_zero(gpu: str, extras: bool) -> None:
+    """So that rows which do not see it are not reached by it; those that do are by its key."""
+    launch = make_launch(17, 3, 2, 20, 40, torch.bfloat16, gpu)
+    expected = launch.run(gpu, None, extras).clone()
+    k, v = launch.k_pages.clone(), launch.v_pages.clone()
+    launch.x[3] = float("nan")
+    q = launch.run(gpu, None, extras)
+    page, offset = launch.slots[3] // 16, launch.slots[3] % 16
+    assert bool(q[3].isnan().all() and launch.k_pages[page, offset].isnan().all())
+    assert not launch.v_pages[page, offset].any()
+    for now, before in ((launch.k_pages, k), (launch.v_pages, v)):
+        now[page, offset] = before[page, offset]
+        torch.testing.assert_close(now, before, atol=0, rtol=0, equal_nan=True)
+    others = [r for r in range(17) if r != 3]
+    torch.testing.assert_close(q[others], expected[others], atol=0, rtol=0)
+
+
 def test_the_kernel_names_what_does_not_fit(gpu: str) -> None:
     launch = make_launch(5, 3, 1, 16, 32, torch.bfloat16, gpu)
     with pytest.raises(ValueError, match=r"w must be \[\(Hq \+ 2 Hk\) \* D, E\]"):

@@ -11,10 +11,12 @@ from mtpkern.ring import Ring
 
 
 def write(ring: Ring, step: int, batch: int, rows: int, skip: int | None = None) -> None:
-    """The words of one step: accepted b, drafted 2, source 1, tokens 10 b + t, log-prob -t."""
+    """The words of one step: accepted b, drafted 2, source 1, tokens 10 b + t, log-prob -t; the
+    second sequence is broken."""
     for b in range(batch):
         bits = torch.arange(rows).float().neg().view(torch.int32).long() & 0xFFFFFFFF
-        words = [b | 2 << 8 | 1 << 16, *(10 * b + t for t in range(rows)), *bits.tolist()]
+        counts = b | 2 << 8 | 1 << 16 | (1 + 2 * (b == 1)) << 24
+        words = [counts, *(10 * b + t for t in range(rows)), *bits.tolist()]
         for i, word in enumerate(words):
             if (b, i) != (batch - 1, skip):
                 ring.words[step % len(ring.words), b, i] = (step & STEP_MASK) << 32 | word
@@ -27,6 +29,7 @@ def test_what_was_written_is_read() -> None:
         records = ring.read(step, 2, 3, logprobs=True)
         assert [(r.accepted, r.drafted, r.source) for r in records] == [(0, 2, 1), (1, 2, 1)]
         assert [r.target for r in records] == [[0, 1, 2], [10, 11, 12]]
+        assert [r.broken for r in records] == [False, True]
         assert records[1].logprobs == [0.0, -1.0, -2.0]
         assert ring.read(step, 2, 3)[0].logprobs == []
 

@@ -1,5 +1,6 @@
 """The whole runtime on the kernels: what LLM does on a GPU, which ttsem shows on a CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_published_heads import write_hydra, write_layers
 from mtpkern import engine, ops
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
+from mtpkern.heads import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.ops import TORCH, TRITON
 
 PROMPTS = [[5, 9, 33, 7, 7, 12, 9, 33, 7], [11], [40 + i % 60 for i in range(70)]]
@@ -121,6 +123,35 @@ def test_every_trunk_is_on_the_kernels_what_it_is_on_the_references(
     (drafted,), (plain,) = (llm.generate(PROMPTS[2], GREEDY, speculate=s) for s in (True, False))
     assert drafted.token_ids == plain.token_ids == expected.token_ids
     assert drafted.logprobs == plain.logprobs
+
+
+def test_logits_that_are_no_numbers_are_an_error_at_the_same_token(
+    gpu: str, tmp_path: Path
+) -> None:
+    """A token's embedding is NaN: chosen, it ends the answer; drafted and rejected, it does not."""
+    trunk = tiny_checkpoint(tmp_path, tie_word_embeddings=False, max_position_embeddings=256)
+    llm = load(trunk, gpu, num_speculative_tokens=3, max_batch=1)
+    (whole,) = llm.generate(PROMPTS[1], GREEDY, speculate=False)
+    answer = whole.token_ids
+    at = next(i for i in range(4, 9) if answer[i] not in PROMPTS[1] + answer[:i])
+
+    class Hostile(NgramDrafter):
+        def guess(self, step: DraftInput, count: int) -> Drafts:
+            tokens = torch.full((len(step.lengths), count), answer[at], device=gpu)
+            return Drafts(tokens, HEADS, count)
+
+    llm.drafter = Hostile(llm.ops)
+    with torch.inference_mode():
+        llm.trunk.embedding[answer[at]] = torch.nan
+    for speculate in (True, False):
+        found, params = [], replace(GREEDY, logprobs=speculate)
+        with pytest.raises(UserError, match="logits are no numbers"):
+            for event in llm.stream(PROMPTS[1], params, speculate=speculate):
+                found.append(event.token_id)
+        assert found == answer[: at + 1]
+    (short,) = llm.generate(PROMPTS[1], replace(GREEDY, max_tokens=at + 1))
+    assert short.token_ids == answer[: at + 1]
+    assert short.logprobs == whole.logprobs[: at + 1]
 
 
 def test_what_needs_the_host_inside_a_step_is_refused(gpu: str, directory: Path) -> None:

@@ -103,6 +103,36 @@ def test_a_token_depends_on_its_position_and_seed_and_not_on_its_neighbours() ->
     assert not torch.equal(first, sample_ref(flat, here, rows(seed=1)))
 
 
+def test_a_key_is_the_same_in_every_process_and_of_one_prompt_alone() -> None:
+    assert sampling_key(7, 3, [5, 9, 200]) == 8084376279085121014
+    others = [sampling_key(8, 3, [5, 9, 200]), sampling_key(7, 4, [5, 9, 200])]
+    others += [sampling_key(7, 3, prompt) for prompt in ([5, 9, 201], [9, 5, 200], [5, 9, 200, 0])]
+    assert len({sampling_key(7, 3, [5, 9, 200]), *others}) == 6
+    # Recordings of answers that were begun with it go on with it.
+    assert sampling_key(7, 3) == 7736421098321668917
+
+
+@pytest.mark.parametrize("temperature", [9e-6, 1e-12, 1e-30, 1e-39, 1e-45])
+def test_towards_temperature_0_the_choice_is_the_greedy_one(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 50, 300) * torch.logspace(-30, 35, 50)[:, None]
+    logits[:, ::2, 3] = logits[:, ::2].amax(-1)
+    position = torch.arange(50)[None]
+    expected = sample_ref(logits, position, rows(temperature=0.0))
+    for settings in ({}, {"top_p": 0.9, "top_k": 5}, {"min_p": 0.1}):
+        chosen = sample_ref(logits, position, rows(temperature=temperature, **settings))
+        assert torch.equal(chosen, expected)
+
+
+def test_large_logits_over_a_small_temperature_do_not_overflow() -> None:
+    logits = torch.tensor([3e38, 2.9e38, -3e38, 0.0])
+    for settings in ({}, {"top_p": 0.9, "top_k": 2}, {"min_p": 0.1}):
+        assert set(draw(logits, 50, rows(temperature=1e-4, **settings)).tolist()) == {0}
+    # Two near the top differ by one, which at temperature 1 is a factor of e.
+    near = draw(torch.tensor([2.0**23, 2.0**23 + 1]), 20_000, rows()).float().mean()
+    assert abs(near - 0.731) < 0.015
+
+
 def test_a_reduced_vocabulary_draws_the_same_token_where_it_holds_it() -> None:
     """The heads' guess uses the noise of the token's own id, not of its column."""
     torch.manual_seed(0)

@@ -65,7 +65,9 @@ def test_a_file_gets_a_line_now_and_then_in_between(monkeypatch):
     stream = io.StringIO()
     with Status(stream, delay=0.01).phase("loading", total=8) as phase:
         phase.advance(2, "beta")
-        wait_for(lambda: stream.getvalue().count("loading: 2/8, beta, 0 s so far\n") == 2)
+        wait_for(
+            lambda: stream.getvalue().count("loading: 2/8, beta, 0 s so far, 00:00 left\n") == 2
+        )
     assert len(stream.getvalue().splitlines()) == 4
 
 

@@ -16,6 +16,7 @@ FLOOR = {
     "cache",
     "checkpoint",
     "tokenizer",
+    "tokenizer_files",
     "chat_template",
 } | FETCH
 STEP = FLOOR | {
@@ -53,10 +54,11 @@ ARROWS: dict[str, set[str]] = {
     "status": set(),
     "cache": set(),
     "checkpoint": {"config"},
-    "tokenizer": {"config", "chat_template"},
+    "tokenizer": {"config", "chat_template", "tokenizer_files"},
+    "tokenizer_files": {"config"},
     "chat_template": {"arguments", "config"},
     "fetch": {"arguments", "checkpoint", "errors", "status"} | {"gguf_checkpoint", "package_index"},
-    "gguf_checkpoint": {"config"},
+    "gguf_checkpoint": {"config", "checkpoint"},
     "package_index": {"config", "status"},
     "ops": {"kernels"},
     "definitions": {"kernels"},
@@ -65,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
     "heads": {"ops"},
     "sequential_heads": {"config", "cache", "ops", "model", "heads"},
     "layer_heads": {"cache", "ops", "model", "heads", "sequential_heads"},
-    "head_layouts": {"config", "checkpoint"},
+    "head_layouts": {"config", "checkpoint", "errors"},
     "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model"}
     | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
@@ -79,7 +81,8 @@ ARROWS: dict[str, set[str]] = {
     "profile": {"config"},
     "command": {"errors", "status"},
     "bin_checkpoint": {"checkpoint", "config", "errors"},
-    "convert": {"config", "errors", "bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
+    "convert": {"config", "errors", "checkpoint", "head_checkpoint", "head_layouts"}
+    | {"bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
     "meta_checkpoint": {"config"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "threads", "trace"},
@@ -95,7 +98,7 @@ ARROWS: dict[str, set[str]] = {
 
 STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
 LIBRARIES: dict[str, set[str]] = {
-    "kernels": STANDARD | {"torch", "triton"},
+    "kernels": STANDARD | {"torch", "triton", "hashlib"},
     "graph": STANDARD | {"contextlib", "torch"},
     "reference": STANDARD | {"torch"},
 }

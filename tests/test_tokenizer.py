@@ -2,18 +2,22 @@
 
 import io
 import json
+from unittest import mock
 
 import pytest
 import sentencepiece
+import transformers
 from conftest import tiny_checkpoint, write_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers
 
-from mtpkern.chat_template import MAX_RENDERED_CHARACTERS, MAX_TEMPLATE_CHARACTERS, ChatTemplate
+from mtpkern.chat_template import MAX_RENDERED_CHARACTERS, MAX_TEMPLATE_CHARACTERS, ChatTemplates
 from mtpkern.checkpoint import load_config
-from mtpkern.config import ModelLoadError, UserError
+from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.engine import LLM
+from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "so it goes", "a b c d e f g h i j"]
@@ -177,7 +181,7 @@ def test_templates_have_the_usual_helpers():
         "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}"
     )
-    text = ChatTemplate(source, {"bos_token": "<s>"}).render(
+    text = ChatTemplates(source, {"bos_token": "<s>"}).render(
         MESSAGES * 2, add_generation_prompt=True
     )
     assert text == '<s>{"role": "user", "content": "\u00e9"}4'
@@ -196,7 +200,7 @@ def test_templates_have_the_usual_helpers():
 )
 def test_a_hostile_or_failing_template_is_one_clear_line(source, message):
     with pytest.raises(UserError, match=message) as refusal:
-        ChatTemplate(source, {}).render(MESSAGES, add_generation_prompt=True)
+        ChatTemplates(source, {}).render(MESSAGES, add_generation_prompt=True)
     assert "\n" not in str(refusal.value)
 
 
@@ -204,21 +208,21 @@ def test_what_a_trainer_marks_in_a_template_is_nothing_to_a_prompt():
     source = (
         "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}"
     )
-    text = ChatTemplate(source, {}).render(MESSAGES, add_generation_prompt=True)
+    text = ChatTemplates(source, {}).render(MESSAGES, add_generation_prompt=True)
     assert text == "".join(f"<{message['content']}>" for message in MESSAGES)
 
 
 def test_templates_that_cannot_be_read_are_refused_at_load():
     with pytest.raises(ModelLoadError, match="not valid"):
-        ChatTemplate("{% if %}", {})
+        ChatTemplates("{% if %}", {})
     with pytest.raises(ModelLoadError, match="at most"):
-        ChatTemplate("x" * (MAX_TEMPLATE_CHARACTERS + 1), {})
+        ChatTemplates("x" * (MAX_TEMPLATE_CHARACTERS + 1), {})
 
 
 @pytest.mark.parametrize("messages", [["hi"], [{"content": "x"}], [{"role": 1}]])
 def test_messages_without_a_role_are_refused(messages):
     with pytest.raises(UserError, match="role"):
-        ChatTemplate("x", {}).render(messages, add_generation_prompt=True)
+        ChatTemplates("x", {}).render(messages, add_generation_prompt=True)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -231,7 +235,10 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
 def test_a_broken_tokenizer_file_is_one_clear_line(tmp_path, file):
-    with pytest.raises(ModelLoadError, match=r"neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(
+        ModelLoadError,
+        match="neither tokenizer.json nor vocab.json with merges.txt nor tokenizer.model",
+    ):
         Tokenizer.from_directory(tmp_path)
     for garbage in (b"", b"{}", b"\xff\x00garbage"):
         (tmp_path / file).write_bytes(garbage)
@@ -252,3 +259,70 @@ def test_a_decoder_of_another_kind_is_refused_by_name(tmp_path):
 def test_lone_surrogates_are_refused(tokenizer):
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.encode("a\ud800")
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_spaces_are_written_as_the_class_and_its_legacy_flag_say(
+    legacy, tokenizer_class, model_type, tmp_path
+):
+    byte_fallback_json(tmp_path)
+    settings = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>"}
+    settings |= {"unk_token": "<unk>"} | ({} if legacy is None else {"legacy": legacy})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_directory(tmp_path)
+    for text in ("so it goes", "<s>so</s>it", "<s> so </s> it", " so", "<s>[a] b</s>c", ""):
+        assert ours.encode(text, False) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_sentencepiece_text_behind_a_special_token_begins_as_legacy_says(tmp_path):
+    sentencepiece_model(tmp_path)
+    library = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    so, spaced = library.PieceToId("so"), library.Encode("so")
+    for legacy, want in ((True, spaced), (None, spaced), (False, None)):
+        settings = {} if legacy is None else {"legacy": legacy}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ours = Tokenizer.from_directory(tmp_path)
+        assert ours.encode("so", False) == spaced
+        got = ours.encode("<s>so", False)[1:]
+        if want is None:
+            text = "".join(library.IdToPiece(i) for i in got)
+            assert text == "so" and so not in spaced
+        else:
+            assert got == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_follows_a_text_keeps_its_first_space(kind, tmp_path):
+    ours = Tokenizer.from_directory(KINDS[kind](tmp_path))
+    whole = ours.encode("so it goes the dog", False)
+    for at in range(len(whole) + 1):
+        stream = ours.stream(whole[:at])
+        after = "".join(stream.push(i) for i in whole[at:]) + stream.flush()
+        assert ours.decode(whole[:at]) + after == ours.decode(whole)
+
+
+def test_a_continued_text_and_its_answer_are_one_and_a_turn_has_no_space_before(tmp_path):
+    """Through generate, with a model that answers with a word."""
+    tiny_checkpoint(tmp_path, vocab_size=340, eos_token_id=None)
+    (tmp_path / "tokenizer_config.json").unlink()
+    byte_fallback_json(tmp_path)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    llm = LLM(tmp_path, max_length=96)
+    word = llm.tokenizer.encode("x", False)[0]
+    assert llm.tokenizer.token_bytes(word) == b" "
+    request = SamplingParams(max_tokens=4)
+    ids = llm.encode("so")
+    text = [{"role": "user", "content": "so"}]
+    with mock.patch.object(StepRecord, "target", property(lambda record: (word,) * 9)):
+        (raw,) = llm.generate("so", request)
+        (by_ids,) = llm.generate(ids, request)
+        (turn,) = llm.generate(text, request)
+        (half,) = llm.generate(text, request, continue_final_message=True)
+    assert raw.text == by_ids.text == half.text == "    " and turn.text == "   "
+    assert "so" + raw.text == llm.tokenizer.decode(ids + raw.token_ids)

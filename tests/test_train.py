@@ -20,7 +20,7 @@ from mtpkern.config import ModelConfig, ModelLoadError, RopeConfig, SamplingPara
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.reference import logits as reference_logits
-from mtpkern.train import FAMILIES, distill, fit, invent, joint, prompts, record, run
+from mtpkern.train import FAMILIES, budget, distill, fit, invent, joint, prompts, record, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
 from mtpkern.train.families import export_head, load_head, new_head
@@ -32,6 +32,12 @@ from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
 from mtpkern.train.run import Plan
 
 E, D, HQ, HK = 48, 8, 6, 2
+
+
+@pytest.fixture(autouse=True)
+def learning_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are counted here; test_train_budget.py measures them."""
+    monkeypatch.setattr(budget, "measure_learning", lambda *_: (0.01, 1e-4))
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +66,10 @@ def record_answers(root: Path, layers: int, taps: tuple[int, ...]) -> tuple[Path
 
 def run_distill(model: Path, prompts: Path, out: Path, taps: tuple[int, ...]) -> None:
     directory = str(model)
-    trunk = distill.Trunk(model, 10, 120, taps=taps)
+    trunk = distill.Trunk(model, 120, taps=taps)
     tokenizer = distill.Tokenizer.from_directory(directory)
-    distill.record(trunk, distill.read_prompts([prompts], tokenizer, 0), out, max_new=30)
+    jobs = distill.read_prompts([prompts], tokenizer, 0, 512)
+    distill.record(trunk, jobs, out, slots=10, max_new=30)
 
 
 def random_head(vocab: int = 64) -> MtpHead:
@@ -320,13 +327,13 @@ def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
 def test_answers_of_every_layout_are_the_models_own(layout: str, tmp_path: Path) -> None:
     write_family(layout, tmp_path / "model", num_hidden_layers=3)
     config, tensors = load_config(tmp_path / "model"), load_tensors(tmp_path / "model")
-    trunk = distill.Trunk(tmp_path / "model", 8, 64, taps=(2, 3))
+    trunk = distill.Trunk(tmp_path / "model", 64, taps=(2, 3))
     generator = torch.Generator().manual_seed(1)
     jobs = [
         distill.Job(torch.randint(97, (n,), generator=generator).tolist(), "a", n)
         for n in (2, 9, 17, 23)
     ]
-    distill.record(trunk, jobs, tmp_path / "answers", max_new=30)
+    distill.record(trunk, jobs, tmp_path / "answers", slots=8, max_new=30)
     data = Dataset([tmp_path / "answers"], (2, 3))
     for index, (_, row) in enumerate(data.sequences):
         tokens, rows = data.read(index, "tokens"), slice(row["prompt"] - 1, -1)
@@ -551,8 +558,9 @@ def test_the_command_trains_heads_that_generate_takes(
     heads = str(tmp_path / "heads")
     train = ["train", "--model", str(model), "--answers", str(answers), "--out", heads]
     assert cli.main([*train, "--steps", "3", "--draft-vocab-size", "64"]) == 0
-    out = capsys.readouterr().out
-    assert "step 3/3 loss" in out and "tokens a step on held-out answers" in out
+    out, err = capsys.readouterr()
+    assert "step 3: " in out and "tokens per step on held-out answers" in out
+    assert "step 3/3: loss" in err and "measured: " in err and "planned: 2" in err
     assert cli.main(["generate", "--model", str(model), "--heads", heads, "the dog"]) == 0
     assert cli.main(["train", "--out", heads]) == 2
     assert "one of prompts and recorded answers" in capsys.readouterr().err

@@ -10,20 +10,26 @@ from conftest import tiny_checkpoint
 from test_heads import write_medusa
 from test_train import RECIPE, random_head, record_answers, small_plan
 
-from mtpkern import cli
+from mtpkern import cli, status
 from mtpkern.checkpoint import load_tensors
 from mtpkern.config import UserError
 from mtpkern.head_checkpoint import PRETRAINED
 from mtpkern.kernels.ngram import ngram_ref
+from mtpkern.status import Status
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train import distill, fit, invent, joint, prompts, record, run
+from mtpkern.train import budget, distill, fit, invent, joint, prompts, record, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
-from mtpkern.train.dataset import Dataset, DatasetWriter
+from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
 from mtpkern.train.families import export_head, load_head, new_head
 from mtpkern.train.fit import Trainer
 from mtpkern.train.run import Plan
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def learning_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "measure_learning", lambda *_: (0.01, 1e-4))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_a_recording_is_not_taken_for_another_one(
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(asked.read_text().splitlines(keepends=True)[1:]))
     for change, message in (
-        ([*first[:-1], "7"], "max_new 6, now 7): the same options go on with it"),
+        ([*first[:-1], "7"], "--max-new 6, now 7): the same options go on with it"),
         ([*first, "--seed", "1"], "seed 0, now 1"),
         ([*first, "--temperature", "0"], "temperature 0.6, now 0.0"),
         ([*first, "--families", "layers"], "taps [1, 2, 3], now [2, 3]"),
@@ -78,7 +84,7 @@ def test_a_recording_is_not_taken_for_another_one(
     ):
         capsys.readouterr()
         assert record.main(change) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
         assert f"{out} is of another run (" in line and message in line
         assert contents(out) == before
     assert record.main([*first, "--out", str(fewer)]) == 2
@@ -125,9 +131,9 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
     recorded: tuple[Path, Path], asked: Path, tmp_path: Path
 ):
     model = recorded[0]
-    trunk = distill.Trunk(model, 6, 120, taps=(1, 2))
-    jobs = distill.read_prompts([asked], Tokenizer.from_directory(model), 0)
-    setting: dict[str, Any] = {"max_new": 30, "temperature": 1.3, "seed": 5}
+    trunk = distill.Trunk(model, 120, taps=(1, 2))
+    jobs = distill.read_prompts([asked], Tokenizer.from_directory(model), 0, 512)
+    setting: dict[str, Any] = {"slots": 6, "max_new": 30, "temperature": 1.3, "seed": 5}
     found = []
     for name, call in (("whole", 0), ("broken", 17)):
         with pytest.MonkeyPatch.context() as patch:
@@ -141,6 +147,26 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
         assert len(data) == len(jobs) == 24
         found.append([data.read(i, "tokens").tolist() for i in range(len(data))])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("choose", [distill.greedy, distill.nucleus(0.6, 0.95, 0)])
+def test_an_answer_of_logits_that_are_no_numbers_is_not_recorded(
+    tmp_path: Path, choose: distill.Choice
+):
+    trunk = distill.Trunk(tiny_checkpoint(tmp_path), 2, 64)
+    trunk.weights.embedding[9] = torch.nan
+    kept: list[int] = []
+    jobs = [distill.Job([5, 7], "a", 0), distill.Job([5, 9, 7], "a", 1)]
+    with pytest.raises(UserError, match="logits are no numbers: there is nothing"):
+        sink = lambda job, *_: kept.append(job.number)  # noqa: E731
+        distill.generate(trunk, jobs, sink, max_new=4, choose=choose)
+    assert not kept
+
+
+def test_a_temperature_near_0_records_the_likeliest_token():
+    logits, ids = torch.tensor([[90.0, 89.5, 88.0]]), torch.tensor([[7, 3, 5]])
+    choose = distill.nucleus(1e-39, 0.95, 3)
+    assert choose(logits, ids, [distill.Job([1], "a", 0, tokens=[0])]).tolist() == [7]
 
 
 def test_noise_is_keyed_and_samples_the_distribution():
@@ -161,7 +187,7 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["the dog sleeps"]}')
     tokenizer = Tokenizer.from_directory(tmp_path)
-    (job,) = distill.read_prompts([tmp_path / "prompts.jsonl"], tokenizer, 0)
+    (job,) = distill.read_prompts([tmp_path / "prompts.jsonl"], tokenizer, 0, 512)
     assert job.prompt == tokenizer.encode("the dog sleeps") and job.category == "all"
 
 
@@ -184,7 +210,7 @@ def test_prompts_are_objects_with_turns(tmp_path: Path):
         (["-K", "0"], "must be 1 or more, got 0"),
         (["--steps", "x"], "invalid int value: 'x'"),
         (["--lr", "nan"], "argument --lr: must be 0.0 or more, got nan"),
-        (["--device", "tpu"], "device must be auto, cpu or cuda, got tpu"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
         (["--family", "ngram"], "argument --family: invalid choice"),
         (["--prompts", "nowhere.jsonl"], "cannot read prompts nowhere.jsonl"),
         (["--answers", "nowhere"], "nowhere/layout.json: No such file"),
@@ -205,27 +231,42 @@ def test_a_mistake_is_one_line(
     data = [] if arguments[0] == "--answers" else ["--prompts", str(asked)]
     command = ["train", "--model", str(recorded[0]), *data, "--out", "heads", *arguments]
     assert cli.main(command) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
     assert line.startswith("mtpkern: error: ") and message in line
     assert not (tmp_path / "heads").exists()
 
 
-def test_slots_grow_with_the_longest_answer(
-    recorded: tuple[Path, Path], asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("context", [300, 2000])
+def test_a_slot_is_as_long_as_the_longest_prompt_and_answer_or_the_context(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, context: int
 ):
-    """Prompts have their 512 tokens at any --max-new."""
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=context)
     capacities = []
 
     def watched(trunk: distill.Trunk, jobs: list[distill.Job], *_: Any, **__: Any) -> None:
         assert len(jobs) == 4
-        capacities.append(trunk.keys.shape[3])
+        capacities.append(trunk.capacity)
         killed()
 
     monkeypatch.setattr(run, "record", watched)
-    plan = replace(small_plan(recorded[0], tmp_path / "heads", asked), max_new=800)
+    plan = replace(small_plan(model, tmp_path / "heads", asked), max_new=800)
     with pytest.raises(KeyboardInterrupt):
-        run.train(plan, RECIPE)
-    assert capacities == [1312]
+        run.train(plan, RECIPE, status=Status())
+    tokenizer = Tokenizer.from_directory(model)
+    longest = max(len(job.prompt) for job in distill.read_prompts([asked], tokenizer, 0, context))
+    assert capacities == [min(longest + 800, context)]
+    said = f"an answer ends there, the one to the longest prompt after {300 - longest} of 800"
+    assert capsys.readouterr().err.count(said) == (context == 300)
+
+
+def test_answers_end_with_the_context(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """45 positions, which is no multiple of what attention reads at a time."""
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=45, eos_token_id=None)
+    monkeypatch.setattr(distill.Job, "is_looping", lambda self: False)
+    command = ["--model", str(model), "--prompts", str(asked), "--out", str(tmp_path / "answers")]
+    assert record.main(command) == 0
+    rows = read_index(tmp_path / "answers")
+    assert rows and max(row["length"] for row in rows) == 45
 
 
 def test_heads_that_cannot_be_gone_on_from_are_refused(recorded: tuple[Path, Path], tmp_path: Path):
@@ -272,8 +313,64 @@ def test_mistakes_of_the_other_commands_are_one_line_too(
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(recorded[0])] if main in (record.main, invent.main) else []
     assert main([*model, *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
     assert line.startswith("python -m mtpkern.train.") and message in line
+
+
+def test_the_other_commands_show_what_they_do_and_stop_cleanly(
+    recorded: tuple[Path, Path],
+    asked: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+):
+    phases: list[status.Phase] = []
+    begin = status.Phase.__init__
+
+    def kept(self: status.Phase, *a: Any) -> None:
+        begin(self, *a)
+        phases.append(self)
+
+    monkeypatch.setattr(status.Phase, "__init__", kept)
+    # Reading the whole standard library takes long.
+    monkeypatch.setattr(prompts, "functions", lambda root: iter(["def f(x):"]))
+    model = ["--model", str(recorded[0]), "--max-new", "9"]
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    words = "This is a page of the manual, and it tells a reader to look at the list of files. "
+    (texts / "a.txt").write_text("\n\n".join(f"{chr(97 + n)} {words * 4}" for n in range(20)))
+    loading = ["loading the model", "measuring how fast it goes"]
+    commands: list[tuple[Any, list[str], list[str], tuple[Any, str]]] = [
+        (
+            record.main,
+            [*model, "--prompts", str(asked)],
+            ["reading prompts", *loading, "answers: 24/24 answers"],
+            (distill.Trunk, "forward"),
+        ),
+        (
+            invent.main,
+            [*model, "--count", "20"],
+            [*loading, "prompts: 20/20 tried"],
+            (distill.Trunk, "forward"),
+        ),
+        (
+            prompts.main,
+            ["--roots", str(texts)],
+            ["reading texts: 20 paragraphs", "prompts: "],
+            (prompts, "is_english"),
+        ),
+    ]
+    for number, (main, words_of, shown, (owner, name)) in enumerate(commands):
+        command = [*words_of, "--out", str(tmp_path / f"out{number}")]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            assert main(command) == 130
+        assert "Traceback" not in capsys.readouterr().err
+        phases.clear()
+        assert main(command) == 0
+        lines = [phase.line("") for phase in phases]
+        for text in shown:
+            assert any(line.startswith(text) for line in lines), (text, lines)
 
 
 def test_a_round_without_a_step_is_looked_at_with_the_next(

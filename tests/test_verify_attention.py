@@ -107,6 +107,19 @@ def test_whatever_lies_behind_the_window_counts_for_nothing() -> None:
         torch.testing.assert_close(attend(paged, q, LENGTHS, 3), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_key_that_is_no_number_reaches_only_rows_that_see_it(poison: float) -> None:
+    paged, q = setup((2, 3, 16), torch.bfloat16, 64, rows=5)
+    expected = attend(paged, q, LENGTHS, 3)
+    for b, length in enumerate(LENGTHS):
+        page, offset = paged.slot(b, length + 2)
+        paged.k[0, page, offset] = paged.v[0, page, offset] = poison
+    out = attend(paged, q, LENGTHS, 3)
+    torch.testing.assert_close(out[:, :2], expected[:, :2], atol=0, rtol=0)
+    if poison != poison:
+        assert bool(out[:, 2:].isnan().all())
+
+
 def test_query_heads_that_do_not_fit_are_named() -> None:
     paged, q = setup((2, 3, 16), torch.float32, 64, rows=3)
     with pytest.raises(ValueError, match="heads, got 5"):
@@ -256,6 +269,18 @@ def test_a_row_of_the_kernel_has_its_bits_in_every_window_and_beside_any_neighbo
         alone = Launch(launch.q[b : b + 1], *launch[1:3], table, launch.lengths[b : b + 1])
         out = verify_attention(*alone)
         torch.testing.assert_close(out[0], expected[b], atol=0, rtol=0)
+
+
+def test_a_key_that_is_nan_reaches_only_rows_of_the_kernel_that_see_it(gpu: str) -> None:
+    lengths = [0, 60, 255]
+    launch = make_launch(gpu, lengths, 5, (2, 3, 16), 16, torch.bfloat16)
+    expected = verify_attention(*launch)
+    for b, length in enumerate(lengths):
+        page, offset = int(launch.page_table[b, (length + 2) // 16]), (length + 2) % 16
+        launch.k_pages[page, offset] = float("nan")
+    out = verify_attention(*launch)
+    torch.testing.assert_close(out[:, :2], expected[:, :2], atol=0, rtol=0)
+    assert bool(out[:, 2:].isnan().all())
 
 
 def test_a_path_down_a_tree_has_the_tokens_of_a_chain(gpu: str) -> None:

@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.command import UsageError, at_least
@@ -39,6 +41,15 @@ def add_command(commands: Any) -> None:
         action="store_true",
         help="the prompt is token ids, apart by spaces or commas, and so is the answer",
     )
+    add("--tools", metavar="FILE", help="a JSON list of tools for the chat template")
+    add(
+        "--template-arg",
+        action="append",
+        default=[],
+        type=_template_argument,
+        metavar="NAME=VALUE",
+        help="an argument of the chat template; the value is read as JSON where it is that",
+    )
     add("--raw", action="store_true", help="continue the prompt as text, without chat template")
     add("--load-format", default="auto", help="dummy: made-up weights, for measuring")
     add(
@@ -71,7 +82,12 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
     add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest; 0: all")
     add("--min-p", type=float, default=0.0, metavar="P", help="of the likeliest one's probability")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same tokens")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed gives the same tokens (default: a fresh one)",
+    )
     add(
         "--stop",
         action="append",
@@ -79,6 +95,18 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end before this text; may be repeated",
     )
+    add(
+        "--stop-token-id",
+        dest="stop_token_ids",
+        action="append",
+        default=[],
+        type=int,
+        metavar="ID",
+        help="end after this token, which the text does not show; may be repeated",
+    )
+    add("--min-tokens", type=int, default=0, metavar="N", help="do not end before so many")
+    add("--ignore-eos", action="store_true", help="do not end at the end-of-text token")
+    add("--include-stop-str-in-output", action="store_true", help="show what ended the text")
     add(
         "--max-length",
         type=int,
@@ -122,6 +150,10 @@ def sampling_params(args: argparse.Namespace, *, logprobs: bool = False) -> "Sam
         min_p=args.min_p,
         seed=args.seed,
         stop=tuple(args.stop),
+        stop_token_ids=tuple(args.stop_token_ids),
+        min_tokens=args.min_tokens,
+        ignore_eos=args.ignore_eos,
+        include_stop_str_in_output=args.include_stop_str_in_output,
         logprobs=logprobs,
     )
 
@@ -139,18 +171,18 @@ def _generate(args: argparse.Namespace) -> int:
         synthetic_acceptance=args.synthetic_acceptance,
         graph=not args.no_graph,
     )
-    prompt = _encode(llm, text, args)
+    prompt, chat = _prompt(llm, text, args)
     if args.compare or args.cuda_profile:
         # The first steps of a process set things up; neither side is to pay for them.
         brief = SamplingParams(max_tokens=_WARM_UP_TOKENS)
         with args.status.phase("warming up"):
             for speculate in (True, False):
-                llm.generate(prompt, brief, speculate=speculate)
+                llm.generate(prompt, brief, speculate=speculate, **chat)
     with _profiled(llm) if args.cuda_profile else nullcontext():
         if args.json:
-            completion = llm.generate(prompt, params)[0]
+            completion = llm.generate(prompt, params, **chat)[0]
         else:
-            events: Iterator[Event] = llm.stream(prompt, params)
+            events: Iterator[Event] = llm.stream(prompt, params, **chat)
             if not sys.stdout.isatty():
                 events = shown(events, args.status, params)
             last = print_stream(events, as_ids=args.token_ids)
@@ -159,7 +191,11 @@ def _generate(args: argparse.Namespace) -> int:
             print(summary(completion.stats, llm.load_seconds), file=sys.stderr)
     if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
         print(_MADE_UP, file=sys.stderr)
-    plain = llm.generate(prompt, params, speculate=False)[0] if args.compare else None
+    plain = None
+    if args.compare:
+        # A fresh seed serves both sides.
+        params = replace(params, seed=completion.seed)
+        plain = llm.generate(prompt, params, speculate=False, **chat)[0]
     if args.json:
         print(json.dumps(_as_json(llm, args.model, completion, plain), allow_nan=False))
     elif plain is not None:
@@ -216,23 +252,53 @@ def _read_prompt(given: str | None) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _encode(llm: "LLM", text: str, args: argparse.Namespace) -> list[int]:
-    """The prompt's token ids: a chat where the model has a template, unless --raw."""
-    tokenizer = llm.tokenizer
+def _prompt(
+    llm: "LLM", text: str, args: argparse.Namespace
+) -> tuple["str | list[int] | list[dict[str, str]]", dict[str, Any]]:
+    """The prompt, and what goes with it: a chat where the model has a template, unless --raw."""
+    wanted = {
+        "--system": args.system,
+        "--tools": args.tools,
+        "--template-arg": args.template_arg or None,
+    }
+    given = [flag for flag, value in wanted.items() if value is not None]
     if args.token_ids:
-        if args.system is not None:
-            raise UsageError("--system needs a prompt that is text: --token-ids has none")
-        return llm.encode(_token_ids(text))
-    if tokenizer is None:
+        if given:
+            raise UsageError(f"{given[0]} needs a prompt that is text: --token-ids has none")
+        return _token_ids(text), {}
+    if llm.tokenizer is None:
         raise UsageError(f"{llm.name} has no tokenizer: give token ids, and --token-ids")
-    chat = tokenizer is not None and tokenizer.has_chat_template and not args.raw
-    if args.system is not None and not chat:
+    chat = llm.tokenizer.has_chat_template and not args.raw
+    if given and not chat:
         reason = "--raw has none" if args.raw else "this model has no chat template"
-        raise UsageError(f"--system needs a chat template: {reason}")
+        raise UsageError(f"{given[0]} needs a chat template: {reason}")
     if not chat:
-        return llm.encode(text)
+        return text, {}
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return llm.encode([*system, {"role": "user", "content": text}])
+    return [*system, {"role": "user", "content": text}], {
+        "tools": None if args.tools is None else _read_json(args.tools),
+        "chat_template_kwargs": dict(args.template_arg),
+    }
+
+
+def _template_argument(text: str) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _read_json(file: str) -> Any:
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not valid JSON: {error}") from None
 
 
 def _token_ids(text: str) -> list[int]:
@@ -264,8 +330,9 @@ def print_stream(events: "Iterator[Event]", *, as_ids: bool = False) -> "Event |
             sys.stdout.write(_without_controls(text) if terminal else text)
             sys.stdout.flush()
     finally:
-        sys.stdout.write("\n" if painted == _PLAIN else _PLAIN + "\n")
-        sys.stdout.flush()
+        if last is not None:
+            sys.stdout.write("\n" if painted == _PLAIN else _PLAIN + "\n")
+            sys.stdout.flush()
     return last
 
 
@@ -335,6 +402,7 @@ def _as_json(
         "dtype": str(llm.dtype).removeprefix("torch."),
         "load_seconds": llm.load_seconds,
         "prompt_tokens": completion.stats.prompt_tokens,
+        "seed": completion.seed,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,

@@ -1,11 +1,12 @@
 """mtpkern train: heads for a frozen model."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from mtpkern.command import at_least
-from mtpkern.train import FAMILIES
+from mtpkern.command import above_zero, at_least
+from mtpkern.train import DEFAULT_MINUTES, FAMILIES
 
 
 def add_command(commands: Any) -> None:
@@ -15,7 +16,10 @@ def add_command(commands: Any) -> None:
         help="train heads for a model",
         description="Train heads for a frozen model on its own answers to prompts. A run that was "
         "killed goes on with the same command. The directory then holds the heads, which --heads "
-        "takes, and their card, README.md.",
+        "takes, and their card, README.md. How fast this machine answers and learns is measured "
+        f"first; without --steps, the run is made to fit --minutes, {DEFAULT_MINUTES:g} unless "
+        "given: dtype, rows, slots, how many prompts are answered and how many steps are taken. "
+        "Ctrl-C saves and says how to go on.",
     )
     command.set_defaults(run=_train)
     add = command.add_argument
@@ -32,8 +36,22 @@ def add_command(commands: Any) -> None:
     )
     add("--family", default="mtp", choices=FAMILIES, help="the kind of heads")
     count, level = at_least(1), at_least(0.0)
-    add("--steps", type=count, default=4000, metavar="N", help="optimiser steps (default 4000)")
-    add("--rows", type=count, default=1024, metavar="N", help="answer rows a step (default 1024)")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument(
+        "--minutes",
+        type=above_zero,
+        metavar="N",
+        help=f"how long it may take, roughly (default {DEFAULT_MINUTES:g})",
+    )
+    length.add_argument(
+        "--steps", type=count, metavar="N", help="optimiser steps, on answers to all prompts"
+    )
+    add(
+        "--rows",
+        type=count,
+        metavar="N",
+        help="answer rows per step (default: measured; 1024 with --steps)",
+    )
     add(
         "-K", "--num-speculative-tokens", type=count, default=4, metavar="K", help="drafts to learn"
     )
@@ -43,14 +61,15 @@ def add_command(commands: Any) -> None:
     add("--temperature", type=level, default=0.6, help="of every other answer; 0: greedy ones only")
     add("--max-new", type=count, default=192, metavar="N", help="longest answer in tokens")
     add("--round-prompts", type=count, default=1024, metavar="N", help="answered before learning")
-    add("--held-out", type=count, default=64, metavar="N", help="prompts to measure on")
-    add("--slots", type=count, default=128, metavar="N", help="answers written at a time")
+    add("--held-out", type=count, metavar="N", help="prompts to measure on (default: at most 64)")
+    add("--slots", type=count, metavar="N", help="answers written at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of everything drawn at random")
 
 
 def _train(args: argparse.Namespace) -> int:
     from mtpkern.train.fit import Recipe
+    from mtpkern.train.interrupt import terminable
     from mtpkern.train.run import Plan, train
 
     plan = Plan(
@@ -62,20 +81,27 @@ def _train(args: argparse.Namespace) -> int:
         family=args.family,
         draft_vocab_size=args.draft_vocab_size,
         round_prompts=args.round_prompts,
-        held_out=args.held_out,
+        held_out=args.held_out or 0,
         temperature=args.temperature,
         max_new=args.max_new,
-        slots=args.slots,
+        slots=args.slots or 0,
         device=args.device,
+        minutes=args.minutes or 0.0,
     )
     recipe = Recipe(
-        steps=args.steps,
-        rows=args.rows,
+        steps=args.steps or 0,
+        rows=args.rows or 0,
         K=args.num_speculative_tokens,
         optimizer=args.optimizer,
         lr=args.lr,
         seed=args.seed,
     )
-    train(plan, recipe)
+    try:
+        with terminable():
+            train(plan, recipe, status=args.status)
+    except KeyboardInterrupt:
+        if (args.out / ".train").is_dir():
+            print(f"stopped; to go on:\n  {args.command_line}", file=sys.stderr)
+        raise
     print(args.out)
     return 0

@@ -98,7 +98,8 @@ def evaluate(
     for at in range(0, len(data), 8):
         batch = range(at, min(at + 8, len(data)))
         x = {name: t.to(embedding.device) for name, t in data.collate(batch, K).items()}
-        states = head(x["features"], x["tokens"], x["starts"], embedding, K)
+        features = x["features"].to(embedding.dtype)
+        states = head(features, x["tokens"], x["starts"], embedding, K)
         drafts = torch.stack([vocab[F.linear(o, table).argmax(-1)] for o in states], -1).tolist()
         for b, i in enumerate(batch):
             row, tokens = data.sequences[i][1], data.read(i, "tokens").tolist()

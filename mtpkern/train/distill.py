@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_model
+from mtpkern.config import ModelConfig, UserError
 from mtpkern.kernels.sample import gumbel_ref, sampling_key
+from mtpkern.status import SILENT, Phase, Status
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.dataset import TOP, DatasetWriter
 from mtpkern.train.prompts import read_turns
@@ -28,30 +30,45 @@ LONGEST_PROMPT = 512  # in tokens; longer ones are left out
 
 
 class Trunk:
-    """A Llama trunk in bf16 over B slots of S positions, for many sequences at once."""
+    """A Llama trunk over B slots of S positions, for many sequences at once."""
 
     def __init__(
         self,
         directory: Path,
-        slots: int,
         capacity: int,
         device: str | torch.device = "cpu",
         taps: Sequence[int] = (),
+        dtype: torch.dtype = torch.bfloat16,
     ):
-        """`taps` are layers, counted from 1, whose states are wanted beside the final ones."""
-        self.device = torch.device(device)
+        """`capacity` is S; `taps` are layers, counted from 1, whose states are wanted beside the
+        final ones. `allot` comes before the first step."""
+        self.device, self.dtype, self.capacity = torch.device(device), dtype, capacity
         self.fingerprint = fingerprint(directory)[:16]
-        self.config, self.weights = load_model(directory, dtype=torch.bfloat16, device=device)
+        self.config, self.weights = load_model(directory, dtype=dtype, device=device)
         c = self.config
         self.taps = tuple(sorted({*taps, c.num_layers}))
         frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
         angle = torch.arange(capacity)[:, None] * frequencies
         cos, sin = angle.cos() * scaling, angle.sin() * scaling
-        self.cos = torch.cat([cos, cos], -1).bfloat16().to(device)
-        self.sin = torch.cat([-sin, sin], -1).bfloat16().to(device)
-        shape = (c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim)
-        self.keys = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-        self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        self.cos = torch.cat([cos, cos], -1).to(device, dtype)
+        self.sin = torch.cat([-sin, sin], -1).to(device, dtype)
+        self.keys = self.values = torch.empty(0)
+
+    def allot(self, slots: int) -> None:
+        """Make room for so many sequences; what the slots held is gone."""
+        c = self.config
+        shape = (c.num_layers, slots, c.num_kv_heads, self.capacity, c.head_dim)
+        if self.keys.shape != shape:
+            self.keys = self.values = torch.empty(0)  # the old ones go before the new ones come
+            self.keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self.values = torch.zeros_like(self.keys)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Memory that a sequence takes: keys and values, and what `generate` keeps of it."""
+        c = self.config
+        keys = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+        return self.capacity * (keys + 2 * len(self.taps) * c.hidden_size + 6 * TOP)
 
     def forward(self, tokens: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """tokens [B, T] at start [B] + 0..T-1 of slots [B] -> features [B, T, n*E].
@@ -62,7 +79,7 @@ class Trunk:
         Hq, Hk, D = c.num_heads, c.num_kv_heads, c.head_dim
         positions = start[:, None] + torch.arange(T, device=self.device)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-        S = -(-(int(start.max()) + 1) // 32) * 32
+        S = min(-(-(int(start.max()) + 1) // 32) * 32, self.capacity)
         at, keys = start[:, None, None, None], torch.arange(S, device=self.device)
         unseen = keys > at
         causal = None
@@ -70,7 +87,7 @@ class Trunk:
             unseen |= keys <= at - c.sliding_window
             one = torch.ones(T, T, dtype=torch.bool, device=self.device)
             causal = one.tril() & one.triu(1 - c.sliding_window)
-        mask = torch.zeros(B, 1, 1, S, dtype=torch.bfloat16, device=self.device)
+        mask = torch.zeros(B, 1, 1, S, dtype=self.dtype, device=self.device)
         mask.masked_fill_(unseen, float("-inf"))
         x, taps = F.embedding(tokens, self.weights.embedding), []
         for i, layer in enumerate(self.weights.layers):
@@ -147,7 +164,8 @@ def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
     def choose(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
         facts = [(sampling_key(seed, job.number), len(job.tokens)) for job in jobs]
         key, position = torch.tensor(facts, device=ids.device).unbind(1)
-        scaled = logits.float() / temperature
+        # The largest comes first: no temperature makes the differences overflow upwards.
+        scaled = (logits.float() - logits[:, :1].float()) / temperature
         p = scaled.softmax(-1)
         # Every row has ids of its own, [B, M] in place of [n].
         noisy = scaled + gumbel_ref(key, position, ids.long())
@@ -157,21 +175,37 @@ def nucleus(temperature: float, top_p: float, seed: int) -> Choice:
     return choose
 
 
+def every_other(sampled: Choice) -> Choice:
+    """Greedy for jobs of even numbers, sampled for the others."""
+
+    def choose(logits: Tensor, ids: Tensor, jobs: Sequence[Job]) -> Tensor:
+        odd = torch.tensor([job.number % 2 == 1 for job in jobs], device=ids.device)
+        return torch.where(odd, sampled(logits, ids, jobs), greedy(logits, ids, jobs))
+
+    return choose
+
+
 @torch.inference_mode()
 def generate(
     trunk: Trunk,
-    jobs: Iterable[Job],
+    jobs: Sequence[Job],
     sink: Sink,
     *,
+    slots: int,
     max_new: int,
     choose: Choice = greedy,
-    log: Callable[[str], None] = print,
+    phase: Phase,
 ) -> None:
-    """Answer every job; sink(job, features [n, n*E], ids [n, M], logits [n, M]) gets each, whole.
+    """Answer every job, `slots` at a time; sink(job, features [n, n*E], ids [n, M], logits [n, M])
+    gets each, whole, and `phase` counts them.
 
-    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops.
+    An answer ends at a stop token, after max_new tokens, at the slot's end, or when it loops. A
+    model whose logits are no numbers is a UserError.
     """
-    _, slots, _, capacity, _ = trunk.keys.shape
+    if not jobs:
+        return
+    slots, capacity = min(slots, len(jobs)), trunk.capacity
+    trunk.allot(slots)
     stop = set(trunk.config.eos_token_ids)
     on = trunk.device
     shape = (slots, capacity, len(trunk.taps) * trunk.config.hidden_size)
@@ -181,14 +215,16 @@ def generate(
     active: list[Job | None] = [None] * slots
     last = torch.zeros(slots, dtype=torch.int64, device=on)
     lengths = torch.zeros(slots, dtype=torch.int64, device=on)
-    jobs, waiting, finished, made, began = iter(jobs), True, 0, 0, time.time()
+    queue, waiting, made, began = iter(jobs), True, 0, time.monotonic()
 
     def extend(rows: list[int], at_end: Tensor) -> None:
         """Add a token to the sequences in slots `rows`, from features [B, n*E] at their ends."""
-        nonlocal finished, made
+        nonlocal made
         logits, ids = trunk.top(at_end)
+        if not logits[:, 0].isfinite().all():  # topk puts NaN first
+            raise UserError("the model's logits are no numbers: there is nothing to learn from")
         ends = lengths[rows] - 1
-        features[rows, ends], top_ids[rows, ends] = at_end, ids.int()
+        features[rows, ends], top_ids[rows, ends] = at_end.bfloat16(), ids.int()
         top_logits[rows, ends] = logits.half()
         state: list[tuple[int, int, int]] = []  # slot, newest token, length; zeros at an end
         growing = [job for slot in rows if (job := active[slot]) is not None]
@@ -202,18 +238,17 @@ def generate(
                 features[slot, n - 1].zero_()
                 sink(job, *(t[slot, :n].cpu() for t in (features, top_ids, top_logits)))
                 active[slot] = None
-                finished += 1
+                phase.advance()
                 state.append((slot, 0, 0))
             else:
                 state.append((slot, token, n))
         at, next_tokens, next_lengths = torch.tensor(state, device=on).unbind(1)
         last[at], lengths[at] = next_tokens, next_lengths
 
-    steps = 0
     while True:
         free = [slot for slot, job in enumerate(active) if job is None]
         while waiting and len(free) >= min(PREFILL_GROUP, slots):
-            group = list(islice(jobs, min(PREFILL_GROUP, slots)))
+            group = list(islice(queue, min(PREFILL_GROUP, slots)))
             if not group:
                 waiting = False
                 break
@@ -226,7 +261,7 @@ def generate(
             top_ids[rows], top_logits[rows] = 0, 0
             at = torch.tensor(rows, device=on)
             out = trunk.forward(tokens.to(on), at, torch.zeros_like(at))
-            features[at, : tokens.shape[1]] = out
+            features[at, : tokens.shape[1]] = out.bfloat16()
             extend(rows, out[torch.arange(len(rows), device=on), lengths[at] - 1])
         rows = [slot for slot, job in enumerate(active) if job is not None]
         if not rows and not waiting:
@@ -235,10 +270,20 @@ def generate(
             every = torch.arange(slots, device=on)
             out = trunk.forward(last[:, None], every, (lengths - 1).clamp(min=0))
             extend(rows, out[rows, 0])
-        steps += 1
-        if steps % 100 == 0:
-            rate = made / (time.time() - began)
-            log(f"{finished} sequences, {made} tokens, {rate:.0f} tokens/s")
+        phase.advance(0, f"{made / (time.monotonic() - began):.0f} tokens/s")
+
+
+def slot_size(
+    jobs: Sequence[Job], max_new: int, config: ModelConfig, status: Status = SILENT
+) -> int:
+    """Tokens of the longest prompt and its answer, which the model's context may cut short."""
+    longest, context = max(len(job.prompt) for job in jobs), config.max_position_embeddings
+    if longest + max_new > context:
+        status.say(
+            f"the model's context is {context} tokens: an answer ends there, the one to the "
+            f"longest prompt after {context - longest} of {max_new}"
+        )
+    return min(longest + max_new, context)
 
 
 def record(
@@ -246,14 +291,16 @@ def record(
     jobs: Iterable[Job],
     directory: Path,
     *,
+    slots: int,
     max_new: int,
     temperature: float = 0.0,
     seed: int = 0,
     prompts: str = "",
-    log: Callable[[str], None] = print,
+    status: Status = SILENT,
+    what: str = "answers",
 ) -> None:
-    """Write the answers to a directory that Dataset reads, those that are not there yet; every
-    other one is sampled, or none at temperature 0.
+    """Write the answers to a directory that Dataset reads, those that are not there yet, `slots`
+    at a time; every other one is sampled, or none at temperature 0.
 
     A recording that was killed goes on where it was; `prompts` says which ones `jobs` are of, as
     `digest` does, and a directory with answers to others, or by another model, is a UserError.
@@ -270,18 +317,15 @@ def record(
         max_new=max_new,
         temperature=temperature,
     )
-    choices: list[Choice] = [greedy]
-    if temperature:
-        choices.append(nucleus(temperature, TOP_P, seed))
+    choose = every_other(nucleus(temperature, TOP_P, seed)) if temperature else greedy
     waiting = [job for job in jobs if job.number not in writer.numbers]
 
     def sink(job: Job, features: Tensor, ids: Tensor, logits: Tensor) -> None:
         prompt = len(job.prompt)
         writer.add(job.tokens, prompt, job.category, features, ids, logits, job.number)
 
-    for turn, choose in enumerate(choices):
-        some = [job for job in waiting if job.number % len(choices) == turn]
-        generate(trunk, some, sink, max_new=max_new, choose=choose, log=log)
+    with status.phase(what, total=len(waiting), unit="answers") as phase:
+        generate(trunk, waiting, sink, slots=slots, max_new=max_new, choose=choose, phase=phase)
 
 
 def digest(jobs: Iterable[Job]) -> str:
@@ -289,9 +333,10 @@ def digest(jobs: Iterable[Job]) -> str:
     return hashlib.sha256(repr([job.prompt for job in jobs]).encode()).hexdigest()[:16]
 
 
-def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, seed: int) -> list[Job]:
+def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, seed: int, context: int) -> list[Job]:
     """Jobs from JSONL files, see `read_turns`, shuffled, like lengths close together: a chat where
-    the model has a template for it. Prompts of a single token, or too long ones, are left out."""
+    the model has a template for it. Prompts of a single token are left out, and those of over
+    LONGEST_PROMPT or that leave no room in the model's context."""
     turns = [turn for file in files for turn in read_turns(file)]
     random.Random(seed).shuffle(turns)
     jobs = []
@@ -300,7 +345,7 @@ def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, seed: int) -> list
             prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}])
         else:
             prompt = tokenizer.encode(text)
-        if 2 <= len(prompt) <= LONGEST_PROMPT:
+        if 2 <= len(prompt) <= min(LONGEST_PROMPT, context - 1):
             jobs.append(Job(prompt, category))
     size = 8 * PREFILL_GROUP
     windows = [jobs[at : at + size] for at in range(0, len(jobs), size)]

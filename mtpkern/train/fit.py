@@ -6,7 +6,7 @@ matrices are trained with Muon (or AdamW), the rest with AdamW, both with a line
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from mtpkern.train.dataset import Dataset
 from mtpkern.train.families import Head
+from mtpkern.train.interrupt import held_back
 from mtpkern.train.losses import DraftLoss, draft_targets
+from mtpkern.train.muon import Muon
 
 # What a killed run loses at most.
 SAVE_SECONDS = 45.0
@@ -77,7 +79,10 @@ def batch_loss(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on beside its data; the defaults are what shipped heads had."""
+    """What a training run depends on beside its data; the defaults are what shipped heads had.
+
+    Before a run begins, zero steps and rows are those that fit the time: see budget.py.
+    """
 
     steps: int
     rows: int = 1024  # answer rows in a batch
@@ -94,9 +99,18 @@ class Recipe:
 class Trainer:
     """Optimisers, schedule and place in the data, all of which a checkpoint holds."""
 
-    def __init__(self, head: Head, recipe: Recipe, checkpoint: Path | None):
+    def __init__(
+        self,
+        head: Head,
+        recipe: Recipe,
+        checkpoint: Path | None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        """`dtype` is what matrices of the optimiser's are multiplied in."""
         self.head, self.recipe, self.step = head, recipe, 0
         self.checkpoint, self.saved_at = checkpoint, time.monotonic()
+        self.is_whole = True  # not within a step of the optimisers
+        self.rows = 0  # learned from by this process
         self.notes: dict[str, Any] = {"seconds": 0.0}  # what else the run must not forget
         parameters = list(head.parameters())
         matrices = [w for w in parameters if w.dim() == 2]
@@ -104,9 +118,7 @@ class Trainer:
         self.rates = (recipe.lr, recipe.lr / 4)
         first: torch.optim.Optimizer
         if recipe.optimizer == "muon":
-            first = torch.optim.Muon(
-                matrices, lr=recipe.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            )
+            first = Muon(matrices, lr=recipe.lr, dtype=dtype)
         else:
             first = torch.optim.AdamW(
                 matrices, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-10
@@ -150,10 +162,17 @@ class Trainer:
             optimizer.param_groups[0]["lr"] = rate * rise * fall
         loss.backward()
         nn.utils.clip_grad_norm_(self.small, 1.0)
+        with held_back():
+            self.is_whole = False
+            self.take_step()
+            self.step += 1
+            self.is_whole = True
+
+    def take_step(self) -> None:
+        """Let the optimisers use the gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.step += 1
 
     def fit(
         self,
@@ -166,16 +185,37 @@ class Trainer:
         log: Callable[[int, float, Tensor, float], None] = lambda *_: None,
     ) -> list[float]:
         """Train from here to step `end` on this data, whose first batch belongs to step `begin`;
-        the loss of every step taken comes back. log gets step, loss, loss by draft [K], rows/s."""
+        the loss of every step taken comes back. log gets step, loss, loss by draft [K], rows/s.
+
+        It computes in the dtype of embedding and lm_head, [V, E] both. What was learned until a
+        KeyboardInterrupt is saved, unless that came in the middle of an optimiser's step.
+        """
+        losses: list[float] = []
+        try:
+            for loss, parts, rate in self._steps(embedding, lm_head, data, begin, end):
+                losses.append(loss)
+                log(self.step, loss, parts, rate)
+                if time.monotonic() - self.saved_at > SAVE_SECONDS:
+                    self.save()
+        except KeyboardInterrupt:
+            if self.is_whole:
+                self.save()
+            raise
+        return losses
+
+    def _steps(
+        self, embedding: Tensor, lm_head: Tensor, data: Dataset, begin: int, end: int
+    ) -> Iterator[tuple[float, Tensor, float]]:
+        """Take the steps to `end` -> the loss of each, by draft [K], and rows/s so far."""
         recipe, K, where = self.recipe, self.recipe.K, embedding.device
         vocab = self.head.draft_vocab.long()
         table, to_draft = lm_head[vocab], torch.full((len(embedding),), -1, device=where)
         to_draft[vocab] = torch.arange(len(vocab), device=where)
         weights = recipe.decay ** torch.arange(K, device=where)
         weights = weights / weights.sum()
-        losses: list[float] = []
         # A resumed run skips what it has seen: the order depends on seed, begin and epoch alone.
-        rows, began, skip, epoch = 0, time.monotonic(), self.step - begin, 0
+        skip, epoch = self.step - begin, 0
+        before, began = self.rows, time.monotonic()
         while self.step < end:
             rng = np.random.default_rng((recipe.seed, begin, epoch))
             batches = data.batches(recipe.rows, rng)
@@ -185,6 +225,7 @@ class Trainer:
                 if self.step >= end:
                     break
                 x = {name: t.to(where) for name, t in data.collate(batch, K).items()}
+                x["features"] = x["features"].to(embedding.dtype)
                 chains = x["starts"].shape[1]
                 generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
                 keep = torch.randperm(chains, generator=generator)
@@ -193,9 +234,5 @@ class Trainer:
                     self.head, embedding, table, to_draft, x, keep, weights, recipe.hard
                 )
                 self.update(loss)
-                losses.append(loss.item())
-                rows += int(x["live"][0].sum())
-                log(self.step, losses[-1], parts, rows / (time.monotonic() - began))
-                if time.monotonic() - self.saved_at > SAVE_SECONDS:
-                    self.save()
-        return losses
+                self.rows += int(x["live"][0].sum())
+                yield loss.item(), parts, (self.rows - before) / (time.monotonic() - began)

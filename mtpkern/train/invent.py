@@ -6,35 +6,34 @@ python -m mtpkern.train.invent --count 9000 --out questions.jsonl
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mtpkern.command import Parser, at_least, run
-from mtpkern.engine import resolve_device
-from mtpkern.fetch import resolve_model
-from mtpkern.tokenizer import Tokenizer
-from mtpkern.train.distill import Job, Trunk, generate, nucleus
 from mtpkern.train.prompts import OPENINGS, writable
+
+if TYPE_CHECKING:
+    from mtpkern.tokenizer import Tokenizer
+    from mtpkern.train.distill import Job
 
 
 def invented_jobs(
-    tokenizer: Tokenizer, openings: Mapping[str, Sequence[str]], count: int
-) -> tuple[int, Iterator[Job]]:
-    """Prompts that end inside the user's turn, after an opening: their own length, and the jobs."""
+    tokenizer: "Tokenizer", openings: Mapping[str, Sequence[str]], count: int
+) -> "tuple[int, list[Job]]":
+    """Prompts that end inside the user's turn, after an opening: the length of what all of them
+    begin with, and the jobs."""
+    from mtpkern.train.distill import Job
+
     mark = "\x00"
     ids = tokenizer.apply_chat_template([{"role": "user", "content": mark}], False)
     head = ids[: ids.index(tokenizer.encode(mark, add_special_tokens=False)[0])]
     kinds = [(category, text) for category, texts in openings.items() for text in texts]
-
-    def jobs() -> Iterator[Job]:
-        for n in range(count):
-            category, text = kinds[n % len(kinds)]
-            yield Job(head + tokenizer.encode(text, add_special_tokens=False), category, n)
-
-    return len(head), jobs()
+    jobs = []
+    for n in range(count):
+        category, text = kinds[n % len(kinds)]
+        jobs.append(Job(head + tokenizer.encode(text, add_special_tokens=False), category, n))
+    return len(head), jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,24 +47,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--count", type=count, required=True, help="how many to try; some are dropped")
     add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
     add("--max-new", type=count, default=220, help="longest prompt in tokens")
-    add("--slots", type=count, default=128, help="sequences at a time")
+    add("--slots", type=count, help="sequences at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=count, default=torch.get_num_threads())
+    add("--threads", type=count, help="of a CPU (default: torch's)")
     add("--seed", type=at_least(0), default=0)
     return run(p, argv)
 
 
 def _invent(a: argparse.Namespace) -> int:
-    torch.set_num_threads(a.threads)
+    import torch
+
+    from mtpkern.checkpoint import load_config
+    from mtpkern.engine import resolve_device
+    from mtpkern.fetch import resolve_model
+    from mtpkern.tokenizer import Tokenizer
+    from mtpkern.train.budget import fastest_dtype, measure_answers
+    from mtpkern.train.distill import Trunk, generate, nucleus
+
+    if a.threads:
+        torch.set_num_threads(a.threads)
     device, _ = resolve_device(a.device)
-    directory = resolve_model(a.model)
+    directory = resolve_model(a.model, status=a.status)
     tokenizer = Tokenizer.from_directory(directory)
-    trunk = Trunk(directory, a.slots, a.max_new + 128, device)
     head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)
+    context = load_config(directory).max_position_embeddings
+    capacity = min(a.max_new + max(len(job.prompt) for job in jobs), context)
+    with a.status.phase("loading the model"):
+        trunk = Trunk(directory, capacity, device, dtype=fastest_dtype(device.type))
+    slots = a.slots
+    if slots is None:
+        with a.status.phase("measuring how fast it goes"):
+            slots = measure_answers(trunk, jobs, a.max_new, 0).best_slots(len(jobs))
     stop, seen = set(trunk.config.eos_token_ids), set()
     with writable(a.out) as file:
 
-        def sink(job: Job, *_: Tensor) -> None:
+        def sink(job: "Job", *_: Any) -> None:
             text = tokenizer.decode(job.tokens[head:-1]).strip()
             key = text.lower()[:60]
             # Duplicates and unfinished ones are left out.
@@ -74,7 +90,9 @@ def _invent(a: argparse.Namespace) -> int:
                 row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
                 file.write(json.dumps(row) + "\n")
 
-        generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
+        choose = nucleus(0.9, 0.92, a.seed)
+        with a.status.phase("prompts", len(jobs), "tried") as phase:
+            generate(trunk, jobs, sink, slots=slots, max_new=a.max_new, choose=choose, phase=phase)
     return 0
 
 

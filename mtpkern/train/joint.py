@@ -4,16 +4,16 @@
 
 H heads stand in place of the last layer, all fed with the states below it, and head i learns the
 token i further on; the losses are added up (Gloeckle et al. 2024, section 2). It learns Python from
-the standard library's sources in a few minutes on a CPU, is written as an mtp_llama checkpoint, and
-answers with what LLM makes of that: the last lines say how much of it was drafted.
+the standard library's sources in a few minutes on a CPU and is written as an mtp_llama checkpoint
+with its tokenizer. The last lines say how much of its answers was drafted, and how to ask it more.
 """
 
 import argparse
 import json
 import random
+import shlex
 import sys
 import sysconfig
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mtpkern.command import Parser, at_least, run
 from mtpkern.config import UserError, printable
+from mtpkern.status import SILENT, Status
+from mtpkern.tokenizer import BYTE_OF
+from mtpkern.train.budget import fastest_dtype
+from mtpkern.train.muon import Muon
 from mtpkern.train.prompts import python_files
 
 VOCABULARY = 256
+QUESTION = "def main(argv=None):"
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class JointLlama(nn.Module):
         return [F.linear(y, self.embed_tokens.weight) for y in normed]
 
     def save(self, directory: Path) -> None:
-        """Write the checkpoint; the embedding is the LM head too."""
+        """Write the checkpoint and its tokenizer; the embedding is the LM head too."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{n}": t.detach().contiguous() for n, t in self.named_parameters()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -140,6 +146,15 @@ class JointLlama(nn.Module):
             "torch_dtype": "float32",
         }
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        byte_tokenizer().save(str(directory / "tokenizer.json"))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose ids are a text's bytes."""
+    tokenizer = Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def read_sources(root: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -159,35 +174,38 @@ def read_sources(root: Path, seed: int) -> tuple[Tensor, Tensor]:
     return learned, asked
 
 
-def learn(model: JointLlama, text: Tensor, steps: int, batch: int, lr: float) -> list[float]:
+def learn(
+    model: JointLlama, text: Tensor, steps: int, batch: int, lr: float, status: Status = SILENT
+) -> list[float]:
     """Train on random windows of text -> every step's loss, a mean over heads in nats a byte."""
     s, losses = model.sizes, []
     matrices = [w for n, w in model.named_parameters() if w.dim() == 2 and "embed" not in n]
     rest = [w for n, w in model.named_parameters() if w.dim() == 1 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=lr, weight_decay=0.01, dtype=fastest_dtype("cpu")),
         torch.optim.AdamW(rest, lr=lr / 2, weight_decay=0.0),
     ]
-    rates, began = [o.param_groups[0]["lr"] for o in optimizers], time.monotonic()
-    for step in range(steps):
-        begins = torch.randint(len(text) - s.context - s.heads, (batch, 1))
-        window = text[begins + torch.arange(s.context + s.heads)].long()
-        logits = model(window[:, : s.context])
-        parts = [
-            F.cross_entropy(own.flatten(0, 1), window[:, i + 1 : i + 1 + s.context].flatten())
-            for i, own in enumerate(logits)
-        ]
-        loss = torch.stack(parts).mean()
-        loss.backward()
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20, 1.05 - step / steps)
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % 25 == 0:
+    rates = [o.param_groups[0]["lr"] for o in optimizers]
+    with status.phase("learning", steps, "steps") as phase:
+        for step in range(steps):
+            begins = torch.randint(len(text) - s.context - s.heads, (batch, 1))
+            window = text[begins + torch.arange(s.context + s.heads)].long()
+            logits = model(window[:, : s.context])
+            parts = [
+                F.cross_entropy(own.flatten(0, 1), window[:, i + 1 : i + 1 + s.context].flatten())
+                for i, own in enumerate(logits)
+            ]
+            loss = torch.stack(parts).mean()
+            loss.backward()
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * min(
+                    1, (step + 1) / 20, 1.05 - step / steps
+                )
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
             by_head = " ".join(f"{part.item():.2f}" for part in parts)
-            passed = time.monotonic() - began
-            print(f"step {step + 1}/{steps}, {passed:.0f} s, loss by head {by_head}", flush=True)
+            phase.advance(1, f"loss by head {by_head}")
     return losses
 
 
@@ -210,25 +228,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(a: argparse.Namespace) -> int:
     torch.manual_seed(a.seed)
-    learned, asked = read_sources(a.text, a.seed)
+    with a.status.phase("reading Python files"):
+        learned, asked = read_sources(a.text, a.seed)
     model = JointLlama(Sizes())
-    learn(model, learned, a.steps, a.batch, a.lr)
+    learn(model, learned, a.steps, a.batch, a.lr, a.status)
     model.save(a.out)
 
     from mtpkern import LLM, SamplingParams
 
     K = model.sizes.heads - 1
-    llm = LLM(a.out, ngram=False, num_speculative_tokens=K)
+    llm = LLM(a.out, ngram=False, num_speculative_tokens=K, status=a.status)
     prompts = [asked[at : at + 200].tolist() for at in range(0, len(asked) - 200, len(asked) // 20)]
     params = SamplingParams(max_tokens=200)
-    drafted, plain = (llm.generate(prompts, params, speculate=s) for s in (True, False))
+    with a.status.phase("answering with drafts"):
+        drafted = llm.generate(prompts, params)
+    with a.status.phase("answering without"):
+        plain = llm.generate(prompts, params, speculate=False)
     same = sum(d.token_ids == p.token_ids for d, p in zip(drafted, plain, strict=True))
     tokens, steps = (sum(getattr(d.stats, n) for d in drafted) for n in ("new_tokens", "steps"))
     print(bytes(prompts[0][-80:]).decode(errors="replace"), end="")
     print(bytes(drafted[0].token_ids).decode(errors="replace"))
     print(
-        f"{tokens / steps:.2f} tokens a step, K = {K}; tokens identical on {same} of {len(prompts)}"
+        f"{tokens / steps:.2f} tokens per step, K = {K}; tokens identical on {same} of "
+        f"{len(prompts)}"
     )
+    print("To ask it more, give it the beginning of a Python file:")
+    command = ["python", "-m", "mtpkern", "generate", "--model", str(a.out), QUESTION]
+    print(f"  {shlex.join(command)}")
     return 0
 
 

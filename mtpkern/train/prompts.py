@@ -16,13 +16,15 @@ import random
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from mtpkern.command import Parser, run
 from mtpkern.config import UserError, printable
+from mtpkern.status import Phase
 
+Item = TypeVar("Item")
 COUNTS = {"complete": 1500, "translation": 1500, "summarization": 1000, "extraction": 500}
 COUNTS |= {"rag": 900}
 COMPLETE = (
@@ -277,16 +279,23 @@ def _counts(text: str) -> dict[str, int]:
     return {category: int(count) for category, count in counts.items()}
 
 
+def _counted(items: Iterable[Item], phase: Phase) -> Iterator[Item]:
+    for item in items:
+        phase.advance()
+        yield item
+
+
 def _make(a: argparse.Namespace) -> int:
     rng = random.Random(a.seed)
-    texts = sorted(set(prose(a.roots)))
+    with a.status.phase("reading texts", unit="paragraphs") as phase:
+        texts = sorted(set(_counted(prose(a.roots), phase)))
     if not texts:
         raise UserError(f"no English prose under {', '.join(printable(r) for r in a.roots)}")
     questions = read_turns(a.questions) if a.questions else []
     asked = [text for category, text in questions if category == "qa"]
-    with writable(a.out) as file:
+    with writable(a.out) as file, a.status.phase("prompts", unit="written") as phase:
         prompts = make(rng, COUNTS | a.counts, rng.sample(texts, min(6000, len(texts))), asked)
-        for i, (category, prompt) in enumerate(prompts):
+        for i, (category, prompt) in enumerate(_counted(prompts, phase)):
             row = {"question_id": f"text-{i}", "category": category, "turns": [prompt]}
             file.write(json.dumps(row) + "\n")
     return 0

@@ -9,14 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtpkern.checkpoint import load_config
 from mtpkern.command import Parser, at_least, run
-from mtpkern.engine import resolve_device
-from mtpkern.fetch import resolve_model
-from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import FAMILIES
-from mtpkern.train.distill import LONGEST_PROMPT, Trunk, digest, read_prompts, record
-from mtpkern.train.families import family_taps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,27 +27,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--limit", type=count, help="answer so many prompts")
     add("--temperature", type=at_least(0.0), default=0.6, help="of every other; 0: greedy only")
     add("--max-new", type=count, default=192, help="longest answer in tokens")
-    add("--slots", type=count, default=128, help="sequences at a time")
+    add("--slots", type=count, help="sequences at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=at_least(0), default=0)
     return run(p, argv)
 
 
 def _record(a: argparse.Namespace) -> int:
+    # Here, so that --help answers at once.
+    from mtpkern.checkpoint import load_config
+    from mtpkern.config import UserError
+    from mtpkern.engine import resolve_device
+    from mtpkern.fetch import resolve_model
+    from mtpkern.tokenizer import Tokenizer
+    from mtpkern.train.budget import fastest_dtype, measure_answers
+    from mtpkern.train.distill import Trunk, digest, read_prompts, record, slot_size
+    from mtpkern.train.families import family_taps
+
     device, _ = resolve_device(a.device)
-    directory = resolve_model(a.model)
-    layers = load_config(directory).num_layers
-    taps = {tap for family in a.families for tap in family_taps(family, layers)}
-    jobs = read_prompts(a.prompts, Tokenizer.from_directory(directory), a.seed)
-    trunk = Trunk(directory, a.slots, LONGEST_PROMPT + a.max_new, device, sorted(taps))
+    directory = resolve_model(a.model, status=a.status)
+    config = load_config(directory)
+    taps = {tap for family in a.families for tap in family_taps(family, config.num_layers)}
+    context = config.max_position_embeddings
+    with a.status.phase("reading prompts"):
+        jobs = read_prompts(a.prompts, Tokenizer.from_directory(directory), a.seed, context)
+    if not jobs:
+        raise UserError("there is no usable prompt")
+    some = jobs[: a.limit]
+    capacity = slot_size(some, a.max_new, config, a.status)
+    with a.status.phase("loading the model"):
+        trunk = Trunk(directory, capacity, device, sorted(taps), fastest_dtype(device.type))
+    slots = a.slots
+    if slots is None:
+        with a.status.phase("measuring how fast it goes"):
+            slots = measure_answers(trunk, some, a.max_new, 0).best_slots(len(some))
     record(
         trunk,
-        jobs[: a.limit],
+        some,
         a.out,
+        slots=slots,
         max_new=a.max_new,
         temperature=a.temperature,
         seed=a.seed,
         prompts=digest(jobs),
+        status=a.status,
     )
     return 0
 

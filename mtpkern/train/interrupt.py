@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM while training: what must be whole is finished first."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM is a KeyboardInterrupt too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Deliver the first signal when the block is done, and a second one at once.
+
+    Only the main thread receives signals; in any other the block just runs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if waiting:
+            raise KeyboardInterrupt
+        waiting.append(number)
+
+    before = [signal.signal(number, receive) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for which, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(which, handler)
+    for number in waiting:
+        signal.raise_signal(number)
