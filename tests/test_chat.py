@@ -19,8 +19,8 @@ from mtpkern import LLM, SamplingParams
 from mtpkern.cli import main
 
 # The tiny model repeats itself unless its tokens are drawn.
-SAMPLED = ("--max-tokens", "12", "--temperature", "1.5")
-DRAWN = SamplingParams(max_tokens=12, temperature=1.5)
+SAMPLED = ("--max-tokens", "12", "--temperature", "1.5", "--seed", "0")
+DRAWN = SamplingParams(max_tokens=12, temperature=1.5, seed=0)
 ROOT = str(Path(mtpkern.__file__).parent.parent)
 
 

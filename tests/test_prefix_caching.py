@@ -92,7 +92,7 @@ def test_a_conversation_has_the_bits_of_fresh_prompts(
     reused = []
 
     def both(prompt: list[int], count: int) -> Completion:
-        params = SamplingParams(max_tokens=count, temperature=temperature, logprobs=True)
+        params = SamplingParams(max_tokens=count, temperature=temperature, seed=0, logprobs=True)
         before = held(llm)[1].tokens if llm._pool.prefixes else []
         mine = llm.generate(prompt, params, speculate=speculate)[0]
         while fresh_llm._pool.prefixes:

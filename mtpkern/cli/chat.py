@@ -30,7 +30,7 @@ _HISTORY_LINES = 1000
 _HELP = """\
 /reset        start over; the system message stays
 /system TEXT  set the system message; without TEXT, show it
-/stats        what the last answer cost, and how full the context is
+/stats        what the last whole answer cost, and how full the context is
 /help         these lines
 /exit         leave, as Ctrl-D does
 Ctrl-C stops an answer and keeps what was said."""
