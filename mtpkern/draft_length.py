@@ -177,6 +177,7 @@ class Timings:
         """Seconds for `count`: measured, or on the line through the nearest two that were.
 
         Beyond the largest count the line goes on; below the smallest it is level.
+        """
         known = self._median
         if count in known:
             return known[count]
