@@ -290,7 +290,7 @@ class DraftLength:
         rows = self._batch * (k + 1)
         known = self.seconds(rows)
         if drafted and not self._warm:
-            seconds, self._warm = known, True
+            seconds, self._warm = known or seconds, True
         elif drafted:
             self.drafting.observe(drafted, max(0.0, seconds - known) if known else 0.0)
         else:
