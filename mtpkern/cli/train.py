@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.command import at_least
+from mtpkern.outputs import FORCE
 from mtpkern.train import FAMILIES
 
 
@@ -23,6 +24,7 @@ def add_command(commands: Any) -> None:
     add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL with `turns`")
     add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
     add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
+    add("--force", action="store_true", help=FORCE)
     add(
         "--init",
         type=Path,
@@ -67,6 +69,7 @@ def _train(args: argparse.Namespace) -> int:
         max_new=args.max_new,
         slots=args.slots,
         device=args.device,
+        force=args.force,
     )
     recipe = Recipe(
         steps=args.steps,

@@ -250,13 +250,15 @@ def record(
     temperature: float = 0.0,
     seed: int = 0,
     prompts: str = "",
+    force: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
     """Write the answers to a directory that Dataset reads, those that are not there yet; every
     other one is sampled, or none at temperature 0.
 
     A recording that was killed goes on where it was; `prompts` says which ones `jobs` are of, as
-    `digest` does, and a directory with answers to others, or by another model, is a UserError.
+    `digest` does, and a directory with answers to others, or by another model, is a UserError, or
+    begun anew with `force`.
     Answers that were cut short begin again, with the same noise but among other neighbours: bf16
     may then prefer another of two near equals.
     """
@@ -269,6 +271,7 @@ def record(
         seed=seed,
         max_new=max_new,
         temperature=temperature,
+        force=force,
     )
     choices: list[Choice] = [greedy]
     if temperature:

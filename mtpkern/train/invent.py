@@ -15,9 +15,10 @@ from torch import Tensor
 from mtpkern.command import Parser, at_least, run
 from mtpkern.engine import resolve_device
 from mtpkern.fetch import resolve_model
+from mtpkern.outputs import FORCE, output_file, writing
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.distill import Job, Trunk, generate, nucleus
-from mtpkern.train.prompts import OPENINGS, writable
+from mtpkern.train.prompts import OPENINGS
 
 
 def invented_jobs(
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", help="directory of the model; the default model without it")
     add("--count", type=count, required=True, help="how many to try; some are dropped")
     add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    add("--force", action="store_true", help=FORCE)
     add("--max-new", type=count, default=220, help="longest prompt in tokens")
     add("--slots", type=count, default=128, help="sequences at a time")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -56,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _invent(a: argparse.Namespace) -> int:
+    with output_file(a.out, force=a.force) as file:
+        text = "".join(_lines(a))
+        with writing(a.out):
+            file.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _lines(a: argparse.Namespace) -> list[str]:
     torch.set_num_threads(a.threads)
     device, _ = resolve_device(a.device)
     directory = resolve_model(a.model)
@@ -63,19 +73,19 @@ def _invent(a: argparse.Namespace) -> int:
     trunk = Trunk(directory, a.slots, a.max_new + 128, device)
     head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)
     stop, seen = set(trunk.config.eos_token_ids), set()
-    with writable(a.out) as file:
+    lines: list[str] = []
 
-        def sink(job: Job, *_: Tensor) -> None:
-            text = tokenizer.decode(job.tokens[head:-1]).strip()
-            key = text.lower()[:60]
-            # Duplicates and unfinished ones are left out.
-            if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
-                seen.add(key)
-                row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
-                file.write(json.dumps(row) + "\n")
+    def sink(job: Job, *_: Tensor) -> None:
+        text = tokenizer.decode(job.tokens[head:-1]).strip()
+        key = text.lower()[:60]
+        # Duplicates and unfinished ones are left out.
+        if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
+            seen.add(key)
+            row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
+            lines.append(json.dumps(row) + "\n")
 
-        generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
-    return 0
+    generate(trunk, jobs, sink, max_new=a.max_new, choose=nucleus(0.9, 0.92, a.seed))
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from mtpkern.checkpoint import load_config
 from mtpkern.command import Parser, at_least, run
 from mtpkern.engine import resolve_device
 from mtpkern.fetch import resolve_model
+from mtpkern.outputs import FORCE, run_directory
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import FAMILIES
+from mtpkern.train.dataset import ANSWER_FILES
 from mtpkern.train.distill import LONGEST_PROMPT, Trunk, digest, read_prompts, record
 from mtpkern.train.families import family_taps
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", help="directory of the model; the default model without it")
     add("--prompts", type=Path, nargs="+", required=True, help="JSONL with `turns`")
     add("--out", type=Path, required=True, help="a directory for `train --answers`")
+    add("--force", action="store_true", help=FORCE)
     add("--families", nargs="+", default=["mtp"], choices=FAMILIES, help="whose heads")
     add("--limit", type=count, help="answer so many prompts")
     add("--temperature", type=at_least(0.0), default=0.6, help="of every other; 0: greedy only")
@@ -40,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _record(a: argparse.Namespace) -> int:
+    with run_directory(
+        a.out, ANSWER_FILES, ["layout.json"], force=a.force, sources=[a.model, *a.prompts]
+    ):
+        return _answer(a)
+
+
+def _answer(a: argparse.Namespace) -> int:
     device, _ = resolve_device(a.device)
     directory = resolve_model(a.model)
     layers = load_config(directory).num_layers
@@ -54,6 +64,7 @@ def _record(a: argparse.Namespace) -> int:
         temperature=a.temperature,
         seed=a.seed,
         prompts=digest(jobs),
+        force=a.force,
     )
     return 0
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from mtpkern.checkpoint import fingerprint, load_config, load_tensors
-from mtpkern.config import ModelConfig, UserError, printable
+from mtpkern.config import ModelConfig, UserError, printable, read_json_object
 from mtpkern.engine import resolve_device
 from mtpkern.errors import counted
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.head_checkpoint import find_heads
+from mtpkern.outputs import run_directory, writing
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train.acceptance import evaluate
-from mtpkern.train.dataset import Dataset, claim
+from mtpkern.train.dataset import Dataset, claim, differences
 from mtpkern.train.distill import LONGEST_PROMPT, Job, Trunk, digest, read_prompts, record
 from mtpkern.train.families import (
     Head,
@@ -46,6 +47,8 @@ from mtpkern.train.fit import (
 from mtpkern.train.mtp_head import MtpHead
 
 MEASUREMENTS = 4  # of a run on recorded answers
+WORK, FINISHED = ".train", "training.json"  # what an unfinished run goes on from; a finished one
+FILES = ("config.json", "model.safetensors", "README.md", FINISHED, WORK)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Plan:
     max_new: int = 192
     slots: int = 128
     device: str = "auto"
+    force: bool = False  # replace finished heads, or what another run left in `out`
 
 
 class Frozen(NamedTuple):
@@ -89,9 +93,25 @@ class Part(NamedTuple):
 
 def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """Train heads as planned and write them with their card -> acceptance on the held-out answers,
-    by kind and category. Raises UserError for what the caller can mend."""
+    by kind and category. Raises UserError for what the caller can mend.
+
+    An unfinished run of the same settings goes on, a finished one is left as it is, and anything
+    else in `plan.out` is refused: see `mtpkern.outputs`.
+    """
     if bool(plan.prompts) == bool(plan.answers):
         raise UserError("one of prompts and recorded answers is needed, not both")
+    with run_directory(
+        plan.out,
+        FILES,
+        [f"{WORK}/run.json", FINISHED],
+        work=WORK,
+        force=plan.force,
+        sources=[plan.model, plan.init, *plan.prompts, *plan.answers],
+    ):
+        return _train(plan, recipe)
+
+
+def _train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     device, _ = resolve_device(plan.device)
     torch.manual_seed(recipe.seed)
     model = _freeze(plan.model, device)
@@ -99,9 +119,14 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         name = model_name(model.directory)
         plan = replace(plan, init=find_heads(str(plan.init), name, model.directory))
     head = _begin(plan, recipe, model).to(device)
-    work = plan.out / ".train"
+    work = plan.out / WORK
     rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work)
-    claim(work / "run.json", _essentials(plan, recipe, model, rounds.prompts))
+    facts = _essentials(plan, recipe, model, rounds.prompts)
+    if not (work / "run.json").exists() and not plan.force:
+        if (finished := _finished(plan.out, facts)) is not None:
+            print(f"{printable(plan.out)} holds the heads of this very run already", flush=True)
+            return finished
+    claim(work / "run.json", facts, replaced=["*"] if plan.force else None)
     trainer = Trainer(head, recipe, work / "checkpoint.pt")
     if trainer.resume():
         print(f"going on from step {trainer.step} of {recipe.steps}", flush=True)
@@ -135,8 +160,25 @@ def train(plan: Plan, recipe: Recipe) -> dict[str, Any]:
             flush=True,
         )
     export_head(head, plan.out, model.lm_head)
-    (plan.out / "README.md").write_text(_card(plan, recipe, trainer, model, result))
+    with writing(plan.out):
+        (plan.out / "README.md").write_text(_card(plan, recipe, trainer, model, result))
+        (plan.out / FINISHED).write_text(json.dumps({"run": facts, "result": result}, indent=1))
     shutil.rmtree(work)
+    return result
+
+
+def _finished(directory: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run of these settings, None where there is none. Raises UserError
+    for the heads of other settings."""
+    if not (directory / FINISHED).exists():
+        return None
+    found = read_json_object(directory / FINISHED)
+    if other := differences(found["run"], facts):
+        raise UserError(
+            f"{printable(directory)} holds the heads of another run ({other}): choose another "
+            "--out, or replace them with --force"
+        )
+    result: dict[str, Any] = found["result"]
     return result
 
 
@@ -144,7 +186,7 @@ def _essentials(plan: Plan, recipe: Recipe, model: Frozen, prompts: str) -> dict
     """What a run must keep to go on: all but where it runs, and how much of it at a time."""
     facts = asdict(plan) | asdict(recipe)
     facts |= {"fingerprint": model.fingerprint[:16], "prompts": prompts}
-    for name in ("out", "model", "slots", "device"):
+    for name in ("out", "model", "slots", "device", "force"):
         del facts[name]
     found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return found
