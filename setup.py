@@ -38,6 +38,7 @@ setup(
         "jinja2>=3.1",
         "gguf>=0.17",
         "tqdm",
+        "filelock>=3.12",
     ],
     extras_require={
         "profile": ["nvtx>=0.2.10"],

@@ -16,10 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_decode import PROMPTS, encode, finish
-from common import Progress, environment, first_line, load, read_prompts
+from bench_decode import PROMPTS, encode
+from common import Finish, Progress, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
+from mtpkern.command import Parser, at_least
 from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, Drafts
 
 TOGETHER = 3
@@ -40,7 +41,10 @@ class Spoiled:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return run(parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
     facts = environment()
     print(first_line(facts))
     prompts = read_prompts(args.prompts, args.limit)
@@ -61,23 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     red = [row for row in rows if not row["identical"]]
     if red:
         print(f"RED: tokens differ in {len(red)} of {len(rows)} rows; no speed is reported")
-        return finish(report | {"rows": []}, args.output_json, 1)
+        return finish(report | {"rows": []}, 1)
     print(table(rows))
-    return finish(report, args.output_json, 0)
+    return finish(report, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", help="a directory, hub id or name (default: the default model)")
     add("--heads", default="auto")
     add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
-    add("--limit", type=int, default=12, metavar="N", help="prompts, over all categories")
-    add("--max-tokens", type=int, default=128, metavar="N")
-    add("--alternations", type=int, default=5, metavar="N")
-    add("--threads", type=int, metavar="N")
-    add("--output-json", type=Path, metavar="OUT")
-    return parser.parse_args(argv)
+    add("--limit", type=at_least(1), default=12, metavar="N", help="prompts, over all categories")
+    add("--max-tokens", type=at_least(1), default=128, metavar="N")
+    add("--alternations", type=at_least(1), default=5, metavar="N")
+    add("--threads", type=at_least(1), metavar="N")
+    return parser
 
 
 def spoil(llm: LLM) -> None:

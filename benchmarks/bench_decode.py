@@ -14,7 +14,6 @@ Rates come from summed tokens and summed seconds. The last line is one JSON obje
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from common import (
+    Finish,
     Progress,
     environment,
     first_line,
@@ -31,9 +31,11 @@ from common import (
     gpu_first_line,
     load,
     read_prompts,
+    run,
 )
 
 from mtpkern import LLM, SamplingParams, Stats, UserError
+from mtpkern.command import Parser, at_least
 from mtpkern.kernels.linear import PackedWeight, pack_ref
 from mtpkern.kernels.step_plan import plan_ref
 from mtpkern.ops import TORCH, Ops
@@ -60,7 +62,10 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return run(parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
     torch.set_num_threads(args.threads)
     open_model = partial(
         LLM, args.model, dtype=args.dtype, device=args.device, max_batch=RAGGED_BATCH
@@ -89,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{n}: {same}/{len(cases)}" for n, same in report["checks"].items()))
     if not all(all(case.identical.values()) for case in cases):
         print("RED: with drafts the output differs from K = 0; no speed is reported")
-        return finish(report | {"rows": [], "overall": None}, args.output_json, 1)
+        return finish(report | {"rows": [], "overall": None}, 1)
 
     plain = open_model(heads="none", ngram=False, num_speculative_tokens=0, ops=unpadded(llm))
     time_variants(llm, plain, cases, args.max_tokens, progress)
@@ -111,25 +116,26 @@ def main(argv: list[str] | None = None) -> int:
     report |= {"rows": rows, "overall": row("overall", cases, args.k, base)}
     report["environment"]["load_after"] = load()
     print_report(report)
-    return finish(report, args.output_json, 0)
+    return finish(report, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", help="a directory, hub id or name (default: the default model)")
     add("--heads", default="auto")
     add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
-    add("--limit", type=int, metavar="N", help="so many prompts, spread over the categories")
-    add("--max-tokens", type=int, default=128, metavar="N")
-    add("-K", dest="k", type=int, default=4)
-    add("--threads", type=int, default=2)
+    add(
+        "--limit", type=at_least(1), metavar="N", help="so many prompts, spread over the categories"
+    )
+    add("--max-tokens", type=at_least(1), default=128, metavar="N")
+    add("-K", dest="k", type=at_least(0), default=4)
+    add("--threads", type=at_least(1), default=2)
     add("--dtype", default="auto")
     add("--device", default="auto")
     add("--peers", action="store_true", help="time transformers on the same weights too")
     add("--no-sources", dest="sources", action="store_false", help="skip heads and n-gram alone")
-    add("--output-json", type=Path, metavar="OUT")
-    return parser.parse_args(argv)
+    return parser
 
 
 def encode(llm: LLM, text: str) -> list[int]:
@@ -369,17 +375,5 @@ def percents(rates: list[float]) -> str:
     return " ".join(f"{rate:.0%}" for rate in rates)
 
 
-def finish(report: dict[str, Any], file: Path | None, code: int) -> int:
-    line = json.dumps(report)
-    if file is not None:
-        file.write_text(line + "\n", encoding="utf-8")
-    print(line)
-    return code
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a long run is followed in a file, too
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"bench_decode: error: {error}")
+    sys.exit(main())

@@ -12,7 +12,6 @@ for speed. The last line is one JSON object; --plot draws it.
 
 import argparse
 import importlib.util
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,20 +27,45 @@ from bench_decode import (
     percents,
     unpadded,
 )
-from common import Progress, environment, first_line, gpu_environment, gpu_first_line, read_prompts
+from common import (
+    Finish,
+    Progress,
+    environment,
+    first_line,
+    gpu_environment,
+    gpu_first_line,
+    read_prompts,
+    run,
+)
 
 from mtpkern import LLM, SamplingParams, UserError
+from mtpkern.command import Parser, at_least
+from mtpkern.errors import printable
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.head_checkpoint import find_heads
+from mtpkern.outputs import output_file, writing
 
 SEED = 7
 BOTH = " + n-gram"
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
+    return run(parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
+    if args.plot is None:
+        return compare(args, finish, None)
+    if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
+    check_format(args.plot)
+    with output_file(args.plot, force=args.force) as plot:
+        return compare(args, finish, plot)
+
+
+def compare(args: argparse.Namespace, finish: Finish, plot: Path | None) -> int:
+    """Decode with every heads directory, and draw what comes of it where `plot` says."""
+    args.heads, args.temperature = args.heads or ["auto"], args.temperature or [0.0]
     if args.threads:
         torch.set_num_threads(args.threads)
     open_model = partial(LLM, args.model, dtype=args.dtype, device=args.device)
@@ -90,35 +114,31 @@ def main(argv: list[str] | None = None) -> int:
             for row in report["rows"][-len(args.temperature) :]:
                 row |= speed if row["temperature"] == 0 else {}
     print_rows(report["rows"])
-    text = json.dumps(report)
-    if args.output_json:
-        args.output_json.write_text(text + "\n", encoding="utf-8")
-    print(text, flush=True)
-    if args.plot:
-        draw(report, args.plot)
-    return 0
+    if plot is not None:
+        with writing(args.plot):
+            draw(report, plot, args.plot.suffix[1:])
+    return finish(report, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", help="a directory, hub id or name (default: the default model)")
     add("--heads", action="append", metavar="NAME|DIR", help="default: auto")
     add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
-    add("--limit", type=int, metavar="N", help="so many prompts, spread over the categories")
-    add("--max-tokens", type=int, default=128, metavar="N")
+    add(
+        "--limit", type=at_least(1), metavar="N", help="so many prompts, spread over the categories"
+    )
+    add("--max-tokens", type=at_least(1), default=128, metavar="N")
     add("--temperature", type=float, action="append", metavar="T", help="default: 0")
-    add("-K", dest="k", type=int, default=4)
-    add("--batch", type=int, default=1, metavar="N", help="prompts at a time")
-    add("--timed", type=int, default=0, metavar="N", help="prompts to time, one at a time")
-    add("--threads", type=int)
+    add("-K", dest="k", type=at_least(0), default=4)
+    add("--batch", type=at_least(1), default=1, metavar="N", help="prompts at a time")
+    add("--timed", type=at_least(0), default=0, metavar="N", help="prompts to time, one at a time")
+    add("--threads", type=at_least(1))
     add("--dtype", default="auto")
     add("--device", default="auto")
-    add("--output-json", type=Path, metavar="OUT")
     add("--plot", type=Path, metavar="OUT.png", help="needs matplotlib")
-    args = parser.parse_args(argv)
-    args.heads, args.temperature = args.heads or ["auto"], args.temperature or [0.0]
-    return args
+    return parser
 
 
 def summarise(answers: list[Any], categories: list[str], k: int) -> dict[str, Any]:
@@ -188,7 +208,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(f"{row['heads']}, T={row['temperature']}:", *(f"{c} {a:.2f}" for c, a in found))
 
 
-def draw(report: dict[str, Any], file: Path) -> None:
+def draw(report: dict[str, Any], file: Path, kind: str) -> None:
     """Acceptance by position, and tokens a step by category, of each heads directory."""
     from matplotlib.figure import Figure
 
@@ -223,12 +243,17 @@ def draw(report: dict[str, Any], file: Path) -> None:
         f"{facts['count']} prompts, {facts['max_tokens']} tokens, K = {facts['K']}, "
         f"temperature {coldest:g}"
     )
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, format=kind)
+
+
+def check_format(file: Path) -> None:
+    """Raise UserError where matplotlib draws no files of this kind."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:].lower() not in kinds:
+        raise UserError(f"--plot {printable(file)}: must end with one of {', '.join(kinds)}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"bench_heads: error: {error}")
+    sys.exit(main())

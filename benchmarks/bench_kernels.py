@@ -14,18 +14,18 @@ kernel's. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Progress, gpu_environment, gpu_first_line
+from common import Finish, Progress, gpu_environment, gpu_first_line, run
 from kernel_cases import MODELS, OPS, STEPS, Call, Case
 from torch import Tensor
 
+from mtpkern.command import Parser, at_least
+from mtpkern.errors import UserError
 from mtpkern.kernels._launch import jit, tl
 
 PROBE_BYTES = 2**30
@@ -34,10 +34,12 @@ HEADER = "| op | case | shape | ms | GB/s | % of peak | baseline ms | ratio | ma
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return run(parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
     if not torch.cuda.is_available():
-        print("bench_kernels needs a CUDA GPU; this machine has none", file=sys.stderr)
-        return 2
+        raise UserError("a CUDA GPU is needed, and this machine has none")
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     facts = gpu_environment()
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         progress(f"check {model} {op} {case.name}")
     if red:
         print("\n".join([*red, "no speed is reported"]))
-        return finish(report | {"red": red}, args.output_json, 1)
+        return finish(report | {"red": red}, 1)
 
     facts |= {f"{name}_gbps": round(rate, 1) for name, rate in bandwidths(args.repeat).items()}
     peak = max(facts["copy_gbps"], facts["read_gbps"])
@@ -72,19 +74,18 @@ def main(argv: list[str] | None = None) -> int:
         report["rows"].append(row | {"max_error": error})
         progress(f"time {model} {op} {case.name}")
     print_rows(report["rows"])
-    return finish(report, args.output_json, 0)
+    return finish(report, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--op", choices=OPS, action="append", help="default: all")
     add("--model", choices=MODELS, action="append", help="default: all")
-    add("--rows", type=int, action="append", metavar="N", help="window rows; default: all")
-    add("--repeat", type=int, default=20, metavar="N", help="replays a median is taken of")
+    add("--rows", type=at_least(1), action="append", metavar="N", help="window rows; default: all")
+    add("--repeat", type=at_least(1), default=20, metavar="N", help="replays a median is taken of")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
-    add("--output-json", type=Path, metavar="OUT")
-    return parser.parse_args(argv)
+    return parser
 
 
 def check(case: Case) -> tuple[float, float]:
@@ -198,14 +199,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                     f"| {row['gbps']:.0f} | {row['percent_of_peak']:.0f} "
                     f"| {row['baseline_ms']:.4f} | {row['ratio']:.2f} | {row['max_error']:.2g} |"
                 )
-
-
-def finish(report: dict[str, Any], output: Path | None, code: int) -> int:
-    text = json.dumps(report)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return code
 
 
 if __name__ == "__main__":

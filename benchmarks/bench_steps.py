@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Progress, environment, first_line, gpu_environment, gpu_first_line
+from common import Finish, Progress, environment, first_line, gpu_environment, gpu_first_line, run
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
+from mtpkern.command import Parser, at_least
 from mtpkern.decode import decode_step
 from mtpkern.engine import LLM
 from mtpkern.graph import capture
@@ -42,7 +43,12 @@ HEADER = "| batch | K | drafter | context | ms | spread | GB/s | over the plain 
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return run(parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
+    args.batch, args.K = args.batch or [1], args.K or [0, 4]
+    args.context = args.context or [1024]
     on_gpu = torch.cuda.is_available()
     facts = gpu_environment() if on_gpu else environment()
     print(gpu_first_line(facts) if on_gpu else first_line(facts), flush=True)
@@ -57,26 +63,18 @@ def main(argv: list[str] | None = None) -> int:
             report["rows"] += [{"model": name} | row for row in rows]
             print_rows(name, rows)
             progress(name)
-    text = json.dumps(report)
-    if args.output_json:
-        args.output_json.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0
+    return finish(report, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", choices=["tiny", *MODELS], action="append", help="default: 8B and 1B")
-    add("--batch", type=int, action="append", metavar="B", help="default: 1")
-    add("-K", type=int, action="append", metavar="K", help="default: 0 and 4")
-    add("--context", type=int, action="append", metavar="S", help="default: 1024")
-    add("--repeat", type=int, default=20, metavar="N", help="times a median is taken of")
-    add("--output-json", type=Path, metavar="OUT")
-    args = parser.parse_args(argv)
-    args.batch, args.K = args.batch or [1], args.K or [0, 4]
-    args.context = args.context or [1024]
-    return args
+    add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
+    add("-K", type=at_least(0), action="append", metavar="K", help="default: 0 and 4")
+    add("--context", type=at_least(1), action="append", metavar="S", help="default: 1024")
+    add("--repeat", type=at_least(2), default=20, metavar="N", help="times a median is taken of")
+    return parser
 
 
 def write_config(model: Model, directory: Path) -> Path:

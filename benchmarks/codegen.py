@@ -13,7 +13,6 @@ else: a list of offences and exit code 1.
 
 import argparse
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -29,10 +28,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from checkout import ROOT
+from common import Finish, run
 from kernel_cases import MODELS, OPS, STEPS
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
+
+from mtpkern.command import Parser, at_least
+from mtpkern.outputs import output_file, writing
 
 # Steps at the tiers of rows that STEPS leaves out: 20, 125 and 255 rows.
 OTHER_TIERS = ((4, 5), (25, 5), (51, 5))
@@ -98,15 +101,25 @@ class Compiled(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", choices=MODELS, action="append", help="default: all")
     add("--op", choices=OPS, action="append", help="default: all")
     add("--target", choices=TARGETS, nargs="+", default=TARGETS)
-    add("--jobs", type=int, default=2, metavar="N", help="targets compiled at a time")
-    add("--output-json", type=Path, metavar="OUT")
+    add("--jobs", type=at_least(1), default=2, metavar="N", help="targets compiled at a time")
     add("--write-table", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    args = parser.parse_args(argv)
+    return run(parser, compile_all, argv)
+
+
+def compile_all(args: argparse.Namespace, finish: Finish) -> int:
+    if not args.write_table:
+        return judge(args, finish, None)
+    with output_file(TABLE, force=True) as file:
+        return judge(args, finish, file)
+
+
+def judge(args: argparse.Namespace, finish: Finish, table_file: Path | None) -> int:
+    """Compile everything, say what offends, and write the table where `table_file` says."""
     models, ops = args.model or list(MODELS), args.op or list(OPS)
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         jobs = [pool.submit(compile_target, target, models, ops) for target in args.target]
@@ -121,9 +134,9 @@ def main(argv: list[str] | None = None) -> int:
         wrong += [(name, "is launched by no case", "") for name in kernels() - launched]
     found = together(wrong)
     text = table(compiled)
-    if args.write_table:
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(text, encoding="utf-8")
+    if table_file is not None:
+        with writing(TABLE):
+            table_file.write_text(text, encoding="utf-8")
     print(text)
     print("\n".join(f"OFFENCE {line}" for line in found) or "no offences")
     report = {
@@ -132,11 +145,9 @@ def main(argv: list[str] | None = None) -> int:
         "kernels": [kernel._asdict() for kernel in compiled],
         "offences": found,
     }
-    if args.output_json:
-        args.output_json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     binaries = len({kernel.binary for kernel in compiled})
-    print(json.dumps({"schema": 1, "binaries": binaries, "offences": len(found)}))
-    return 1 if found else 0
+    line = {"schema": 1, "binaries": binaries, "offences": len(found)}
+    return finish(report, 1 if found else 0, line)
 
 
 def compile_target(

@@ -1,17 +1,65 @@
-"""What the benchmarks share: the machine in words, prompts, and a progress line."""
+"""What the benchmarks share: how they run and report, the machine in words, prompts, and a progress
+line."""
 
+import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from checkout import ROOT
 
 import mtpkern
+from mtpkern import UserError, command
 from mtpkern.diagnose import cpu_model
+from mtpkern.errors import printable
+from mtpkern.outputs import FORCE, output_file, writing
+
+
+class Finish(Protocol):
+    """Writes a report where --output-json says, prints the last line -> the exit code given."""
+
+    def __call__(
+        self, report: dict[str, Any], code: int, line: dict[str, Any] | None = None
+    ) -> int: ...
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace, Finish], int],
+    argv: list[str] | None,
+) -> int:
+    """Run a benchmark as the package's own commands are run -> exit code: 1 is a check that failed,
+    2 a user's mistake. --output-json is claimed before anything is measured; the last line of
+    output is one JSON object, the report itself if nothing else is given."""
+    parser.add_argument("--output-json", type=Path, metavar="OUT", help="write the report there")
+    parser.add_argument("--force", action="store_true", help=FORCE)
+
+    def claimed(args: argparse.Namespace) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # a long run is followed in a file, too
+        target = args.output_json
+        with output_file(target, force=args.force) if target else nullcontext() as file:
+
+            def finish(
+                report: dict[str, Any], code: int, line: dict[str, Any] | None = None
+            ) -> int:
+                if file is not None:
+                    with writing(target):
+                        file.write_text(json.dumps(report) + "\n", encoding="utf-8")
+                print(json.dumps(report if line is None else line), flush=True)
+                return code
+
+            return measure(args, finish)
+
+    parser.set_defaults(run=claimed)
+    return command.run(parser, argv)
 
 
 def environment() -> dict[str, Any]:
@@ -83,7 +131,24 @@ def commit() -> str:
 
 def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:
     """Prompts of a file in Spec-Bench's form (question_id, category, turns), spread if limited."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{printable(file)} is not UTF-8 text") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row["category"], str) or not isinstance(row["turns"][0], str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError):
+            raise UserError(
+                f"{printable(file)}, line {number}: must be a JSON object with `category` and "
+                "`turns`, a list of texts"
+            ) from None
+        rows.append(row)
     return rows if limit is None else spread(rows, limit)
 
 

@@ -25,7 +25,12 @@ import torch
 from checkout import ROOT
 from common import environment, first_line, gpu_environment, gpu_first_line
 
+from mtpkern import command
+from mtpkern.command import Parser
+from mtpkern.outputs import FORCE, run_directory
+
 BENCHMARKS = ROOT / "benchmarks"
+FILES = ("suite.json", "suite.md", "*.txt")
 
 
 class Part(NamedTuple):
@@ -37,13 +42,25 @@ class Part(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    suite = parser()
+    suite.set_defaults(run=measure)
+    return command.run(suite, argv)
+
+
+def measure(args: argparse.Namespace) -> int:
     on_gpu = torch.cuda.is_available()
     facts = gpu_environment() if on_gpu else environment()
     print(gpu_first_line(facts) if on_gpu else first_line(facts), flush=True)
     name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
     directory = args.output or BENCHMARKS / "results" / f"{name}-{datetime.date.today()}"
-    directory.mkdir(parents=True, exist_ok=True)
+    with run_directory(directory, FILES, [], force=args.force):
+        return run_parts(args, directory, facts, on_gpu)
+
+
+def run_parts(
+    args: argparse.Namespace, directory: Path, facts: dict[str, Any], on_gpu: bool
+) -> int:
+    """Run the suite into a directory; exit code 1 where a part failed."""
     report: dict[str, Any] = {"schema": 1, "environment": facts, "parts": {}}
     began = time.monotonic()
     for part in parts(on_gpu):
@@ -60,12 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     names = sorted({part.name for on_gpu in (True, False) for part in parts(on_gpu)})
     parser.add_argument("--part", choices=names, action="append", help="default: all")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/")
-    return parser.parse_args(argv)
+    parser.add_argument("--force", action="store_true", help=FORCE)
+    return parser
 
 
 def parts(on_gpu: bool) -> list[Part]:

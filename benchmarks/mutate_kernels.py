@@ -9,7 +9,6 @@ or that does not compile (a compiler is not a test), is listed and makes the exi
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from common import Finish, run
+
+from mtpkern.command import Parser, at_least
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -625,12 +628,14 @@ class Verdict(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--only", default="", metavar="TEXT", help="faults whose file or description has it")
-    add("--jobs", type=int, default=1, metavar="N", help="faults tried at a time")
-    add("--output-json", type=Path, metavar="OUT")
-    args = parser.parse_args(argv)
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="faults tried at a time")
+    return run(parser, measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
     faults = [f for f in FAULTS if args.only in f.op + f.file or args.only in f.what]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for op in dict.fromkeys(fault.op for fault in faults):
@@ -649,11 +654,9 @@ def main(argv: list[str] | None = None) -> int:
             verdicts.append(verdict)
     survivors = [verdict.fault.what for verdict in verdicts if not verdict.caught]
     report = {"schema": 1, "faults": len(faults), "caught": len(faults) - len(survivors)}
-    if args.output_json:
-        rows = [v.fault._asdict() | v._asdict() | {"fault": v.fault.what} for v in verdicts]
-        args.output_json.write_text(json.dumps(report | {"rows": rows}, indent=1))
-    print(json.dumps(report | {"survivors": survivors}))
-    return 1 if survivors else 0
+    rows = [v.fault._asdict() | v._asdict() | {"fault": v.fault.what} for v in verdicts]
+    line = report | {"survivors": survivors}
+    return finish(report | {"rows": rows}, 1 if survivors else 0, line)
 
 
 def plant(fault: Fault, place: Path) -> Verdict:

@@ -12,7 +12,6 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -26,10 +25,12 @@ from unittest.mock import patch
 import torch
 import triton
 from bench_steps import TINY, medusa_heads, mtp_module, write_config
+from common import Finish, run
 from kernel_cases import MODELS, PAGE_SIZE, Model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpkern.cache import KVCache
+from mtpkern.command import Parser, at_least
 from mtpkern.config import ModelConfig
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.heads import Drafter, NgramDrafter, NoDrafter
@@ -107,7 +108,10 @@ def meta_state(directory: Path, batch: int, k: int, **options: Any) -> tuple[Lla
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return run(parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace, finish: Finish) -> int:
     print(
         f"assumed: {args.gbps} GB/s, {args.bubble_us} us for every launch, context {args.context}; "
         "predicted, not measured"
@@ -127,20 +131,19 @@ def main(argv: list[str] | None = None) -> int:
             f"| {row['bytes'] / 1e9:.3f} | {row['predicted_ms']:.3f} | {row['over_plain']:.3f} |"
         )
     assumed = {"gbps": args.gbps, "bubble_us": args.bubble_us, "context": args.context}
-    print(json.dumps({"schema": 1, "assumed": assumed, "rows": rows}))
-    return 0
+    return finish({"schema": 1, "assumed": assumed, "rows": rows}, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", choices=["tiny", *MODELS], action="append", help="default: all")
-    add("--batch", type=int, action="append", metavar="B", help="default: 1")
-    add("-K", dest="k", type=int, default=4)
-    add("--context", type=int, default=1024)
+    add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
+    add("-K", dest="k", type=at_least(0), default=4)
+    add("--context", type=at_least(1), default=1024)
     add("--gbps", type=float, default=3000.0, help="assumed bandwidth (default: an H100's copy)")
     add("--bubble-us", type=float, default=0.6, help="assumed cost of a launch in a graph")
-    return parser.parse_args(argv)
+    return parser
 
 
 def predict(

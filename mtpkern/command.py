@@ -1,9 +1,11 @@
-"""What the package's command lines share: a user's mistake is one line on stderr and exit code 2.
+"""What the package's command lines share: a user's mistake, or what the operating system refuses
+(a path, a permission, a full disk, a closed stream), is one line on stderr and exit code 2.
 
 No torch is imported here, so that --help answers at once.
 """
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -11,10 +13,10 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from mtpkern import status
-from mtpkern.errors import UserError
+from mtpkern.errors import UserError, printable
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -41,13 +43,17 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """With --quiet and --verbose; raises UsageError where argparse would print usage and exit."""
+    """With --quiet and --verbose; raises UsageError where argparse would print its usage and exit,
+    and OSError where a help text cannot be printed."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         status.add_options(self)
         # Of a command and its subcommands, the innermost one says which flags there are.
         self.set_defaults(parser=self)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -59,26 +65,32 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     `run` takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
     2 is a user's mistake, 130 an interrupt, 141 a reader gone away, else what `run` gives.
     """
+    if not _open_streams():
+        return _complain(parser, UsageError("standard output is closed"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character shows a question mark instead of a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = _parse(parser, argv)
-        args.command_line = _command_line(parser, argv)
-        with status.from_arguments(args) as args.status:
-            code = _call(args)
+        try:
+            args = _parse(parser, argv)
+            args.command_line = _command_line(parser, argv)
+            with status.from_arguments(args) as args.status:
+                code = _call(args)
+        except SystemExit as stop:  # --help and --version
+            code = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # --help and --version
-        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end: let that write go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return BROKEN_PIPE
-    except UsageError as error:
+    except (UsageError, UserError) as error:
         return _complain(parser, error)
+    except OSError as error:
+        if error.errno is None:  # a library's own, which may be a fault of the program
+            raise
+        return _complain(parser, _refusal(error))
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,6 +163,44 @@ def _command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     return f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
+def _open_streams() -> bool:
+    """Whether there is a standard output. The numbers of closed streams are taken, so that no file
+    is opened under one of them, to get what is printed; errors go nowhere without a stderr."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return sys.stdout is not None
+
+
+def _refusal(error: OSError) -> UsageError:
+    """What the operating system refused, in words."""
+    what = str(error.strerror or error)
+    try:
+        sys.stdout.flush()
+    except OSError as pending:
+        # What it still holds cannot be written, whatever else failed.
+        _discard(sys.stdout)
+        return UsageError(f"cannot write standard output: {pending.strerror}")
+    if error.filename is not None:
+        return UsageError(f"{printable(error.filename)}: {what}")
+    # An unbuffered standard output holds nothing. Files have names: see mtpkern.outputs.
+    unwritable = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+    return UsageError(f"cannot write standard output: {what}" if unwritable else what)
+
+
+def _discard(stream: IO[str]) -> None:
+    """Let what a stream still holds go nowhere: the interpreter flushes it once more at its end."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
 def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
-    print(f"{parser.prog}: error:", " ".join(str(error).split()), file=sys.stderr)
+    try:
+        print(f"{parser.prog}: error:", " ".join(str(error).split()), file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)  # nobody can be told
     return USER_ERROR

@@ -17,7 +17,6 @@ A pickle is read by torch's weights-only loader, which runs no code of the file'
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from mtpkern.gguf_checkpoint import convert_gguf
 from mtpkern.head_checkpoint import check_heads
 from mtpkern.head_layouts import is_eagle3, read_medusa
 from mtpkern.meta_checkpoint import convert_meta
+from mtpkern.outputs import output_directory, writing
 
 MEDUSA_FILE = "medusa_lm_head.pt"
 KNOWN_FILES = (
@@ -43,16 +43,16 @@ KNOWN_FILES = (
     INDEX_FILE,
 )
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
+FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt")
 
 
-def convert(source: Path, target: Path) -> None:
-    """Convert `source`, a file or a directory that holds one, into the new directory `target`.
+def convert(source: Path, target: Path, *, force: bool = False) -> None:
+    """Convert `source`, a file or a directory that holds one, into the directory `target`, which is
+    new or empty, or holds an earlier conversion and `force` is given.
 
     Raises UserError where there is nothing known in it, what is in it would not load, or the target
     is in the way; nothing is left behind then.
     """
-    if target.exists():
-        raise UserError(f"{printable(target)} exists already")
     known = [source / name for name in KNOWN_FILES] if source.is_dir() else [source]
     file = next((path for path in known if path.is_file()), None)
     if file is None:
@@ -60,9 +60,7 @@ def convert(source: Path, target: Path) -> None:
             f"{printable(source)} is no file, and no directory with {', '.join(KNOWN_FILES[:-1])} "
             f"or {KNOWN_FILES[-1]}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with output_directory(target, FILES, force=force, sources=[source]) as work, writing(target):
         if file.suffix == ".gguf":
             convert_gguf(file, work)
         elif file.name == INDEX_FILE:
@@ -72,10 +70,6 @@ def convert(source: Path, target: Path) -> None:
             _write(read_pickle(file) if pickled else load_tensors(file), work, file)
         else:
             raise UserError(f"{printable(file)} is not a known kind; known: {', '.join(SUFFIXES)}")
-        work.chmod(0o755)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(tensors: dict[str, Tensor], directory: Path, file: Path) -> None:
@@ -109,7 +103,8 @@ def _write(tensors: dict[str, Tensor], directory: Path, file: Path) -> None:
 def _save(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Write tensors, each with memory of its own: Medusa's blocks of one head may be one tensor."""
     own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
+    with writing(directory / "model.safetensors"):
+        save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_eagle3(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:

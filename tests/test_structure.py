@@ -78,21 +78,23 @@ ARROWS: dict[str, set[str]] = {
     "draft_length": {"heads"},
     "trace": set(),
     "threads": {"arguments"},
-    "profile": {"config"},
+    "outputs": {"errors"},
+    "profile": {"config", "outputs"},
     "command": {"errors", "status"},
     "bin_checkpoint": {"checkpoint", "config", "errors"},
     "convert": {"config", "errors", "checkpoint", "head_checkpoint", "head_layouts"}
-    | {"bin_checkpoint", "gguf_checkpoint", "meta_checkpoint"},
-    "meta_checkpoint": {"config"},
+    | {"bin_checkpoint", "gguf_checkpoint", "meta_checkpoint", "outputs"},
+    "meta_checkpoint": {"config", "outputs"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP | {"ring", "completion", "draft_length", "threads", "trace"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
-    "train": EVERYTHING | {"mtpkern", "reference", "command"},
+    "train": EVERYTHING | {"mtpkern", "reference", "command", "outputs"},
     "integrations": EVERYTHING | {"mtpkern"},
     "diagnose": EVERYTHING | {"mtpkern"},
     "cli": EVERYTHING
-    | {"mtpkern", "command", "errors", "diagnose", "profile", "convert", "train", "integrations"},
+    | {"mtpkern", "command", "errors", "diagnose", "profile", "convert", "train", "integrations"}
+    | {"outputs"},
     "__main__": {"cli"},
 }
 

@@ -88,7 +88,7 @@ def test_a_recording_is_not_taken_for_another_one(
         assert f"{out} is of another run (" in line and message in line
         assert contents(out) == before
     assert record.main([*first, "--out", str(fewer)]) == 2
-    assert f"cannot write to {fewer}: File exists" in capsys.readouterr().err
+    assert f"{fewer} is a file: give the name of a directory" in capsys.readouterr().err
     # Answers of before this was noted are read, and not added to.
     (out / "layout.json").write_text('{"hidden_size": 48, "taps": [1, 2, 3]}')
     assert record.main(first) == 2
@@ -295,7 +295,7 @@ def test_the_heads_that_ship_can_be_gone_on_from():
         (record.main, ["--prompts", "nowhere", "--out", "x"], "cannot read prompts nowhere"),
         (record.main, ["--out", "x"], "the following arguments are required: --prompts"),
         (invent.main, ["--count", "1", "--out", "x", "--device", "tpu"], "device must be auto"),
-        (invent.main, ["--count", "1", "--out", "no/x"], "cannot write no/x: No such file"),
+        (invent.main, ["--count", "1", "--out", "/dev/null/x"], "x: Not a directory"),
         (prompts.main, ["--out", "x", "--roots", "no"], "no English prose under no"),
         (prompts.main, ["--out", "x", "--counts", "[]"], "must be a JSON object of complete"),
         (joint.main, ["--out", "x", "--text", "no"], "too little Python under no to learn from"),

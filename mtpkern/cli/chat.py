@@ -52,6 +52,8 @@ def add_command(commands: Any) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    if sys.stdin is None:
+        raise UsageError("standard input is closed")
     with args.status.phase("starting"):
         from mtpkern.engine import resolve_device
         from mtpkern.errors import UserError

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.cli.tables import print_table
+from mtpkern.command import UsageError
+from mtpkern.outputs import FORCE
 
 
 def add_commands(commands: Any) -> None:
@@ -16,6 +18,11 @@ def add_commands(commands: Any) -> None:
         epilog="example:\n  mtpkern fetch",
     )
     fetch.add_argument("name", nargs="?", metavar="NAME", help="a model's name or hub id")
+    instead = fetch.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--list", action="store_true", help="list what is in the cache instead, with its size"
+    )
+    instead.add_argument("--remove", metavar="NAME", help="remove a model from the cache instead")
     fetch.set_defaults(run=_fetch)
     inspect = commands.add_parser(
         "inspect",
@@ -35,13 +42,36 @@ def add_commands(commands: Any) -> None:
         epilog="example:\n  mtpkern convert medusa_lm_head.pt heads",
     )
     convert.add_argument("source", type=Path, metavar="SRC")
-    convert.add_argument("target", type=Path, metavar="DST", help="must not exist yet")
+    convert.add_argument(
+        "target", type=Path, metavar="DST", help="a new directory, or an empty one"
+    )
+    convert.add_argument("--force", action="store_true", help=FORCE)
     convert.set_defaults(run=_convert)
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from mtpkern.fetch import DEFAULT_MODEL, fetch_default_model, resolve_model
+    from mtpkern.fetch import (
+        DEFAULT_MODEL,
+        default_model_directory,
+        fetch_default_model,
+        list_cached,
+        megabytes,
+        remove_cached,
+        resolve_model,
+    )
 
+    if args.name is not None and (args.list or args.remove is not None):
+        raise UsageError("NAME is fetched, and goes with neither --list nor --remove")
+    if args.list:
+        place = default_model_directory().parent
+        print(f"{place}:")
+        for model in list_cached():
+            print(f"{model.name:<28} {megabytes(model.size):>8}  {model.state}")
+        return 0
+    if args.remove is not None:
+        removed = remove_cached(args.remove, args.status)
+        print(f"removed {removed.name}, {megabytes(removed.size)}")
+        return 0
     if args.name in (None, DEFAULT_MODEL):
         print(fetch_default_model(status=args.status, verify=True))
     else:
@@ -60,6 +90,6 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from mtpkern.convert import convert
 
-    convert(args.source, args.target)
+    convert(args.source, args.target, force=args.force)
     print(args.target)
     return 0

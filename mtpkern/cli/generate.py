@@ -239,6 +239,8 @@ def _profiled(llm: "LLM") -> "Iterator[None]":
 def _read_prompt(given: str | None) -> str:
     if given is not None and given != "-":
         return given
+    if sys.stdin is None:
+        raise UsageError("no prompt: standard input is closed")
     if given is None and sys.stdin.isatty():
         raise UsageError(
             'no prompt: mtpkern generate "PROMPT", or - to read standard input; '
@@ -248,6 +250,9 @@ def _read_prompt(given: str | None) -> str:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError("standard input is not UTF-8 text") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot read standard input: {reason}") from None
     # The newline that ends the last line of a file, or of what echo writes, is not the prompt's.
     return text.removesuffix("\n").removesuffix("\r")
 

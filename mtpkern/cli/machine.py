@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from mtpkern.cli.tables import print_table
+from mtpkern.outputs import FORCE
 
 
 def add_commands(commands: Any) -> None:
@@ -14,6 +15,7 @@ def add_commands(commands: Any) -> None:
         epilog='example:\n  mtpkern profile nsys "Why is the sky blue?" --max-tokens 32',
     )
     profile.add_argument("-o", "--output", default="mtpkern", help="the report")
+    profile.add_argument("--force", action="store_true", help=FORCE)
     profile.add_argument("tool", choices=("nsys", "ncu"), help="Nsight Systems or Nsight Compute")
     profile.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
     profile.set_defaults(run=_profile)
@@ -28,7 +30,8 @@ def add_commands(commands: Any) -> None:
 def _profile(args: argparse.Namespace) -> int:
     from mtpkern.profile import run_profiler
 
-    return run_profiler(args.tool, args.arguments or ["Why is the sky blue?"], args.output)
+    prompt = args.arguments or ["Why is the sky blue?"]
+    return run_profiler(args.tool, prompt, args.output, force=args.force)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.command import above_zero, at_least
+from mtpkern.outputs import FORCE
 from mtpkern.train import DEFAULT_MINUTES, FAMILIES
 
 
@@ -27,6 +28,7 @@ def add_command(commands: Any) -> None:
     add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL with `turns`")
     add("--answers", type=Path, nargs="+", default=[], metavar="DIR", help="recorded before")
     add("--out", type=Path, required=True, metavar="DIR", help="where the heads go")
+    add("--force", action="store_true", help=FORCE)
     add(
         "--init",
         type=Path,
@@ -87,6 +89,7 @@ def _train(args: argparse.Namespace) -> int:
         slots=args.slots or 0,
         device=args.device,
         minutes=args.minutes or 0.0,
+        force=args.force,
     )
     recipe = Recipe(
         steps=args.steps or 0,

@@ -12,7 +12,7 @@ M is 64. The index is written last: files cut short are longer than it says, nev
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from mtpkern.config import UserError, printable, read_json_object
+from mtpkern.outputs import clear, writing
 
 TOP = 64
+ANSWER_FILES = ("layout.json", "sequences.jsonl", "*.bin")
 
 
 def fields(width: int) -> dict[str, tuple[type, int]]:
@@ -36,22 +38,23 @@ def fields(width: int) -> dict[str, tuple[type, int]]:
     }
 
 
-def claim(file: Path, facts: Mapping[str, Any]) -> None:
+def claim(file: Path, facts: Mapping[str, Any], *, replaced: Collection[str] | None = None) -> None:
     """Note in a file what its directory is of, which is made first; facts are as JSON has them.
 
-    Raises UserError where other facts stand there.
+    Where other facts stand there, the directory's contents are removed, if all of them match
+    `replaced`, and are a UserError without it.
     """
-    try:
+    if file.exists() and (other := differences(read_json_object(file), facts)):
+        if replaced is None:
+            raise UserError(
+                f"{printable(file.parent)} is of another run ({other}): the same options go on "
+                "with it, another --out begins anew, and so does --force, in its place"
+            )
+        clear(file.parent, replaced)
+    if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        with writing(file):
             file.write_text(json.dumps(facts) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {printable(file.parent)}: {error.strerror}") from None
-    if other := differences(read_json_object(file), facts):
-        raise UserError(
-            f"{printable(file.parent)} is of another run ({other}): the same options go on with "
-            "it, another --out begins anew"
-        )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -63,13 +66,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 class DatasetWriter:
     """Appends sequences to a directory; opening it again goes on after the last whole one.
 
-    `origin` is what else must be the same for that. Raises UserError for a directory with other
-    answers, which stay as they are.
+    `origin` is what else must be the same for that. A directory with other answers is a UserError,
+    and stays as it is; or they are replaced, with `force`.
     """
 
-    def __init__(self, directory: Path, E: int, taps: Sequence[int], **origin: Any):
+    def __init__(
+        self, directory: Path, E: int, taps: Sequence[int], *, force: bool = False, **origin: Any
+    ):
         layout = {"hidden_size": E, "taps": list(taps), **origin}
-        claim(directory / "layout.json", layout)
+        claim(directory / "layout.json", layout, replaced=ANSWER_FILES if force else None)
         self.index = directory / "sequences.jsonl"
         written = read_index(directory)
         self.sequences = len(written)
@@ -99,12 +104,13 @@ class DatasetWriter:
             "top_logits": top_logits.numpy(),
         }
         for name, array in rows.items():
-            self.files[name].write(array.astype(self.fields[name][0], copy=False).tobytes())
-            self.files[name].flush()
+            with writing(Path(self.files[name].name)):
+                self.files[name].write(array.astype(self.fields[name][0], copy=False).tobytes())
+                self.files[name].flush()
         n = len(tokens)
         row = {"offset": self.rows, "prompt": prompt, "length": n, "category": category}
         row["number"] = number
-        with self.index.open("a") as file:
+        with writing(self.index), self.index.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows += n
         self.sequences += 1

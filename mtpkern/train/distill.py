@@ -296,6 +296,7 @@ def record(
     temperature: float = 0.0,
     seed: int = 0,
     prompts: str = "",
+    force: bool = False,
     status: Status = SILENT,
     what: str = "answers",
 ) -> None:
@@ -303,7 +304,8 @@ def record(
     at a time; every other one is sampled, or none at temperature 0.
 
     A recording that was killed goes on where it was; `prompts` says which ones `jobs` are of, as
-    `digest` does, and a directory with answers to others, or by another model, is a UserError.
+    `digest` does, and a directory with answers to others, or by another model, is a UserError, or
+    begun anew with `force`.
     Answers that were cut short begin again, with the same noise but among other neighbours: bf16
     may then prefer another of two near equals.
     """
@@ -316,6 +318,7 @@ def record(
         seed=seed,
         max_new=max_new,
         temperature=temperature,
+        force=force,
     )
     choose = every_other(nucleus(temperature, TOP_P, seed)) if temperature else greedy
     waiting = [job for job in jobs if job.number not in writer.numbers]

@@ -12,7 +12,6 @@ All but medusa draft through the part of the vocabulary that the model is expect
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from mtpkern.checkpoint import final_norm, fingerprint, layer_parts, load_config, load_tensors
 from mtpkern.config import ModelConfig, RopeConfig, UserError, printable, read_json_object
 from mtpkern.fetch import model_name
+from mtpkern.outputs import writing
 from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
@@ -99,7 +99,7 @@ def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
     lm_head [V, E] is the model's, of which a published layout has a part.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{os.getpid()}"
+    temporary = directory / ".mtpkern-heads"
 
     def stored(tensor: Tensor) -> Tensor:
         tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
@@ -108,7 +108,8 @@ def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
     tensors = head.tensors()
     if isinstance(head, Eagle3Head):
         tensors |= head.vocabulary(lm_head)
-    save_file({name: stored(t) for name, t in tensors.items()}, temporary)
+    with writing(directory / "model.safetensors"):
+        save_file({name: stored(t) for name, t in tensors.items()}, temporary)
     temporary.chmod(0o644)
     temporary.replace(directory / "model.safetensors")
     temporary.write_text(json.dumps(asdict(head.config), indent=2) + "\n")

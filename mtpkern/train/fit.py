@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtpkern.outputs import writing
 from mtpkern.train.dataset import Dataset
 from mtpkern.train.families import Head
 from mtpkern.train.interrupt import held_back
@@ -139,7 +140,8 @@ class Trainer:
         state["optimizers"] = [o.state_dict() for o in self.optimizers]
         state["notes"] = self.notes
         temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
+        with writing(self.checkpoint), temporary.open("wb") as file:
+            torch.save(state, file)
         temporary.replace(self.checkpoint)
 
     def resume(self) -> bool:

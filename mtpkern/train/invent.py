@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.command import Parser, at_least, run
-from mtpkern.train.prompts import OPENINGS, writable
+from mtpkern.outputs import FORCE, output_file, writing
+from mtpkern.train.prompts import OPENINGS
 
 if TYPE_CHECKING:
     from mtpkern.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", help="directory of the model; the default model without it")
     add("--count", type=count, required=True, help="how many to try; some are dropped")
     add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    add("--force", action="store_true", help=FORCE)
     add("--max-new", type=count, default=220, help="longest prompt in tokens")
     add("--slots", type=count, help="sequences at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -55,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _invent(a: argparse.Namespace) -> int:
+    with output_file(a.out, force=a.force) as file:
+        text = "".join(_lines(a))
+        with writing(a.out):
+            file.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _lines(a: argparse.Namespace) -> list[str]:
     import torch
 
     from mtpkern.checkpoint import load_config
@@ -79,21 +89,21 @@ def _invent(a: argparse.Namespace) -> int:
         with a.status.phase("measuring how fast it goes"):
             slots = measure_answers(trunk, jobs, a.max_new, 0).best_slots(len(jobs))
     stop, seen = set(trunk.config.eos_token_ids), set()
-    with writable(a.out) as file:
+    lines: list[str] = []
 
-        def sink(job: "Job", *_: Any) -> None:
-            text = tokenizer.decode(job.tokens[head:-1]).strip()
-            key = text.lower()[:60]
-            # Duplicates and unfinished ones are left out.
-            if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
-                seen.add(key)
-                row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
-                file.write(json.dumps(row) + "\n")
+    def sink(job: "Job", *_: Any) -> None:
+        text = tokenizer.decode(job.tokens[head:-1]).strip()
+        key = text.lower()[:60]
+        # Duplicates and unfinished ones are left out.
+        if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
+            seen.add(key)
+            row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
+            lines.append(json.dumps(row) + "\n")
 
-        choose = nucleus(0.9, 0.92, a.seed)
-        with a.status.phase("prompts", len(jobs), "tried") as phase:
-            generate(trunk, jobs, sink, slots=slots, max_new=a.max_new, choose=choose, phase=phase)
-    return 0
+    choose = nucleus(0.9, 0.92, a.seed)
+    with a.status.phase("prompts", len(jobs), "tried") as phase:
+        generate(trunk, jobs, sink, slots=slots, max_new=a.max_new, choose=choose, phase=phase)
+    return lines
 
 
 if __name__ == "__main__":

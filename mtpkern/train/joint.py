@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mtpkern.command import Parser, at_least, run
 from mtpkern.config import UserError, printable
+from mtpkern.outputs import FORCE, output_directory, writing
 from mtpkern.status import SILENT, Status
 from mtpkern.tokenizer import BYTE_OF
 from mtpkern.train.budget import fastest_dtype
@@ -34,6 +35,7 @@ from mtpkern.train.prompts import python_files
 
 VOCABULARY = 256
 QUESTION = "def main(argv=None):"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class JointLlama(nn.Module):
         """Write the checkpoint and its tokenizer; the embedding is the LM head too."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{n}": t.detach().contiguous() for n, t in self.named_parameters()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        with writing(directory / "model.safetensors"):
+            save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         s = self.sizes
         config = {
             "architectures": ["MTPLlamaForCausalLM"],
@@ -145,8 +148,9 @@ class JointLlama(nn.Module):
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
         }
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        byte_tokenizer().save(str(directory / "tokenizer.json"))
+        with writing(directory):
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            byte_tokenizer().save(str(directory / "tokenizer.json"))
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -218,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(run=_train)
     add = p.add_argument
     add("--out", type=Path, required=True, help="directory of the checkpoint")
+    add("--force", action="store_true", help=FORCE)
     add("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="Python files")
     add("--steps", type=at_least(1), default=600)
     add("--batch", type=at_least(1), default=8)
@@ -228,11 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(a: argparse.Namespace) -> int:
     torch.manual_seed(a.seed)
-    with a.status.phase("reading Python files"):
-        learned, asked = read_sources(a.text, a.seed)
-    model = JointLlama(Sizes())
-    learn(model, learned, a.steps, a.batch, a.lr, a.status)
-    model.save(a.out)
+    with output_directory(a.out, FILES, force=a.force, sources=[a.text]) as directory:
+        with a.status.phase("reading Python files"):
+            learned, asked = read_sources(a.text, a.seed)
+        model = JointLlama(Sizes())
+        learn(model, learned, a.steps, a.batch, a.lr, a.status)
+        with writing(a.out):
+            model.save(directory)
 
     from mtpkern import LLM, SamplingParams
 

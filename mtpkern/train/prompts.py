@@ -18,10 +18,11 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from mtpkern.command import Parser, run
 from mtpkern.config import UserError, printable
+from mtpkern.outputs import FORCE, output_file, writing
 from mtpkern.status import Phase
 
 Item = TypeVar("Item")
@@ -114,7 +115,9 @@ def read_turns(file: Path) -> list[tuple[str, str]]:
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read prompts {printable(file)}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read prompts {printable(file)}: {printable(error)}") from None
     found = []
     for number, line in enumerate(lines, 1):
@@ -132,14 +135,6 @@ def read_turns(file: Path) -> list[tuple[str, str]]:
             ) from None
         found.append((category, text))
     return found
-
-
-def writable(file: Path) -> TextIO:
-    """A file to write lines to. Raises UserError where there can be none."""
-    try:
-        return file.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {printable(file)}: {error.strerror}") from None
 
 
 def python_files(root: Path) -> list[Path]:
@@ -265,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(run=_make)
     add = p.add_argument
     add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
+    add("--force", action="store_true", help=FORCE)
     add("--roots", type=Path, nargs="*", default=roots, help="where to look for prose")
     add("--questions", type=Path, help="JSONL; its category qa is asked over passages")
     add("--counts", type=_counts, default={}, help="JSON: category -> prompts")
@@ -286,6 +282,15 @@ def _counted(items: Iterable[Item], phase: Phase) -> Iterator[Item]:
 
 
 def _make(a: argparse.Namespace) -> int:
+    sources = [] if a.questions is None else [a.questions]
+    with output_file(a.out, force=a.force, sources=sources) as file:
+        text = "".join(_lines(a))
+        with writing(a.out):
+            file.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _lines(a: argparse.Namespace) -> Iterator[str]:
     rng = random.Random(a.seed)
     with a.status.phase("reading texts", unit="paragraphs") as phase:
         texts = sorted(set(_counted(prose(a.roots), phase)))
@@ -293,12 +298,11 @@ def _make(a: argparse.Namespace) -> int:
         raise UserError(f"no English prose under {', '.join(printable(r) for r in a.roots)}")
     questions = read_turns(a.questions) if a.questions else []
     asked = [text for category, text in questions if category == "qa"]
-    with writable(a.out) as file, a.status.phase("prompts", unit="written") as phase:
+    with a.status.phase("prompts", unit="written") as phase:
         prompts = make(rng, COUNTS | a.counts, rng.sample(texts, min(6000, len(texts))), asked)
         for i, (category, prompt) in enumerate(_counted(prompts, phase)):
             row = {"question_id": f"text-{i}", "category": category, "turns": [prompt]}
-            file.write(json.dumps(row) + "\n")
-    return 0
+            yield json.dumps(row) + "\n"
 
 
 if __name__ == "__main__":

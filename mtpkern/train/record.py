@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtpkern.command import Parser, at_least, run
+from mtpkern.outputs import FORCE, run_directory
 from mtpkern.train import FAMILIES
 
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", help="directory of the model; the default model without it")
     add("--prompts", type=Path, nargs="+", required=True, help="JSONL with `turns`")
     add("--out", type=Path, required=True, help="a directory for `train --answers`")
+    add("--force", action="store_true", help=FORCE)
     add("--families", nargs="+", default=["mtp"], choices=FAMILIES, help="whose heads")
     add("--limit", type=count, help="answer so many prompts")
     add("--temperature", type=at_least(0.0), default=0.6, help="of every other; 0: greedy only")
@@ -34,6 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _record(a: argparse.Namespace) -> int:
+    from mtpkern.train.dataset import ANSWER_FILES
+
+    with run_directory(
+        a.out, ANSWER_FILES, ["layout.json"], force=a.force, sources=[a.model, *a.prompts]
+    ):
+        return _answer(a)
+
+
+def _answer(a: argparse.Namespace) -> int:
     # Here, so that --help answers at once.
     from mtpkern.checkpoint import load_config
     from mtpkern.config import UserError
@@ -70,6 +81,7 @@ def _record(a: argparse.Namespace) -> int:
         temperature=a.temperature,
         seed=a.seed,
         prompts=digest(jobs),
+        force=a.force,
         status=a.status,
     )
     return 0

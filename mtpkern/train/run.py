@@ -28,12 +28,13 @@ from mtpkern.engine import resolve_device
 from mtpkern.errors import counted
 from mtpkern.fetch import model_name, resolve_model
 from mtpkern.head_checkpoint import find_heads
+from mtpkern.outputs import run_directory, writing
 from mtpkern.status import SILENT, Phase, Status
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import DEFAULT_MINUTES, budget
 from mtpkern.train.acceptance import evaluate
 from mtpkern.train.budget import Pace, Settings
-from mtpkern.train.dataset import Dataset, claim
+from mtpkern.train.dataset import Dataset, claim, differences
 from mtpkern.train.distill import Job, Trunk, digest, read_prompts, record, slot_size
 from mtpkern.train.families import (
     Head,
@@ -53,6 +54,8 @@ from mtpkern.train.fit import (
 from mtpkern.train.mtp_head import MtpHead
 
 MEASUREMENTS = 4  # of a run on recorded answers
+WORK, FINISHED = ".train", "training.json"  # what an unfinished run goes on from; a finished one
+FILES = ("config.json", "model.safetensors", "README.md", FINISHED, WORK)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Plan:
     slots: int = 0  # answers written at a time
     device: str = "auto"
     minutes: float = 0.0  # of a run without a number of steps; 0: DEFAULT_MINUTES
+    force: bool = False  # replace finished heads, or what another run left in `out`
 
 
 class Frozen(NamedTuple):
@@ -100,12 +104,28 @@ class Part(NamedTuple):
 
 def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, Any]:
     """Train heads as planned and write them with their card -> acceptance on the held-out answers,
-    by kind and category. Raises UserError for what the caller can mend."""
-    began = time.monotonic()
+    by kind and category. Raises UserError for what the caller can mend.
+
+    An unfinished run of the same settings goes on, a finished one is left as it is, and anything
+    else in `plan.out` is refused: see `mtpkern.outputs`.
+    """
     if bool(plan.prompts) == bool(plan.answers):
         raise UserError("one of prompts and recorded answers is needed, not both")
     if plan.minutes and recipe.steps:
         raise UserError("a run has a number of minutes or one of steps, not both")
+    with run_directory(
+        plan.out,
+        FILES,
+        [f"{WORK}/run.json", FINISHED],
+        work=WORK,
+        force=plan.force,
+        sources=[plan.model, plan.init, *plan.prompts, *plan.answers],
+    ):
+        return _train(plan, recipe, status)
+
+
+def _train(plan: Plan, recipe: Recipe, status: Status) -> dict[str, Any]:
+    began = time.monotonic()
     device, _ = resolve_device(plan.device)
     torch.manual_seed(recipe.seed)
     model = _freeze(plan.model, device, status)
@@ -113,9 +133,15 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
         name = model_name(model.directory)
         plan = replace(plan, init=find_heads(str(plan.init), name, model.directory))
     head = _begin(plan, recipe, model).to(device)
-    work = plan.out / ".train"
+    work = plan.out / WORK
     rounds = _Rounds(plan, recipe, model, head.config.tap_layers, device, work, status)
-    claim(work / "run.json", _essentials(plan, recipe, model, rounds.prompts))
+    facts = _essentials(plan, recipe, model, rounds.prompts)
+    if not (work / "run.json").exists() and not plan.force:
+        if (finished := _finished(plan.out, facts)) is not None:
+            with status.paused():
+                print(f"{printable(plan.out)} holds the heads of this very run already", flush=True)
+            return finished
+    claim(work / "run.json", facts, replaced=["*"] if plan.force else None)
     settings = _settle(plan, recipe, model, head, rounds, began, status)
     if not recipe.steps:
         # Of a short run, the rise of the learning rate is not to be all.
@@ -161,7 +187,10 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
                 flush=True,
             )
     export_head(head, plan.out, model.lm_head)
-    (plan.out / "README.md").write_text(_card(plan, recipe, settings, trainer, model, result))
+    card = _card(plan, recipe, settings, trainer, model, result)
+    with writing(plan.out):
+        (plan.out / "README.md").write_text(card)
+        (plan.out / FINISHED).write_text(json.dumps({"run": facts, "result": result}, indent=1))
     shutil.rmtree(work)
     return result
 
@@ -211,11 +240,26 @@ def _settle(
     return settings
 
 
+def _finished(directory: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run of these settings, None where there is none. Raises UserError
+    for the heads of other settings."""
+    if not (directory / FINISHED).exists():
+        return None
+    found = read_json_object(directory / FINISHED)
+    if other := differences(found["run"], facts):
+        raise UserError(
+            f"{printable(directory)} holds the heads of another run ({other}): choose another "
+            "--out, or replace them with --force"
+        )
+    result: dict[str, Any] = found["result"]
+    return result
+
+
 def _essentials(plan: Plan, recipe: Recipe, model: Frozen, prompts: str) -> dict[str, Any]:
     """What a run must keep to go on: all but where it runs, and how much of it at a time."""
     facts = asdict(plan) | asdict(recipe)
     facts |= {"fingerprint": model.fingerprint[:16], "prompts": prompts}
-    for name in ("out", "model", "slots", "device"):
+    for name in ("out", "model", "slots", "device", "force"):
         del facts[name]
     found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return found
