@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from common import (
     Finish,
-    Progress,
     environment,
     first_line,
     gpu_environment,
@@ -39,6 +38,7 @@ from mtpkern.command import Parser, at_least
 from mtpkern.kernels.linear import PackedWeight, pack_ref
 from mtpkern.kernels.step_plan import plan_ref
 from mtpkern.ops import TORCH, Ops
+from mtpkern.status import Phase
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 RAGGED_BATCH = 3
@@ -68,7 +68,12 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace, finish: Finish) -> int:
     torch.set_num_threads(args.threads)
     open_model = partial(
-        LLM, args.model, dtype=args.dtype, device=args.device, max_batch=RAGGED_BATCH
+        LLM,
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        max_batch=RAGGED_BATCH,
+        status=args.status,
     )
     llm = open_model(heads=args.heads, num_speculative_tokens=args.k)
     on_gpu = llm.device.type == "cuda"
@@ -80,10 +85,10 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     ]
     if not cases:
         raise UserError(f"{args.prompts} holds no prompts")
-    batches = -(-len(cases) // RAGGED_BATCH)
-    progress = Progress(len(cases) * (2 + 2 * args.sources) + batches)
 
-    check(llm, cases, args.max_tokens, progress)
+    batches = -(-len(cases) // RAGGED_BATCH)
+    with args.status.phase("checking", len(cases) + batches) as phase:
+        check(llm, cases, args.max_tokens, phase)
     report: dict[str, Any] = {
         "schema": 1,
         "environment": facts
@@ -97,13 +102,16 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         return finish(report | {"rows": [], "overall": None}, 1)
 
     plain = open_model(heads="none", ngram=False, num_speculative_tokens=0, ops=unpadded(llm))
-    time_variants(llm, plain, cases, args.max_tokens, progress)
+    with args.status.phase("timing", len(cases), "prompts") as phase:
+        time_variants(llm, plain, cases, args.max_tokens, phase)
     if args.peers:
         del llm  # room for the other runtime's copy of the weights
-        report["peers"] = time_peers(args.model, plain, cases[:PEER_PROMPTS], args.max_tokens)
+        with args.status.phase("timing transformers"):
+            report["peers"] = time_peers(args.model, plain, cases[:PEER_PROMPTS], args.max_tokens)
     llm = plain = None  # type: ignore[assignment]
     if args.sources:
-        measure_sources(open_model, args, cases, progress)
+        with args.status.phase("counting drafts", 2 * len(cases), "prompts") as phase:
+            measure_sources(open_model, args, cases, phase)
 
     categories = dict.fromkeys(case.category for case in cases)
     # Padding may even help: the baseline is whichever plain decoding is faster over all prompts.
@@ -161,7 +169,7 @@ def unpadded(llm: LLM) -> Ops | None:
 CHECKS = ("single", f"batches of {RAGGED_BATCH}", "temperature 0.8")
 
 
-def check(llm: LLM, cases: list[Case], max_tokens: int, progress: Progress) -> None:
+def check(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
     """Compare with K = 0 in three ways, and keep the tokens and steps of the first."""
     greedy = SamplingParams(max_tokens=max_tokens, logprobs=True)
     sampled = SamplingParams(max_tokens=max_tokens, logprobs=True, temperature=0.8, seed=SEED)
@@ -180,18 +188,16 @@ def check(llm: LLM, cases: list[Case], max_tokens: int, progress: Progress) -> N
             (completion,) = llm.generate([case.prompt], sampled)
             same = (completion.token_ids, completion.logprobs)
             case.identical[warm] = same == (expected.token_ids, expected.logprobs)
-        progress("checked")
+        phase.advance(note="one at a time")
     for begin in range(0, len(cases), RAGGED_BATCH):
         batch = cases[begin : begin + RAGGED_BATCH]
         together = llm.generate([case.prompt for case in batch], greedy)
         for i, (case, completion) in enumerate(zip(batch, together, strict=True), begin):
             case.identical[ragged] = (completion.token_ids, completion.logprobs) == plain[i]
-        progress("checked in batches")
+        phase.advance(note="in batches")
 
 
-def time_variants(
-    llm: LLM, plain: LLM, cases: list[Case], max_tokens: int, progress: Progress
-) -> None:
+def time_variants(llm: LLM, plain: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
     """Time each prompt plain, at K = 0 and with drafts; every other prompt in reverse order."""
     variants: list[tuple[str, Callable[..., Any]]] = [
         ("plain", partial(plain.generate, speculate=False)),
@@ -206,11 +212,11 @@ def time_variants(
             (completion,) = generate([case.prompt], params)
             stats = completion.stats
             case.timed[name] = stats.new_tokens, stats.decode_seconds
-        progress("timed")
+        phase.advance()
 
 
 def measure_sources(
-    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[Case], progress: Progress
+    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[Case], phase: Phase
 ) -> None:
     """Run each source of drafts alone, for its steps; nothing is timed."""
     settings: dict[str, dict[str, Any]] = {
@@ -225,7 +231,7 @@ def measure_sources(
             continue
         for case in cases:
             case.alone[name] = llm.generate([case.prompt], params)[0].stats
-            progress(name)
+            phase.advance(note=name)
 
 
 def time_peers(

@@ -29,7 +29,6 @@ from bench_decode import (
 )
 from common import (
     Finish,
-    Progress,
     environment,
     first_line,
     gpu_environment,
@@ -68,7 +67,7 @@ def compare(args: argparse.Namespace, finish: Finish, plot: Path | None) -> int:
     args.heads, args.temperature = args.heads or ["auto"], args.temperature or [0.0]
     if args.threads:
         torch.set_num_threads(args.threads)
-    open_model = partial(LLM, args.model, dtype=args.dtype, device=args.device)
+    open_model = partial(LLM, args.model, dtype=args.dtype, device=args.device, status=args.status)
     plain = open_model(heads="none", ngram=False)
     on_gpu = plain.device.type == "cuda"
     facts = gpu_environment() if on_gpu else environment()
@@ -81,38 +80,41 @@ def compare(args: argparse.Namespace, finish: Finish, plot: Path | None) -> int:
     for heads, name in zip(args.heads, names, strict=True):
         name = name if names.count(name) == 1 else heads
         ways += [(name, heads, False), (f"{name}{BOTH}", heads, True)]
-    progress = Progress(len(args.temperature) * (len(ways) + 1))
-    expected: dict[float, list[list[int]]] = {}
-    for temperature in args.temperature:
-        params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
-        expected[temperature] = [c.token_ids for c in plain.generate(prompts, params)]
-        progress("without drafts")
-    model, dtype = plain.name, str(plain.dtype).removeprefix("torch.")
-    if args.timed:
-        plain = open_model(heads="none", ngram=False, ops=unpadded(plain))
-
-    report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
-    report["environment"] |= {"prompts": args.prompts.name, "count": len(prompts)}
-    report["environment"] |= {"max_tokens": args.max_tokens, "K": args.k, "batch": args.batch}
-    report["environment"] |= {"model": model, "dtype": dtype}
-    for name, heads, ngram in ways:
-        llm = open_model(
-            heads=heads, ngram=ngram, num_speculative_tokens=args.k, max_batch=args.batch
-        )
+    with args.status.phase("decoding", len(args.temperature) * (len(ways) + 1)) as phase:
+        expected: dict[float, list[list[int]]] = {}
         for temperature in args.temperature:
             params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=SEED)
-            answers = llm.generate(prompts, params)
-            if [c.token_ids for c in answers] != expected[temperature]:
-                print(f"RED: with {name} at temperature {temperature} the tokens differ")
-                return 1
-            row = summarise(answers, categories, args.k)
-            row = {"heads": name, "temperature": temperature} | row
-            report["rows"].append(row | {"megabytes": megabytes(args.model, heads)})
-            progress(name)
-        if args.timed and 0 in args.temperature:
-            speed = time_side_by_side(plain, llm, prompts[: args.timed], args.max_tokens)
-            for row in report["rows"][-len(args.temperature) :]:
-                row |= speed if row["temperature"] == 0 else {}
+            expected[temperature] = [c.token_ids for c in plain.generate(prompts, params)]
+            phase.advance(note="without drafts")
+        model, dtype = plain.name, str(plain.dtype).removeprefix("torch.")
+        if args.timed:
+            plain = open_model(heads="none", ngram=False, ops=unpadded(plain))
+
+        report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
+        report["environment"] |= {"prompts": args.prompts.name, "count": len(prompts)}
+        report["environment"] |= {"max_tokens": args.max_tokens, "K": args.k, "batch": args.batch}
+        report["environment"] |= {"model": model, "dtype": dtype}
+        for name, heads, ngram in ways:
+            llm = open_model(
+                heads=heads, ngram=ngram, num_speculative_tokens=args.k, max_batch=args.batch
+            )
+            for temperature in args.temperature:
+                params = SamplingParams(
+                    max_tokens=args.max_tokens, temperature=temperature, seed=SEED
+                )
+                answers = llm.generate(prompts, params)
+                if [c.token_ids for c in answers] != expected[temperature]:
+                    with args.status.paused():
+                        print(f"RED: with {name} at temperature {temperature} the tokens differ")
+                    return 1
+                row = summarise(answers, categories, args.k)
+                row = {"heads": name, "temperature": temperature} | row
+                report["rows"].append(row | {"megabytes": megabytes(args.model, heads)})
+                phase.advance(note=name)
+            if args.timed and 0 in args.temperature:
+                speed = time_side_by_side(plain, llm, prompts[: args.timed], args.max_tokens)
+                for row in report["rows"][-len(args.temperature) :]:
+                    row |= speed if row["temperature"] == 0 else {}
     print_rows(report["rows"])
     if plot is not None:
         with writing(args.plot):

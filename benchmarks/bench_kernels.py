@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import Finish, Progress, gpu_environment, gpu_first_line, run
+from common import Finish, gpu_environment, gpu_first_line, run
 from kernel_cases import MODELS, OPS, STEPS, Call, Case
 from torch import Tensor
 
@@ -53,14 +53,16 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         for case in OPS[op](MODELS[model], B, T)
     ]
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
-    progress = Progress(2 * len(cases))
     errors, red = [], []
-    for model, op, case in cases:
-        error, budget = check(case)
-        errors.append(error)
-        if not error <= budget:
-            red.append(f"RED: {op} {case.name} {case.shape}: error {error:.3g} over {budget:.3g}")
-        progress(f"check {model} {op} {case.name}")
+    with args.status.phase("checking", len(cases), "cases") as phase:
+        for model, op, case in cases:
+            error, budget = check(case)
+            errors.append(error)
+            if not error <= budget:
+                red.append(
+                    f"RED: {op} {case.name} {case.shape}: error {error:.3g} over {budget:.3g}"
+                )
+            phase.advance(note=f"{model} {op} {case.name}")
     if red:
         print("\n".join([*red, "no speed is reported"]))
         return finish(report | {"red": red}, 1)
@@ -68,11 +70,12 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     facts |= {f"{name}_gbps": round(rate, 1) for name, rate in bandwidths(args.repeat).items()}
     peak = max(facts["copy_gbps"], facts["read_gbps"])
     print(f"measured: copy {facts['copy_gbps']} GB/s, read {facts['read_gbps']} GB/s")
-    for (model, op, case), error in zip(cases, errors, strict=True):
-        row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
-        row |= time_case(case, args.repeat, args.pdl, peak)
-        report["rows"].append(row | {"max_error": error})
-        progress(f"time {model} {op} {case.name}")
+    with args.status.phase("timing", len(cases), "cases") as phase:
+        for (model, op, case), error in zip(cases, errors, strict=True):
+            row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
+            row |= time_case(case, args.repeat, args.pdl, peak)
+            report["rows"].append(row | {"max_error": error})
+            phase.advance(note=f"{model} {op} {case.name}")
     print_rows(report["rows"])
     return finish(report, 0)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Finish, Progress, environment, first_line, gpu_environment, gpu_first_line, run
+from common import Finish, environment, first_line, gpu_environment, gpu_first_line, run
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
@@ -55,14 +55,13 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     shapes = {"tiny": TINY} | MODELS
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
     models = args.model or (["llama-3.1-8b", "llama-3.2-1b"] if on_gpu else ["tiny"])
-    progress = Progress(len(models))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
         for name in models:
             directory = write_config(shapes[name], Path(work) / name)
-            rows = time_model(directory, args)
+            with args.status.phase(f"timing {name}"):
+                rows = time_model(directory, args)
             report["rows"] += [{"model": name} | row for row in rows]
             print_rows(name, rows)
-            progress(name)
     return finish(report, 0)
 
 
@@ -112,6 +111,7 @@ def time_model(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]
         max_batch=max(args.batch),
         max_length=most + 64,
         graph=False,
+        status=args.status,
     )
     parallel, sequential = medusa_heads(llm, max(args.K)), mtp_module(llm)
     rows = []

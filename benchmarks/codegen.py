@@ -121,9 +121,15 @@ def compile_all(args: argparse.Namespace, finish: Finish) -> int:
 def judge(args: argparse.Namespace, finish: Finish, table_file: Path | None) -> int:
     """Compile everything, say what offends, and write the table where `table_file` says."""
     models, ops = args.model or list(MODELS), args.op or list(OPS)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+    with (
+        args.status.phase("compiling", len(args.target), "targets") as phase,
+        ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,
+    ):
         jobs = [pool.submit(compile_target, target, models, ops) for target in args.target]
-        results = [job.result() for job in jobs]
+        results = []
+        for job in jobs:
+            results.append(job.result())
+            phase.advance()
     compiled = [kernel for kernels, _ in results for kernel in kernels]
     wrong = [line for _, failures in results for line in failures]
     wrong += [line for kernel in compiled for line in offences(kernel)]

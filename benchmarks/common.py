@@ -1,5 +1,4 @@
-"""What the benchmarks share: how they run and report, the machine in words, prompts, and a progress
-line."""
+"""What the benchmarks share: how they run and report, the machine in words, and prompts."""
 
 import argparse
 import io
@@ -169,17 +168,3 @@ def spread(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
         count = share[category]
         chosen += [members[i * len(members) // count] for i in range(count)]
     return [rows[index] for index in sorted(chosen)]
-
-
-class Progress:
-    """One line on a terminal's stderr, rewritten; nothing anywhere else."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.shown = total, 0, sys.stderr.isatty()
-
-    def __call__(self, what: str) -> None:
-        self.done += 1
-        if self.shown:
-            end = "\n" if self.done == self.total else ""
-            sys.stderr.write(f"\r\x1b[K{self.done}/{self.total} {what}{end}")
-            sys.stderr.flush()

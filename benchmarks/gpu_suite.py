@@ -66,7 +66,8 @@ def run_parts(
     for part in parts(on_gpu):
         if args.part and part.name not in args.part:
             continue
-        report["parts"][part.name] = result = run(part, directory)
+        with args.status.phase(part.name):
+            report["parts"][part.name] = result = run(part, directory)
         print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
         # What is known so far is kept: the machine may be taken away.
         (directory / "suite.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -638,20 +638,27 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace, finish: Finish) -> int:
     faults = [f for f in FAULTS if args.only in f.op + f.file or args.only in f.what]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
-        for op in dict.fromkeys(fault.op for fault in faults):
-            result = run_tests(checkout(Path(work) / f"sound_{op}"), op)
-            if result.returncode:
-                print(result.stdout[-3000:], result.stderr[-1000:], sep="\n")
-                print(f"tests/test_{op}.py fails without any fault")
-                return 1
+        ops = dict.fromkeys(fault.op for fault in faults)
+        with args.status.phase("testing without faults", len(ops), "ops") as phase:
+            for op in ops:
+                result = run_tests(checkout(Path(work) / f"sound_{op}"), op)
+                if result.returncode:
+                    with args.status.paused():
+                        print(result.stdout[-3000:], result.stderr[-1000:], sep="\n")
+                        print(f"tests/test_{op}.py fails without any fault")
+                    return 1
+                phase.advance()
         print("| op | fault | caught by | seconds |\n|---|---|---|---|", flush=True)
         places = [Path(work) / str(i) for i in range(len(faults))]
         verdicts = []
-        for verdict in pool.map(plant, faults, places):
-            fault, caught, by, seconds = verdict
-            by = by if caught else f"**{by}**"
-            print(f"| {fault.op} | {fault.what} | {by} | {seconds:.0f} |", flush=True)
-            verdicts.append(verdict)
+        with args.status.phase("planting faults", len(faults)) as phase:
+            for verdict in pool.map(plant, faults, places):
+                fault, caught, by, seconds = verdict
+                by = by if caught else f"**{by}**"
+                with args.status.paused():
+                    print(f"| {fault.op} | {fault.what} | {by} | {seconds:.0f} |", flush=True)
+                verdicts.append(verdict)
+                phase.advance()
     survivors = [verdict.fault.what for verdict in verdicts if not verdict.caught]
     report = {"schema": 1, "faults": len(faults), "caught": len(faults) - len(survivors)}
     rows = [v.fault._asdict() | v._asdict() | {"fault": v.fault.what} for v in verdicts]

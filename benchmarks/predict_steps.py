@@ -121,8 +121,9 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
         for name in args.model or MODELS:
             directory = write_config(shapes[name], Path(work) / name)
-            for batch in args.batch or [1]:
-                rows += predict(name, directory, batch, args)
+            with args.status.phase(f"counting {name}"):
+                for batch in args.batch or [1]:
+                    rows += predict(name, directory, batch, args)
     print(f"\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
     for row in rows:
         print(
