@@ -449,7 +449,7 @@ def test_heads_never_change_a_token(
     trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16, num_hidden_layers=layers)
     write: dict[str, Any] = {"mtp": write_mtp, "medusa": write_medusa, "eagle3": write_eagle3}
     heads = write.get(kind, write_published)(tmp_path / "heads")
-    params = SamplingParams(max_tokens=60, temperature=temperature, logprobs=True, ignore_eos=True)
+    params = SamplingParams(60, temperature, seed=3, logprobs=True, ignore_eos=True)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=256)
     prompts = [PROMPT, [30, 31], list(range(40, 90))]
     for drafted, prompt in zip(llm.generate(prompts, params), prompts, strict=True):

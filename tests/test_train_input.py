@@ -15,7 +15,7 @@ from mtpkern.checkpoint import load_tensors
 from mtpkern.config import UserError
 from mtpkern.head_checkpoint import PRETRAINED
 from mtpkern.kernels.ngram import ngram_ref
-from mtpkern.status import Status
+from mtpkern.status import SILENT, Status
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import budget, distill, fit, invent, joint, prompts, record, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
@@ -153,13 +153,15 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
 def test_an_answer_of_logits_that_are_no_numbers_is_not_recorded(
     tmp_path: Path, choose: distill.Choice
 ):
-    trunk = distill.Trunk(tiny_checkpoint(tmp_path), 2, 64)
+    trunk = distill.Trunk(tiny_checkpoint(tmp_path), 64)
     trunk.weights.embedding[9] = torch.nan
     kept: list[int] = []
     jobs = [distill.Job([5, 7], "a", 0), distill.Job([5, 9, 7], "a", 1)]
     with pytest.raises(UserError, match="logits are no numbers: there is nothing"):
         sink = lambda job, *_: kept.append(job.number)  # noqa: E731
-        distill.generate(trunk, jobs, sink, max_new=4, choose=choose)
+        distill.generate(
+            trunk, jobs, sink, slots=2, max_new=4, choose=choose, phase=SILENT.phase("answers")
+        )
     assert not kept
 
 
