@@ -17,11 +17,12 @@ from statistics import median
 from typing import Any
 
 from bench_decode import PROMPTS, encode
-from common import Finish, Progress, environment, first_line, load, read_prompts, run
+from common import Finish, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
 from mtpkern.command import Parser, at_least
 from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, Drafts
+from mtpkern.status import Phase
 
 TOGETHER = 3
 
@@ -49,7 +50,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     print(first_line(facts))
     prompts = read_prompts(args.prompts, args.limit)
     kinds = {"heads": False, "hostile": True}
-    progress = Progress(2 * args.alternations * len(kinds) * (len(prompts) + -(-len(prompts) // 3)))
+    runs = 2 * args.alternations * (len(prompts) + -(-len(prompts) // TOGETHER))
     rows: list[dict[str, Any]] = []
     for kind, hostile in kinds.items():
         llm = LLM(args.model, heads=args.heads, threads=args.threads, max_batch=TOGETHER)
@@ -58,9 +59,10 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         ids = [encode(llm, prompt["turns"][0]) for prompt in prompts]
         groups = [[i] for i in range(len(ids))]
         groups += [list(range(i, min(i + 3, len(ids)))) for i in range(0, len(ids), TOGETHER)]
-        for group in groups:
-            row = alternate(llm, [ids[i] for i in group], args, progress)
-            rows.append({"drafter": kind, "prompts": group, "batch": len(group), **row})
+        with args.status.phase(f"decoding, {kind}", runs) as phase:
+            for group in groups:
+                row = alternate(llm, [ids[i] for i in group], args, phase)
+                rows.append({"drafter": kind, "prompts": group, "batch": len(group), **row})
     report = {"schema": 1, "environment": facts | {"load_after": load()}, "rows": rows}
     red = [row for row in rows if not row["identical"]]
     if red:
@@ -95,7 +97,7 @@ def spoil(llm: LLM) -> None:
 
 
 def alternate(
-    llm: LLM, prompts: list[list[int]], args: argparse.Namespace, progress: Progress
+    llm: LLM, prompts: list[list[int]], args: argparse.Namespace, phase: Phase
 ) -> dict[str, Any]:
     """Decode prompts with drafts and without in turn -> the row of what was measured."""
     params = SamplingParams(max_tokens=args.max_tokens)
@@ -110,7 +112,7 @@ def alternate(
             if speculate:
                 for one in stats:
                     chosen.update(one.steps_by_k)
-            progress(f"{len(prompts)} at a time, {'drafts' if speculate else 'plain'}")
+            phase.advance(note=f"{len(prompts)} at a time, {'drafts' if speculate else 'plain'}")
         ratios.append(rates[True] / rates[False])
         same = same and tokens[True] == tokens[False]
     steps = sum(chosen.values())

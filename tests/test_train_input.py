@@ -1,5 +1,6 @@
 """The trainer's inputs: what it refuses, where it goes on, and what it counts."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_train import RECIPE, random_head, record_answers, small_plan
 
 from mtpkern import cli, status
 from mtpkern.checkpoint import load_tensors
-from mtpkern.config import UserError
+from mtpkern.config import UserError, read_json_object
 from mtpkern.head_checkpoint import PRETRAINED
 from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.status import SILENT, Status
@@ -125,6 +126,102 @@ def test_a_run_goes_on_with_the_same_options_only(
             run.train(changed, again)
         assert contents(plan.out) == before
     run.train(replace(plan, slots=5, device="cpu"), recipe)
+
+
+def test_training_loses_nothing_of_what_is_there(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The model's own directory, a project, other heads: refused before the model is opened."""
+    model = tmp_path / "model"
+    shutil.copytree(recorded[0], model)
+    project, heads = tmp_path / "project", tmp_path / "heads"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    write_medusa(heads)
+    before = contents(tmp_path)
+    command = ["train", "--model", str(model), "--answers", str(recorded[1]), "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "resolve_model", killed)
+        for out, words, forced in (
+            (model, "which this command does not write", "is what this command reads"),
+            (tmp_path, "holds", "what this command reads: choose another place"),
+            (recorded[1], "holds layout.json", "is what this command reads"),
+            (project, "replace them with --force", None),
+            (heads, "replace them with --force", None),
+        ):
+            assert cli.main([*command, str(out)]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and (words in error or str(forced) in error)
+            if forced:
+                assert cli.main([*command, str(out), "--force"]) == 2
+                assert forced in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    options = ["--steps", "1", "--draft-vocab-size", "64", "-K", "2", "--force"]
+    assert cli.main([*command, str(heads), *options]) == 0
+    assert load_head(heads) and contents(model).items() <= before.items()
+
+
+def test_finished_heads_are_recognised_and_replaced_by_force_alone(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    plan = Plan(tmp_path / "heads", str(recorded[0]), answers=(recorded[1],), draft_vocab_size=64)
+    recipe = replace(RECIPE, steps=2)
+    result = run.train(plan, recipe)
+    before = contents(tmp_path)
+    steps = []
+    monkeypatch.setattr(Trainer, "update", counting(Trainer.update, steps))
+    assert run.train(plan, recipe) == result
+    assert "holds the heads of this very run already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="heads of another run .lr 0.03, now 0.02.*--force"):
+        run.train(plan, replace(recipe, lr=0.02))
+    assert contents(tmp_path) == before and not steps
+    # Interrupted in their replacement, they are there; the same command goes on with it.
+    other, forced = replace(recipe, lr=0.02), replace(plan, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "SAVE_SECONDS", 0)
+        kill_at(patch, Trainer, "update", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(forced, other)
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    with pytest.raises(UserError, match="is of another run .lr 0.02, now 0.03"):
+        run.train(plan, recipe)
+    steps.clear()
+    run.train(forced, other)
+    assert len(steps) == 1 and not (plan.out / ".train").exists()
+    # Another run's remains are replaced as well.
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trainer, "update", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(forced, recipe)
+    run.train(forced, replace(recipe, lr=0.01))
+    assert '"lr": 0.01' in (plan.out / "README.md").read_text()
+
+
+def counting(method: Any, calls: list[Any]) -> Any:
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return method(*arguments)
+
+    return counted
+
+
+def test_a_recording_is_replaced_by_force_alone(
+    recorded: tuple[Path, Path], asked: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "answers"
+    command = ["--model", str(recorded[0]), "--prompts", str(asked), "--out", str(out)]
+    command += ["--slots", "5", "--max-new", "5", "--limit", "2"]
+    assert record.main(command) == record.main([*command, "--force"]) == 0
+    before = contents(out)
+    assert record.main([*command, "--seed", "1"]) == 2 and contents(out) == before
+    (out / "notes.txt").write_text("mine")
+    assert record.main([*command, "--seed", "1", "--force"]) == 2
+    assert "holds notes.txt too" in capsys.readouterr().err
+    assert contents(out) == before | {str(out / "notes.txt"): b"mine"}
+    (out / "notes.txt").unlink()
+    assert record.main([*command, "--seed", "1", "--force"]) == 0
+    assert read_json_object(out / "layout.json")["seed"] == 1 and len(Dataset([out], (1, 3))) == 2
 
 
 def test_answers_begun_again_are_those_of_an_unbroken_recording(
