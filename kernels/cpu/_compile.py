@@ -27,8 +27,7 @@ import llvmlite.binding as llvm
 
 from ._tile import form_of, tile_ir
 
-# Functions of `_program` that Python calls, and their int64 parameters.
-ENTRIES = {"run_program": 4, "read_memory": 2}
+PROGRAM = "run_program"
 
 # The least that kernels are compiled for on x86: fused multiply-add, AVX2, half floats.
 BASELINE = {"avx2", "fma", "f16c", "bmi2"}
@@ -109,18 +108,18 @@ class Kernels:
         """Address of the matmul tile for a weight format."""
         return self._address(f"tile_{weights}", lambda: self._emit_tile(weights), weights)
 
-    def entry(self, name: str) -> Callable[..., None]:
-        """A function of `_program`; calls leave the interpreter to other threads."""
-        address = self._address(name, self._emit_program, "program")
+    def run_program(self) -> Callable[[int, int, int], int]:
+        """`_program.run_program`; a call leaves the interpreter to other threads."""
+        address = self._address(PROGRAM, self._emit_program, PROGRAM)
         # Numba's convention: a place for the result and one for an exception come first.
-        kinds = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * ENTRIES[name]
+        kinds = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
         function = ctypes.CFUNCTYPE(ctypes.c_int32, *kinds)(address)
-        result = (ctypes.c_int64 * 2)()
-        place = ctypes.addressof(result)
-        self._kept.append(result)
 
-        def call(*arguments: int) -> None:
-            function(place, place, *arguments)
+        def call(head: int, epoch: int, thread: int) -> int:
+            places = (ctypes.c_int64 * 2)()
+            address = ctypes.addressof(places)
+            function(address, address + 8, head, epoch, thread)
+            return places[0]
 
         return call
 
@@ -129,7 +128,7 @@ class Kernels:
 
     def _emit_program(self) -> bytes:
         program = importlib.import_module("._program", __package__)
-        return emit_object(program.program_ir(), self.target, optimise=False)
+        return emit_object(program.program_ir(), self.target, optimise=True)
 
     def _address(self, symbol: str, emit: Callable[[], bytes], unit: str) -> int:
         with self._lock:
@@ -152,13 +151,12 @@ class Kernels:
         return made
 
     def _load(self, unit: str, image: bytes) -> None:
-        names = list(ENTRIES) if unit == "program" else [f"tile_{unit}"]
+        name = unit if unit == PROGRAM else f"tile_{unit}"
         builder = llvm.JITLibraryBuilder().add_object_img(image).add_current_process()
-        for name in names:
-            builder.export_symbol(name)
+        builder.export_symbol(name)
         library = builder.link(_jit(), f"mtpkern_{unit}_{id(self)}")
         self._kept.append(library)
-        self._addresses |= {name: library[name] for name in names}
+        self._addresses[name] = library[name]
 
 
 @cache
