@@ -29,6 +29,7 @@ from ._vectors import (
     load_f32,
     load_half8,
     load_i32,
+    prefetch,
     splat,
     store_bfloat8,
     store_f8,
@@ -39,6 +40,8 @@ from ._vectors import (
 )
 
 F32 = np.float32
+# How many keys ahead the cache is requested.
+AHEAD = 16
 
 
 @compiled
@@ -70,13 +73,17 @@ def widen_row(source, kind, out, D):
 
 @compiled
 def widen_keys(pages, table, begin, end, kv_head, KV_HEADS, D, page_size, kind, out):
-    """Keys or values begin..end-1 of a sequence, as [end - begin, D] float32."""
+    """Keys or values begin..end-1 of a sequence, in one page, as [end - begin, D] float32."""
     item = 4 if kind < FP16 else 2
-    for n in range(begin, end):
-        page = load_i32(table + 4 * (n // page_size))
-        slot = page * page_size + n % page_size
-        source = pages + (slot * KV_HEADS + kv_head) * D * item
-        widen_row(source, kind, out + 4 * D * (n - begin), D)
+    slot = load_i32(table + 4 * (begin // page_size)) * page_size + begin % page_size
+    source = pages + (slot * KV_HEADS + kv_head) * D * item
+    row = KV_HEADS * D * item
+    for n in range(end - begin):
+        for line in range(0, D * item, 64):
+            prefetch(source + AHEAD * row + line)
+        widen_row(source, kind, out, D)
+        source += row
+        out += 4 * D
 
 
 @compiled
@@ -200,7 +207,8 @@ def attend_split(
 ):
     """Leave each row's maximum, sum and weighted values [2 + pad, D] of one split in its partial."""
     low = split * SPLIT
-    begin = max(low, first_seen(length, sliding) // 8 * 8)
+    # Tiles of keys are aligned like pages, so that each lies in one.
+    begin = max(low, first_seen(length, sliding) // KEYS * KEYS)
     end = min(low + SPLIT, length + rows)
     last = (end + 7) // 8 * 8
     scores = work + 4 * KEYS * D

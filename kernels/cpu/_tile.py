@@ -45,8 +45,20 @@ FLOATS = ("bf16", "fp16", "fp32")
 FORMATS = ROUNDED + FLOATS
 # Bytes of a row's facts on one group: dx, sx = dx * sum, and the sum xq of each half, as int32.
 FACTS = 16
-# How far ahead weights are requested.
-PREFETCH = 1024
+# Bytes of a group of 8 outputs: quants and the scales that every group has.
+GROUP_BYTES = {
+    "q4_0": 144,
+    "q4_1": 160,
+    "q8_0": 272,
+    "q8": 256,
+    "q6_k": 208,
+    "bf16": 512,
+    "fp16": 512,
+    "fp32": 1024,
+}
+# How far ahead weights are requested: groups, and bytes where there are none.
+PREFETCH_GROUPS = 32
+PREFETCH_BYTES = 4096
 
 I8, I16, I32, F32 = "<32 x i8>", "<16 x i16>", "<8 x i32>", "<8 x float>"
 
@@ -159,8 +171,7 @@ def _open(o: Writer, weights: str, rows: int) -> None:
 
 def _block_bytes(o: Writer, weights: str) -> str:
     """Bytes of a block of 8 outputs; `weights.block_bytes` is the same formula."""
-    body = {"q4_0": 144, "q4_1": 160, "q8_0": 272, "q8": 256, "q6_k": 208, "fp32": 1024}
-    size = o.op(f"mul i64 %groups, {body.get(weights, 512)}")
+    size = o.op(f"mul i64 %groups, {GROUP_BYTES[weights]}")
     if weights == "q8":
         size = o.op(f"add i64 {size}, 32")
     if weights == "q6_k":
@@ -192,8 +203,11 @@ def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     for r in range(rows):
         o.line(f"  %acc{r} = phi {F32} [zeroinitializer, %block], [%sum{r}, %group]")
     group = o.at("%wb", o.op(f"mul i64 %g, {quants}"))
-    for line in range(0, quants, 64):
-        o.prefetch(o.at(group, PREFETCH + line))
+    # Evenly along the block, scales included.
+    step = GROUP_BYTES[weights]
+    ahead = o.at("%wb", o.op(f"mul i64 %g, {step}"))
+    for line in range(0, step, 64):
+        o.prefetch(o.at(ahead, PREFETCH_GROUPS * step + line))
     read = {"q4_0": _read_q4, "q4_1": _read_q4, "q6_k": _read_q6}.get(weights, _read_q8)
     vectors = read(o, group, form)
     scales = _scales(o, weights)
@@ -424,7 +438,7 @@ def _float_tile(o: Writer, weights: str, rows: int) -> None:
         for name in pair:
             o.line(f"  {name} = phi {F32} [zeroinitializer, %block], [{name}n, %pair]")
     two = o.at("%wb", o.op(f"mul i64 %k, {8 * item}"))
-    o.prefetch(o.at(two, PREFETCH))
+    o.prefetch(o.at(two, PREFETCH_BYTES))
     lanes = [_widened(o, weights, o.at(two, 8 * item * odd)) for odd in (0, 1)]
     x = o.at("%x", o.op("mul i64 %k, 4"))
     for r in range(rows):

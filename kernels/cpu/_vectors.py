@@ -131,6 +131,13 @@ def load_byte(builder, address):
     return builder.zext(_load(builder, address, BYTE, 1), I64)
 
 
+@_operation(types.void, types.int64)
+def prefetch(builder, address):
+    pointer = builder.inttoptr(address, BYTE.as_pointer())
+    read, close, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, close, data)
+
+
 @_operation(types.float32, types.int64)
 def load_f32(builder, address):
     return _load(builder, address, F32, 4)
@@ -300,12 +307,15 @@ def keep(builder, value, begin, end):
     return builder.select(inside, value, _lanes(float("-inf"), F32))
 
 
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
 def _halves(builder: Any, value: Any, width: int) -> tuple[Any, Any]:
     nothing = ir.Constant(value.type, ir.Undefined)
-    kind = ir.VectorType(I32, width)
-    low = ir.Constant(kind, list(range(width)))
-    high = ir.Constant(kind, list(range(width, 2 * width)))
-    return tuple(builder.shuffle_vector(value, nothing, lanes) for lanes in (low, high))
+    low = list(range(width))
+    high = list(range(width, 2 * width))
+    return tuple(_shuffle(builder, value, nothing, lanes) for lanes in (low, high))
 
 
 @_operation(types.float32, F8)
@@ -339,13 +349,12 @@ def totals(builder, *values):
     """The sums of eight vectors, one per lane, each by the tree of `total`."""
     rows = list(values)
     for width in (4, 2, 1):
-        halves = [_halves(builder, row, width) for row in rows]
-        rows = [builder.fadd(*pair) for pair in halves]
-    out = ir.Constant(F8.llvm, ir.Undefined)
-    for i, row in enumerate(rows):
-        one = builder.extract_element(row, ir.Constant(I32, 0))
-        out = builder.insert_element(out, one, ir.Constant(I32, i))
-    return out
+        runs = [range(start, start + width) for start in range(0, 2 * LANES, 2 * width)]
+        low = [lane for run in runs for lane in run]
+        high = [lane + width for lane in low]
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [builder.fadd(*(_shuffle(builder, *pair, m) for m in (low, high))) for pair in pairs]
+    return rows[0]
 
 
 # The order of logits (`kernels/_order.py`): NaN above every number, -0 equal to 0.

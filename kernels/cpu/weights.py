@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._tile import FLOATS, FORMATS, GROUP, ROUNDED
+from ._tile import FLOATS, FORMATS, GROUP, GROUP_BYTES, ROUNDED
 
 Array = np.ndarray
 LANES = 8
@@ -66,8 +66,7 @@ class Quants(NamedTuple):
 
 def block_bytes(format: str, groups: int) -> int:
     """Bytes of 8 outputs, as `_tile` computes them."""
-    body = {"q4_0": 144, "q4_1": 160, "q8_0": 272, "q8": 256, "q6_k": 208, "fp32": 1024}
-    size = groups * body.get(format, 512)
+    size = groups * GROUP_BYTES[format]
     size += 32 if format == "q8" else 0
     size += -(-groups // 8) * 16 if format == "q6_k" else 0
     return -(-size // 64) * 64
