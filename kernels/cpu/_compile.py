@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -154,9 +155,13 @@ class Kernels:
         name = unit if unit == PROGRAM else f"tile_{unit}"
         builder = llvm.JITLibraryBuilder().add_object_img(image).add_current_process()
         builder.export_symbol(name)
-        library = builder.link(_jit(), f"mtpkern_{unit}_{id(self)}")
+        library = builder.link(_jit(), f"mtpkern_{unit}_{next(_numbers)}")
         self._kept.append(library)
         self._addresses[name] = library[name]
+
+
+# A name is never used twice in a process.
+_numbers = itertools.count()
 
 
 @cache

@@ -81,8 +81,8 @@ def layers(
     program.embed(trunk.embedding, x)
     tapped = []
     for index, layer in enumerate(trunk.layers):
-        # A tapped state stays in its buffer; the next layer writes to another.
-        out = program.buffer(trunk.embedding.in_features) if index + 1 in taps else x
+        # A layer adds to its input in place, but leaves a tapped one as it is.
+        out = program.buffer(trunk.embedding.in_features) if index in taps else x
         pages = Pages(
             k_cache[index],
             v_cache[index],
@@ -100,8 +100,7 @@ def layers(
         program.linear(gated, layer.down, out, residual=out)
         x = out
         if index + 1 in taps:
-            tapped.append(out)
-            x = out
+            tapped.append(x)
     logits = program.buffer(trunk.vocabulary.out_features) if keep_logits else None
     best = program.project(x, trunk.vocabulary, norm=trunk.norm, logits=logits)
     return Step(program, x, tapped, logits, best)
