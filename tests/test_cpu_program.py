@@ -50,11 +50,15 @@ def trunk(format: str) -> Trunk:
     for index in range(LAYERS):
         w = tensors(index)
         packed = {
-            name: pack(rounded(w[name], format), None, interleaved(F) if name == "gate_up" else None)
+            name: pack(
+                rounded(w[name], format), None, interleaved(F) if name == "gate_up" else None
+            )
             for name in ("qkv", "o", "gate_up", "down")
         }
         ends = norm(w["in"]), norm(w["post"])
-        made.append(Layer(ends[0], packed["qkv"], packed["o"], ends[1], packed["gate_up"], packed["down"]))
+        made.append(
+            Layer(ends[0], packed["qkv"], packed["o"], ends[1], packed["gate_up"], packed["down"])
+        )
     embedding = pack(rounded(normal(V, E, seed=99), format))
     return Trunk(embedding, made, norm(torch.ones(E)), embedding, HEADS)
 
@@ -74,7 +78,10 @@ class Model:
     ):
         self.paged = make_paged(batch, POSITIONS // 64, 64, HK, D, dtype)
         shape = (LAYERS, *self.paged.k.shape[1:])
-        self.k, self.v = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+        self.k, self.v = (
+            torch.full(shape, torch.nan, dtype=dtype),
+            torch.full(shape, torch.nan, dtype=dtype),
+        )
         self.step: Step = layers(
             trunk(format),
             self.k,
@@ -133,7 +140,9 @@ def test_layers_are_the_definitions():
         gated = gate_up_silu_ref(x, w["post"], EPS, pack_ref(w["gate_up"]))
         x = linear_ref(gated, pack_ref(w["down"]), residual=x.clone())
         if index < 2:
-            torch.testing.assert_close(torch.from_numpy(out[f"tap {index}"]), x, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                torch.from_numpy(out[f"tap {index}"]), x, atol=1e-5, rtol=1e-5
+            )
     _, logits = multi_head_projection_ref(x, torch.ones(E), EPS, pack_ref(embedding))
     torch.testing.assert_close(torch.from_numpy(out["hidden"]), x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(

@@ -21,7 +21,6 @@ from ._vectors import (
     power_of_two,
     smaller,
     splat,
-    to_float,
     to_int,
 )
 

@@ -44,7 +44,6 @@ from ._layout import (
     LINEAR,
     MAX_SPLITS,
     MERGES,
-    NORM,
     NORM_W,
     OP,
     OUT,
@@ -76,8 +75,8 @@ from ._layout import (
     WEIGHT_FORMAT,
     WINDOW_ROWS,
     WRITE_LOGITS,
-    X,
     X_STRIDE,
+    X,
 )
 from ._rounding import norm_row, round_row
 from ._tile import FORMATS

@@ -412,7 +412,9 @@ def _dot_q6(
     for half in (0, 1):
         four = pairs[4 * half : 4 * half + 4]
         if form == "avx2":
-            two = [o.op(f"add {I16} {_pairs(o, *a)}, {_pairs(o, *b)}") for a, b in (four[:2], four[2:])]
+            two = [
+                o.op(f"add {I16} {_pairs(o, *a)}, {_pairs(o, *b)}") for a, b in (four[:2], four[2:])
+            ]
             total = o.op(f"add {I32} {_widen(o, two[0], ONES)}, {_widen(o, two[1], ONES)}")
         else:
             total = _accumulate(o, form, four, signed=False)

@@ -394,9 +394,7 @@ def largest_i(builder, value):
 def lowest_where(builder, keys, ids, key):
     """The lowest of ids in the lanes whose key it is."""
     wanted = _splat(builder, builder.trunc(key, I32), I8.llvm)
-    value = builder.select(
-        builder.icmp_signed("==", keys, wanted), ids, _lanes(0x7FFFFFFF)
-    )
+    value = builder.select(builder.icmp_signed("==", keys, wanted), ids, _lanes(0x7FFFFFFF))
     for width in (4, 2, 1):
         a, b = _halves(builder, value, width)
         value = builder.select(builder.icmp_signed("<", a, b), a, b)

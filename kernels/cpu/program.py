@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -294,5 +293,3 @@ def float_bits(value: float) -> int:
 def as_floats(bits: Array) -> Array:
     """Float32 of a column of `project`'s result."""
     return bits.astype(np.int32).view(np.float32)
-
-

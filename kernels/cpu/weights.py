@@ -199,7 +199,9 @@ def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> W
     if bias.shape != (N,):
         raise ValueError(f"bias must be [N]=[{N}], got {list(bias.shape)}")
     values = bias.detach().float().numpy()
-    return Weights(w.format, data, N, K, _padded(values if order is None else values[order], blocks))
+    return Weights(
+        w.format, data, N, K, _padded(values if order is None else values[order], blocks)
+    )
 
 
 def _fill(
