@@ -78,7 +78,7 @@ def widen_keys(pages, table, begin, end, kv_head, KV_HEADS, D, page_size, kind, 
     slot = load_i32(table + 4 * (begin // page_size)) * page_size + begin % page_size
     source = pages + (slot * KV_HEADS + kv_head) * D * item
     row = KV_HEADS * D * item
-    for n in range(end - begin):
+    for _ in range(end - begin):
         for line in range(0, D * item, 64):
             prefetch(source + AHEAD * row + line)
         widen_row(source, kind, out, D)
@@ -205,7 +205,7 @@ def attend_split(
     partial_head,
     work,
 ):
-    """Leave each row's maximum, sum and weighted values [2 + pad, D] of one split in its partial."""
+    """Leave each row's maximum, sum and, from byte 32 on, weighted values [D] in its partial."""
     low = split * SPLIT
     # Tiles of keys are aligned like pages, so that each lies in one.
     begin = max(low, first_seen(length, sliding) // KEYS * KEYS)

@@ -112,14 +112,18 @@ from ._vectors import (
     store_f8,
     store_f32,
     store_i64,
+    ticks,
     total,
     where_larger,
+    yield_core,
 )
 
 F32 = np.float32
 Q4_0, Q4_1, Q8_0, Q8, Q6_K, BFLOAT, HALF, FLOAT = range(8)
 assert FORMATS == ("q4_0", "q4_1", "q8_0", "q8", "q6_k", "bf16", "fp16", "fp32")
 INT_MIN = -(2**31)
+# Some microseconds, longer than a chunk takes.
+SPINS = 200
 
 
 @compiled
@@ -481,10 +485,10 @@ def run_chunk(head, phase, rows, chunk, scratch, work):
 
 @compiled
 def run_phases(head, epoch, thread):
-    """How often this thread found a phase unfinished; it stops where the step is over."""
+    """Work until the step is over -> how many ticks this thread waited for others."""
     rows = word(head, BATCH) * word(head, WINDOW_ROWS)
     scratch = word(head, SCRATCH) + word(head, SCRATCH_BYTES) * thread
-    spins = 0
+    waited = 0
     for i in range(word(head, PHASES)):
         phase = word(head, PHASE_TABLE) + 8 * PHASE_WORDS * i
         ticket = word(head, TICKETS) + 8 * COUNTER_WORDS * i
@@ -495,7 +499,7 @@ def run_phases(head, epoch, thread):
         while True:
             chunk = grab(ticket, epoch, chunks)
             if chunk == -2:
-                return spins
+                return waited
             if chunk == -1:
                 break
             if not prepared and word(phase, TILE) != 0:
@@ -504,25 +508,35 @@ def run_phases(head, epoch, thread):
             prepared = True
             run_chunk(head, phase, rows, chunk, scratch, work)
             atomic_add(done, 1)
-        while atomic_load(done) < chunks:
-            if atomic_load(ticket) >> 32 != epoch:
-                return spins
-            spins += 1
-            pause()
-    return spins
+        if atomic_load(done) < chunks:
+            begin = ticks()
+            spins = 0
+            while atomic_load(done) < chunks:
+                if atomic_load(ticket) >> 32 != epoch:
+                    return waited
+                spins += 1
+                # The thread that is waited for may be waiting for this core.
+                if spins < SPINS:
+                    pause()
+                else:
+                    yield_core()
+            waited += ticks() - begin
+    return waited
 
 
 @compiled
 def run_program(head, epoch, thread):
-    """Run a step's phases; see `run_phases`.
+    """Run a step's phases -> the share of the time, in thousandths, that this thread waited.
 
     The floating-point mode is IEEE's inside and the caller's again behind.
     """
     mode = float_mode()
     set_float_mode(IEEE_MODE)
-    spins = run_phases(head, epoch, thread)
+    begin = ticks()
+    waited = run_phases(head, epoch, thread)
+    total = ticks() - begin
     set_float_mode(mode)
-    return spins
+    return 1000 * waited // max(total, 1)
 
 
 def program_ir() -> str:

@@ -14,6 +14,13 @@ from queue import SimpleQueue
 
 Job = Callable[[int], object]
 
+# Helpers are worth less than nothing where other processes take their cores: the caller then waits
+# for chunks of suspended threads. Above so many thousandths of waiting, averaged over some steps,
+# one helper fewer is called for a while.
+PATIENCE = 330
+AVERAGED = 8
+PENALTY = 64
+
 
 class Helpers:
     """`threads` - 1 helpers; thread 0 of every step is its caller."""
@@ -22,16 +29,34 @@ class Helpers:
         if threads < 1:
             raise ValueError(f"threads must be 1 or more, got {threads}")
         self.threads = threads
+        self.active = threads - 1
+        self._waited, self._steps, self._penalty = 0, 0, 0
         self._queues: list[SimpleQueue[Job | None]] = []
         self._process = -1
         self._lock = threading.Lock()
 
     def call(self, job: Job) -> None:
-        """Have every helper call job(thread), threads counted from 1, as soon as it can."""
+        """Have the active helpers call job(thread), threads counted from 1, as soon as they can."""
         if self._process != os.getpid():
             self._start()
-        for queue in self._queues:
+        for queue in self._queues[: self.active]:
             queue.put(job)
+
+    def learn(self, waited: int) -> None:
+        """Take note of a step whose caller waited for so many thousandths of it."""
+        if self.active < self.threads - 1:
+            self._penalty -= 1
+            if self._penalty <= 0:
+                self.active = self.threads - 1
+        if self.active == 0:
+            return
+        self._waited += waited
+        self._steps += 1
+        if self._steps == AVERAGED:
+            if self._waited > PATIENCE * AVERAGED:
+                self.active -= 1
+                self._penalty = PENALTY
+            self._waited, self._steps = 0, 0
 
     def close(self) -> None:
         for queue in self._queues:

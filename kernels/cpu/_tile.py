@@ -18,8 +18,8 @@ Ranges, for xq in -127..127:
            -128..127 and summed over a group at most 32 * 63 * 127 * 128 = 32,772,096 < 2^31. With
            the offset of 32 taken off, at most 32 * 32 * 127 * 128 = 16,646,144 < 2^24, which
            float32 holds exactly.
-  8 bits   q in -128..127: pmaddubsw multiplies |q| <= 128, unsigned, by xq with q's sign; a pair is
-           at most 2 * 128 * 127 = 32,512 < 2^15, and is widened to 32 bits before the next is added.
+  8 bits   q in -128..127: pmaddubsw multiplies |q| <= 128, unsigned, by xq with q's sign; a pair
+           is at most 2 * 128 * 127 = 32,512 < 2^15, and is widened to 32 bits before it is added.
   vpdpbusd adds four products to 32 bits without saturation; signed weights are offset by 128, and
            128 * sum xq is taken off again: at most 32 * 255 * 127 = 1,036,320 < 2^24.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import platform
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -450,6 +451,19 @@ def pause(builder):
         _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
     else:
         _call(builder, "llvm.aarch64.hint", ir.VoidType(), ir.Constant(I32, 1))
+
+
+@_operation(types.void)
+def yield_core(builder):
+    """Let another thread have this core."""
+    _call(builder, "SwitchToThread" if sys.platform == "win32" else "sched_yield", I32)
+
+
+@_operation(types.int64)
+def ticks(builder):
+    """A clock of constant rate, of no particular unit."""
+    name = "llvm.readcyclecounter" if X86 else "llvm.readsteadycounter"
+    return _call(builder, name, I64)
 
 
 @_operation(types.int64)

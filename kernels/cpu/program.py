@@ -166,7 +166,8 @@ class Program:
 
     def run(self, rows: int, batch: int = 1) -> int:
         """Run all phases for `rows` = T rows of each of `batch` sequences; `ids`, `lengths` and
-        `page_table` say which. -> how often this thread waited for another."""
+        `page_table` say which. -> the share of the time, in thousandths, that the calling thread
+        waited for helpers."""
         if not 1 <= rows * batch <= self.max_rows or not 1 <= batch <= self.max_batch:
             raise ValueError(
                 f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "
@@ -186,9 +187,10 @@ class Program:
             self._done[:] = 0
             self._tickets[:, 0] = epoch << 32
             self.helpers.call(lambda thread: self._run(self._at, epoch, thread))
-            spins = self._run(self._at, epoch, 0)
+            waited = self._run(self._at, epoch, 0)
             self._tickets[:, 0] = epoch << 32 | L.CLOSED
-            return spins
+            self.helpers.learn(waited)
+            return waited
 
     def _seal(self) -> None:
         self._table = on_cache_line((len(self._phases), L.PHASE_WORDS), np.int64)
