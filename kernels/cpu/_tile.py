@@ -37,6 +37,7 @@ then the scales: q4_0, q8_0 [G][8] fp16; q4_1 [G][2][8] fp16 (d, m); q8 [8] floa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 ROWS = 8
 GROUP = 32
@@ -220,7 +221,7 @@ def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
             for i in range(8)
         )
         dx = o.splat("float", o.load("float", facts, 4), 8)
-        total = DOTS[weights](o, form, vectors, quads, scales, lambda i, f=facts: _fact(o, f, i))
+        total = DOTS[weights](o, form, vectors, quads, scales, partial(_fact, o, facts))
         product = o.op(f"sitofp {I32} {total} to {F32}")
         acc = f"%acc{r}"
         if weights == "q4_1":

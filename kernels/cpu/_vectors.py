@@ -57,7 +57,7 @@ def _arithmetic(symbol: Any, floats: str, integers: str | None) -> None:
 
     @lower_builtin(symbol, Vector, Vector)
     def _lowered(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return getattr(builder, floats if sig.args[0] == F8 else integers)(*args)
+        return getattr(builder, floats if sig.args[0] == F8 else integers or floats)(*args)
 
 
 _arithmetic(operator.add, "fadd", "add")
@@ -110,7 +110,7 @@ def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
     return builder.call(function, args)
 
 
-def _lanes(value: int, scalar: ir.Type = I32) -> ir.Constant:
+def _lanes(value: float, scalar: ir.Type = I32) -> ir.Constant:
     return ir.Constant(ir.VectorType(scalar, LANES), [value] * LANES)
 
 
