@@ -13,7 +13,7 @@ from cpu_machine import floats, helpers, kernels, same_bits
 from paged import make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels, host_target
-from mtpkern.kernels.cpu._threads import Helpers
+from mtpkern.kernels.cpu._threads import AVERAGED, PENALTY, Helpers
 from mtpkern.kernels.cpu.layers import Layer, Step, Trunk, layers
 from mtpkern.kernels.cpu.program import Norm, as_floats
 from mtpkern.kernels.cpu.weights import interleaved, pack, rounded
@@ -302,6 +302,34 @@ def test_more_rows_than_a_program_holds_are_refused():
     model = Model(max_rows=4)
     with pytest.raises(ValueError, match="rows x batch must be 1..4"):
         model.step.program.run(5)
+
+
+def test_tokens_and_positions_out_of_range_are_refused():
+    model = Model()
+    for ids, length, message in (
+        ([V], 0, "ids must be 0"),
+        ([-1], 0, "ids must be 0"),
+        ([1], POSITIONS, "lengths"),
+        ([1, 1], POSITIONS - 1, "lengths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.run(np.array([ids]), [length])
+
+
+def test_a_helper_that_makes_its_caller_wait_is_left_alone_for_a_while():
+    helpers = Helpers(3)
+    for _ in range(AVERAGED):
+        helpers.learn(100)
+    assert helpers.active == 2
+    for _ in range(AVERAGED):
+        helpers.learn(900)
+    assert helpers.active == 1
+    for _ in range(AVERAGED):
+        helpers.learn(900)
+    assert helpers.active == 0
+    for _ in range(PENALTY):
+        helpers.learn(0)
+    assert helpers.active == 2
 
 
 def test_values_of_the_step_are_those_of_its_logits():

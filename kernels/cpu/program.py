@@ -63,6 +63,9 @@ class Program:
         self._phases: list[dict[int, int]] = []
         self._kept: list[object] = []
         self._scratch = 0
+        # Of all attention phases, which run one after the other.
+        self._partials, self._merges = 0, 0
+        self._tokens, self._positions, self._page_size = 2**31, 2**31, 2**31
         self._lock = threading.Lock()
         self._epoch = 0
         self._table: Array | None = None
@@ -76,6 +79,7 @@ class Program:
     def embed(self, w: Weights, out: Array) -> None:
         """out[r] = row ids[r] of w [V, E]."""
         facts = self._weight(w) | self._rows(L.OUT, out)
+        self._tokens = min(self._tokens, w.out_features)
         self._add(L.EMBED, 1, facts | {L.WEIGHT_FORMAT: FORMATS.index(w.format), L.TILE: 0})
 
     def norm(self, x: Array, norm: Norm, out: Array) -> None:
@@ -124,13 +128,11 @@ class Program:
         facts = self._rows(L.X, q) | self._rows(L.OUT, out) | self._paged(pages)
         D, Hk = facts[L.HEAD_DIM], facts[L.KV_HEADS]
         splits = -(-pages.cos.shape[0] // L.SPLIT)
-        partials = on_cache_line((self.max_rows * pages.heads * splits, D + LANES), np.float32)
-        merges = on_cache_line((self.max_batch * Hk, L.COUNTER_WORDS), np.int64)
+        self._partials = max(self._partials, self.max_rows * pages.heads * splits * (D + LANES))
+        self._merges = max(self._merges, self.max_batch * Hk)
         facts |= {
             L.SCALE: float_bits(D**-0.5 if scale is None else scale),
             L.MAX_SPLITS: splits,
-            L.PARTIALS: self._address(partials),
-            L.MERGES: self._address(merges),
         }
         rows = self.max_rows * pages.heads // Hk
         self._scratch = max(self._scratch, 4 * (L.KEYS * D + rows * L.SPLIT))
@@ -168,14 +170,10 @@ class Program:
         """Run all phases for `rows` = T rows of each of `batch` sequences; `ids`, `lengths` and
         `page_table` say which. -> the share of the time, in thousandths, that the calling thread
         waited for helpers."""
-        if not 1 <= rows * batch <= self.max_rows or not 1 <= batch <= self.max_batch:
-            raise ValueError(
-                f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "
-                f"got {rows} x {batch}"
-            )
         with self._lock:
             if self._table is None:
                 self._seal()
+            self._check(rows, batch)
             head = self._head
             head[L.BATCH], head[L.WINDOW_ROWS] = batch, rows
             head[L.PAGE_TABLE] = self.page_table.ctypes.data
@@ -192,9 +190,30 @@ class Program:
             self.helpers.learn(waited)
             return waited
 
+    def _check(self, rows: int, batch: int) -> None:
+        """Refuse what would be read outside of the model's memory."""
+        if not 1 <= rows * batch <= self.max_rows or not 1 <= batch <= self.max_batch:
+            raise ValueError(
+                f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "
+                f"got {rows} x {batch}"
+            )
+        ids, lengths = self.ids[: rows * batch], self.lengths[:batch]
+        if ids.min() < 0 or ids.max() >= self._tokens:
+            raise ValueError(f"ids must be 0..{self._tokens - 1}, got {ids.tolist()}")
+        positions = min(self._positions, self.page_table.shape[1] * self._page_size)
+        if lengths.min() < 0 or lengths.max() + rows > positions:
+            raise ValueError(
+                f"lengths + {rows} rows must be at most {positions}, got {lengths.tolist()}"
+            )
+
     def _seal(self) -> None:
+        partials = on_cache_line((self._partials,), np.float32)
+        merges = on_cache_line((self._merges, L.COUNTER_WORDS), np.int64)
+        shared = {L.PARTIALS: self._address(partials), L.MERGES: self._address(merges)}
         self._table = on_cache_line((len(self._phases), L.PHASE_WORDS), np.int64)
         for row, facts in zip(self._table, self._phases, strict=True):
+            if facts[L.OP] == L.ATTEND:
+                facts |= shared
             for field, value in facts.items():
                 row[field] = value
         counters = (len(self._phases), L.COUNTER_WORDS)
@@ -270,6 +289,7 @@ class Program:
         if not all(tensor.is_contiguous() for tensor in tensors):
             raise ValueError("k, v, cos and sin must be contiguous")
         self._kept.extend(tensors)
+        self._positions, self._page_size = min(self._positions, len(pages.cos)), page_size
         return {
             L.HEADS: pages.heads,
             L.KV_HEADS: Hk,
