@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cpu_machine import floats, helpers, kernels, same_bits
+from cpu_machine import floats, helpers, kernels, program, same_bits
 from paged import make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels, host_target
@@ -190,15 +190,20 @@ def test_rejected_rows_leave_no_trace():
 
 
 def test_a_callers_floating_point_mode_neither_matters_nor_changes():
-    ids = sequence()
-    expected = decoded(Model("fp32"), ids, 3)
+    """Denormals times one: a caller that flushes them to zero gets them all the same."""
+    p = program(2, threads=2)
+    x, out = p.buffer(32), p.buffer(512)
+    x[:] = 1e-40
+    p.linear(x, pack(floats(torch.ones(512, 32))), out)
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush denormals")
     try:
-        assert equal(decoded(Model("fp32"), ids, 3), expected)
-        assert float(torch.tensor(1e-38) * 0.01) == 0.0, "the mode was not restored"
+        p.run(2)
+        kept = float(torch.tensor(1e-38) * 0.01)
     finally:
         torch.set_flush_denormal(False)
+    assert (np.abs(out - 32e-40) < 1e-43).all()
+    assert kept == 0.0, "the caller's mode was not restored"
 
 
 def test_callers_may_run_at_the_same_time():
@@ -240,6 +245,19 @@ def test_a_late_helper_harms_no_later_step():
     model = Model()
     model.step.program.helpers = Late()
     assert equal(decoded(model, ids, 1), expected)
+
+
+def test_a_helper_of_an_earlier_step_takes_no_chunk_of_a_later_one():
+    model = Model()
+    model.run(sequence(4)[None], [0])
+    p = model.step.program
+    p._done[:], p._tickets[:, 0] = 0, 9 << 32  # step 9 has just begun
+    model.step.hidden[:] = -1.0
+    p._run(p._at, 8, 0)
+    assert (p._tickets[:, 0] == 9 << 32).all() and (p._done == 0).all()
+    assert (model.step.hidden == -1.0).all()
+    p._run(p._at, 9, 0)
+    assert (model.step.hidden != -1.0).all(1)[:4].all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -125,7 +125,7 @@ class Kernels:
         return call
 
     def _emit_tile(self, weights: str) -> bytes:
-        return emit_object(tile_ir(weights, self.target.form), self.target, optimise=True)
+        return emit_object(tile_ir(weights, self.target.form), self.target, optimise=False)
 
     def _emit_program(self) -> bytes:
         program = importlib.import_module("._program", __package__)
