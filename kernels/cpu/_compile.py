@@ -1,0 +1,200 @@
+"""Compiled once per machine: LLVM IR to object files in the user's cache directory, and back.
+
+IR comes from two places: matmul tiles are written as LLVM vectors (`_tile`), everything else is
+Python that Numba translates (`_program` and what it imports). Both give position-independent
+objects without addresses of the process that made them. A later process loads those objects and
+imports neither. The key is a hash of every file of this folder, the versions of llvmlite, Numba and
+Python, and the CPU and its features; where the directory cannot be written, objects live in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import importlib.metadata
+import itertools
+import os
+import platform
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+
+from ._tile import form_of, tile_ir
+
+PROGRAM = "run_program"
+
+# The least that kernels are compiled for on x86: fused multiply-add, AVX2, half floats.
+BASELINE = {"avx2", "fma", "f16c", "bmi2"}
+
+
+class Target(NamedTuple):
+    """What code is compiled for: an LLVM CPU name and the features to add to it."""
+
+    triple: str
+    cpu: str
+    features: str
+    form: str  # of the integer tile
+
+
+@cache
+def host_target() -> Target:
+    """This machine; ValueError where it lacks what the kernels need."""
+    found = llvm.get_host_cpu_features()
+    names = {name for name, there in found.items() if there}
+    if platform.machine().lower() in ("x86_64", "amd64") and not names >= BASELINE:
+        raise ValueError(f"CPU kernels need {', '.join(sorted(BASELINE - names))}")
+    form = form_of(names, platform.machine().lower())
+    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), found.flatten(), form)
+
+
+def emit_object(ir: str, target: Target, *, optimise: bool) -> bytes:
+    """An object file of IR; `optimise` for IR that no compiler has seen yet."""
+    module = llvm.parse_assembly(ir)
+    module.verify()
+    machine = target_machine(target)
+    if optimise:
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
+        builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)
+
+
+def target_machine(target: Target) -> llvm.TargetMachine:
+    if target.triple == llvm.get_process_triple():
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+    return llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="jitdefault"
+    )
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/mtpkern/kernels, or ~/.cache/mtpkern/kernels."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    base = Path(root) if root and os.path.isabs(root) else Path.home() / ".cache"
+    return base / "mtpkern" / "kernels"
+
+
+class Kernels:
+    """Entry points by name, compiled on first use.
+
+    `directory` holds object files between processes, or is None to keep nothing. `on_compile(name)`
+    is called before something is compiled that no earlier run left there.
+    """
+
+    def __init__(
+        self,
+        target: Target | None = None,
+        directory: Path | None = None,
+        on_compile: Callable[[str], None] = lambda name: None,
+    ):
+        self.target = host_target() if target is None else target
+        self.directory, self.on_compile = directory, on_compile
+        self.compiled: list[str] = []  # what no earlier run had left
+        self._key = _key(self.target)
+        self._addresses: dict[str, int] = {}
+        self._kept: list[object] = []
+        self._lock = threading.Lock()
+
+    def tile(self, weights: str) -> int:
+        """Address of the matmul tile for a weight format."""
+        return self._address(f"tile_{weights}", lambda: self._emit_tile(weights), weights)
+
+    def run_program(self) -> Callable[[int, int, int], int]:
+        """`_program.run_program`; a call leaves the interpreter to other threads."""
+        address = self._address(PROGRAM, self._emit_program, PROGRAM)
+        # Numba's convention: a place for the result and one for an exception come first.
+        kinds = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
+        function = ctypes.CFUNCTYPE(ctypes.c_int32, *kinds)(address)
+
+        def call(head: int, epoch: int, thread: int) -> int:
+            places = (ctypes.c_int64 * 2)()
+            address = ctypes.addressof(places)
+            function(address, address + 8, head, epoch, thread)
+            return places[0]
+
+        return call
+
+    def _emit_tile(self, weights: str) -> bytes:
+        return emit_object(tile_ir(weights, self.target.form), self.target, optimise=False)
+
+    def _emit_program(self) -> bytes:
+        program = importlib.import_module("._program", __package__)
+        return emit_object(program.program_ir(), self.target, optimise=True)
+
+    def _address(self, symbol: str, emit: Callable[[], bytes], unit: str) -> int:
+        with self._lock:
+            if symbol not in self._addresses:
+                self._load(unit, self._object(unit, emit))
+            return self._addresses[symbol]
+
+    def _object(self, unit: str, emit: Callable[[], bytes]) -> bytes:
+        file = None if self.directory is None else self.directory / f"{unit}-{self._key}.o"
+        if file is not None:
+            try:
+                return _checked(file.read_bytes())
+            except (OSError, ValueError):
+                pass
+        self.on_compile(unit)
+        self.compiled.append(unit)
+        made = emit()
+        if file is not None:
+            _write(file, made)
+        return made
+
+    def _load(self, unit: str, image: bytes) -> None:
+        name = unit if unit == PROGRAM else f"tile_{unit}"
+        builder = llvm.JITLibraryBuilder().add_object_img(image).add_current_process()
+        builder.export_symbol(name)
+        library = builder.link(_jit(), f"mtpkern_{unit}_{next(_numbers)}")
+        self._kept.append(library)
+        self._addresses[name] = library[name]
+
+
+# A name is never used twice in a process.
+_numbers = itertools.count()
+
+
+@cache
+def _jit() -> llvm.orcjit.LLJIT:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.create_lljit_compiler()
+
+
+def _key(target: Target) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    versions = [importlib.metadata.version(name) for name in ("llvmlite", "numba")]
+    digest.update(repr((versions, sys.version_info[:2], target)).encode())
+    return digest.hexdigest()[:24]
+
+
+def _checked(content: bytes) -> bytes:
+    """The object in a cache file; ValueError where the file is not whole."""
+    digest, image = content[:32], content[32:]
+    if hashlib.sha256(image).digest() != digest:
+        raise ValueError("not a whole object file")
+    return image
+
+
+def _write(file: Path, image: bytes) -> None:
+    """Write in one rename; a directory that cannot be written is no error."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(hashlib.sha256(image).digest() + image)
+        os.replace(name, file)
+    except OSError:
+        pass

@@ -1,0 +1,82 @@
+"""How a program lies in memory: int64 words that Python writes and compiled code reads.
+
+A program is a list of phases, each an operation on all rows of a step, cut into chunks. Threads
+take chunks from a counter, and a phase is over when its chunks are done, whoever did them: a thread
+that is late, or was suspended between two chunks, delays nobody.
+"""
+
+# Operations.
+LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
+
+# Words of a program's head. The rows of a step are T of each of B sequences, R = B T in all.
+(
+    PHASES,  # number of phases
+    PHASE_TABLE,  # address of [phases, PHASE_WORDS]
+    TICKETS,  # address of [phases, COUNTER_WORDS]: epoch in the high half, next chunk in the low
+    DONE,  # address of [phases, COUNTER_WORDS]: chunks done
+    SCRATCH,  # address of a thread's own memory, [threads, SCRATCH_BYTES]
+    SCRATCH_BYTES,
+    BATCH,  # B
+    WINDOW_ROWS,  # T
+    LENGTHS,  # address of [B] int64: committed tokens
+    PAGE_TABLE,  # address of [B, TABLE_STRIDE] int32
+    TABLE_STRIDE,
+    IDS,  # address of [R] int64: tokens of the window
+    HEAD_WORDS,
+) = range(13)
+
+# Words of a phase.
+(
+    OP,
+    CHUNKS,  # number of chunks; of ATTEND it follows from the lengths
+    BLOCKS,  # blocks of 8 outputs per chunk
+    X,  # address of [R, X_STRIDE] float32
+    X_STRIDE,  # in elements, as all strides
+    OUT,  # address of [R, OUT_STRIDE] float32
+    OUT_STRIDE,
+    RESIDUAL,  # address of what is added, rows of OUT_STRIDE, or 0; may be OUT
+    NORM_W,  # address of [K] float32, or 0: x is taken as it is
+    EPS,  # float32 bits
+    TILE,  # address of the weight's matmul tile
+    WEIGHT,  # address of its blocks
+    BLOCK_BYTES,
+    ALL_BLOCKS,
+    INPUTS,  # K
+    GROUPS,  # of 32 inputs
+    ROUNDED,  # 1: activations are rounded to 8 bits
+    BIAS,  # address of [8 ALL_BLOCKS] float32, or 0
+    OUTPUTS,  # N
+    HEADS,  # query heads
+    KV_HEADS,
+    HEAD_DIM,
+    K_PAGES,  # address of [pages, page_size, Hk, D]
+    V_PAGES,
+    PAGE_SIZE,
+    KV_KIND,  # FP32, FP16 or BF16
+    COS,  # address of [positions, D] float32
+    SIN,  # address of [positions, D] float32, first half negated
+    Q_NORM,  # address of [D] float32, or 0
+    K_NORM,
+    SLIDING,  # positions that a row sees; 0: all
+    SCALE,  # float32 bits
+    PARTIALS,  # address of what chunks leave for the merge
+    MERGES,  # address of int64 counters, zero between phases
+    MAX_SPLITS,
+    BEST,  # out, address of [R, 3] 64-bit words: id, value bits, log-sum-exp bits
+    WRITE_LOGITS,  # 1: OUT holds logits; 0: they stay in scratch
+    WEIGHT_FORMAT,  # index into FORMATS, for EMBED
+    PHASE_WORDS,
+) = range(39)
+
+FP32, FP16, BF16 = range(3)
+
+# Counters that different threads change lie on cache lines of their own.
+COUNTER_WORDS = 8
+CLOSED = 2**31 - 1
+
+# Keys of a split of the cache: split i holds the same keys however long a sequence is.
+SPLIT = 128
+# Keys that are widened to float32 at a time.
+KEYS = 32
+# Blocks of 8 outputs in a chunk of the vocabulary: sums of exponentials go by chunk.
+VOCABULARY_BLOCKS = 32

@@ -1,0 +1,100 @@
+"""Persistent helper threads for steps.
+
+A step needs none of them: its first thread is the caller, and a phase is over when its chunks are
+done. So helpers may be late, busy with another caller's step, or gone after a fork, and the step
+still ends, with the same bits. Between steps they wait in the kernel, not in a loop.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+Job = Callable[[int], object]
+
+# Helpers are worth less than nothing where other processes take their cores: the caller then waits
+# for chunks of suspended threads. Above so many thousandths of waiting, averaged over some steps,
+# one helper fewer is called for a while.
+PATIENCE = 330
+AVERAGED = 8
+PENALTY = 64
+
+
+class Helpers:
+    """`threads` - 1 helpers; thread 0 of every step is its caller."""
+
+    def __init__(self, threads: int):
+        if threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {threads}")
+        self.threads = threads
+        self.active = threads - 1
+        self._waited, self._steps, self._penalty = 0, 0, 0
+        self._queues: list[SimpleQueue[Job | None]] = []
+        self._process = -1
+        self._lock = threading.Lock()
+
+    def call(self, job: Job) -> None:
+        """Have the active helpers call job(thread), threads counted from 1, as soon as they can."""
+        if self._process != os.getpid():
+            self._start()
+        for queue in self._queues[: self.active]:
+            queue.put(job)
+
+    def learn(self, waited: int) -> None:
+        """Take note of a step whose caller waited for so many thousandths of it."""
+        if self.active < self.threads - 1:
+            self._penalty -= 1
+            if self._penalty <= 0:
+                self.active = self.threads - 1
+        if self.active == 0:
+            return
+        self._waited += waited
+        self._steps += 1
+        if self._steps == AVERAGED:
+            if self._waited > PATIENCE * AVERAGED:
+                self.active -= 1
+                self._penalty = PENALTY
+            self._waited, self._steps = 0, 0
+
+    def close(self) -> None:
+        for queue in self._queues:
+            queue.put(None)
+        self._queues, self._process = [], -1
+
+    def _start(self) -> None:
+        # A child of a fork has the object but no threads, and perhaps a lock that nobody frees.
+        if self._process != -1:
+            self._lock = threading.Lock()
+        with self._lock:
+            if self._process == os.getpid():
+                return
+            self._queues = [SimpleQueue() for _ in range(self.threads - 1)]
+            for thread, queue in enumerate(self._queues, 1):
+                threading.Thread(
+                    target=_help, args=(queue, thread), name=f"mtpkern-{thread}", daemon=True
+                ).start()
+            self._process = os.getpid()
+
+
+def _help(queue: SimpleQueue[Job | None], thread: int) -> None:
+    while (job := queue.get()) is not None:
+        job(thread)
+        del job
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyperthreads counted once where the system tells."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if allowed is None:
+        return os.cpu_count() or 1
+    seen = set()
+    for cpu in allowed:
+        try:
+            path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+            with open(path, encoding="ascii") as stream:
+                seen.add(stream.read().strip())
+        except OSError:
+            return len(allowed)
+    return len(seen)

@@ -1,0 +1,317 @@
+"""A step as a list of phases: built once, run with any number of rows up to its capacity.
+
+    program = Program(kernels, helpers, max_rows=8, max_batch=1)
+    h = program.buffer(E)
+    program.embed(embedding, h)
+    program.linear(h, w, out, norm=(norm_w, eps))
+    program.run(rows)
+
+Every phase computes rows independently and in one order (see the files of each operation), so a
+row's bits do not depend on the number of rows or threads, on the batch, or on which thread computed
+which chunk. Programs may run at the same time; one program runs one step at a time.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _layout as L
+from ._compile import Kernels
+from ._threads import Helpers
+from ._tile import FORMATS, ROUNDED
+from .weights import LANES, Array, Weights, on_cache_line
+
+# A chunk is about this many bytes of weights: small against a phase, large against the counter.
+CHUNK_BYTES = 24 * 1024
+KV_KINDS = {torch.float32: L.FP32, torch.float16: L.FP16, torch.bfloat16: L.BF16}
+
+
+class Norm(NamedTuple):
+    """RMS norm in front of a matmul."""
+
+    w: Array  # [K] float32
+    eps: float
+
+
+class Pages(NamedTuple):
+    """One layer's cache and how rows lie in it."""
+
+    k: Tensor  # [pages, page_size, Hk, D], contiguous
+    v: Tensor
+    cos: Tensor  # [positions, D] float32
+    sin: Tensor  # its first half negated
+    heads: int  # query heads
+    sliding: int = 0  # positions that a row sees; 0: all
+    q_norm: Array | None = None  # [D] float32
+    k_norm: Array | None = None
+
+
+class Program:
+    """Phases over rows of B sequences; see the module."""
+
+    def __init__(self, kernels: Kernels, helpers: Helpers, *, max_rows: int, max_batch: int = 1):
+        self.kernels, self.helpers = kernels, helpers
+        self.max_rows, self.max_batch = max_rows, max_batch
+        self.ids = np.zeros(max_rows, np.int64)
+        self.lengths = np.zeros(max_batch, np.int64)
+        self._phases: list[dict[int, int]] = []
+        self._kept: list[object] = []
+        self._scratch = 0
+        # Of all attention phases, which run one after the other.
+        self._partials, self._merges = 0, 0
+        self._tokens, self._positions, self._page_size = 2**31, 2**31, 2**31
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._table: Array | None = None
+        self._head = np.zeros(L.HEAD_WORDS, np.int64)
+        self.page_table = np.zeros((max_batch, 1), np.int32)
+
+    def buffer(self, columns: int) -> Array:
+        """Rows [max_rows, columns] float32, padded to whole lanes."""
+        return on_cache_line((self.max_rows, -(-columns // LANES) * LANES), np.float32)
+
+    def embed(self, w: Weights, out: Array) -> None:
+        """out[r] = row ids[r] of w [V, E]."""
+        facts = self._weight(w) | self._rows(L.OUT, out)
+        self._tokens = min(self._tokens, w.out_features)
+        self._add(L.EMBED, 1, facts | {L.WEIGHT_FORMAT: FORMATS.index(w.format), L.TILE: 0})
+
+    def norm(self, x: Array, norm: Norm, out: Array) -> None:
+        """out = rms_norm(x)"""
+        facts = self._rows(L.X, x) | self._rows(L.OUT, out) | self._normed(norm)
+        self._add(L.NORM, 1, facts | {L.INPUTS: len(norm.w)})
+
+    def linear(
+        self,
+        x: Array,
+        w: Weights,
+        out: Array,
+        *,
+        norm: Norm | None = None,
+        residual: Array | None = None,
+    ) -> None:
+        """out = x w^T + bias (+ residual), x normed first where `norm` is given; `residual` may be
+        `out`."""
+        facts = self._matmul(x, w, norm) | self._rows(L.OUT, out)
+        if residual is not None:
+            if residual.strides != out.strides:
+                raise ValueError("residual must have out's strides")
+            facts[L.RESIDUAL] = self._address(residual)
+        self._chunked(L.LINEAR, w, 1, facts)
+
+    def gate_up_silu(self, x: Array, w: Weights, out: Array, *, norm: Norm | None = None) -> None:
+        """out = silu(gate) * up, w packed in the order `interleaved` gives."""
+        facts = self._matmul(x, w, norm) | self._rows(L.OUT, out)
+        self._chunked(L.GATE_UP, w, 2, facts)
+
+    def qkv_rope_cache(
+        self, x: Array, w: Weights, qkv: Array, pages: Pages, *, norm: Norm | None = None
+    ) -> None:
+        """qkv = x w^T + bias, q and k rotated; k and v written at lengths[b] + t of the pages."""
+        facts = self._matmul(x, w, norm) | self._rows(L.OUT, qkv) | self._paged(pages)
+        for field, weight in ((L.Q_NORM, pages.q_norm), (L.K_NORM, pages.k_norm)):
+            if weight is not None:
+                facts[field] = self._address(weight)
+        D, chunks = facts[L.HEAD_DIM], facts[L.HEADS] + 2 * facts[L.KV_HEADS]
+        if w.out_features != chunks * D:
+            raise ValueError(f"w must have {chunks} heads of {D}, got {w.out_features} outputs")
+        self._add(L.QKV, chunks, facts | {L.BLOCKS: D // LANES})
+
+    def attend(self, q: Array, out: Array, pages: Pages, *, scale: float | None = None) -> None:
+        """out [R, Hq D] = attention of q [R, >= Hq D] to the pages, `scale` 1 / sqrt(D)."""
+        facts = self._rows(L.X, q) | self._rows(L.OUT, out) | self._paged(pages)
+        D, Hk = facts[L.HEAD_DIM], facts[L.KV_HEADS]
+        splits = -(-pages.cos.shape[0] // L.SPLIT)
+        self._partials = max(self._partials, self.max_rows * pages.heads * splits * (D + LANES))
+        self._merges = max(self._merges, self.max_batch * Hk)
+        facts |= {
+            L.SCALE: float_bits(D**-0.5 if scale is None else scale),
+            L.MAX_SPLITS: splits,
+        }
+        rows = self.max_rows * pages.heads // Hk
+        self._scratch = max(self._scratch, 4 * (L.KEYS * D + rows * L.SPLIT))
+        self._add(L.ATTEND, 0, facts)
+
+    def project(
+        self, x: Array, w: Weights, *, norm: Norm | None = None, logits: Array | None = None
+    ) -> Array:
+        """Rows through a vocabulary w [V, K] -> [max_rows, 3] int64, filled by `run`: the likeliest
+        column (ties to the lowest), its logit's bits and those of log(sum(exp(logits)))."""
+        best = np.zeros((self.max_rows, 3), np.int64)
+        facts = self._matmul(x, w, norm)
+        chunks = -(-w.blocks // L.VOCABULARY_BLOCKS)
+        partials = np.zeros((self.max_rows, chunks, 2), np.int64)
+        merges = on_cache_line((1, L.COUNTER_WORDS), np.int64)
+        facts |= {
+            L.BLOCKS: L.VOCABULARY_BLOCKS,
+            L.BEST: self._address(best),
+            L.PARTIALS: self._address(partials),
+            L.MERGES: self._address(merges),
+        }
+        if logits is not None:
+            facts |= self._rows(L.OUT, logits) | {L.WRITE_LOGITS: 1}
+        self._work(facts, L.VOCABULARY_BLOCKS)
+        self._add(L.PROJECT, chunks, facts)
+        return best
+
+    def read(self, memory: Array) -> None:
+        """Read memory, whole MiB: what a step's weights cost at the least."""
+        sums = np.zeros(memory.nbytes >> 20, np.float32)
+        facts = {L.X: self._address(memory), L.OUT: self._address(sums)}
+        self._add(L.READ, len(sums), facts)
+
+    def run(self, rows: int, batch: int = 1) -> int:
+        """Run all phases for `rows` = T rows of each of `batch` sequences; `ids`, `lengths` and
+        `page_table` say which. -> the share of the time, in thousandths, that the calling thread
+        waited for helpers."""
+        with self._lock:
+            if self._table is None:
+                self._seal()
+            self._check(rows, batch)
+            head = self._head
+            head[L.BATCH], head[L.WINDOW_ROWS] = batch, rows
+            head[L.PAGE_TABLE] = self.page_table.ctypes.data
+            head[L.TABLE_STRIDE] = self.page_table.shape[1]
+            # Opened with all counters clear, and closed again before anything changes: a helper
+            # that comes late finds nothing to do.
+            self._epoch = (self._epoch + 1) % 2**31
+            epoch = self._epoch
+            self._done[:] = 0
+            self._tickets[:, 0] = epoch << 32
+            self.helpers.call(lambda thread: self._run(self._at, epoch, thread))
+            waited = self._run(self._at, epoch, 0)
+            self._tickets[:, 0] = epoch << 32 | L.CLOSED
+            self.helpers.learn(waited)
+            return waited
+
+    def _check(self, rows: int, batch: int) -> None:
+        """Refuse what would be read outside of the model's memory."""
+        if not 1 <= rows * batch <= self.max_rows or not 1 <= batch <= self.max_batch:
+            raise ValueError(
+                f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "
+                f"got {rows} x {batch}"
+            )
+        ids, lengths = self.ids[: rows * batch], self.lengths[:batch]
+        if ids.min() < 0 or ids.max() >= self._tokens:
+            raise ValueError(f"ids must be 0..{self._tokens - 1}, got {ids.tolist()}")
+        positions = min(self._positions, self.page_table.shape[1] * self._page_size)
+        if lengths.min() < 0 or lengths.max() + rows > positions:
+            raise ValueError(
+                f"lengths + {rows} rows must be at most {positions}, got {lengths.tolist()}"
+            )
+
+    def _seal(self) -> None:
+        partials = on_cache_line((self._partials,), np.float32)
+        merges = on_cache_line((self._merges, L.COUNTER_WORDS), np.int64)
+        shared = {L.PARTIALS: self._address(partials), L.MERGES: self._address(merges)}
+        self._table = on_cache_line((len(self._phases), L.PHASE_WORDS), np.int64)
+        for row, facts in zip(self._table, self._phases, strict=True):
+            if facts[L.OP] == L.ATTEND:
+                facts |= shared
+            for field, value in facts.items():
+                row[field] = value
+        counters = (len(self._phases), L.COUNTER_WORDS)
+        self._tickets, self._done = (on_cache_line(counters, np.int64) for _ in range(2))
+        size = -(-self._scratch // 4096) * 4096
+        scratch = on_cache_line((self.helpers.threads, size))
+        head = self._head
+        head[L.PHASES], head[L.PHASE_TABLE] = len(self._phases), self._table.ctypes.data
+        head[L.TICKETS], head[L.DONE] = self._tickets.ctypes.data, self._done.ctypes.data
+        head[L.SCRATCH], head[L.SCRATCH_BYTES] = scratch.ctypes.data, size
+        head[L.LENGTHS], head[L.IDS] = self.lengths.ctypes.data, self.ids.ctypes.data
+        self._kept.append(scratch)
+        self._run, self._at = self.kernels.run_program(), head.ctypes.data
+
+    def _add(self, op: int, chunks: int, facts: dict[int, int]) -> None:
+        if self._table is not None:
+            raise ValueError("a program that has run takes no more phases")
+        self._phases.append(facts | {L.OP: op, L.CHUNKS: chunks})
+
+    def _chunked(self, op: int, w: Weights, multiple: int, facts: dict[int, int]) -> None:
+        blocks = max(1, CHUNK_BYTES // w.data.shape[1] // multiple) * multiple
+        blocks = min(blocks, w.blocks)
+        self._work(facts, blocks)
+        self._add(op, -(-w.blocks // blocks), facts | {L.BLOCKS: blocks})
+
+    def _matmul(self, x: Array, w: Weights, norm: Norm | None) -> dict[int, int]:
+        facts = self._rows(L.X, x) | self._weight(w)
+        if x.shape[1] < w.in_features:
+            raise ValueError(f"x must be [R, {w.in_features}] to match w, got {list(x.shape)}")
+        if norm is not None:
+            if len(norm.w) != w.in_features:
+                raise ValueError(f"norm must be [{w.in_features}], got [{len(norm.w)}]")
+            facts |= self._normed(norm)
+        self._work(facts, w.blocks if w.blocks < 64 else 64)
+        return facts
+
+    def _work(self, facts: dict[int, int], blocks: int) -> None:
+        """Room for prepared rows and `blocks` blocks of their outputs."""
+        per_row = facts[L.GROUPS] * (48 if facts[L.ROUNDED] else 128) + 64
+        self._scratch = max(self._scratch, self.max_rows * (per_row + 4 * LANES * blocks))
+
+    def _weight(self, w: Weights) -> dict[int, int]:
+        if w.in_features % LANES:
+            raise ValueError(f"inputs must be a multiple of {LANES}, got {w.in_features}")
+        return {
+            L.TILE: self.kernels.tile(w.format),
+            L.WEIGHT: self._address(w.data),
+            L.BLOCK_BYTES: w.data.shape[1],
+            L.ALL_BLOCKS: w.blocks,
+            L.INPUTS: w.in_features,
+            L.OUTPUTS: w.out_features,
+            L.GROUPS: w.groups,
+            L.ROUNDED: int(w.format in ROUNDED),
+            L.BIAS: 0 if w.bias is None else self._address(w.bias),
+        }
+
+    def _normed(self, norm: Norm) -> dict[int, int]:
+        return {L.NORM_W: self._address(norm.w), L.EPS: float_bits(norm.eps)}
+
+    def _rows(self, field: int, rows: Array) -> dict[int, int]:
+        if rows.dtype != np.float32 or rows.ndim != 2 or rows.strides[1] != 4:
+            raise ValueError(f"rows must be float32 [R, columns], got {rows.dtype} {rows.shape}")
+        return {field: self._address(rows), field + 1: rows.strides[0] // 4}
+
+    def _paged(self, pages: Pages) -> dict[int, int]:
+        _, page_size, Hk, D = pages.k.shape
+        if D % 16 or page_size % L.KEYS or pages.heads % Hk:
+            raise ValueError(
+                f"D must be a multiple of 16, page_size of {L.KEYS} and heads of Hk={Hk}, "
+                f"got D={D}, page_size={page_size}, heads={pages.heads}"
+            )
+        tensors = (pages.k, pages.v, pages.cos, pages.sin)
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            raise ValueError("k, v, cos and sin must be contiguous")
+        self._kept.extend(tensors)
+        self._positions, self._page_size = min(self._positions, len(pages.cos)), page_size
+        return {
+            L.HEADS: pages.heads,
+            L.KV_HEADS: Hk,
+            L.HEAD_DIM: D,
+            L.K_PAGES: pages.k.data_ptr(),
+            L.V_PAGES: pages.v.data_ptr(),
+            L.PAGE_SIZE: page_size,
+            L.KV_KIND: KV_KINDS[pages.k.dtype],
+            L.COS: pages.cos.data_ptr(),
+            L.SIN: pages.sin.data_ptr(),
+            L.SLIDING: pages.sliding,
+        }
+
+    def _address(self, array: Array) -> int:
+        self._kept.append(array)
+        return array.ctypes.data
+
+
+def float_bits(value: float) -> int:
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+def as_floats(bits: Array) -> Array:
+    """Float32 of a column of `project`'s result."""
+    return bits.astype(np.int32).view(np.float32)
