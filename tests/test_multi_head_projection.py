@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launches import assert_within_budget, guarded_output
-from test_medusa_blocks import definition
 from torch import Tensor
 
 from mtpkern.kernels.linear import pack_ref
+from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import (
     Projection,
     crossover_rows,
@@ -229,7 +229,7 @@ def test_one_read_and_two_find_the_same(gpu: str, sizes: tuple[int, int, int]) -
         )
         for crossover in (B * T * (1 + H), B * T * (1 + H) - 1)
     )
-    hidden = definition(normed[range(B), at], w, bias)[:, 1:].flatten(0, 1)
+    hidden = medusa_blocks_ref(normed[range(B), at], w, bias)[:, 1:].flatten(0, 1)
     assert torch.equal(one[1].ids, (hidden @ vocabulary.T).topk(2).indices)
     torch.testing.assert_close(one[0].logits, (normed @ vocabulary.T).flatten(0, 1))
     for first, second in zip(one, two, strict=True):
