@@ -295,6 +295,17 @@ def test_a_full_standard_output(
         stream.close()  # as the interpreter does at its end
 
 
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_that_cannot_be_printed(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without a buffer, where argparse would pass over the error."""
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        result = cli.main(command), capsys.readouterr().err
+    assert_one_line(result, "cannot write standard output: No space left on device")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_closed_standard_output(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
