@@ -64,11 +64,10 @@ def reserve(
         keep_apart(target, sources)
         mode = _mode(place)
         if mode is not None and stat.S_ISDIR(mode):
-            raise UserError(f"{printable(target)} is a directory: give the name of a file")
+            raise _refused(target, "it is a directory; give the name of a file")
         if mode is not None and not force:
-            raise UserError(
-                f"{printable(target)} exists already: choose another name, or replace it with "
-                "--force"
+            raise _refused(
+                target, "it exists already; choose another name, or replace it with --force"
             )
 
     with _prepared(target, check) as place, _locked(place, target):
@@ -154,9 +153,10 @@ def clear(directory: Path, owned: Collection[str]) -> None:
     """Remove a directory's contents. Raises UserError where there are others than `owned`."""
     contents = _contents(directory) if directory.is_dir() else []
     if others := _not_of(contents, owned):
-        raise UserError(
-            f"{printable(directory)} holds {_some(others)} too, which this command does not write: "
-            "choose another directory"
+        raise _refused(
+            directory,
+            f"it holds {_some(others)} too, which this command does not write; choose another "
+            "directory",
         )
     for name in contents:
         path = directory / name
@@ -175,9 +175,7 @@ def keep_apart(target: Path, sources: Iterable[str | Path | None]) -> None:
     for source in (_absolute(Path(name)) for name in sources if name and os.path.exists(name)):
         if place == source or place in source.parents:
             what = "is" if place == source else f"holds {printable(source)},"
-            raise UserError(
-                f"{printable(target)} {what} what this command reads: choose another place"
-            )
+            raise _refused(target, f"it {what} what this command reads; choose another place")
 
 
 @contextmanager
@@ -261,8 +259,8 @@ def _locked(place: Path, target: Path) -> Iterator[None]:
         lock = FileLock(file, timeout=0)
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"another run is writing {printable(target)}: wait for it, or choose another place"
+        raise _refused(
+            target, "another run is writing it; wait for it, or choose another place"
         ) from None
     except OSError as error:
         raise _unwritable(target, error) from None
@@ -281,17 +279,18 @@ def _check_contents(place: Path, target: Path, owned: Collection[str], force: bo
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise UserError(f"{printable(target)} is a file: give the name of a directory")
+        raise _refused(target, "it is a file; give the name of a directory")
     contents = _contents(place)
     if others := _not_of(contents, owned):
-        raise UserError(
-            f"{printable(target)} holds {_some(others)}, which this command does not write: "
-            "choose a new directory"
+        raise _refused(
+            target,
+            f"it holds {_some(others)}, which this command does not write; choose a new directory",
         )
     if contents and not force:
-        raise UserError(
-            f"{printable(target)} holds {_some(contents)} already: choose a new directory, or "
-            "replace them with --force"
+        raise _refused(
+            target,
+            f"it holds {_some(contents)} already; choose a new directory, or replace what is there "
+            "with --force",
         )
 
 
@@ -355,4 +354,8 @@ def _is_special(target: Path) -> bool:
 
 
 def _unwritable(target: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {printable(target)}: {error.strerror or error}")
+    return _refused(target, str(error.strerror or error))
+
+
+def _refused(target: Path, reason: str) -> UserError:
+    return UserError(f"cannot write {printable(target)}: {reason}")

@@ -141,14 +141,14 @@ def test_a_librarys_report_of_a_full_disk_becomes_an_oserror(tmp_path: Path) -> 
 def test_an_existing_file_is_replaced_by_force_alone(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     target.write_text("mine")
-    with pytest.raises(UserError, match="report.json exists already.*--force"):
+    with pytest.raises(UserError, match="report.json: it exists already.*--force"):
         write_file(target)
-    with pytest.raises(UserError, match="report.json is what this command reads"):
+    with pytest.raises(UserError, match="report.json: it is what this command reads"):
         write_file(target, force=True, sources=[target])
     assert target.read_text() == "mine"
     write_file(target, force=True)
     assert contents(tmp_path) == {"report.json": "new"}
-    with pytest.raises(UserError, match="is a directory: give the name of a file"):
+    with pytest.raises(UserError, match="it is a directory; give the name of a file"):
         write_file(tmp_path, force=True)
 
 
@@ -179,19 +179,19 @@ def test_a_directory_with_contents_is_refused(write: Writer, tmp_path: Path) -> 
     project.mkdir()
     (project / "config.json").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="project holds config.json already.*--force"):
+    with pytest.raises(UserError, match="project: it holds config.json already.*--force"):
         write(project)
     (project / "README.md").write_text("mine")
     (project / "src").mkdir()
     before = contents(tmp_path)
     for force in (False, True):
-        with pytest.raises(UserError, match="project holds README.md, src, which this command"):
+        with pytest.raises(UserError, match="project: it holds README.md, src, which this command"):
             write(project, force=force)
         with pytest.raises(UserError, match="tmp.*what this command reads"):
             write(tmp_path, force=force, sources=[project / "config.json"])
-        with pytest.raises(UserError, match="project is what this command reads"):
+        with pytest.raises(UserError, match="project: it is what this command reads"):
             write(project, force=force, sources=[project])
-    with pytest.raises(UserError, match="is a file: give the name of a directory"):
+    with pytest.raises(UserError, match="it is a file; give the name of a directory"):
         write(project / "README.md", force=True)
     assert contents(tmp_path) == before
 
@@ -241,7 +241,7 @@ def test_a_second_run_into_the_same_place_is_refused(
     target = tmp_path / "out"
     if exists and write is not write_file:
         target.mkdir()
-    with pytest.raises(UserError, match="another run is writing .*out"):
+    with pytest.raises(UserError, match="out: another run is writing it"):
         if write is write_file:
             with output_file(target):
                 write(target)

@@ -89,7 +89,7 @@ def test_a_recording_is_not_taken_for_another_one(
         assert f"{out} is of another run (" in line and message in line
         assert contents(out) == before
     assert record.main([*first, "--out", str(fewer)]) == 2
-    assert f"{fewer} is a file: give the name of a directory" in capsys.readouterr().err
+    assert f"{fewer}: it is a file; give the name of a directory" in capsys.readouterr().err
     # Answers of before this was noted are read, and not added to.
     (out / "layout.json").write_text('{"hidden_size": 48, "taps": [1, 2, 3]}')
     assert record.main(first) == 2
@@ -144,10 +144,10 @@ def test_training_loses_nothing_of_what_is_there(
         patch.setattr(run, "resolve_model", killed)
         for out, words, forced in (
             (model, "which this command does not write", "is what this command reads"),
-            (tmp_path, "holds", "what this command reads: choose another place"),
-            (recorded[1], "holds layout.json", "is what this command reads"),
-            (project, "replace them with --force", None),
-            (heads, "replace them with --force", None),
+            (tmp_path, "holds", "what this command reads; choose another place"),
+            (recorded[1], "it holds layout.json", "is what this command reads"),
+            (project, "replace what is there with --force", None),
+            (heads, "replace what is there with --force", None),
         ):
             assert cli.main([*command, str(out)]) == 2
             error = capsys.readouterr().err
@@ -155,6 +155,10 @@ def test_training_loses_nothing_of_what_is_there(
             if forced:
                 assert cli.main([*command, str(out), "--force"]) == 2
                 assert forced in capsys.readouterr().err
+        patch.chdir(tmp_path)
+        assert cli.main([*command, "model", "--force"]) == 2
+        # The name of a directory is no argument's.
+        assert "cannot write model: it is what this command reads" in capsys.readouterr().err
     assert contents(tmp_path) == before
     options = ["--steps", "1", "--draft-vocab-size", "64", "-K", "2", "--force"]
     assert cli.main([*command, str(heads), *options]) == 0

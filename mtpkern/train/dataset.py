@@ -47,8 +47,9 @@ def claim(file: Path, facts: Mapping[str, Any], *, replaced: Collection[str] | N
     if file.exists() and (other := differences(read_json_object(file), facts)):
         if replaced is None:
             raise UserError(
-                f"{printable(file.parent)} is of another run ({other}): the same options go on "
-                "with it, another --out begins anew, and so does --force, in its place"
+                f"cannot go on: {printable(file.parent)} is of another run ({other}): the same "
+                "options go on with it, another --out begins anew, and so does --force, in its "
+                "place"
             )
         clear(file.parent, replaced)
     if not file.exists():

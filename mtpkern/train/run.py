@@ -248,8 +248,8 @@ def _finished(directory: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     found = read_json_object(directory / FINISHED)
     if other := differences(found["run"], facts):
         raise UserError(
-            f"{printable(directory)} holds the heads of another run ({other}): choose another "
-            "--out, or replace them with --force"
+            f"cannot write {printable(directory)}: it holds the heads of another run ({other}); "
+            "choose another --out, or replace them with --force"
         )
     result: dict[str, Any] = found["result"]
     return result
