@@ -140,9 +140,9 @@ def remove_cached(name: str, status: Status = SILENT) -> Cached:
 
 def resolve_model(name: str | Path | None, *, status: Status = SILENT) -> Path:
     """The directory of a model: the default one, a local directory, or a Hugging Face hub id."""
+    name = None if name is None else location("model", name)
     if name is None or name == DEFAULT_MODEL:
         return fetch_default_model(status=status)
-    name = location("model", name)
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # the home directory of nobody

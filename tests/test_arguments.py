@@ -84,6 +84,7 @@ def llm(directory: Path) -> LLM:
     return LLM(directory, max_batch=2, num_speculative_tokens=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SamplingParams.__dataclass_fields__))
 @given(value=ANYTHING)
 @thorough

@@ -29,6 +29,7 @@ def model(tmp_path: Path) -> list[str]:
     return ["--model", str(trunk), "--heads", str(heads), "--limit", "4", "--max-tokens", "20"]
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_for_each_prompt_and_three_together(
     bench_adaptive: Any, model: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

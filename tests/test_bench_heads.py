@@ -33,6 +33,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [*found, *(word for path in heads for word in ("--heads", str(path)))]
 
 
+@pytest.mark.slow
 def test_rows_say_what_decoding_did(bench_heads: Any, arguments: list[str], capsys: Any) -> None:
     more = ["--temperature", "0", "--temperature", "0.9", "--timed", "1"]
     assert bench_heads.main([*arguments, *more]) == 0

@@ -192,6 +192,7 @@ class Session:
         return self.process.wait(60)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_on_a_terminal(model, tmp_path):
     pytest.importorskip("readline")

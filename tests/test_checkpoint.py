@@ -238,6 +238,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_loading_keeps_no_weight_in_memory_twice(tmp_path):
     assert resource.RUSAGE_SELF == 0

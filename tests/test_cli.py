@@ -239,6 +239,7 @@ def test_an_interrupt_is_not_a_traceback(generate, monkeypatch):
     assert (code, err) == (130, "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_not_a_traceback(model):
     command = [sys.executable, "-m", "mtpkern", "generate", "--quiet", PROMPT]
     command += ["--model", str(model)]
@@ -264,6 +265,7 @@ def test_help_does_not_wait_for_torch():
     )
 
 
+@pytest.mark.slow
 def test_generate_imports_neither_gguf_nor_transformers(model):
     program = (
         "import sys, mtpkern.cli as c\n"

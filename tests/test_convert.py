@@ -94,6 +94,7 @@ def damages(tensors: dict[str, Any], config: dict[str, Any]) -> Any:
             yield f"{key}={value}", tensors, config | {key: value}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eagle3", "medusa", "hydra", "hydra with a layer"])
 def test_what_converts_loads(kind: str, tmp_path: Path) -> None:
     """And what would not load does not convert, whatever is wrong with it."""

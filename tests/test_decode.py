@@ -104,6 +104,7 @@ def checkpoint(request: Any, tmp_path_factory: Any) -> tuple[Path, str]:
     return directory, dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("make", DRAFTERS, ids=NAMES)
 def test_drafts_never_change_a_token_or_a_logprob(
@@ -132,6 +133,7 @@ def test_drafts_never_change_a_token_or_a_logprob(
                 assert completion.stats.steps == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("make", DRAFTERS, ids=NAMES)
 def test_a_k_that_changes_from_step_to_step_changes_no_token(

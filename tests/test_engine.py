@@ -46,6 +46,7 @@ def test_a_stop_string_cuts_where_plain_decoding_stops(llm: LLM) -> None:
         assert stop in llm.tokenizer.decode(drafted.token_ids) and stop not in shorter  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_an_end_of_text_token_cuts_where_plain_decoding_stops(llm: LLM) -> None:
     whole = run(llm, max_tokens=60).token_ids
     for at in range(0, 60, 3):

@@ -272,6 +272,7 @@ def test_every_command_is_walked() -> None:
     assert set(commands) <= set(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in NO_FURTHER])
 def test_without_a_fault_the_commands_end_well(name: str, run: Any) -> None:
     code, error = run(name)
@@ -281,6 +282,7 @@ def test_without_a_fault_the_commands_end_well(name: str, run: Any) -> None:
         assert code == 0, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in SILENT])
 @pytest.mark.parametrize("buffering", [-1, 0])
 def test_a_full_standard_output(
@@ -338,6 +340,7 @@ def test_a_place_that_cannot_be_written(name: str, out: str, run: Any, tmp_path:
     assert sorted(tmp_path.rglob("*")) == before and not started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_disk_that_is_full(name: str, run: Any, tmp_path: Path) -> None:
     """A limit on the size of files, which is found while the result is written."""
@@ -351,6 +354,7 @@ def test_a_disk_that_is_full(name: str, run: Any, tmp_path: Path) -> None:
     assert "out" in result[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in WRITERS if n not in DIRECTORIES])
 def test_a_full_device_as_a_result(name: str, run: Any, tmp_path: Path) -> None:
     if name == "bench_heads --plot":
@@ -435,6 +439,7 @@ def test_a_prompt_is_not_read_from_a_closed_or_broken_standard_input(
         assert_one_line((cli.main(command), capsys.readouterr().err), "standard input")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [

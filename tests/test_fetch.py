@@ -294,6 +294,7 @@ def start(how, source):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_not_trusted(source, monkeypatch):
     process = start("hang", source)
     assert process.stdout.readline() == "writing\n"
@@ -413,6 +414,7 @@ def test_the_cache_is_listed_and_emptied(source, no_pip, capsys):
     assert main(["fetch", "x", "--list"]) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypatch):
     """On a terminal, in the middle of a download, and the next fetch goes on from there."""
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
@@ -465,6 +467,7 @@ def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypa
     assert parts.asked == [f"bytes={source.size // 2}-"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_end_right(source):
     processes = [start("run", source) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].strip() for process in processes]

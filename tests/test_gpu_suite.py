@@ -11,6 +11,7 @@ import torch
 SUITE = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_suite.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None and torch.cuda.is_available(), reason="a GPU")
 def test_the_suite_runs_without_a_gpu_and_claims_no_speed(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -184,7 +184,8 @@ class Recorder:
         for b in range(batch):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                meant = drafts.tokens[b, : drafts.length].tolist()
+                length = int(torch.as_tensor(drafts.length).expand(batch)[b])
+                meant = drafts.tokens[b, :length].tolist()
                 self.drafted.append((known, meant))
                 self.seen.append((known, meant, logits[b]))
         return drafts
@@ -278,6 +279,7 @@ def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor
         hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taps", [(3,), (1, 3), (1, 2, 3)])
 @pytest.mark.parametrize("ngram", [False, True])
 def test_a_sequential_head_drafts_what_its_definition_says(
@@ -369,6 +371,7 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
             agree(draft, logits[h], w[f"{h}.2.weight"] @ x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "norm_before_residual", "norm_before_fc", "embedding"])
 @pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
@@ -439,6 +442,7 @@ def eagle3_layer(
     return x + (F.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["mtp", "medusa", "published", "eagle3"])
 @pytest.mark.parametrize("ngram", [False, True])

@@ -102,6 +102,7 @@ def test_a_kernel_is_declared_as_it_is(gpu: str, ops: Any, name: str) -> None:
         torch.library.opcheck(getattr(ops, name).default, *moved(given, gpu))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_definition_is_declared_as_it_is(name: str) -> None:
     for given in arguments()[name]:

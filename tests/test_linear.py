@@ -15,6 +15,7 @@ from mtpkern.kernels.linear import linear, linear_ref, pack_ref
 SHAPES = [(1, 1), (7, 13), (65, 33), (129, 64), (576, 1536)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_has_the_same_bits_at_every_row_count_and_position(

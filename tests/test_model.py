@@ -14,6 +14,7 @@ from mtpkern.ops import TORCH, Logits
 PROMPT = [5, 9, 33, 7, 61, 12, 80, 2, 44]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
     theirs = write_family(name, tmp_path)

@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ngram", "speculate", "temperature"), CASES)
 def test_a_conversation_has_the_bits_of_fresh_prompts(
     kind: str, ngram: bool, speculate: bool, temperature: float, tmp_path: Path

@@ -30,6 +30,7 @@ def generate_by_transformers(model, prompt: list[int], max_tokens: int) -> list[
     return output[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_tokens_are_those_of_transformers(family, tmp_path):
     model = write_family(family, tmp_path)

@@ -48,6 +48,7 @@ def both(llm: LLM, prompt: Any = TEXT, **given: Any) -> Any:
     return drafted
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_the_answer_and_leaves_no_text(llm: LLM) -> None:
     whole = both(llm, max_tokens=50).token_ids
     assert llm.tokenizer is not None
@@ -68,6 +69,7 @@ def test_more_stop_tokens_than_the_device_is_told_of(llm: LLM) -> None:
     assert got.token_ids == whole[: whole.index(whole[20]) + 1]
 
 
+@pytest.mark.slow
 def test_what_ended_a_text_is_kept_where_that_is_wanted(llm: LLM) -> None:
     whole = both(llm, max_tokens=60).text
     for begin in range(0, len(whole) - 3, 9):
@@ -156,6 +158,7 @@ def test_a_special_token_ends_the_text_as_in_transformers(tmp_path: Path) -> Non
         assert llm.tokenizer is not None and answer.text == llm.tokenizer.decode(want[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["none", "mtp", "medusa"])
 def test_before_min_tokens_no_end_is_chosen(heads: str, tmp_path: Path) -> None:
     """Against transformers, where the ends that are kept out come early and often."""

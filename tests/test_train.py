@@ -160,6 +160,7 @@ def test_eagle3_chains_equal_drafting_by_the_definition():
                 torch.testing.assert_close(states[k][b, i], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["layers", "modules"])
 def test_layers_of_their_own_draft_what_their_definition_says_of_each_start(family: str):
     """slow_layer, over the rows up to the start alone."""
@@ -304,6 +305,7 @@ def test_targets_keep_to_the_draft_vocabulary():
     assert weights[2].tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
     model, answers = recorded
     config, tensors = load_config(model), load_tensors(model)
@@ -321,6 +323,7 @@ def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
         torch.testing.assert_close(own, recorded_logits, rtol=0.02, atol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", ["qwen3_biases", "mistral_window_7", "mlp_biases", "rope_llama3", "grouped_ratio_3"]
 )
@@ -376,6 +379,7 @@ def recorder_of_losses(patch: pytest.MonkeyPatch) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
@@ -456,6 +460,7 @@ def small_plan(model: Path, out: Path, prompts: Path) -> Plan:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mtp", "layers", "modules"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     recorded: tuple[Path, Path],
@@ -551,6 +556,7 @@ def test_what_cannot_be_trained_on_is_refused(
         LLM(other, heads=heads)
 
 
+@pytest.mark.slow
 def test_the_command_trains_heads_that_generate_takes(
     recorded: tuple[Path, Path], tmp_path: Path, capsys: Any
 ) -> None:
@@ -566,6 +572,7 @@ def test_the_command_trains_heads_that_generate_takes(
     assert "one of prompts and recorded answers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_families_learn_from_the_same_recorded_answers(
     recorded: tuple[Path, Path], tmp_path: Path, prompts_file: Path, capsys: Any
 ) -> None:
@@ -604,6 +611,7 @@ def test_features_over_their_spread_give_the_same_drafts():
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_heads_that_went_on_end_midway(
     recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,6 +682,7 @@ def test_prose_is_found_and_markup_is_not(tmp_path: Path):
     assert stub.startswith("def double") and "return" not in stub
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_its_heads_answers_with_them(tmp_path: Path) -> None:
     """On a text that repeats itself every 24 bytes, which a tiny model learns in seconds."""
     torch.manual_seed(0)

@@ -181,6 +181,7 @@ def test_minutes_become_steps_once_and_a_run_that_goes_on_keeps_them(
     assert "measured: " not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_saves_and_the_command_that_is_printed_goes_on_with_equal_losses(
@@ -223,6 +224,7 @@ def test_a_signal_saves_and_the_command_that_is_printed_goes_on_with_equal_losse
     assert losses == unbroken[checkpoint["step"] :]
 
 
+@pytest.mark.slow
 def test_an_interrupted_process_exits_with_130_and_no_traceback(
     asked: tuple[Path, Path], tmp_path: Path
 ):
@@ -265,6 +267,7 @@ def test_minutes_and_steps_exclude_each_other(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_what_joint_recommends_works_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):

@@ -110,6 +110,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONFIGS)
 def test_the_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     family, values = CONFIGS[case]

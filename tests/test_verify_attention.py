@@ -77,6 +77,7 @@ def test_a_row_keeps_its_bits_where_the_window_reaches_the_next_tile_of_keys(
         torch.testing.assert_close(alone, together, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_row_has_the_same_bits_in_every_window_that_reaches_it(

@@ -241,6 +241,7 @@ def test_standard_input_loses_its_last_newline_and_its_mark(
     assert two["prompt_tokens"] > expected["prompt_tokens"], "one newline goes, not all of them"
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_says_which_context_and_how_to_raise_it(
     tmp_path: Path, mtpkern: Any
 ) -> None:
@@ -340,6 +341,7 @@ def test_another_dtype_holds_logits_that_overflow(tmp_path: Path) -> None:
     assert LLM(directory, max_length=64, dtype="float32").generate(PROMPT, params)
 
 
+@pytest.mark.slow
 def test_a_model_of_another_thread_count_is_loaded_again(model: Path) -> None:
     threads, llm = torch.get_num_threads(), LLM(model)
     torch.set_num_threads(threads + 1)
