@@ -130,7 +130,10 @@ class NgramDrafter(NoDrafter):
         self.ops, self.size = ops, size
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
+        tokens = step.tokens
+        if self.ops.branches:  # nothing behind the longest sequence is looked at
+            tokens = tokens[:, : max(self.size, int(step.lengths.max()) + 1)]
+        drafts, found = self.ops.ngram(tokens, step.lengths + 1, count, self.size)
         return Drafts(drafts, found * NGRAM, found * count)
 
 
