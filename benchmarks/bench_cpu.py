@@ -15,7 +15,6 @@ JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, first_line
+from common import Finish, environment, first_line, run
 
 from mtpkern.cache import rotary_tables
+from mtpkern.command import Parser, at_least
+from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers, physical_cores
 from mtpkern.kernels.cpu.layers import Layer, Step, Trunk, layers
@@ -49,7 +50,10 @@ SMOLLM = {"E": 576, "F": 1536, "heads": 9, "kv_heads": 3, "D": 64, "layers": 30,
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return run(parser(), measure_all, argv)
+
+
+def measure_all(args: argparse.Namespace, finish: Finish) -> int:
     compiled: list[str] = []
     begin = time.perf_counter()
     kernels = Kernels(directory=default_cache(), on_compile=compiled.append)
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
     if red := check(trunk, shape, kernels):
         print("\n".join([*red, "no speed is reported"]))
-        return finish(report | {"red": red}, args.output_json, 1)
+        return finish(report | {"red": red}, 1)
     print(
         "| threads | what | rows | ms | GB/s | limit ms | x limit |\n|---|---|---|---|---|---|---|"
     )
@@ -71,20 +75,33 @@ def main(argv: list[str] | None = None) -> int:
         cases |= matmuls(kernels, helpers, args.format)
         report["rows"] += measure(cases, kernels, helpers, args.repeat, args.seconds)
         helpers.close()
-    return finish(report, args.output_json, 0)
+    return finish(report, 0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--gguf", type=Path, metavar="FILE", help="weights; default: random ones")
-    add("--threads", type=int, action="append", metavar="N", help="default: 1 and all cores")
-    add("--context", type=int, action="append", metavar="N", help="committed tokens; default: 200")
+    add(
+        "--threads", type=at_least(1), action="append", metavar="N", help="default: 1 and all cores"
+    )
+    add(
+        "--context",
+        type=at_least(1),
+        action="append",
+        metavar="N",
+        help="committed tokens; default: 200",
+    )
     add("--format", action="append", help="of single matmuls; default: q4_1, q8_0 and bf16")
-    add("--repeat", type=int, default=30, metavar="N", help="repetitions a minimum is taken of")
+    add(
+        "--repeat",
+        type=at_least(1),
+        default=30,
+        metavar="N",
+        help="repetitions a minimum is taken of",
+    )
     add("--seconds", type=float, default=60, help="stop repeating after this long per thread count")
-    add("--output-json", type=Path, metavar="OUT")
-    return parser.parse_args(argv)
+    return parser
 
 
 def random_trunk() -> tuple[Trunk, dict[str, int]]:
@@ -115,7 +132,10 @@ def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
     """A GGUF of the Llama layout, its matrices in their own bits."""
     import gguf
 
-    reader = gguf.GGUFReader(file)
+    try:
+        reader = gguf.GGUFReader(file)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{printable(file)} is not a GGUF: {printable(error)}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     fields = {name: field.contents() for name, field in reader.fields.items()}
     heads = fields["llama.attention.head_count"]
@@ -233,7 +253,7 @@ def steps(
         step.program.lengths[0] = context
         for rows in ROWS:
             name = f"step, context {context}"
-            cases[f"{name}, {rows}"] = (name, rows, size, run(step.program, rows))
+            cases[f"{name}, {rows}"] = (name, rows, size, repeatable(step.program, rows))
     return cases
 
 
@@ -254,11 +274,11 @@ def matmuls(kernels: Kernels, helpers: Helpers, formats: list[str] | None) -> di
             for rows in (1, 5, 8):
                 what = f"{count} x {format} {name} {N} x {K}"
                 size = count * w.data.nbytes
-                cases[f"{what}, {rows}"] = (what, rows, size, run(program, rows))
+                cases[f"{what}, {rows}"] = (what, rows, size, repeatable(program, rows))
     return cases
 
 
-def run(program: Program, rows: int) -> Callable[[], object]:
+def repeatable(program: Program, rows: int) -> Callable[[], object]:
     return lambda: program.run(rows)
 
 
@@ -273,7 +293,7 @@ def measure(
     end = time.perf_counter() + seconds
     for turn in range(repeat):
         if turn < PROBE_READS:
-            reads.append(timed(run(reader, 1)))
+            reads.append(timed(repeatable(reader, 1)))
         for name, (_, _, _, call) in cases.items():
             best[name] = min(best[name], timed(call))
         if turn + 1 >= PROBE_READS and time.perf_counter() > end:
@@ -305,14 +325,6 @@ def timed(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
-
-
-def finish(report: dict[str, Any], output: Path | None, code: int) -> int:
-    text = json.dumps(report)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return code
 
 
 if __name__ == "__main__":

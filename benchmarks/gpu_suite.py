@@ -27,10 +27,11 @@ from common import environment, first_line, gpu_environment, gpu_first_line
 
 from mtpkern import command
 from mtpkern.command import Parser
+from mtpkern.errors import UserError, printable
 from mtpkern.outputs import FORCE, run_directory
 
 BENCHMARKS = ROOT / "benchmarks"
-FILES = ("suite.json", "suite.md", "*.txt")
+REPORT = "suite.json"
 
 
 class Part(NamedTuple):
@@ -53,7 +54,12 @@ def measure(args: argparse.Namespace) -> int:
     print(gpu_first_line(facts) if on_gpu else first_line(facts), flush=True)
     name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
     directory = args.output or BENCHMARKS / "results" / f"{name}-{datetime.date.today()}"
-    with run_directory(directory, FILES, [], force=args.force):
+    with run_directory(directory, [REPORT]):
+        if (directory / REPORT).exists() and not args.force:
+            raise UserError(
+                f"cannot write {printable(directory)}: it holds {REPORT} already; choose another "
+                "--output, or replace it with --force"
+            )
         return run_parts(args, directory, facts, on_gpu)
 
 
@@ -70,7 +76,7 @@ def run_parts(
             report["parts"][part.name] = result = run(part, directory)
         print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
         # What is known so far is kept: the machine may be taken away.
-        (directory / "suite.json").write_text(json.dumps(report, indent=1) + "\n")
+        (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         (directory / "suite.md").write_text(markdown(report, on_gpu))
     report["seconds"] = time.monotonic() - began
     failed = [n for n, result in report["parts"].items() if result["outcome"] != "passed"]

@@ -25,8 +25,10 @@ from filelock import FileLock, Timeout
 from mtpkern.errors import UserError, printable
 
 FORCE = "replace an earlier result"
-# Locks and unfinished results, which are never the user's.
+# Of locks, unfinished results and marks, which are never the user's.
 _PREFIX = ".mtpkern-"
+# In a directory that a command wrote, what it owns there: without it --force replaces nothing.
+_MARK = f"{_PREFIX}result"
 
 
 @contextmanager
@@ -85,10 +87,10 @@ def output_directory(
 ) -> Iterator[Path]:
     """Claim a directory -> an empty one to write to, whose files are moved to it at the end.
 
-    The target is new or empty; or, with `force`, holds nothing but files that match `owned`, the
-    names that the command writes. config.json, without which a directory is no model and no heads,
-    is moved last. `sources` are what the command reads: the target neither is nor holds one of
-    them. Raises UserError where it is taken or cannot be written.
+    The target is new or empty; or, with `force`, was written so before and holds nothing but files
+    that match `owned`, the names that the command writes. config.json, without which a directory is
+    no model and no heads, is moved last. `sources` are what the command reads: the target neither
+    is nor holds one of them. Raises UserError where it is taken or cannot be written.
     """
 
     def check(place: Path) -> None:
@@ -115,25 +117,22 @@ def output_directory(
 @contextmanager
 def run_directory(
     target: Path,
-    owned: Collection[str],
     runs: Collection[str],
     *,
     work: str = "",
-    force: bool = False,
     sources: Iterable[str | Path | None] = (),
 ) -> Iterator[None]:
     """Claim the directory of a run that can be gone on with; it is there inside the context.
 
-    `runs` are files in it that hold a run's settings, which `claim` compares: where one of them is,
-    the directory is not refused here. `work` is what of it an unfinished run uses, all of it by
-    default; it is removed when the run fails before anything was made. Otherwise as
-    `output_directory`.
+    The target is new or empty, or holds one of the files `runs`, which say what run wrote it; that
+    the caller compares. `work` is what of it an unfinished run uses, all of it by default; it is
+    removed when the run fails before anything was made. Otherwise as `output_directory`.
     """
 
     def check(place: Path) -> None:
         keep_apart(target, sources)
         if not any((place / name).is_file() for name in runs):
-            _check_contents(place, target, owned, force)
+            _check_contents(place, target, (), False)
 
     with _prepared(target, check) as place, _made(place, target), _locked(place / "x", target):
         check(place)  # again: a run that has just ended may have made it
@@ -155,7 +154,7 @@ def clear(directory: Path, owned: Collection[str]) -> None:
     if others := _not_of(contents, owned):
         raise _refused(
             directory,
-            f"it holds {_some(others)} too, which this command does not write; choose another "
+            f"it holds {_some(others)} too, which this command did not write; choose another "
             "directory",
         )
     for name in contents:
@@ -275,16 +274,20 @@ def _locked(place: Path, target: Path) -> Iterator[None]:
 
 
 def _check_contents(place: Path, target: Path, owned: Collection[str], force: bool) -> None:
+    """Raise UserError where a directory has contents, but for an earlier result with `force`."""
     mode = _mode(place)
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
         raise _refused(target, "it is a file; give the name of a directory")
     contents = _contents(place)
-    if others := _not_of(contents, owned):
+    mark = place / _MARK
+    own = mark.is_file() and mark.read_text() == " ".join(owned)
+    others = _not_of(contents, owned if own else ())
+    if others:
         raise _refused(
             target,
-            f"it holds {_some(others)}, which this command does not write; choose a new directory",
+            f"it holds {_some(others)}, which this command did not write; choose a new directory",
         )
     if contents and not force:
         raise _refused(
@@ -295,6 +298,7 @@ def _check_contents(place: Path, target: Path, owned: Collection[str], force: bo
 
 
 def _publish(work: Path, place: Path, owned: Collection[str]) -> None:
+    (work / _MARK).write_text(" ".join(owned))
     if _mode(place) is None:
         work.rename(place)
         return

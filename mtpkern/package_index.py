@@ -83,11 +83,12 @@ def _by_pip(project: str, version: str, directory: Path, size: int, phase: Phase
 def _bytes_below(directory: Path) -> int:
     """The sizes of all files below a directory in which another process makes and moves some."""
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # moved meanwhile
-            continue
+    for root, _, names in os.walk(directory):  # passes over directories that are gone meanwhile
+        for name in names:
+            try:
+                total += os.path.getsize(os.path.join(root, name))
+            except OSError:  # moved meanwhile
+                continue
     return total
 
 

@@ -66,7 +66,9 @@ def benchmark(name: str) -> Callable[..., int]:
             patch.syspath_prepend(str(BENCHMARKS))
             module = importlib.import_module(name)
             if brief:
-                measure = "compile_all" if name == "codegen" else "measure"
+                measure = {"codegen": "compile_all", "bench_cpu": "measure_all"}.get(
+                    name, "measure"
+                )
                 patch.setattr(module, measure, lambda args, finish: finish(REPORT, 0))
             code: int = module.main(arguments)
         return code
@@ -187,6 +189,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
             + ["--alternations", "1", "--output-json", out]
         ),
     ),
+    "bench_cpu": (benchmark("bench_cpu"), lambda f, out: ["--output-json", out]),
     "bench_steps": (
         benchmark("bench_steps"),
         lambda f, out: (
@@ -214,8 +217,8 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
 }
 # Commands that print nothing, and those that have nothing to run on here.
 SILENT = {"record", "invent", "prompts"}
-# codegen compiles for minutes, and gpu_suite's test runs bench_steps.
-NO_FURTHER = {"codegen", "bench_kernels", "bench_steps"}
+# codegen and bench_cpu run for minutes, and gpu_suite's test runs bench_steps.
+NO_FURTHER = {"codegen", "bench_kernels", "bench_steps", "bench_cpu"}
 TRITON = {"bench_kernels", "bench_steps", "predict_steps", "codegen"}
 if importlib.util.find_spec("triton") is None:
     for absent in TRITON:

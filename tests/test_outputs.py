@@ -19,6 +19,7 @@ def contents(directory: Path) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): path.read_text() if path.is_file() else ""
         for path in sorted(directory.rglob("*"))
+        if path.name != ".mtpkern-result"
     }
 
 
@@ -34,7 +35,7 @@ def write_directory(target: Path, *names: str, **options: object) -> None:
 
 
 def write_run(target: Path, **options: object) -> None:
-    with run_directory(target, (*OWNED, ".train"), RUN, work=".train", **options):  # type: ignore[arg-type]
+    with run_directory(target, RUN, work=".train", **options):  # type: ignore[arg-type]
         (target / "config.json").write_text("new")
 
 
@@ -48,7 +49,7 @@ def test_what_is_written_is_there_alone_and_its_parents_are_made(
 ) -> None:
     write(tmp_path / "a" / "b" / "c")
     names = {path.name for path in (tmp_path / "a").rglob("*")}
-    assert names - {"config.json", "model.safetensors"} == {"b", "c"}
+    assert names - {"config.json", "model.safetensors", ".mtpkern-result"} == {"b", "c"}
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -94,8 +95,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
     error: BaseException, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "heads").mkdir()
-    (tmp_path / "heads" / "config.json").write_text("mine")
+    write_directory(tmp_path / "heads")
     before = contents(tmp_path)
     for target in ("file", "new", "a/b/c"):
         with pytest.raises(type(error) if isinstance(error, OSError) else error):  # type: ignore[arg-type]
@@ -107,9 +107,9 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
             with output_directory(tmp_path / target, OWNED, force=True) as work:
                 (work / "config.json").write_text("half")
                 raise error
-    for target in ("heads", "new", "a/b/c"):
+    for target in ("new", "a/b/c"):
         with pytest.raises(type(error) if isinstance(error, OSError) else error):  # type: ignore[arg-type]
-            with run_directory(tmp_path / target, OWNED, RUN, work=".train", force=True):
+            with run_directory(tmp_path / target, RUN, work=".train"):
                 (tmp_path / target / ".train" / "held-out").mkdir(parents=True)
                 (tmp_path / target / ".train" / "run.json").write_text("{}")
                 (tmp_path / target / ".train" / "held-out" / "tokens.bin").touch()
@@ -173,19 +173,27 @@ def test_a_full_device_is_named() -> None:
     assert caught.value.filename == "/dev/full"
 
 
-@pytest.mark.parametrize("write", [write_directory, write_run])
+def write_run_forced(target: Path, *, force: bool = False, **options: object) -> None:
+    """What --force replaces of a run is for `claim` to say."""
+    write_run(target, **options)
+
+
+@pytest.mark.parametrize("write", [write_directory, write_run_forced])
 def test_a_directory_with_contents_is_refused(write: Writer, tmp_path: Path) -> None:
+    """With --force, too: another's model has files of the same names."""
     project = tmp_path / "project"
     project.mkdir()
     (project / "config.json").write_text("mine")
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match="project: it holds config.json already.*--force"):
-        write(project)
+    for force in (False, True):
+        with pytest.raises(UserError, match="project: it holds config.json, which this command"):
+            write(project, force=force)
     (project / "README.md").write_text("mine")
     (project / "src").mkdir()
     before = contents(tmp_path)
     for force in (False, True):
-        with pytest.raises(UserError, match="project: it holds README.md, src, which this command"):
+        with pytest.raises(
+            UserError, match="project: it holds README.md, config.json and 1 more, "
+        ):
             write(project, force=force)
         with pytest.raises(UserError, match="tmp.*what this command reads"):
             write(tmp_path, force=force, sources=[project / "config.json"])
@@ -199,6 +207,15 @@ def test_a_directory_with_contents_is_refused(write: Writer, tmp_path: Path) -> 
 def test_an_earlier_result_is_replaced_whole(tmp_path: Path) -> None:
     """What the new one has no file for is removed; config.json comes last."""
     write_directory(tmp_path, "config.json", "model.safetensors", "tokenizer.json")
+    with pytest.raises(UserError, match="it holds config.json, .* and 1 more already.*--force"):
+        write_directory(tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="it holds notes, which this command did not write"):
+        write_directory(tmp_path, force=True)
+    (tmp_path / "notes").unlink()
+    with pytest.raises(UserError, match="it holds config.json, .* which this command did not"):
+        with output_directory(tmp_path, ["*"], force=True):  # another command
+            pass
     moved, replace = [], Path.replace
 
     def noted(self: Path, target: Path) -> Path:
@@ -208,7 +225,7 @@ def test_an_earlier_result_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", noted)
         write_directory(tmp_path, force=True)
-    assert moved == ["model.safetensors", "config.json"]
+    assert moved == [".mtpkern-result", "model.safetensors", "config.json"]
     assert contents(tmp_path) == {"config.json": "new", "model.safetensors": "new"}
 
 
@@ -249,7 +266,7 @@ def test_a_second_run_into_the_same_place_is_refused(
             with output_directory(target, OWNED):
                 write(target)
         else:
-            with run_directory(target, OWNED, RUN):
+            with run_directory(target, RUN):
                 write(target)
     write(target)
 
@@ -261,14 +278,14 @@ def test_a_run_goes_on_where_its_settings_are(tmp_path: Path) -> None:
     (work / "run.json").write_text("{}")
     write_run(tmp_path / "heads")
     with pytest.raises(KeyboardInterrupt):
-        with run_directory(tmp_path / "heads", OWNED, RUN, work=".train"):
+        with run_directory(tmp_path / "heads", RUN, work=".train"):
             raise KeyboardInterrupt
     assert (work / "run.json").exists()
 
 
 def test_a_run_with_results_is_kept(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        with run_directory(tmp_path / "a" / "heads", OWNED, RUN, work=".train"):
+        with run_directory(tmp_path / "a" / "heads", RUN, work=".train"):
             (tmp_path / "a" / "heads" / ".train").mkdir()
             (tmp_path / "a" / "heads" / ".train" / "checkpoint.pt").write_text("weights")
             raise KeyboardInterrupt

@@ -36,11 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _record(a: argparse.Namespace) -> int:
-    from mtpkern.train.dataset import ANSWER_FILES
 
-    with run_directory(
-        a.out, ANSWER_FILES, ["layout.json"], force=a.force, sources=[a.model, *a.prompts]
-    ):
+    with run_directory(a.out, ["layout.json"], sources=[a.model, *a.prompts]):
         return _answer(a)
 
 

@@ -55,7 +55,6 @@ from mtpkern.train.mtp_head import MtpHead
 
 MEASUREMENTS = 4  # of a run on recorded answers
 WORK, FINISHED = ".train", "training.json"  # what an unfinished run goes on from; a finished one
-FILES = ("config.json", "model.safetensors", "README.md", FINISHED, WORK)
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,8 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
         raise UserError("a run has a number of minutes or one of steps, not both")
     with run_directory(
         plan.out,
-        FILES,
         [f"{WORK}/run.json", FINISHED],
         work=WORK,
-        force=plan.force,
         sources=[plan.model, plan.init, *plan.prompts, *plan.answers],
     ):
         return _train(plan, recipe, status)
