@@ -53,6 +53,7 @@ setup(
         "hub": ["huggingface_hub>=0.30"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "transformers>=5.0",
             "setuptools>=77",

@@ -5,11 +5,16 @@ transformers, can load. Nothing is downloaded.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
+# One thread per worker of pytest-xdist, and in what it starts: more would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
