@@ -8,6 +8,7 @@ Keys and values of committed positions lie in the pages of the trunk's; those of
 overwritten when the real ones come.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from mtpkern.ops import Ops
 MAX_PENDING = 64
 
 
-class CachedDrafter:
+class CachedDrafter(ABC):
     """What these drafters share: the cache, and committed positions that it lacks.
 
     Those wait in `pending` until a pass is wanted, so that a step whose drafts come from elsewhere
@@ -67,8 +68,9 @@ class CachedDrafter:
         """Take in a sequence's pending pairs as prefill does: K and V alone, no guess."""
         self.prefill(sequence, features.clone(), tokens)
 
+    @abstractmethod
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
-        raise NotImplementedError
+        """As `Drafter.prefill`."""
 
     def kept(self, sequence: int, length: int) -> int:
         return min(length, int(self.cache.lengths[sequence]))
