@@ -585,12 +585,13 @@ def test_several_families_learn_from_the_same_recorded_answers(
     record.main([*command, "--families", "mtp-1", "layers"])
     assert len(read_index(tmp_path / "answers")) == 36
     plan = Plan(tmp_path / "x", str(recorded[0]), answers=(tmp_path / "answers",))
-    for family in ("mtp-1", "layers"):
-        run.train(replace(plan, family=family, draft_vocab_size=64), replace(RECIPE, steps=4))
+    for family in ("layers", "mtp-1"):
+        some = replace(plan, family=family, draft_vocab_size=64, out=tmp_path / family)
+        run.train(some, replace(RECIPE, steps=4))
     record.main([*command[:-1], str(tmp_path / "one"), "--limit", "1"])
     # What goes on from heads keeps their draft vocabulary.
-    vocabulary = load_head(tmp_path / "x").draft_vocab
-    further = replace(plan, out=tmp_path / "z", init=tmp_path / "x", answers=(recorded[1],))
+    vocabulary = load_head(tmp_path / "layers").draft_vocab
+    further = replace(plan, out=tmp_path / "z", init=tmp_path / "layers", answers=(recorded[1],))
     run.train(replace(further, family="layers"), replace(RECIPE, steps=2))
     torch.testing.assert_close(load_head(tmp_path / "z").draft_vocab, vocabulary)
     one = replace(plan, out=tmp_path / "y", answers=(tmp_path / "one",))
