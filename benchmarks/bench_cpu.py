@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from mtpkern.command import Parser, at_least
 from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers, physical_cores
-from mtpkern.kernels.cpu.layers import Layer, Step, Trunk, layers
+from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
 from mtpkern.kernels.cpu.weights import (
     Array,
@@ -47,6 +47,16 @@ PROBE_BYTES, PROBE_READS = 2**29, 5
 ROWS = (1, 2, 5, 8)
 MATMULS = {"qkv": (960, 576), "gate_up": (3072, 576), "down": (576, 1536)}
 SMOLLM = {"E": 576, "F": 1536, "heads": 9, "kv_heads": 3, "D": 64, "layers": 30, "V": 49152}
+
+
+class Trunk(NamedTuple):
+    """A model's weights, packed."""
+
+    embedding: Weights  # [V, E]
+    layers: list[Layer]
+    norm: Norm
+    vocabulary: Weights  # [V, E]; the embedding itself where they are tied
+    heads: int  # query heads
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,6 +201,13 @@ def joined(*parts: Quants) -> Quants:
     )
 
 
+class Step(NamedTuple):
+    """A whole step over one sequence, and its logits where they are kept."""
+
+    program: Program
+    logits: Array | None
+
+
 def make_step(
     trunk: Trunk,
     shape: dict[str, int],
@@ -206,9 +223,13 @@ def make_step(
         for _ in range(2)
     )
     cos, sin = rotary_tables(1 / 100000 ** (torch.arange(0, D, 2) / D), 1.0, capacity)
-    return layers(
-        trunk, k, v, cos, sin, kernels, helpers, max_rows=max(ROWS), keep_logits=keep_logits
-    )
+    program = Program(kernels, helpers, max_rows=max(ROWS))
+    x = program.buffer(trunk.embedding.in_features)
+    program.embed(trunk.embedding, x)
+    x, _ = add_layers(program, x, trunk.layers, Cache(k, v, cos, sin, trunk.heads))
+    logits = program.buffer(trunk.vocabulary.out_features) if keep_logits else None
+    program.project(x, trunk.vocabulary, norm=trunk.norm, logits=logits)
+    return Step(program, logits)
 
 
 def check(trunk: Trunk, shape: dict[str, int], kernels: Kernels) -> list[str]:

@@ -5,11 +5,12 @@ it by advancing `lengths`. Rejected rows stay where they are and count for nothi
 not advancing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The page that entries of a page table name where a sequence has none: written, never believed.
@@ -30,6 +31,7 @@ class KVCache:
     lengths: Tensor  # [B] int64
     cos: Tensor  # [capacity, D] float32
     sin: Tensor  # [capacity, D] float32, first half negated
+    padded_dim: Callable[[int], int]  # see `empty`
 
     @classmethod
     def empty(
@@ -44,17 +46,21 @@ class KVCache:
         inverse_frequencies: Tensor,
         rope_scaling: float,
         dtype: torch.dtype,
+        padded_dim: Callable[[int], int] = lambda head_dim: head_dim,
     ) -> "KVCache":
         """`pages` pages beside the scratch page, of page_size slots, a multiple of 64.
 
         page_table [B, max_pages] int32 may be shared with another cache: a head's keys then lie in
         the same pages as the trunk's. inverse_frequencies [D/2] are radians per position;
-        rope_scaling multiplies cos and sin.
+        rope_scaling multiplies cos and sin. Heads take padded_dim(head_dim) numbers: zeros stand
+        behind either half, which turn by no angle.
         """
         if page_size % 64:
             raise ValueError(f"page_size must be a multiple of 64, got {page_size}")
         device = page_table.device
-        shape = (layers, 1 + pages, page_size, kv_heads, head_dim)
+        shape = (layers, 1 + pages, page_size, kv_heads, padded_dim(head_dim))
+        missing = padded_dim(head_dim) // 2 - len(inverse_frequencies)
+        inverse_frequencies = F.pad(inverse_frequencies, (0, missing))
         cos, sin = rotary_tables(inverse_frequencies, rope_scaling, page_table.shape[1] * page_size)
         # On a CPU untouched pages cost nothing, and the references clear what they may meet. On a
         # GPU whole pages are read where prefill masks most of them: all must be numbers.
@@ -66,6 +72,7 @@ class KVCache:
             lengths=torch.zeros(len(page_table), dtype=torch.int64, device=device),
             cos=cos.to(device),
             sin=sin.to(device),
+            padded_dim=padded_dim,
         )
 
     def beside(
@@ -88,6 +95,7 @@ class KVCache:
             inverse_frequencies=inverse_frequencies,
             rope_scaling=rope_scaling,
             dtype=self.k.dtype,
+            padded_dim=self.padded_dim,
         )
 
     def rows(self, begin: int, end: int) -> "KVCache":
@@ -99,11 +107,12 @@ class KVCache:
             self.lengths[begin:end],
             self.cos,
             self.sin,
+            self.padded_dim,
         )
 
     def at(self, lengths: Tensor) -> "KVCache":
         """The same storage seen at other lengths [B]; committing through this view is lost."""
-        return KVCache(self.k, self.v, self.page_table, lengths, self.cos, self.sin)
+        return replace(self, lengths=lengths)
 
     def assign(self, sequence: int, pages: Sequence[int]) -> None:
         """Give one sequence these pages, in order, and nothing behind them."""

@@ -30,6 +30,7 @@ from mtpkern.config import (
     SamplingParams,
     resolve_dtype,
 )
+from mtpkern.cpu_ops import cpu_ops
 from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
 from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
 from mtpkern.errors import UserError, counted, printable
@@ -48,7 +49,7 @@ from mtpkern.heads import (
     NoDrafter,
 )
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import HAS_TRITON, TORCH, Ops, Withheld, sampling_key, with_pdl
+from mtpkern.ops import HAS_TRITON, Ops, Withheld, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
@@ -284,6 +285,7 @@ class LLM:
             inverse_frequencies=inverse_frequencies,
             rope_scaling=scaling,
             dtype=self.dtype,
+            padded_dim=self.ops.padded_dim,
         )
         return cache, PagePool(pages)
 
@@ -322,7 +324,7 @@ class LLM:
             return
         self._closed = True
         self._graphs.clear()
-        for name in ("trunk", "drafter", "_cache", "_state", "_ring"):
+        for name in ("trunk", "drafter", "ops", "_prefill_ops", "_cache", "_state", "_ring"):
             delattr(self, name)
         gc.collect()
         if self.device.type == "cuda":
@@ -846,7 +848,7 @@ def resolve_device(device: str | torch.device) -> tuple[torch.device, Ops]:
     name = choice("device", device, ("auto", "cpu", "cuda"))
     usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if name == "cpu" or (name == "auto" and not (usable and HAS_TRITON)):
-        return torch.device("cpu"), TORCH
+        return torch.device("cpu"), cpu_ops()
     if not usable:
         raise UserError("device cuda needs an NVIDIA GPU of compute capability 8.0 or newer")
     if not HAS_TRITON:

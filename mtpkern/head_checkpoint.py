@@ -113,8 +113,10 @@ def _has_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors"))
 
 
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by no more than rounding to another type."""
+def _is_same(tensor: Tensor, trunk: Llama, ops: Ops) -> bool:
+    """Whether an embedding differs from the trunk's by no more than rounding to another type."""
+    ids = torch.arange(trunk.config.vocab_size, device=trunk.norm.device)
+    other = ops.embed(trunk.embedding, ids)
     if tensor.shape != other.shape:
         return False
     return torch.allclose(tensor.to(other), other, rtol=0.01, atol=1e-4)
@@ -148,7 +150,7 @@ def load_heads(
         )
     kind, tensors, settings = _read(directory, trunk.config)
     embedding = tensors.get("embed_tokens.weight")
-    if embedding is not None and _is_same(embedding, trunk.embedding):
+    if embedding is not None and _is_same(embedding, trunk, ops):
         del tensors["embed_tokens.weight"]
     drafter = kind.build(_Source(tensors, trunk), settings, trunk, cache, ops)
     return drafter, settings.get("num_heads")  # of which each drafts one position
@@ -289,13 +291,13 @@ class _Source:
     """A directory's tensors, in the trunk's dtype and on its device."""
 
     def __init__(self, tensors: Mapping[str, Tensor], trunk: Llama):
-        self.tensors, self.like = tensors, trunk.embedding
+        self.tensors, self.trunk = tensors, trunk
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.like)
+        return self.tensors[name].to(self.trunk.norm.device, self.trunk.dtype)
 
     def packed(self, name: str, ops: Ops) -> Any:
         """A linear with its bias, where it has one."""
@@ -308,7 +310,7 @@ class _Source:
         for field, named in layer_parts(config).items():
             parts = [self[prefix + name] for name, _ in named if prefix + name in self]
             fields[field] = torch.cat(parts) if parts else None
-        return pack_layer(LayerWeights(**fields), ops)
+        return pack_layer(LayerWeights(**fields), config.head_dim, ops)
 
 
 def _cache_beside(cache: KVCache, config: ModelConfig, layers: int = 1) -> KVCache:
@@ -364,7 +366,7 @@ def _build_hydra(
 def _vocabulary(source: _Source, trunk: Llama, ops: Ops) -> tuple[Any, Tensor]:
     """What heads draft through, and its ids: one of their own, the trunk's, or the rows
     `draft_vocab` of that."""
-    where, reduced = trunk.embedding.device, "draft_vocab" in source
+    where, reduced = trunk.norm.device, "draft_vocab" in source
     ids = source.tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
     ids = ids.to(where, torch.int64)
     if "vocabulary.weight" in source:
@@ -389,7 +391,7 @@ def _build_mtp(
     kind = MtpDrafter if module.input_proj is not None else Eagle3Drafter
     drafter = kind(module, trunk, _cache_beside(cache, module.config), ops)
     if "embed_tokens.weight" in source:
-        drafter.embedding = source["embed_tokens.weight"]
+        drafter.embedding = ops.pack_embedding(source["embed_tokens.weight"])
     return drafter
 
 

@@ -122,7 +122,7 @@ class HydraDrafter(CachedDrafter):
             x = decoder_layer(x, layer, eps, cache, 0, plan, self.ops)
             features = self.ops.rms_norm(x, norm, eps).view(batch, rows, -1)
         bonus = after.view(batch, rows).gather(1, last[:, None])[:, 0]
-        known = [rows_at(features, last), F.embedding(bonus, self.embedding)]
+        known = [rows_at(features, last), self.ops.embed(self.embedding, bonus)]
         drafts: list[Tensor] = []
         for i, head in enumerate(self.hydra_heads[:count]):
             z = torch.cat(known, -1)
@@ -133,5 +133,5 @@ class HydraDrafter(CachedDrafter):
                 x, head.vocabulary, self.token_ids, step.lengths, i, step.sampling
             )
             drafts.append(token)
-            known.append(F.embedding(token, self.embedding))
+            known.append(self.ops.embed(self.embedding, token))
         return Drafts(torch.stack(drafts, 1), HEADS, count)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoint import LayerWeights, load_model
+from mtpkern.checkpoint import LayerWeights, load_config, load_model
 from mtpkern.config import ModelConfig
 from mtpkern.ops import Ops
 
@@ -38,11 +37,12 @@ class Llama:
     """A model ready to run: its config and its packed weights."""
 
     config: ModelConfig
-    embedding: Tensor  # [V, E]
+    embedding: Any  # [V, E], packed for `ops.embed`
     layers: tuple[DecoderLayer, ...]
     norm: Tensor  # [E]
-    lm_head: Tensor  # [V, E], as loaded: the embedding itself where they are tied
+    lm_head: Any  # [V, E], as loaded
     vocabulary: Any  # [V, E], the LM head packed
+    dtype: torch.dtype  # of the weights
 
     @classmethod
     def load(
@@ -62,10 +62,11 @@ class Llama:
         """
 
         def pack(layer: LayerWeights) -> DecoderLayer:
-            packed = pack_layer(layer, ops)
+            packed = pack_layer(layer, head_dim, ops)
             on_layer()
             return packed
 
+        head_dim = load_config(directory).head_dim
         config, w = load_model(
             directory,
             dtype=dtype,
@@ -74,21 +75,23 @@ class Llama:
             pack_layer=pack,
         )
         vocabulary = ops.pack(w.lm_head)
+        shared = w.lm_head is w.embedding and ops.pack_embedding == ops.pack
+        embedding = vocabulary if shared else ops.pack_embedding(w.embedding)
         # Packed weights are copies: the pages they were read from need not stay resident.
         w.release()
-        return cls(config, w.embedding, w.layers, w.norm, w.lm_head, vocabulary)
+        return cls(config, embedding, w.layers, w.norm, w.lm_head, vocabulary, dtype)
 
 
-def pack_layer(layer: LayerWeights, ops: Ops) -> DecoderLayer:
+def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:
     """Bring one layer's weights into the layout of `ops`."""
     return DecoderLayer(
         layer.input_norm,
-        ops.pack(layer.qkv, layer.qkv_bias),
+        ops.pack_qkv(layer.qkv, layer.qkv_bias, head_dim),
         layer.q_norm,
         layer.k_norm,
-        ops.pack(layer.o, layer.o_bias),
+        ops.pack_o(layer.o, layer.o_bias, head_dim),
         layer.post_attention_norm,
-        ops.pack(layer.gate_up, layer.gate_up_bias),
+        ops.pack_gate_up(layer.gate_up, layer.gate_up_bias),
         ops.pack(layer.down, layer.down_bias),
     )
 
@@ -105,6 +108,7 @@ def plan_window(cache: KVCache, rows: int, config: ModelConfig, ops: Ops) -> Any
         sin_table=cache.sin,
         group=config.num_heads // config.num_kv_heads,
         window=config.sliding_window,
+        head_dim=config.head_dim,
     )
 
 
@@ -141,9 +145,11 @@ def run_trunk(
     -> (hidden [B*T, E] before the final norm, the hidden states [B*T, E] after the layers `taps`,
     counted from 1). K and V are written at slots lengths[b] .. lengths[b] + T - 1, not committed.
     """
+    if ops.layers is not None:
+        return ops.layers(model, window, cache, taps)
     config = model.config
     plan = plan_window(cache, window.shape[1], config, ops)
-    x = F.embedding(window, model.embedding).view(-1, config.hidden_size)
+    x = ops.embed(model.embedding, window)
     tapped = {}
     for index, layer in enumerate(model.layers):
         x = decoder_layer(x, layer, config.rms_norm_eps, cache, index, plan, ops)

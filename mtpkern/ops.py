@@ -1,6 +1,6 @@
 """The operations of a step as one value: pass another `Ops` and the same step runs on other code.
 
-TORCH holds the references, which are also the runtime on a CPU; TRITON the kernels.
+TORCH holds the definitions, TRITON the kernels of a GPU; those of a CPU are in cpu_ops.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels._launch import triton
@@ -90,14 +91,22 @@ class Projected(Protocol):
 class Ops(NamedTuple):
     """One implementation of every operation; the references in kernels/ define what each does."""
 
-    pack: Callable[..., Any]  # (w, bias) -> what linear, gate_up_silu and qkv_rope_cache take
+    pack: Callable[..., Any]  # (w, bias) -> what linear, project and choose take
+    pack_qkv: Callable[..., Any]  # (w, bias, D) -> what qkv_rope_cache takes
+    pack_o: Callable[..., Any]  # (w, bias, D) -> what linear takes, after attention
+    pack_gate_up: Callable[..., Any]  # (w, bias) -> what gate_up_silu takes
     pack_heads: Callable[..., Any]  # ([H][depth] of (w, bias)) -> what project takes
+    # (w) -> what embed takes; where it is `pack`, a matrix that is tied is packed once.
+    pack_embedding: Callable[..., Any]
+    embed: Callable[..., Tensor]  # (embedding, ids [...]) -> rows [R, E]
     plan: Callable[..., Any]
     rms_norm: Callable[..., Tensor]
     qkv_rope_cache: Callable[..., Tensor]
     verify_attention: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     gate_up_silu: Callable[..., Tensor]
+    # (model, window, cache, taps) -> `run_trunk` in one call, where there is such a thing.
+    layers: Callable[..., tuple[Tensor, list[Tensor]]] | None
     parallel_heads: Callable[..., Tensor]  # (rows [B, E], packed heads) -> [B, H, E]
     project: Callable[..., tuple[Tensor, Projected]]
     choose: Callable[..., tuple[Tensor, Tensor | None]]
@@ -105,6 +114,8 @@ class Ops(NamedTuple):
     ngram: Callable[..., tuple[Tensor, Tensor]]
     # Whether the host may look at values inside a step: free on a CPU, never under a CUDA graph.
     branches: bool
+    padded_dim: Callable[[int], int]  # D -> the head dimension of the cache
+    rows: torch.dtype | None  # of rows; None: that of the weights
 
 
 class Logits(NamedTuple):
@@ -119,7 +130,7 @@ class Logits(NamedTuple):
         sampling: SamplingRows,
         withheld: Withheld | None = None,
     ) -> Tensor:
-        own, positions = self.logits[:, 0].view(*shape, -1), _positions(behind, shape[1])
+        own, positions = self.logits[:, 0].view(*shape, -1), positions_of(behind, shape[1])
         if withheld is not None:
             early = positions < withheld.until[:, None]
             own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
@@ -135,7 +146,7 @@ class Logits(NamedTuple):
         heads = self.logits[:, 1:].view(batch, rows // batch, -1, vocabulary)
         row = accepted.view(-1, 1, 1, 1).expand(-1, 1, count, vocabulary)
         logits = heads.gather(1, row)[:, 0]
-        return sample_ref(logits, _positions(behind, count), sampling)
+        return sample_ref(logits, positions_of(behind, count), sampling)
 
     def logprobs(self, target: Tensor) -> Tensor:
         # Row by row: a row's bits must not depend on how many rows stand beside it.
@@ -144,7 +155,8 @@ class Logits(NamedTuple):
         return torch.stack(chosen).view(target.shape)
 
 
-def _positions(behind: Tensor, count: int) -> Tensor:
+def positions_of(behind: Tensor, count: int) -> Tensor:
+    """Indices [B, count] of the tokens that the rows behind a window's first choose."""
     return behind[:, None] + 1 + torch.arange(count, device=behind.device)
 
 
@@ -166,7 +178,7 @@ def _choose_torch(
     """Rows [B, E] through a head's own vocabulary -> draft number `draft`, counted from 0, of each
     sequence [B], and the probability of the likeliest token there [B]."""
     logits = linear_ref(hidden, vocabulary)
-    token = sample_ref(logits[:, None], _positions(behind + draft, 1), sampling, token_ids)
+    token = sample_ref(logits[:, None], positions_of(behind + draft, 1), sampling, token_ids)
     return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
 
 
@@ -178,21 +190,55 @@ def _pack_heads_torch(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
     return [[pack_ref(*block) for block in stack] for stack in heads]
 
 
+def _plan_torch(lengths: Tensor, rows: int, *, head_dim: int, **options: Any) -> Any:
+    return plan_ref(lengths, rows, **options)
+
+
+def _as_it_is(w: Tensor) -> Tensor:
+    return w
+
+
+def _embed(embedding: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids.reshape(-1), embedding)
+
+
+def _unpadded(D: int) -> int:
+    return D
+
+
+class _SameForAll:
+    """Matrices of all roles in one layout."""
+
+    def __init__(self, pack: Callable[..., Any]):
+        self.pack = pack
+
+    def of_heads(self, w: Tensor, bias: Tensor | None, head_dim: int) -> Any:
+        return self.pack(w, bias)
+
+
 TORCH = Ops(
     pack=pack_ref,
+    pack_qkv=_SameForAll(pack_ref).of_heads,
+    pack_o=_SameForAll(pack_ref).of_heads,
+    pack_gate_up=pack_ref,
     pack_heads=_pack_heads_torch,
-    plan=plan_ref,
+    pack_embedding=_as_it_is,
+    embed=_embed,
+    plan=_plan_torch,
     rms_norm=rms_norm_ref,
     qkv_rope_cache=qkv_rope_cache_ref,
     verify_attention=verify_attention_ref,
     linear=linear_ref,
     gate_up_silu=gate_up_silu_ref,
+    layers=None,
     parallel_heads=_parallel_heads_torch,
     project=_project_torch,
     choose=_choose_torch,
     advance=advance_ref,
     ngram=ngram_ref,
     branches=True,
+    padded_dim=_unpadded,
+    rows=None,
 )
 
 
@@ -262,6 +308,7 @@ def _plan_triton(
     sin_table: Tensor,
     group: int,
     window: int = 0,
+    head_dim: int,
     pdl: bool = False,
 ) -> DevicePlan:
     slots, positions = window_slots(lengths, page_table, rows, k_cache.shape[2], pdl=pdl)
@@ -360,19 +407,27 @@ def with_pdl(pdl: bool) -> Ops:
     """The kernels; `pdl` makes each a programmatic dependent launch (sm_90 and newer)."""
     return Ops(
         pack=_pack_triton,
+        pack_qkv=_SameForAll(_pack_triton).of_heads,
+        pack_o=_SameForAll(_pack_triton).of_heads,
+        pack_gate_up=_pack_triton,
         pack_heads=_pack_heads_triton,
+        pack_embedding=_as_it_is,
+        embed=_embed,
         plan=partial(_plan_triton, pdl=pdl),
         rms_norm=partial(rms_norm, pdl=pdl),
         qkv_rope_cache=partial(_qkv_triton, pdl=pdl),
         verify_attention=partial(_attention_triton, pdl=pdl),
         linear=partial(_linear_triton, pdl=pdl),
         gate_up_silu=partial(_gate_up_triton, pdl=pdl),
+        layers=None,
         parallel_heads=partial(_parallel_heads_triton, pdl=pdl),
         project=partial(_project_triton, pdl=pdl),
         choose=partial(_choose_triton, pdl=pdl),
         advance=partial(advance, pdl=pdl),
         ngram=partial(ngram, pdl=pdl),
         branches=False,
+        padded_dim=_unpadded,
+        rows=None,
     )
 
 

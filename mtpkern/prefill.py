@@ -24,6 +24,7 @@ def plan_prefill(
     sin_table: Tensor,
     group: int,
     window: int = 0,
+    head_dim: int,
 ) -> StepPlan:
     """Plan T = `rows` rows of one sequence behind lengths [1], which lies on the host."""
     begin, page_size, device = int(lengths[0]), k_cache.shape[2], page_table.device

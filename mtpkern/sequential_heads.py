@@ -42,7 +42,11 @@ class CachedDrafter(ABC):
         self.embedding = trunk.embedding
         width = len(self.taps) * trunk.config.hidden_size
         waiting = MAX_PENDING if ops.branches else 0
-        self.pending = trunk.embedding.new_zeros(cache.lengths.shape[0], waiting, width)
+        self.pending = torch.zeros(
+            (cache.lengths.shape[0], waiting, width),
+            dtype=ops.rows or trunk.dtype,
+            device=cache.lengths.device,
+        )
 
     def observe(self, step: DraftInput) -> None:
         if not self.ops.branches:

@@ -92,5 +92,10 @@ def activations(format: str, x: Array) -> tuple[Array, Array]:
     return (x, np.zeros(4, np.float32)) if format in FLOATS else as_rounded(x)
 
 
+def poison(w: Weights, row: int) -> None:
+    """Make all numbers of one output NaN, w in float32."""
+    w.data[row // 8].view(np.float32).reshape(-1, 8)[:, row % 8] = np.nan
+
+
 def same_bits(a: Array, b: Array) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -14,8 +14,8 @@ from paged import make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels, host_target
 from mtpkern.kernels.cpu._threads import AVERAGED, PENALTY, Helpers
-from mtpkern.kernels.cpu.layers import Layer, Step, Trunk, layers
-from mtpkern.kernels.cpu.program import Norm, as_floats
+from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
+from mtpkern.kernels.cpu.program import Norm, Program, as_floats
 from mtpkern.kernels.cpu.weights import interleaved, pack, rounded
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
 from mtpkern.kernels.linear import linear_ref, pack_ref
@@ -42,7 +42,7 @@ def tensors(index: int) -> dict[str, torch.Tensor]:
     } | {name: 1 + normal(E, seed=10 * index + i) / 10 for i, name in ((5, "in"), (6, "post"))}
 
 
-def trunk(format: str) -> Trunk:
+def decoder_layers(format: str) -> list[Layer]:
     def norm(w: torch.Tensor) -> Norm:
         return Norm(w.numpy(), EPS)
 
@@ -59,8 +59,7 @@ def trunk(format: str) -> Trunk:
         made.append(
             Layer(ends[0], packed["qkv"], packed["o"], ends[1], packed["gate_up"], packed["down"])
         )
-    embedding = pack(rounded(normal(V, E, seed=99), format))
-    return Trunk(embedding, made, norm(torch.ones(E)), embedding, HEADS)
+    return made
 
 
 class Model:
@@ -82,30 +81,29 @@ class Model:
             torch.full(shape, torch.nan, dtype=dtype),
             torch.full(shape, torch.nan, dtype=dtype),
         )
-        self.step: Step = layers(
-            trunk(format),
-            self.k,
-            self.v,
-            self.paged.cos,
-            self.paged.sin,
-            compiled or kernels(),
-            helpers(threads),
-            max_rows=max_rows,
-            max_batch=batch,
-            taps=(1, 2),
-            keep_logits=True,
+        self.program = Program(
+            compiled or kernels(), helpers(threads), max_rows=max_rows, max_batch=batch
         )
-        self.step.program.page_table = self.paged.page_table.numpy()
+        x, embedding = self.program.buffer(E), pack(rounded(normal(V, E, seed=99), format))
+        self.program.embed(embedding, x)
+        cache = Cache(self.k, self.v, self.paged.cos, self.paged.sin, HEADS)
+        self.hidden, self.taps = add_layers(
+            self.program, x, decoder_layers(format), cache, taps=(1, 2)
+        )
+        self.logits = self.program.buffer(V)
+        self.best = self.program.project(
+            self.hidden, embedding, norm=Norm(np.ones(E, np.float32), EPS), logits=self.logits
+        )
+        self.program.page_table = self.paged.page_table.numpy()
 
     def run(self, ids: np.ndarray, lengths: list[int]) -> dict[str, np.ndarray]:
         """ids [B, T] -> copies of what the step left in its buffers."""
-        step, (batch, rows) = self.step, ids.shape
-        step.program.ids[: ids.size] = ids.reshape(-1)
-        step.program.lengths[:batch] = lengths
-        step.program.run(rows, batch)
-        assert step.logits is not None
-        kept = {"hidden": step.hidden, "logits": step.logits, "best": step.best}
-        kept |= {f"tap {i}": tap for i, tap in enumerate(step.taps)}
+        batch, rows = ids.shape
+        self.program.ids[: ids.size] = ids.reshape(-1)
+        self.program.lengths[:batch] = lengths
+        self.program.run(rows, batch)
+        kept = {"hidden": self.hidden, "logits": self.logits, "best": self.best}
+        kept |= {f"tap {i}": tap for i, tap in enumerate(self.taps)}
         return {name: value[: ids.size].copy() for name, value in kept.items()}
 
 
@@ -243,21 +241,21 @@ def test_a_late_helper_harms_no_later_step():
     ids = sequence()
     expected = decoded(Model(), ids, 1)
     model = Model()
-    model.step.program.helpers = Late()
+    model.program.helpers = Late()
     assert equal(decoded(model, ids, 1), expected)
 
 
 def test_a_helper_of_an_earlier_step_takes_no_chunk_of_a_later_one():
     model = Model()
     model.run(sequence(4)[None], [0])
-    p = model.step.program
+    p = model.program
     p._done[:], p._tickets[:, 0] = 0, 9 << 32  # step 9 has just begun
-    model.step.hidden[:] = -1.0
+    model.hidden[:] = -1.0
     p._run(p._at, 8, 0)
     assert (p._tickets[:, 0] == 9 << 32).all() and (p._done == 0).all()
-    assert (model.step.hidden == -1.0).all()
+    assert (model.hidden == -1.0).all()
     p._run(p._at, 9, 0)
-    assert (model.step.hidden != -1.0).all(1)[:4].all()
+    assert (model.hidden != -1.0).all(1)[:4].all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -319,7 +317,7 @@ def test_the_cache_tells_machines_apart(tmp_path):
 def test_more_rows_than_a_program_holds_are_refused():
     model = Model(max_rows=4)
     with pytest.raises(ValueError, match="rows x batch must be 1..4"):
-        model.step.program.run(5)
+        model.program.run(5)
 
 
 def test_tokens_and_positions_out_of_range_are_refused():

@@ -200,7 +200,7 @@ def test_rejected_tokens_leave_no_trace(tmp_path: Path) -> None:
             state.progress.active[0] = 1
             state.cache.assign(0, [1])
             while state.cache.lengths[0] < 100:
-                decode_step(state, llm.trunk, drafter, TORCH)
+                decode_step(state, llm.trunk, drafter, llm.ops)
             caches.append([c[:, 1, :100].clone() for c in (llm._cache.k, llm._cache.v)])
             caches[-1].append(state.progress.tokens[:, :101].clone())
     for other in caches[1:]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from mtpkern.checkpoint import load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
+from mtpkern.cpu_ops import _Cpu
 from mtpkern.engine import LLM
 from mtpkern.heads import NGRAM, CompanionDrafter, Drafts, NoDrafter
-from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.sequential_heads import MtpDrafter
 
@@ -170,17 +170,15 @@ class Recorder:
     def guess(self, step: Any, count: int) -> Any:
         batch, rows = step.tokens.shape[0], []
 
-        def kept(*arguments: Any) -> Tensor:
-            rows.append(linear_ref(*arguments))
-            return rows[-1]
+        def kept(cpu: Any, *arguments: Any) -> Any:
+            projected = project(cpu, *arguments)
+            rows.append(projected.logits.clone())
+            return projected
 
-        with mock.patch("mtpkern.ops.linear_ref", kept):  # what drafts are chosen from
+        project = _Cpu._project
+        with mock.patch.object(_Cpu, "_project", kept):  # what drafts are chosen from
             drafts = self.inner.guess(step, count)
-        if rows:
-            logits = torch.cat([row.view(batch, -1, row.shape[1]) for row in rows], 1)
-        else:  # those of Medusa's heads came with the model's own
-            logits = step.projected.logits.unflatten(0, (batch, -1))
-            logits = logits[torch.arange(batch), step.accepted, 1:]
+        logits = torch.cat([row.view(batch, -1, row.shape[1]) for row in rows], 1)
         for b in range(batch):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()

@@ -41,14 +41,15 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     WEIGHT,  # address of its blocks
     BLOCK_BYTES,
     ALL_BLOCKS,
-    INPUTS,  # K
+    INPUTS,  # K; rows are padded with zeros to whole lanes
     GROUPS,  # of 32 inputs
     ROUNDED,  # 1: activations are rounded to 8 bits
     BIAS,  # address of [8 ALL_BLOCKS] float32, or 0
     OUTPUTS,  # N
     HEADS,  # query heads
     KV_HEADS,
-    HEAD_DIM,
+    HEAD_DIM,  # padded
+    HEAD_COUNT,  # numbers of a head that are not padding
     K_PAGES,  # address of [pages, page_size, Hk, D]
     V_PAGES,
     PAGE_SIZE,
@@ -66,7 +67,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     WRITE_LOGITS,  # 1: OUT holds logits; 0: they stay in scratch
     WEIGHT_FORMAT,  # index into FORMATS, for EMBED
     PHASE_WORDS,
-) = range(39)
+) = range(40)
 
 FP32, FP16, BF16 = range(3)
 

@@ -32,6 +32,7 @@ from ._layout import (
     EPS,
     GATE_UP,
     GROUPS,
+    HEAD_COUNT,
     HEAD_DIM,
     HEADS,
     IDS,
@@ -182,7 +183,7 @@ def prepare(phase, rows, scratch):
         return
     for r in range(rows):
         out = scratch + 128 * groups * r
-        norm_row(x + r * stride, w, eps, K, out)
+        norm_row(x + r * stride, w, eps, K, K, out)
         for k in range(K, 32 * groups):
             store_f32(out + 4 * k, F32(0.0))
 
@@ -261,7 +262,7 @@ def qkv_chunk(head, phase, rows, chunk, scratch):
         x = out + 4 * stride * r
         if chunk < heads + kv_heads:
             if norm_w != 0:
-                norm_row(x, norm_w, bits_float(word(phase, EPS)), D, x)
+                norm_row(x, norm_w, bits_float(word(phase, EPS)), D, word(phase, HEAD_COUNT), x)
             table = 4 * D * position
             rotate(x, word(phase, COS) + table, word(phase, SIN) + table, D)
         if chunk >= heads:
@@ -480,7 +481,8 @@ def run_chunk(head, phase, rows, chunk, scratch, work):
             else:
                 x = word(phase, X) + 4 * word(phase, X_STRIDE) * r
                 eps = bits_float(word(phase, EPS))
-                norm_row(x, word(phase, NORM_W), eps, word(phase, INPUTS), out)
+                K = word(phase, INPUTS)
+                norm_row(x, word(phase, NORM_W), eps, K, K, out)
 
 
 @compiled

@@ -39,8 +39,9 @@ F32 = np.float32
 
 
 @compiled
-def inverse_rms(x, K, eps):
-    """1 / sqrt(mean(x^2) + eps) of the K numbers at address x, K a multiple of 8."""
+def inverse_rms(x, K, count, eps):
+    """1 / sqrt(sum(x^2) / count + eps) of the K numbers at address x, and zeros up to whole lanes
+    behind them."""
     a = splat(0.0)
     b = splat(0.0)
     c = splat(0.0)
@@ -60,18 +61,19 @@ def inverse_rms(x, K, eps):
         v = load_f8(x + 4 * k)
         a = fma(v, v, a)
         k += 8
-    mean = total((a + b) + (c + d)) / F32(K)
+    mean = total((a + b) + (c + d)) / F32(count)
     return F32(1.0) / sqrt(mean + eps)
 
 
 @compiled
-def norm_row(x, w, eps, K, out):
-    """RMS-normalise K numbers; without weights (w = 0) copy them."""
+def norm_row(x, w, eps, K, count, out):
+    """RMS-normalise K numbers, `count` of which are not padding; without weights (w = 0) copy
+    them."""
     if w == 0:
         for k in range(0, K, 8):
             store_f8(out + 4 * k, load_f8(x + 4 * k))
         return
-    r = splat(inverse_rms(x, K, eps))
+    r = splat(inverse_rms(x, K, count, eps))
     for k in range(0, K, 8):
         store_f8(out + 4 * k, load_f8(x + 4 * k) * r * load_f8(w + 4 * k))
 
@@ -122,7 +124,7 @@ def round_row(x, w, eps, K, xq, facts):
                 facts + 16 * g,
             )
         return
-    r = splat(inverse_rms(x, K, eps))
+    r = splat(inverse_rms(x, K, K, eps))
     for g in range(K // 32):
         a = x + 128 * g
         b = w + 128 * g

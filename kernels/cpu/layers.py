@@ -1,7 +1,6 @@
-"""All decoder layers of a Llama-style model and its vocabulary in one program.
+"""All decoder layers of a Llama-style model in one program.
 
-    x = embedding[ids];  per layer  x += o(attend(qkv(norm(x)))),  x += down(silu(gate) * up)
-    logits = vocabulary(norm(x))
+    per layer  x += o(attend(qkv(norm(x)))),  x += down(silu(gate) * up)
 
 Bytes moved: every weight once for up to 8 rows, from memory once for up to about 40 (chunks stay in
 the cache between passes); the cache of keys and values once.
@@ -14,8 +13,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._compile import Kernels
-from ._threads import Helpers
 from .program import Norm, Pages, Program
 from .weights import Array, Weights
 
@@ -33,65 +30,40 @@ class Layer(NamedTuple):
     k_norm: Array | None = None
 
 
-class Trunk(NamedTuple):
-    """A model's weights, packed."""
+class Cache(NamedTuple):
+    """Keys and values of all layers, and how heads lie in them."""
 
-    embedding: Weights  # [V, E]
-    layers: Sequence[Layer]
-    norm: Norm
-    vocabulary: Weights  # [V, E]; the embedding itself where they are tied
+    k: Tensor  # [L, pages, page_size, Hk, D]
+    v: Tensor
+    cos: Tensor  # [positions, D] float32
+    sin: Tensor  # its first half negated
     heads: int  # query heads
     sliding: int = 0  # positions that a row sees; 0: all
+    head_dim: int = 0  # see `program.Pages`
 
 
-class Step(NamedTuple):
-    """A program over a trunk and the buffers it fills; rows beyond the step's are undefined."""
-
-    program: Program
-    hidden: Array  # [max_rows, E], before the final norm
-    taps: list[Array]  # [max_rows, E] each: hidden states after the layers asked for
-    logits: Array | None  # [max_rows, V]
-    best: Array  # [max_rows, 3]; see `Program.project`
-
-
-def layers(
-    trunk: Trunk,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    kernels: Kernels,
-    helpers: Helpers,
-    *,
-    max_rows: int,
-    max_batch: int = 1,
-    taps: Sequence[int] = (),
-    keep_logits: bool = False,
-) -> Step:
-    """Build a model's step: k_cache, v_cache [L, pages, page_size, Hk, D]; cos, sin [positions, D].
-
-    Before `program.run(T, B)`, set its ids [B T], lengths [B] and page_table [B, any]. `taps` are
-    counted from 1.
-    """
-    program = Program(kernels, helpers, max_rows=max_rows, max_batch=max_batch)
-    first = trunk.layers[0]
-    x = program.buffer(trunk.embedding.in_features)
+def add_layers(
+    program: Program, x: Array, layers: Sequence[Layer], cache: Cache, taps: Sequence[int] = ()
+) -> tuple[Array, list[Array]]:
+    """Add layers that begin with the hidden states x [max_rows, E] -> those after the last of them,
+    and after the layers `taps`, counted from 1, in ascending order; x itself may be overwritten."""
+    E, first = layers[0].o.out_features, layers[0]
     qkv, attended = program.buffer(first.qkv.out_features), program.buffer(first.o.in_features)
     gated = program.buffer(first.down.in_features)
-    program.embed(trunk.embedding, x)
     tapped = []
-    for index, layer in enumerate(trunk.layers):
+    for index, layer in enumerate(layers):
         # A layer adds to its input in place, but leaves a tapped one as it is.
-        out = program.buffer(trunk.embedding.in_features) if index in taps else x
+        out = program.buffer(E) if index in taps else x
         pages = Pages(
-            k_cache[index],
-            v_cache[index],
-            cos,
-            sin,
-            trunk.heads,
-            trunk.sliding,
+            cache.k[index],
+            cache.v[index],
+            cache.cos,
+            cache.sin,
+            cache.heads,
+            cache.sliding,
             layer.q_norm,
             layer.k_norm,
+            cache.head_dim,
         )
         program.qkv_rope_cache(x, layer.qkv, qkv, pages, norm=layer.input_norm)
         program.attend(qkv, attended, pages)
@@ -101,6 +73,4 @@ def layers(
         x = out
         if index + 1 in taps:
             tapped.append(x)
-    logits = program.buffer(trunk.vocabulary.out_features) if keep_logits else None
-    best = program.project(x, trunk.vocabulary, norm=trunk.norm, logits=logits)
-    return Step(program, x, tapped, logits, best)
+    return x, tapped

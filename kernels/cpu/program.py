@@ -35,8 +35,8 @@ KV_KINDS = {torch.float32: L.FP32, torch.float16: L.FP16, torch.bfloat16: L.BF16
 class Norm(NamedTuple):
     """RMS norm in front of a matmul."""
 
-    w: Array  # [K] float32
-    eps: float
+    w: Array | None  # [K] float32; None: rows are taken as they are
+    eps: float  # of the norms of q and k too
 
 
 class Pages(NamedTuple):
@@ -50,6 +50,9 @@ class Pages(NamedTuple):
     sliding: int = 0  # positions that a row sees; 0: all
     q_norm: Array | None = None  # [D] float32
     k_norm: Array | None = None
+    # Numbers of a head that are not padding; 0: all D. The others are zeros, at the end of either
+    # half.
+    head_dim: int = 0
 
 
 class Program:
@@ -84,6 +87,8 @@ class Program:
 
     def norm(self, x: Array, norm: Norm, out: Array) -> None:
         """out = rms_norm(x)"""
+        if norm.w is None:
+            raise ValueError("norm must have weights")
         facts = self._rows(L.X, x) | self._rows(L.OUT, out) | self._normed(norm)
         self._add(L.NORM, 1, facts | {L.INPUTS: len(norm.w)})
 
@@ -124,14 +129,15 @@ class Program:
         self._add(L.QKV, chunks, facts | {L.BLOCKS: D // LANES})
 
     def attend(self, q: Array, out: Array, pages: Pages, *, scale: float | None = None) -> None:
-        """out [R, Hq D] = attention of q [R, >= Hq D] to the pages, `scale` 1 / sqrt(D)."""
+        """out [R, Hq D] = attention of q [R, >= Hq D] to the pages, `scale` 1 / sqrt(D), where D is
+        without padding."""
         facts = self._rows(L.X, q) | self._rows(L.OUT, out) | self._paged(pages)
         D, Hk = facts[L.HEAD_DIM], facts[L.KV_HEADS]
         splits = -(-pages.cos.shape[0] // L.SPLIT)
         self._partials = max(self._partials, self.max_rows * pages.heads * splits * (D + LANES))
         self._merges = max(self._merges, self.max_batch * Hk)
         facts |= {
-            L.SCALE: float_bits(D**-0.5 if scale is None else scale),
+            L.SCALE: float_bits(facts[L.HEAD_COUNT] ** -0.5 if scale is None else scale),
             L.MAX_SPLITS: splits,
         }
         rows = self.max_rows * pages.heads // Hk
@@ -244,7 +250,7 @@ class Program:
         if x.shape[1] < w.in_features:
             raise ValueError(f"x must be [R, {w.in_features}] to match w, got {list(x.shape)}")
         if norm is not None:
-            if len(norm.w) != w.in_features:
+            if norm.w is not None and len(norm.w) != w.in_features:
                 raise ValueError(f"norm must be [{w.in_features}], got [{len(norm.w)}]")
             facts |= self._normed(norm)
         self._work(facts, w.blocks if w.blocks < 64 else 64)
@@ -256,8 +262,6 @@ class Program:
         self._scratch = max(self._scratch, self.max_rows * (per_row + 4 * LANES * blocks))
 
     def _weight(self, w: Weights) -> dict[int, int]:
-        if w.in_features % LANES:
-            raise ValueError(f"inputs must be a multiple of {LANES}, got {w.in_features}")
         return {
             L.TILE: self.kernels.tile(w.format),
             L.WEIGHT: self._address(w.data),
@@ -271,7 +275,10 @@ class Program:
         }
 
     def _normed(self, norm: Norm) -> dict[int, int]:
-        return {L.NORM_W: self._address(norm.w), L.EPS: float_bits(norm.eps)}
+        if norm.w is None:
+            return {L.EPS: float_bits(norm.eps)}
+        w = np.pad(norm.w.astype(np.float32), (0, -len(norm.w) % LANES))
+        return {L.NORM_W: self._address(w), L.EPS: float_bits(norm.eps)}
 
     def _rows(self, field: int, rows: Array) -> dict[int, int]:
         if rows.dtype != np.float32 or rows.ndim != 2 or rows.strides[1] != 4:
@@ -294,6 +301,7 @@ class Program:
             L.HEADS: pages.heads,
             L.KV_HEADS: Hk,
             L.HEAD_DIM: D,
+            L.HEAD_COUNT: pages.head_dim or D,
             L.K_PAGES: pages.k.data_ptr(),
             L.V_PAGES: pages.v.data_ptr(),
             L.PAGE_SIZE: page_size,
@@ -302,6 +310,10 @@ class Program:
             L.SIN: pages.sin.data_ptr(),
             L.SLIDING: pages.sliding,
         }
+
+    def keep(self, *objects: object) -> None:
+        """Keep what the program's owner names it by."""
+        self._kept.extend(objects)
 
     def _address(self, array: Array) -> int:
         self._kept.append(array)

@@ -59,9 +59,18 @@ class Quants(NamedTuple):
     q: Array
     scales: tuple[Array, ...]
 
+    def take_inputs(self, columns: Array) -> Quants:
+        """The inputs `columns`, in that order; -1 stands for one of zeros. What has scales for
+        groups of inputs becomes float32."""
+        w = self if self.format in FLOATS else Quants("fp32", expanded(self), ())
+        return Quants(w.format, np.where(columns < 0, w.q.dtype.type(0), w.q[:, columns]), ())
+
     def take(self, rows: Array) -> Quants:
-        """The outputs `rows`, in that order."""
-        return Quants(self.format, self.q[rows], tuple(s[rows] for s in self.scales))
+        """The outputs `rows`, in that order; -1 stands for one of zeros."""
+        taken = Quants(self.format, self.q[rows], tuple(s[rows] for s in self.scales))
+        for part in (taken.q, *taken.scales) if (rows < 0).any() else ():
+            part[rows < 0] = 0
+        return taken
 
 
 def block_bytes(format: str, groups: int) -> int:
@@ -184,7 +193,9 @@ def expanded(w: Quants) -> Array:
 
 
 def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> Weights:
-    """Pack quants for the tile; `order` [N] gives the outputs' order (`interleaved`)."""
+    """Pack quants for the tile; `order` gives the outputs' order, -1 an output of zeros
+    (`interleaved`, `padded_heads`)."""
+    count = len(w.q)
     if order is not None:
         w = w.take(order)
     N, K = w.q.shape
@@ -196,12 +207,12 @@ def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> W
     _fill(data, w.format, q, scales, blocks, groups)
     if bias is None:
         return Weights(w.format, data, N, K, None)
-    if bias.shape != (N,):
-        raise ValueError(f"bias must be [N]=[{N}], got {list(bias.shape)}")
+    if bias.shape != (count,):
+        raise ValueError(f"bias must be [N]=[{count}], got {list(bias.shape)}")
     values = bias.detach().float().numpy()
-    return Weights(
-        w.format, data, N, K, _padded(values if order is None else values[order], blocks)
-    )
+    if order is not None:
+        values = np.where(order < 0, np.float32(0), values[order])
+    return Weights(w.format, data, N, K, _padded(values, blocks))
 
 
 def _fill(
@@ -244,9 +255,25 @@ def _fill(
 
 
 def interleaved(gate_features: int) -> Array:
-    """Order of [gate; up] rows that puts 8 gates before their 8 ups: [2F] for F = gate_features."""
-    gates = np.arange(gate_features).reshape(-1, LANES)
-    return np.stack([gates, gates + gate_features], 1).reshape(-1)
+    """Order of [gate; up] rows that puts 8 gates before their 8 ups, for F = gate_features: [2F],
+    with -1 where F is filled up to whole lanes."""
+    gates = np.arange(-(-gate_features // LANES) * LANES)
+    gates[gate_features:] = -1
+    ups = np.where(gates < 0, -1, gates + gate_features)
+    return np.stack([gates.reshape(-1, LANES), ups.reshape(-1, LANES)], 1).reshape(-1)
+
+
+def padded_heads(heads: int, head_dim: int) -> Array:
+    """Order of the outputs of `heads` heads that fills either half of each up to whole lanes:
+    [heads * padded_dim(head_dim)], with -1 for padding."""
+    half = np.full((heads, 2, padded_dim(head_dim) // 2), -1)
+    half[:, :, : head_dim // 2] = np.arange(heads * head_dim).reshape(heads, 2, -1)
+    return half.reshape(-1)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The head dimension that the kernels take: halves, which are rotated, of whole lanes."""
+    return 2 * -(-head_dim // (2 * LANES)) * LANES
 
 
 def on_cache_line(shape: tuple[int, ...], dtype: type = np.uint8) -> Array:

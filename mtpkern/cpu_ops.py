@@ -1,0 +1,534 @@
+"""The operations of a step on a CPU, by the compiled kernels of kernels/cpu.
+
+Rows are float32, whatever the weights are; weights stay in the bits in which they are given. A
+row's bits depend on its own inputs alone, by construction (see kernels/cpu), in prefill as in
+decoding. Every operation is a program that is built when it is first wanted and kept; a trunk's
+layers are one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.kernels.advance import advance_ref
+from mtpkern.kernels.cpu._compile import Kernels, default_cache
+from mtpkern.kernels.cpu._threads import Helpers
+from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
+from mtpkern.kernels.cpu.program import Norm, Pages, Program, as_floats
+from mtpkern.kernels.cpu.weights import (
+    Array,
+    Quants,
+    Weights,
+    interleaved,
+    pack,
+    padded_dim,
+    padded_heads,
+    rounded,
+)
+from mtpkern.kernels.ngram import ngram_ref
+from mtpkern.kernels.sample import GREEDY, SamplingRows, sample_ref
+from mtpkern.ops import Ops, Projected, Withheld, positions_of
+
+# Rows that a program holds; more take several runs.
+MAX_ROWS = 128
+# Below so many bytes of weights an operation is over before a second thread has woken up.
+ALONE = 2**20
+FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class CpuPlan(NamedTuple):
+    """What the layers share for T rows of each of B sequences."""
+
+    lengths: Tensor  # [B] int64
+    rows: int  # T
+    page_table: Tensor  # [B, max_pages] int32
+    cos: Tensor  # [capacity, D] float32
+    sin: Tensor
+    group: int  # query heads per KV head
+    sliding: int  # positions that a row sees; 0: all
+    head_dim: int  # without padding
+
+
+class _Unit(NamedTuple):
+    """A program and the rows that go in and come out, [MAX_ROWS, columns] float32 each."""
+
+    program: Program
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    best: Array | None = None  # see `Program.project`
+
+
+class CpuLogits(NamedTuple):
+    """`Projected` of R = B * T rows. Until the next projection: the rows are the program's own."""
+
+    logits: Tensor  # [R, V] float32
+    best: Tensor  # [R] int64, the likeliest of each row
+    values: Tensor  # [R] float32, its logit
+    logsumexp: Tensor  # [R] float32
+    heads: Callable[[Tensor], Tensor] | None  # rows [B] -> logits [B, H, V] of the parallel heads
+
+    def target(
+        self,
+        shape: tuple[int, int],
+        behind: Tensor,
+        sampling: SamplingRows,
+        withheld: Withheld | None = None,
+    ) -> Tensor:
+        if withheld is None and bool((sampling.temperature < GREEDY).all()):
+            return self.best.view(shape)
+        own, positions = self.logits.view(*shape, -1), positions_of(behind, shape[1])
+        if withheld is not None:
+            early = positions < withheld.until[:, None]
+            own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
+        return sample_ref(own, positions, sampling)
+
+    def largest(self, shape: tuple[int, int]) -> Tensor:
+        # The order of logits skips NaN, and their sum does not.
+        return torch.where(self.logsumexp.isnan(), self.logsumexp, self.values).view(shape)
+
+    def drafts(
+        self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
+    ) -> Tensor:
+        assert self.heads is not None, "there are parallel heads where they are asked for drafts"
+        batch = len(accepted)
+        rows = torch.arange(0, len(self.logits), len(self.logits) // batch) + accepted
+        return sample_ref(self.heads(rows)[:, :count], positions_of(behind, count), sampling)
+
+    def logprobs(self, target: Tensor) -> Tensor:
+        chosen = self.logits.gather(1, target.reshape(-1, 1))[:, 0] - self.logsumexp
+        return chosen.view(target.shape)
+
+
+@cache
+def kernels() -> Kernels:
+    """This process's kernels."""
+    return Kernels(directory=default_cache())
+
+
+@cache
+def helpers(threads: int) -> Helpers:
+    """This process's threads, shared by all programs."""
+    return Helpers(threads)
+
+
+class _Cpu:
+    """The operations, with their programs."""
+
+    def __init__(self) -> None:
+        # Each program keeps what its key names by address.
+        self._units: dict[Hashable, _Unit] = {}
+
+    def program(self, weight_bytes: int, batch: int = 1) -> Program:
+        threads = 1 if weight_bytes < ALONE else torch.get_num_threads()
+        return Program(kernels(), helpers(threads), max_rows=MAX_ROWS, max_batch=batch)
+
+    def unit(self, key: Hashable, make: Callable[[], _Unit]) -> _Unit:
+        if key not in self._units:
+            self._units[key] = make()
+        return self._units[key]
+
+    # Weights.
+
+    def pack(self, w: Tensor | Quants, bias: Tensor | None = None) -> Weights:
+        return pack(_quants(w), bias)
+
+    def pack_qkv(self, w: Tensor | Quants, bias: Tensor | None, head_dim: int) -> Weights:
+        quants = _quants(w)
+        if padded_dim(head_dim) == head_dim:
+            return pack(quants, bias)
+        return pack(quants, bias, padded_heads(len(quants.q) // head_dim, head_dim))
+
+    def pack_o(self, w: Tensor | Quants, bias: Tensor | None, head_dim: int) -> Weights:
+        quants = _quants(w)
+        if padded_dim(head_dim) != head_dim:
+            heads = quants.q.shape[1] // head_dim
+            quants = quants.take_inputs(padded_heads(heads, head_dim))
+        return pack(quants, bias)
+
+    def pack_gate_up(self, w: Tensor | Quants, bias: Tensor | None) -> Weights:
+        quants = _quants(w)
+        return pack(quants, bias, interleaved(len(quants.q) // 2))
+
+    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
+        return [[self.pack(*block) for block in stack] for stack in heads]
+
+    # Operations on rows.
+
+    def embed(self, embedding: Weights, ids: Tensor) -> Tensor:
+        def make() -> _Unit:
+            program = self.program(0)
+            out = program.buffer(embedding.in_features)
+            program.embed(embedding, out)
+            return _unit(program, (), (out,))
+
+        unit = self.unit(("embed", id(embedding.data)), make)
+        flat = ids.reshape(-1)
+        made = []
+        for some in flat.split(MAX_ROWS):
+            unit.program.ids[: len(some)] = some.numpy()
+            unit.program.run(len(some))
+            made.append(unit.outputs[0][: len(some), : embedding.in_features].clone())
+        return _joined(made)
+
+    def rms_norm(
+        self,
+        x: Tensor | Weights,
+        w: Tensor,
+        eps: float,
+        *,
+        ids: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(x, Weights):
+            assert ids is not None, "rows of a matrix have ids"
+            x = self.embed(x, ids)
+        K = x.shape[1]
+
+        def make() -> _Unit:
+            program = self.program(0)
+            source, normed = program.buffer(K), program.buffer(K)
+            program.norm(source, _norm(w, eps), normed)
+            return _unit(program, (source,), (normed,), w)
+
+        (normed,) = self._run(self.unit(("norm", w.data_ptr(), K), make), x, (K,))
+        return normed if out is None else out.copy_(normed)
+
+    def linear(self, x: Tensor, w: Weights, *, residual: Tensor | None = None) -> Tensor:
+        def make() -> _Unit:
+            program = self.program(w.data.nbytes)
+            source, out = program.buffer(w.in_features), program.buffer(w.out_features)
+            program.linear(source, w, out, residual=None if residual is None else out)
+            return _unit(program, (source, out), (out,))
+
+        unit = self.unit(("linear", id(w.data), residual is None), make)
+        (out,) = self._run(unit, x, (w.out_features,), residual)
+        return out
+
+    def gate_up_silu(self, x: Tensor, norm_w: Tensor, eps: float, w: Weights) -> Tensor:
+        # Of gates that are padded to whole lanes; what takes them has fewer inputs.
+        columns = w.out_features // 2
+
+        def make() -> _Unit:
+            program = self.program(w.data.nbytes)
+            source, out = program.buffer(w.in_features), program.buffer(columns)
+            program.gate_up_silu(source, w, out, norm=_norm(norm_w, eps))
+            return _unit(program, (source,), (out,), norm_w)
+
+        (out,) = self._run(self.unit(("gate_up", id(w.data)), make), x, (columns,))
+        return out
+
+    def _run(
+        self,
+        unit: _Unit,
+        x: Tensor,
+        columns: tuple[int, ...],
+        residual: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Run rows x [R, K] through a unit -> the first `columns` of each output."""
+        made: list[list[Tensor]] = [[] for _ in columns]
+        for begin in range(0, max(1, len(x)), MAX_ROWS):
+            rows = x[begin : begin + MAX_ROWS]
+            count = len(rows)
+            if count:
+                width = min(unit.inputs[0].shape[1], x.shape[1])
+                unit.inputs[0][:count, :width].copy_(rows[:, :width])
+                if residual is not None:
+                    some = residual[begin : begin + count]
+                    unit.inputs[1][:count, : some.shape[1]].copy_(some)
+                unit.program.run(count)
+            for kept, out, width in zip(made, unit.outputs, columns, strict=True):
+                kept.append(out[:count, :width].clone())
+        return [_joined(kept) for kept in made]
+
+    # Attention.
+
+    def plan(
+        self,
+        lengths: Tensor,
+        rows: int,
+        *,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        page_table: Tensor,
+        cos_table: Tensor,
+        sin_table: Tensor,
+        group: int,
+        window: int = 0,
+        head_dim: int,
+    ) -> CpuPlan:
+        return CpuPlan(lengths, rows, page_table, cos_table, sin_table, group, window, head_dim)
+
+    def qkv_rope_cache(
+        self,
+        x: Tensor,
+        norm_w: Tensor | None,
+        eps: float,
+        w: Weights,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        plan: CpuPlan,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+    ) -> Tensor:
+        pages = self._pages(k_pages, v_pages, plan, q_norm, k_norm)
+        D, width = k_pages.shape[3], w.out_features
+
+        def make() -> _Unit:
+            program = self.program(w.data.nbytes, MAX_ROWS)
+            source, qkv = program.buffer(w.in_features), program.buffer(width)
+            program.qkv_rope_cache(source, w, qkv, pages, norm=_norm(norm_w, eps))
+            return _unit(program, (source,), (qkv,), norm_w)
+
+        unit = self.unit(("qkv", id(w.data), k_pages.data_ptr()), make)
+        queries = pages.heads * D
+        made = [
+            unit.outputs[0][:count, :queries].clone()
+            for count in self._windows(unit, plan, x.view(len(plan.lengths), plan.rows, -1))
+        ]
+        return _joined(made).view(len(plan.lengths), plan.rows, pages.heads, D)
+
+    def verify_attention(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, plan: CpuPlan
+    ) -> Tensor:
+        pages, width = self._pages(k_pages, v_pages, plan), q.shape[2] * q.shape[3]
+
+        def make() -> _Unit:
+            program = self.program(ALONE, MAX_ROWS)
+            queries, out = program.buffer(width), program.buffer(width)
+            program.attend(queries, out, pages)
+            return _unit(program, (queries,), (out,))
+
+        unit = self.unit(("attend", k_pages.data_ptr()), make)
+        made = [
+            unit.outputs[0][:count, :width].clone()
+            for count in self._windows(unit, plan, q.flatten(2))
+        ]
+        return _joined(made).view(q.shape)
+
+    def _pages(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        plan: CpuPlan,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+    ) -> Pages:
+        heads = k_pages.shape[2] * plan.group
+        norms = (_head_norm(q_norm), _head_norm(k_norm))
+        tables = (plan.cos, plan.sin)
+        return Pages(k_pages, v_pages, *tables, heads, plan.sliding, *norms, plan.head_dim)
+
+    def _windows(self, unit: _Unit, plan: CpuPlan, x: Tensor) -> Iterator[int]:
+        """Run rows x [B, T, K], in order and as many at a time as a program holds -> how many."""
+        for b, count, t, rows in _parts(len(plan.lengths), plan.rows):
+            _set_window(unit.program, plan.lengths, plan.page_table, b, count, t)
+            source = x[b : b + count, t : t + rows].flatten(0, 1)
+            unit.inputs[0][: len(source), : source.shape[1]].copy_(source)
+            unit.program.run(rows, count)
+            yield len(source)
+
+    def layers(
+        self, model: Any, window: Tensor, cache: Any, taps: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`run_trunk` in one program."""
+        config, taps = model.config, tuple(sorted(set(taps)))
+        E = config.hidden_size
+
+        def make() -> _Unit:
+            program = self.program(ALONE, MAX_ROWS)
+            x = program.buffer(E)
+            program.embed(model.embedding, x)
+            table = Cache(
+                cache.k,
+                cache.v,
+                cache.cos,
+                cache.sin,
+                config.num_heads,
+                config.sliding_window,
+                config.head_dim,
+            )
+            layers = [_layer(layer, config.rms_norm_eps) for layer in model.layers]
+            hidden, tapped = add_layers(program, x, layers, table, taps)
+            return _unit(program, (), (hidden, *tapped), model)
+
+        unit = self.unit(("layers", id(model), cache.k.data_ptr(), taps), make)
+        made: list[list[Tensor]] = [[] for _ in unit.outputs]
+        for b, count, t, rows in _parts(*window.shape):
+            _set_window(unit.program, cache.lengths, cache.page_table, b, count, t)
+            ids = window[b : b + count, t : t + rows].reshape(-1)
+            unit.program.ids[: len(ids)] = ids.numpy()
+            unit.program.run(rows, count)
+            for kept, out in zip(made, unit.outputs, strict=True):
+                kept.append(out[: len(ids), :E].clone())
+        hidden, *tapped = (_joined(kept) for kept in made)
+        return hidden, tapped
+
+    # The vocabulary.
+
+    def project(
+        self, hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: Weights, heads: Any
+    ) -> tuple[Tensor, Projected]:
+        normed = self.rms_norm(hidden, norm_w, eps)
+
+        def later(rows: Tensor) -> Tensor:
+            drafting = self.parallel_heads(normed[rows], heads)
+            logits = self._project(drafting.flatten(0, 1), vocabulary, "heads").logits
+            return logits.view(len(rows), len(heads), -1)
+
+        return normed, self._project(normed, vocabulary, "own", later if heads else None)
+
+    def choose(
+        self,
+        hidden: Tensor,
+        vocabulary: Weights,
+        token_ids: Tensor,
+        behind: Tensor,
+        draft: int,
+        sampling: SamplingRows,
+    ) -> tuple[Tensor, Tensor]:
+        kept = self._project(hidden, vocabulary, "heads")
+        chance = (kept.values - kept.logsumexp).exp()
+        if bool((sampling.temperature < GREEDY).all()):
+            return token_ids[kept.best], chance
+        positions = positions_of(behind + draft, 1)
+        return sample_ref(kept.logits[:, None], positions, sampling, token_ids)[:, 0], chance
+
+    def parallel_heads(self, rows: Tensor, heads: Any) -> Tensor:
+        made = []
+        for stack in heads:
+            hidden = rows
+            for block in stack:
+                hidden = hidden + F.silu(self.linear(hidden, block))
+            made.append(hidden)
+        return torch.stack(made, 1)
+
+    def _project(
+        self,
+        x: Tensor,
+        vocabulary: Weights,
+        whose: str,
+        heads: Callable[[Tensor], Tensor] | None = None,
+    ) -> CpuLogits:
+        """Rows [R, E] through a vocabulary. `whose` keeps the model's logits apart from those that
+        are drafted from while they are still wanted."""
+
+        def make() -> _Unit:
+            program = self.program(vocabulary.data.nbytes)
+            source, out = program.buffer(vocabulary.in_features), program.buffer(V)
+            best = program.project(source, vocabulary, logits=out)
+            return _unit(program, (source,), (out,))._replace(best=best)
+
+        V = vocabulary.out_features
+        unit = self.unit(("project", id(vocabulary.data), whose), make)
+        assert unit.best is not None
+        made = []
+        parts = x.split(MAX_ROWS)
+        for rows in parts:
+            count = len(rows)
+            unit.inputs[0][:count, : x.shape[1]].copy_(rows)
+            unit.program.run(count)
+            best, logits = unit.best[:count].copy(), unit.outputs[0][:count, :V]
+            value, logsumexp = (torch.from_numpy(as_floats(best[:, i])) for i in (1, 2))
+            ids = torch.from_numpy(best[:, 0].copy())
+            made.append((logits if len(parts) == 1 else logits.clone(), ids, value, logsumexp))
+        own, ids, values, sums = (_joined(column) for column in zip(*made, strict=True))
+        return CpuLogits(own, ids, values, sums, heads)
+
+
+def cpu_ops() -> Ops:
+    """The kernels of this CPU. Programs are kept for the weights and caches that they are called
+    with, for as long as the value lives."""
+    cpu = _Cpu()
+    return Ops(
+        pack=cpu.pack,
+        pack_qkv=cpu.pack_qkv,
+        pack_o=cpu.pack_o,
+        pack_gate_up=cpu.pack_gate_up,
+        pack_heads=cpu.pack_heads,
+        pack_embedding=cpu.pack,
+        embed=cpu.embed,
+        plan=cpu.plan,
+        rms_norm=cpu.rms_norm,
+        qkv_rope_cache=cpu.qkv_rope_cache,
+        verify_attention=cpu.verify_attention,
+        linear=cpu.linear,
+        gate_up_silu=cpu.gate_up_silu,
+        layers=cpu.layers,
+        parallel_heads=cpu.parallel_heads,
+        project=cpu.project,
+        choose=cpu.choose,
+        advance=advance_ref,
+        ngram=ngram_ref,
+        branches=True,
+        padded_dim=padded_dim,
+        rows=torch.float32,
+    )
+
+
+def _unit(
+    program: Program, inputs: Sequence[Array], outputs: Sequence[Array], *kept: object
+) -> _Unit:
+    """`kept` is what the key of the unit names by address."""
+    program.keep(*kept)
+    views = (tuple(torch.from_numpy(array) for array in arrays) for arrays in (inputs, outputs))
+    return _Unit(program, *views)
+
+
+def _quants(w: Tensor | Quants) -> Quants:
+    return w if isinstance(w, Quants) else rounded(w, FORMATS[w.dtype])
+
+
+def _norm(w: Tensor | None, eps: float) -> Norm:
+    return Norm(None if w is None else w.float().numpy(), eps)
+
+
+def _head_norm(w: Tensor | None) -> Array | None:
+    """The weights [D] of a norm of each head, padded like the heads."""
+    if w is None:
+        return None
+    order = padded_heads(1, len(w))
+    return np.where(order < 0, np.float32(0), w.float().numpy()[order])
+
+
+def _layer(layer: Any, eps: float) -> Layer:
+    return Layer(
+        _norm(layer.input_norm, eps),
+        layer.qkv,
+        layer.o,
+        _norm(layer.post_attention_norm, eps),
+        layer.gate_up,
+        layer.down,
+        _head_norm(layer.q_norm),
+        _head_norm(layer.k_norm),
+    )
+
+
+def _parts(batch: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut [B, T] into what a program holds: first sequence, how many, first row, how many."""
+    if rows > MAX_ROWS:
+        for b in range(batch):
+            for t in range(0, rows, MAX_ROWS):
+                yield b, 1, t, min(MAX_ROWS, rows - t)
+        return
+    most = MAX_ROWS // max(1, rows)
+    for b in range(0, batch, most):
+        yield b, min(most, batch - b), 0, rows
+
+
+def _set_window(
+    program: Program, lengths: Tensor, page_table: Tensor, first: int, count: int, row: int
+) -> None:
+    program.lengths[:count] = lengths[first : first + count].numpy() + row
+    program.page_table = np.ascontiguousarray(page_table[first : first + count].numpy())
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
