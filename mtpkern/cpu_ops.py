@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.advance import advance_ref
+from mtpkern.errors import UserError
+from mtpkern.kernels.advance import STEP_MASK
 from mtpkern.kernels.cpu._compile import Kernels, default_cache
 from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
-from mtpkern.kernels.cpu.program import Norm, Pages, Program, as_floats
+from mtpkern.kernels.cpu.program import Norm, Pages, Program
 from mtpkern.kernels.cpu.weights import (
     Array,
     Quants,
@@ -32,9 +33,8 @@ from mtpkern.kernels.cpu.weights import (
     padded_heads,
     rounded,
 )
-from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.kernels.sample import GREEDY, SamplingRows, sample_ref
-from mtpkern.ops import Ops, Projected, Withheld, positions_of
+from mtpkern.ops import Ops, Progress, Projected, Withheld, positions_of
 
 # Rows that a program holds; more take several runs.
 MAX_ROWS = 128
@@ -108,8 +108,14 @@ class CpuLogits(NamedTuple):
 
 @cache
 def kernels() -> Kernels:
-    """This process's kernels."""
-    return Kernels(directory=default_cache())
+    """This process's kernels, compiled by the first run on a machine. UserError where this CPU
+    cannot run them."""
+    try:
+        found = Kernels(directory=default_cache())
+    except ValueError as error:
+        raise UserError(f"device cpu: {error}") from None
+    found.run_program()
+    return found
 
 
 @cache
@@ -376,14 +382,13 @@ class _Cpu:
     def project(
         self, hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: Weights, heads: Any
     ) -> tuple[Tensor, Projected]:
-        normed = self.rms_norm(hidden, norm_w, eps)
-
         def later(rows: Tensor) -> Tensor:
             drafting = self.parallel_heads(normed[rows], heads)
-            logits = self._project(drafting.flatten(0, 1), vocabulary, "heads").logits
+            logits = self._project(drafting.flatten(0, 1), vocabulary)[1].logits
             return logits.view(len(rows), len(heads), -1)
 
-        return normed, self._project(normed, vocabulary, "own", later if heads else None)
+        normed, projected = self._project(hidden, vocabulary, (norm_w, eps))
+        return normed, projected._replace(heads=later) if heads else projected
 
     def choose(
         self,
@@ -394,7 +399,7 @@ class _Cpu:
         draft: int,
         sampling: SamplingRows,
     ) -> tuple[Tensor, Tensor]:
-        kept = self._project(hidden, vocabulary, "heads")
+        _, kept = self._project(hidden, vocabulary)
         chance = (kept.values - kept.logsumexp).exp()
         if bool((sampling.temperature < GREEDY).all()):
             return token_ids[kept.best], chance
@@ -411,36 +416,94 @@ class _Cpu:
         return torch.stack(made, 1)
 
     def _project(
-        self,
-        x: Tensor,
-        vocabulary: Weights,
-        whose: str,
-        heads: Callable[[Tensor], Tensor] | None = None,
-    ) -> CpuLogits:
-        """Rows [R, E] through a vocabulary. `whose` keeps the model's logits apart from those that
-        are drafted from while they are still wanted."""
+        self, x: Tensor, vocabulary: Weights, norm: tuple[Tensor, float] | None = None
+    ) -> tuple[Tensor, CpuLogits]:
+        """Rows [R, E], normed where `norm` gives weights and eps, through a vocabulary -> the rows
+        as multiplied, and their logits. Those of rows that are normed here stay apart from others.
+        """
+        E, V = vocabulary.in_features, vocabulary.out_features
 
         def make() -> _Unit:
             program = self.program(vocabulary.data.nbytes)
-            source, out = program.buffer(vocabulary.in_features), program.buffer(V)
-            best = program.project(source, vocabulary, logits=out)
-            return _unit(program, (source,), (out,))._replace(best=best)
+            source = normed = program.buffer(E)
+            if norm is not None:
+                normed = program.buffer(E)
+                program.norm(source, _norm(*norm), normed)
+            logits = program.buffer(V)
+            best = program.project(normed, vocabulary, logits=logits)
+            return _unit(program, (source,), (normed, logits), norm)._replace(best=best)
 
-        V = vocabulary.out_features
-        unit = self.unit(("project", id(vocabulary.data), whose), make)
+        own = None if norm is None else norm[0].data_ptr()
+        unit = self.unit(("project", id(vocabulary.data), own), make)
         assert unit.best is not None
-        made = []
-        parts = x.split(MAX_ROWS)
+        made, parts = [], x.split(MAX_ROWS)
         for rows in parts:
             count = len(rows)
-            unit.inputs[0][:count, : x.shape[1]].copy_(rows)
+            unit.inputs[0][:count, :E].copy_(rows)
             unit.program.run(count)
-            best, logits = unit.best[:count].copy(), unit.outputs[0][:count, :V]
-            value, logsumexp = (torch.from_numpy(as_floats(best[:, i])) for i in (1, 2))
-            ids = torch.from_numpy(best[:, 0].copy())
-            made.append((logits if len(parts) == 1 else logits.clone(), ids, value, logsumexp))
-        own, ids, values, sums = (_joined(column) for column in zip(*made, strict=True))
-        return CpuLogits(own, ids, values, sums, heads)
+            best = torch.from_numpy(unit.best[:count].copy())
+            floats = best[:, 1:].int().view(torch.float32)
+            normed, logits = unit.outputs[0][:count, :E].clone(), unit.outputs[1][:count, :V]
+            if len(parts) > 1:
+                logits = logits.clone()
+            made.append((normed, logits, best[:, 0], floats[:, 0], floats[:, 1]))
+        normed, *parts = (_joined(column) for column in zip(*made, strict=True))
+        return normed, CpuLogits(*parts, None)
+
+
+def _advance(
+    window: Tensor, target: Tensor, largest: Tensor, logprobs: Tensor | None, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """`advance_ref` for the few numbers of a step, one by one: a library's call takes longer."""
+    T = window.shape[1]
+    windows, targets = window.numpy(), target.tolist()
+    sound = largest.isfinite().tolist()
+    chances = [[0] * T] * len(targets)
+    if logprobs is not None:
+        chances = (logprobs.view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    p = Progress(*(tensor.numpy() for tensor in progress))
+    made = []
+    for b, chosen in enumerate(targets):
+        drafts, active, length = windows[b].tolist(), int(p.active[b]), int(p.lengths[b])
+        n = 0
+        while n + 1 < T and sound[b][n] and drafts[n + 1] == chosen[n]:
+            n += 1
+        broken = active and not sound[b][n]
+        count = (n + 1) * active
+        p.clock[b] += 1
+        step = int(p.clock[b])
+        above = (step & STEP_MASK) << 32
+        facts = n | int(p.drafted[b]) << 8 | int(p.source[b]) << 16
+        words = [facts | (active + 2 * broken) << 24, *chosen, *chances[b]]
+        p.ring[step % len(p.ring), b, : 1 + 2 * T] = [above | word for word in words]
+        if active:
+            p.tokens[b, length + 1 : length + 1 + T] = chosen
+            windows[b, 0] = chosen[n]
+            ended = not set(p.ends[b].tolist()).isdisjoint(chosen[:count])
+            p.lengths[b] = length + count
+            p.active[b] = not (ended or broken or length + count + 1 >= p.limits[b])
+        p.drafted[b] = p.source[b] = 0
+        made.append((n, count))
+    accepted, counts = torch.tensor(made).unbind(1)
+    return accepted, counts
+
+
+def _ngram(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
+    """`ngram_ref` by a search for bytes."""
+    copied, found = [], []
+    for row, count in zip(tokens.numpy(), known.tolist(), strict=True):
+        at, text = -1, row[: count - 1].tobytes()
+        width, pattern = row.itemsize, row[max(0, count - size) : count].tobytes()
+        if count > size:
+            at = text.rfind(pattern)
+            while at % width and at >= 0:  # across two tokens
+                at = text.rfind(pattern, 0, at + len(pattern) - 1)
+        begin = at // width + size
+        found.append(at >= 0)
+        copied.append(
+            [int(row[begin + i % (count - begin)]) if at >= 0 else 0 for i in range(drafts)]
+        )
+    return torch.tensor(copied), torch.tensor(found)
 
 
 def cpu_ops() -> Ops:
@@ -465,8 +528,8 @@ def cpu_ops() -> Ops:
         parallel_heads=cpu.parallel_heads,
         project=cpu.project,
         choose=cpu.choose,
-        advance=advance_ref,
-        ngram=ngram_ref,
+        advance=_advance,
+        ngram=_ngram,
         branches=True,
         padded_dim=padded_dim,
         rows=torch.float32,

@@ -30,7 +30,7 @@ from mtpkern.config import (
     SamplingParams,
     resolve_dtype,
 )
-from mtpkern.cpu_ops import cpu_ops
+from mtpkern.cpu_ops import cpu_ops, kernels
 from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
 from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
 from mtpkern.errors import UserError, counted, printable
@@ -174,6 +174,9 @@ class LLM:
         self.heads_name = None if heads_directory is None else heads_directory.name
         self._running = self._closed = False
         self._threads = use_threads(threads)
+        if self.device.type == "cpu" and ops is None:
+            with status.phase("compiling kernels for this CPU, which happens once"):
+                kernels()
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
@@ -732,7 +735,7 @@ class LLM:
         last, begin = None, start
         while begin < count:
             chunk = prompt[begin : min(begin - begin % most + most, count)]
-            rows = most - begin % most if on_cpu else -(-len(chunk) // GPU_PAGE) * GPU_PAGE
+            rows = len(chunk) if on_cpu else -(-len(chunk) // GPU_PAGE) * GPU_PAGE
             padded = torch.zeros(1, rows, dtype=torch.int64)
             padded[0, : len(chunk)] = chunk
             hidden, tapped = run_trunk(

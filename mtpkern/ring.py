@@ -52,24 +52,17 @@ class Ring:
         count = 1 + rows * (2 if logprobs else 1)
         place = self._seen[step % len(self._seen), :batch, :count]
         doubt = time.monotonic() + _DOUBT
-        words = place.copy()
-        while ((words >> 32) != step & STEP_MASK).any():
+        words = place.tolist()
+        while any(word >> 32 != step & STEP_MASK for sequence in words for word in sequence):
             time.sleep(_PAUSE)
             if time.monotonic() > doubt:
                 check()
                 doubt += _DOUBT
-            words = place.copy()
-        low = (words & 0xFFFFFFFF).astype(numpy.uint32)
-        targets = low[:, 1 : 1 + rows].tolist()
-        chances = low[:, 1 + rows :].view(numpy.float32).tolist()
-        return [
-            StepRecord(
-                word & 0xFF,
-                word >> 8 & 0xFF,
-                word >> 16 & 0xFF,
-                target,
-                chance,
-                bool(word >> 24 & 2),
-            )
-            for word, target, chance in zip(low[:, 0].tolist(), targets, chances, strict=True)
-        ]
+            words = place.tolist()
+        records = []
+        for sequence in words:
+            word, *low = (word & 0xFFFFFFFF for word in sequence)
+            chances = numpy.array(low[rows:], numpy.uint32).view(numpy.float32).tolist()
+            parts = (word & 0xFF, word >> 8 & 0xFF, word >> 16 & 0xFF)
+            records.append(StepRecord(*parts, low[:rows], chances, bool(word >> 24 & 2)))
+        return records

@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "gguf_checkpoint": {"config", "checkpoint"},
     "package_index": {"config", "status"},
     "ops": {"kernels"},
-    "cpu_ops": {"kernels", "ops"},
+    "cpu_ops": {"errors", "kernels", "ops"},
     "definitions": {"kernels"},
     "library": {"kernels", "definitions"},
     "model": {"config", "cache", "ops", "checkpoint"},

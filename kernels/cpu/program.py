@@ -203,14 +203,12 @@ class Program:
                 f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "
                 f"got {rows} x {batch}"
             )
-        ids, lengths = self.ids[: rows * batch], self.lengths[:batch]
-        if ids.min() < 0 or ids.max() >= self._tokens:
-            raise ValueError(f"ids must be 0..{self._tokens - 1}, got {ids.tolist()}")
+        ids, lengths = self.ids[: rows * batch].tolist(), self.lengths[:batch].tolist()
+        if min(ids) < 0 or max(ids) >= self._tokens:
+            raise ValueError(f"ids must be 0..{self._tokens - 1}, got {ids}")
         positions = min(self._positions, self.page_table.shape[1] * self._page_size)
-        if lengths.min() < 0 or lengths.max() + rows > positions:
-            raise ValueError(
-                f"lengths + {rows} rows must be at most {positions}, got {lengths.tolist()}"
-            )
+        if min(lengths) < 0 or max(lengths) + rows > positions:
+            raise ValueError(f"lengths + {rows} rows must be at most {positions}, got {lengths}")
 
     def _seal(self) -> None:
         partials = on_cache_line((self._partials,), np.float32)
