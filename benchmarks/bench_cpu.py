@@ -29,7 +29,7 @@ from mtpkern.cache import rotary_tables
 from mtpkern.command import Parser, at_least
 from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
-from mtpkern.kernels.cpu._threads import Helpers, physical_cores
+from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
 from mtpkern.kernels.cpu.weights import (
@@ -42,6 +42,7 @@ from mtpkern.kernels.cpu.weights import (
     pack,
     rounded,
 )
+from mtpkern.threads import physical_cores
 
 PROBE_BYTES, PROBE_READS = 2**29, 5
 ROWS = (1, 2, 5, 8)

@@ -173,7 +173,7 @@ class LLM:
         heads_directory = find_heads(heads, self.name, directory)
         self.heads_name = None if heads_directory is None else heads_directory.name
         self._running = self._closed = False
-        self._threads = use_threads(threads)
+        use_threads(threads)
         if self.device.type == "cpu" and ops is None:
             with status.phase("compiling kernels for this CPU, which happens once"):
                 kernels()
@@ -480,12 +480,6 @@ class LLM:
         if self._running:
             raise UserError(
                 "this LLM is answering already: exhaust or close the other stream first"
-            )
-        if torch.get_num_threads() != self._threads:
-            # The row counts that keep a row's bits were probed with that many.
-            raise UserError(
-                f"torch had {counted(self._threads, 'thread')} when this LLM was loaded and has "
-                f"{torch.get_num_threads()} now: load it again"
             )
         if any(job.params.temperature > 0 for job in jobs) and not self.ops.branches:
             raise UserError("temperature above 0 needs device cpu in this version")

@@ -172,7 +172,7 @@ class Recorder:
 
         def kept(cpu: Any, *arguments: Any) -> Any:
             projected = project(cpu, *arguments)
-            rows.append(projected.logits.clone())
+            rows.append(projected[1].logits.clone())
             return projected
 
         project = _Cpu._project

@@ -82,19 +82,3 @@ def _help(queue: SimpleQueue[Job | None], thread: int) -> None:
     while (job := queue.get()) is not None:
         job(thread)
         del job
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, hyperthreads counted once where the system tells."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if allowed is None:
-        return os.cpu_count() or 1
-    seen = set()
-    for cpu in allowed:
-        try:
-            path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-            with open(path, encoding="ascii") as stream:
-                seen.add(stream.read().strip())
-        except OSError:
-            return len(allowed)
-    return len(seen)
