@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtpkern.arguments import choice
 from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_object, reason
-from mtpkern.gguf_file import POINTER_FILE, pointed_to, read_gguf
+from mtpkern.gguf_file import GGUF_FILE, POINTER_FILE, pointed_to, read_gguf
 from mtpkern.kernels.cpu.weights import Quants, rounded
 from mtpkern.quantised import ROUNDED_FORMATS, Quantiser, vocabulary_format
 from mtpkern.tensor_files import (
@@ -350,7 +350,7 @@ def read_entries(directory: str | Path) -> dict[str, TensorEntry]:
 
 def _weight_files(directory: Path) -> list[Path]:
     """A directory's files of weights; the first is read."""
-    names = ("model.safetensors", "model.safetensors.index.json", "model.gguf")
+    names = ("model.safetensors", "model.safetensors.index.json", GGUF_FILE)
     found = [directory / name for name in names if (directory / name).is_file()]
     pointer = directory / POINTER_FILE
     return [*found, pointed_to(pointer)] if pointer.is_file() else found

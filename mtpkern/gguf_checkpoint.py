@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -22,8 +21,8 @@ from tokenizers import (
 )
 
 from mtpkern.checkpoint import check_checkpoint, read_entries
-from mtpkern.config import ModelLoadError, printable, reason
-from mtpkern.gguf_file import ARCHITECTURES
+from mtpkern.config import ModelLoadError, printable
+from mtpkern.gguf_file import ARCHITECTURES, read_metadata
 from mtpkern.tensor_files import Maps, TensorEntry, expanded, row_slices
 
 # GGUF's token types for special tokens, and for others that are found in a text as a whole.
@@ -102,13 +101,7 @@ def describe_gguf(source: Path, directory: Path) -> None:
 
     Raises ModelLoadError as `convert_gguf` does.
     """
-    entries = read_entries(source)
-    try:
-        metadata = {name: field.contents() for name, field in GGUFReader(source).fields.items()}
-    except (ValueError, OSError, IndexError) as error:
-        raise ModelLoadError(
-            f"{printable(source)} is not a GGUF: {reason(error, source)}"
-        ) from None
+    entries, metadata = read_entries(source), read_metadata(source)
     try:
         _check_metadata(metadata)
         config = _config(metadata, entries)

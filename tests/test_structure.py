@@ -60,7 +60,8 @@ ARROWS: dict[str, set[str]] = {
     "tokenizer": {"config", "chat_template", "tokenizer_files"},
     "tokenizer_files": {"config"},
     "chat_template": {"arguments", "config"},
-    "fetch": {"arguments", "checkpoint", "errors", "status"} | {"gguf_checkpoint", "package_index"},
+    "fetch": {"arguments", "checkpoint", "errors", "status"}
+    | {"gguf_checkpoint", "gguf_file", "package_index"},
     "gguf_checkpoint": {"config", "checkpoint", "gguf_file", "tensor_files"},
     "package_index": {"config", "status"},
     "ops": {"kernels"},
