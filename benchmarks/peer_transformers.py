@@ -16,7 +16,7 @@ CACHE = 2048
 
 
 def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint that mtpkern loads, whose weights may be in a GGUF, as a model of transformers."""
+    """A checkpoint in transformers; its weights may be in a GGUF."""
     config = AutoConfig.from_pretrained(directory)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing = model.load_state_dict(load_tensors(directory), strict=False).missing_keys
