@@ -134,7 +134,7 @@ def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, Tens
     entries = read_entries(directory)
     if config.tie_word_embeddings and _EMBEDDING not in entries and _LM_HEAD in entries:
         entries[_EMBEDDING] = entries.pop(_LM_HEAD)
-    _check_entries(config, entries, _checked_directory(directory))
+    check_entries(config, entries, _checked_directory(directory))
     return config, entries
 
 
@@ -445,13 +445,14 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _check_entries(config: ModelConfig, entries: dict[str, TensorEntry], directory: Path) -> None:
+def check_entries(config: ModelConfig, entries: Mapping[str, TensorEntry], place: Path) -> None:
+    """ModelLoadError where the tensors in `place` are not those that a config calls for."""
     expected = dict(expected_tensors(config))
     for name, shape in expected.items():
         entry = entries.get(name)
         if entry is None:
             says = _flag_behind(name, "true")
-            raise ModelLoadError(f"{printable(directory)}: tensor {name} is missing{says}")
+            raise ModelLoadError(f"{printable(place)}: tensor {name} is missing{says}")
         if not _is_weight(entry):
             raise _dtype_error(entry, _WEIGHT_DTYPES)
         if entry.shape != shape:

