@@ -1,15 +1,28 @@
 """The same weights in transformers: greedy, batch 1, with a static cache, eager or compiled."""
 
 import time
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
+from mtpkern.checkpoint import load_tensors
+from mtpkern.errors import UserError
 from mtpkern.fetch import resolve_model
 
 # Prompts and answers of all lengths share a cache of this size, so that one compilation serves.
 CACHE = 2048
+
+
+def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint in transformers; its weights may be in a GGUF."""
+    config = AutoConfig.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing = model.load_state_dict(load_tensors(directory), strict=False).missing_keys
+    if set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+        raise UserError(f"{directory} does not fit transformers: it has no {', '.join(missing)}")
+    return model
 
 
 class Peer:
@@ -17,7 +30,7 @@ class Peer:
 
     def __init__(self, model: str | None, dtype: torch.dtype, device: torch.device):
         logging.disable_progress_bar()
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype)
+        loaded = load(resolve_model(model), dtype)
         self.model, self.device = loaded.eval().to(device), device
         self.compiled = torch.compile(self.model, mode="reduce-overhead", fullgraph=True)
 

@@ -1,4 +1,4 @@
-"""Files on disk -> named tensors: safetensors, one file or many, straight into their layout.
+"""Files on disk -> named tensors: safetensors, one file or many, or a GGUF, straight into place.
 
 Everything is checked from the headers, before any weight is read: names, shapes and dtypes against
 the config. A weight that is used as it is stays a mapping of the file; one that changes dtype, or
@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import mmap
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +22,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mtpkern.arguments import choice
 from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_object, reason
+from mtpkern.gguf_file import GGUF_FILE, POINTER_FILE, pointed_to, read_gguf
+from mtpkern.kernels.cpu.weights import Quants, rounded
+from mtpkern.quantised import ROUNDED_FORMATS, Quantiser, vocabulary_format
+from mtpkern.tensor_files import (
+    TORCH_DTYPES,
+    Maps,
+    TensorEntry,
+    expanded,
+    is_expandable,
+    mapped,
+    read_into,
+    release,
+    row_slices,
+)
 
 _LOG = logging.getLogger("mtpkern")
 
@@ -33,16 +47,16 @@ class LayerWeights:
     """One decoder layer. Biases are None where the model has none."""
 
     input_norm: Tensor | None  # [E]
-    qkv: Tensor  # [(Hq+2Hk)*D, E]
+    qkv: Tensor | Quants  # [(Hq+2Hk)*D, E]
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [D], of each head before it is rotated
     k_norm: Tensor | None  # [D]
-    o: Tensor  # [E, Hq*D]
+    o: Tensor | Quants  # [E, Hq*D]
     o_bias: Tensor | None
     post_attention_norm: Tensor  # [E]
-    gate_up: Tensor  # [2F, E]
+    gate_up: Tensor | Quants  # [2F, E]
     gate_up_bias: Tensor | None
-    down: Tensor  # [E, F]
+    down: Tensor | Quants  # [E, F]
     down_bias: Tensor | None
 
 
@@ -50,51 +64,24 @@ class LayerWeights:
 class ModelWeights:
     """All weights of a model; `lm_head` is the `embedding` itself where they are tied."""
 
-    embedding: Tensor  # [V, E]
+    embedding: Tensor | Quants  # [V, E]
     layers: tuple[Any, ...]  # LayerWeights, or what `pack_layer` made of each
     norm: Tensor  # [E]
-    lm_head: Tensor  # [V, E]
+    lm_head: Tensor | Quants  # [V, E]
     mappings: tuple[mmap.mmap, ...]  # the files behind tensors that were not copied
 
     def release(self) -> None:
         """Let go of the mappings' resident pages; what is still used is read again when touched."""
-        _release(self.mappings)
+        release(self.mappings)
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: the file, and the bytes in it."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-    def __str__(self) -> str:
-        return f"{printable(self.file)}: tensor {printable(self.name)}"
-
-
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _PICKLED = (".bin", ".pt", ".pth")  # what `mtpkern convert` reads
 # What a trunk does without: buffers that trainers save and that are computed here, and heads.
 _IGNORED = re.compile(
     r"(.+\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
     r"|model\.layers\.\d+\.self_attn\.(masked_bias|bias)|(.+\.)?(causal_mask|position_ids)"
-    r"|model\.mtp_(layers|heads|norms)\..*"
+    r"|model\.mtp_(layers|heads|norms)\..*|rope_freqs\.weight"
 )
 # What wrappers of a model put into the names of its tensors: DDP and PEFT before them, torch's
 # compiler, FSDP and activation checkpointing anywhere.
@@ -109,7 +96,8 @@ _BARE_TRUNK = re.compile(
     r"|self_attn\.([qkvo]_proj\.\w+|[qk]_norm\.weight|rotary_emb\..+|masked_bias|bias))"
 )
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COMPARED_ROWS = 4096
+# Fields of LayerWeights that are matrices.
+_MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -121,13 +109,20 @@ def load_config(directory: str | Path) -> ModelConfig:
     directory = _checked_directory(directory)
     if not (directory / "config.json").is_file():
         for file in sorted(directory.glob("*.gguf"))[:1]:
-            raise ModelLoadError(f"{printable(directory)} holds a GGUF: {conversion(file)}")
+            raise ModelLoadError(
+                f"{printable(directory)} holds a GGUF without a config.json: give the file "
+                f"{printable(file)} itself"
+            )
         raise ModelLoadError(f"{printable(directory)} has no config.json: not a model directory")
     config = ModelConfig.from_json(directory)
-    single, index = _weight_files(directory)
-    if not (single.is_file() or index.is_file()):
+    if not has_weights(directory):
         return config
-    return _completed(config, read_entries(directory), single, index)
+    return _completed(config, read_entries(directory), directory)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there are files of weights that `read_entries` reads."""
+    return bool(_weight_files(directory))
 
 
 def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, TensorEntry]]:
@@ -139,18 +134,18 @@ def check_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str, Tens
     entries = read_entries(directory)
     if config.tie_word_embeddings and _EMBEDDING not in entries and _LM_HEAD in entries:
         entries[_EMBEDDING] = entries.pop(_LM_HEAD)
-    _check_entries(config, entries, _checked_directory(directory))
+    check_entries(config, entries, _checked_directory(directory))
     return config, entries
 
 
 def _completed(
-    config: ModelConfig, entries: Mapping[str, TensorEntry], single: Path, index: Path
+    config: ModelConfig, entries: Mapping[str, TensorEntry], directory: Path
 ) -> ModelConfig:
     """The config with what only the tensors say."""
     remarks = list(config.remarks)
     dtype, tied = config.dtype, config.tie_word_embeddings
     if dtype is None:
-        floats = [_TORCH_DTYPES[e.dtype] for e in entries.values() if e.dtype in _WEIGHT_DTYPES]
+        floats = [TORCH_DTYPES[e.dtype] for e in entries.values() if e.dtype in _WEIGHT_DTYPES]
         dtype = floats[0] if floats else None
     if tied and _EMBEDDING in entries and _LM_HEAD in entries:
         if not _is_equal(entries[_EMBEDDING], entries[_LM_HEAD]):
@@ -159,23 +154,26 @@ def _completed(
                 f"{entries[_LM_HEAD]} differs from the embedding and is used, although config.json "
                 "says tie_word_embeddings"
             )
-    if single.is_file() and index.is_file():
-        remarks.append(f"{printable(single)} is read, {index.name} beside it is not")
+    read, *unread = _weight_files(directory)
+    for file in unread:
+        remarks.append(f"{printable(read)} is read, {file.name} beside it is not")
     return replace(config, dtype=dtype, tie_word_embeddings=tied, remarks=tuple(remarks))
 
 
 def _is_equal(one: TensorEntry, other: TensorEntry) -> bool:
     """Whether two matrices have the same values, some rows at a time."""
-    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(_WEIGHT_DTYPES):
+    if one.shape != other.shape or not all(_is_weight(entry) for entry in (one, other)):
         return False
-    maps: dict[Path, mmap.mmap] = {}
-    pairs = zip(
-        *(_mapped(entry, maps).split(_COMPARED_ROWS) for entry in (one, other)), strict=True
-    )
+    maps: Maps = {}
     # In one dtype a comparison needs no copies.
     same = one.dtype == other.dtype
-    equal = all(torch.equal(a, b) if same else torch.equal(a.float(), b.float()) for a, b in pairs)
-    _release(maps.values())
+
+    def is_equal(rows: slice) -> bool:
+        a, b = (expanded(entry, maps, rows) for entry in (one, other))
+        return torch.equal(a, b) if same else torch.equal(a.float(), b.float())
+
+    equal = all(is_equal(rows) for rows in row_slices(one))
+    release(maps.values())
     return equal
 
 
@@ -184,64 +182,97 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
+    weights: str | None = None,
     pack_layer: Callable[[LayerWeights], Any] = lambda layer: layer,
     dummy: bool = False,
 ) -> tuple[ModelConfig, ModelWeights]:
     """Load a checkpoint in `dtype` onto `device`; ModelLoadError names the file and the tensor.
 
+    `weights` makes Quants of the matrices, on the CPU, beside norms and biases in float32: "auto"
+    those of a GGUF, in the file's own bits where there are kernels for them; a format (of
+    ROUNDED_FORMATS) those of any checkpoint, rounded, embedding and LM head to 8 bits at least.
+    What is no Quants is a tensor in `dtype`.
+
     Each layer goes through `pack_layer` before the next is read, so that a layout of the caller's
     own never stands in memory beside a second copy of all the weights. `dummy` makes up weights
     for a directory that holds a config.json alone.
     """
+    if weights is not None:
+        choice("weights", weights, ("auto", *ROUNDED_FORMATS))
+    config, entries = (load_config(directory), {}) if dummy else check_checkpoint(directory)
+    format = None if weights == "auto" else weights
+    quantised = format is not None or (weights == "auto" and _is_gguf(entries))
+    kept = torch.float32 if quantised else dtype
     place: _Placer | _Inventor
+    quants: Callable[[list[str], str | None], Quants]
     if dummy:
-        config = load_config(directory)
-        place = _Inventor(config, dtype, torch.device(device))
+        place = invent = _Inventor(config, kept, torch.device(device))
+        quants = invent.quants
     else:
-        config, entries = check_checkpoint(directory)
-        place = _Placer(entries, dtype, torch.device(device))
+        place = _Placer(entries, kept, torch.device(device))
+        quants = Quantiser(entries, place.maps)
+
+    def matrix(names: list[str], format: str | None) -> Tensor | Quants:
+        return quants(names, format) if quantised else place(names)
+
     for remark in config.remarks:
         _LOG.warning(remark)
     layers = []
     for i in range(config.num_layers):
-        fields: dict[str, Any] = {
-            field: place([f"model.layers.{i}.{name}" for name, _ in named]) if named else None
-            for field, named in layer_parts(config).items()
-        }
+        fields: dict[str, Any] = {}
+        for field, named in layer_parts(config).items():
+            names = [f"model.layers.{i}.{name}" for name, _ in named]
+            if field in _MATRICES:
+                fields[field] = matrix(names, format)
+            else:
+                fields[field] = place(names) if names else None
         layers.append(pack_layer(LayerWeights(**fields)))
-        _release(place.maps.values())
-    embedding = place([_EMBEDDING])
+        release(place.maps.values())
+    outer = vocabulary_format(format)
+    embedding = matrix([_EMBEDDING], outer)
     norm = place([final_norm(config)])
-    lm_head = embedding if config.tie_word_embeddings else place([_LM_HEAD])
+    lm_head = embedding if config.tie_word_embeddings else matrix([_LM_HEAD], outer)
     mappings = tuple(place.maps.values())
     return config, ModelWeights(embedding, tuple(layers), norm, lm_head, mappings)
 
 
 def load_tensors(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a directory (or one file) under their own names, as they are."""
+    """Tensors of a directory (or one file) under their own names, as they are.
+
+    They are mapped from the file, but for what of a GGUF is quantised, which is expanded to
+    float32, or has its rows in another order.
+    """
     entries = read_entries(directory)
     wanted = list(entries) if names is None else list(names)
     for name in wanted:
         if name not in entries:
             raise ModelLoadError(f"{printable(directory)}: tensor {printable(name)} is missing")
-        if entries[name].dtype not in _TORCH_DTYPES:
-            raise _dtype_error(entries[name], tuple(_TORCH_DTYPES))
-    maps: dict[Path, mmap.mmap] = {}
-    return {name: _mapped(entries[name], maps) for name in wanted}
+        if entries[name].dtype not in TORCH_DTYPES and not is_expandable(entries[name].dtype):
+            raise _dtype_error(entries[name], tuple(TORCH_DTYPES))
+    maps: Maps = {}
+    return {
+        name: mapped(entry, maps) if entry.is_plain else _expanded_whole(entry, maps)
+        for name, entry in ((name, entries[name]) for name in wanted)
+    }
 
 
 def fingerprint(directory: str | Path) -> str:
     """SHA-256 of sixteen values of every weight of a checkpoint, spread evenly, as float32.
 
     Enough to tell a model from another of its shape, or from what fine-tuning made of it, at the
-    price of a page a value instead of the whole file.
+    price of a page a value instead of the whole file. A GGUF has the fingerprint of its conversion:
+    its values are rounded to bfloat16 first.
     """
     config, entries = check_checkpoint(directory)
-    maps: dict[Path, mmap.mmap] = {}
+    maps: Maps = {}
     digest = hashlib.sha256()
-    for name, _ in sorted(expected_tensors(config)):
-        flat = _mapped(entries[name], maps).view(-1)
-        picked = flat[torch.linspace(0, len(flat) - 1, 16, dtype=torch.float64).long()]
+    rounded_first = _is_gguf(entries)
+    for name, shape in sorted(expected_tensors(config)):
+        spread = torch.linspace(0, math.prod(shape) - 1, 16, dtype=torch.float64).long()
+        width = math.prod(shape[1:])
+        rows = expanded(entries[name], maps, (spread // width).numpy())
+        picked = rows.reshape(16, width)[torch.arange(16), spread % width]
+        picked = picked.bfloat16() if rounded_first else picked
         digest.update(name.encode() + picked.float().numpy().tobytes())
     return digest.hexdigest()
 
@@ -291,20 +322,20 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
 
 
 def read_entries(directory: str | Path) -> dict[str, TensorEntry]:
-    """Every tensor of a directory's safetensors (or of one such file), from the headers alone.
+    """Every tensor of a directory's safetensors or GGUF (or of one such file), from the headers.
 
     The names are those of the model itself: without what wrappers put into them, and with "model."
-    before those of a trunk that was saved alone. Of a single file and an index, the file counts.
+    before those of a trunk that was saved alone. Of a single file, an index
+    and a GGUF, the first counts.
     """
     path = Path(directory)
     if path.is_file():
-        return _unwrapped(_read_header(path))
+        return read_gguf(path) if path.suffix == ".gguf" else _unwrapped(_read_header(path))
     path = _checked_directory(path)
-    single, index = _weight_files(path)
-    if single.is_file():
-        return _unwrapped(_read_header(single))
-    if index.is_file():
-        return _unwrapped(_read_shards(path, index))
+    for file in _weight_files(path)[:1]:
+        return (
+            read_entries(file) if file.suffix != ".json" else _unwrapped(_read_shards(path, file))
+        )
     pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLED)
     other = sorted(p.name for p in path.glob("*.safetensors"))
     if pickled and not other:
@@ -312,13 +343,17 @@ def read_entries(directory: str | Path) -> dict[str, TensorEntry]:
     beside = f", only {printable(other[0])}" if other else ""
     adapter = " (an adapter: merge it into its model)" if "adapter" in beside else ""
     raise ModelLoadError(
-        f"{printable(path)} has no model.safetensors and no index of shards{beside}{adapter}"
+        f"{printable(path)} has no model.safetensors, no index of shards and no model.gguf"
+        f"{beside}{adapter}"
     )
 
 
-def _weight_files(directory: Path) -> tuple[Path, Path]:
-    """A directory's single file of weights, and its index of shards: where they are to be."""
-    return directory / "model.safetensors", directory / "model.safetensors.index.json"
+def _weight_files(directory: Path) -> list[Path]:
+    """A directory's files of weights; the first is read."""
+    names = ("model.safetensors", "model.safetensors.index.json", GGUF_FILE)
+    found = [directory / name for name in names if (directory / name).is_file()]
+    pointer = directory / POINTER_FILE
+    return [*found, pointed_to(pointer)] if pointer.is_file() else found
 
 
 def _unwrapped(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -410,14 +445,15 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _check_entries(config: ModelConfig, entries: dict[str, TensorEntry], directory: Path) -> None:
+def check_entries(config: ModelConfig, entries: Mapping[str, TensorEntry], place: Path) -> None:
+    """ModelLoadError where the tensors in `place` are not those that a config calls for."""
     expected = dict(expected_tensors(config))
     for name, shape in expected.items():
         entry = entries.get(name)
         if entry is None:
             says = _flag_behind(name, "true")
-            raise ModelLoadError(f"{printable(directory)}: tensor {name} is missing{says}")
-        if entry.dtype not in _WEIGHT_DTYPES:
+            raise ModelLoadError(f"{printable(place)}: tensor {name} is missing{says}")
+        if not _is_weight(entry):
             raise _dtype_error(entry, _WEIGHT_DTYPES)
         if entry.shape != shape:
             raise ModelLoadError(
@@ -445,29 +481,23 @@ def _flag_behind(name: str, value: str) -> str:
     return ""
 
 
+def _is_weight(entry: TensorEntry) -> bool:
+    return entry.dtype in _WEIGHT_DTYPES or is_expandable(entry.dtype)
+
+
+def _is_gguf(entries: Mapping[str, TensorEntry]) -> bool:
+    return any(entry.file.suffix == ".gguf" for entry in entries.values())
+
+
+def _expanded_whole(entry: TensorEntry, maps: Maps) -> Tensor:
+    """A tensor of a GGUF, expanded some rows at a time."""
+    return torch.cat([expanded(entry, maps, rows) for rows in row_slices(entry)])
+
+
 def _dtype_error(entry: TensorEntry, supported: tuple[str, ...]) -> ModelLoadError:
     return ModelLoadError(
         f"{entry} has dtype {printable(entry.dtype)}; supported: {', '.join(supported)}"
     )
-
-
-def _mapped(entry: TensorEntry, maps: dict[Path, mmap.mmap]) -> Tensor:
-    dtype = _TORCH_DTYPES[entry.dtype]
-    count = math.prod(entry.shape)
-    if count == 0:
-        return torch.empty(entry.shape, dtype=dtype)
-    if entry.file not in maps:
-        with open(entry.file, "rb") as stream:
-            # A private copy-on-write mapping: torch wants it writable, the file stays untouched.
-            maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    flat = torch.frombuffer(maps[entry.file], dtype=dtype, count=count, offset=entry.offset)
-    return flat.view(entry.shape)
-
-
-def _release(mappings: Iterable[mmap.mmap]) -> None:
-    if hasattr(mmap, "MADV_DONTNEED"):
-        for mapping in mappings:
-            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class _Placer:
@@ -475,15 +505,14 @@ class _Placer:
 
     def __init__(self, entries: dict[str, TensorEntry], dtype: torch.dtype, device: torch.device):
         self.entries, self.dtype, self.device = entries, dtype, device
-        self.maps: dict[Path, mmap.mmap] = {}
+        self.maps: Maps = {}
 
     def __call__(self, names: list[str]) -> Tensor:
         """The tensors under these names, stacked along their first dimension."""
         parts = [self.entries[name] for name in names]
         first = parts[0]
-        same = _TORCH_DTYPES[first.dtype] == self.dtype and self.device.type == "cpu"
-        if len(parts) == 1 and same:
-            weight = _mapped(first, self.maps)
+        if len(parts) == 1 and self.is_as_stored(first):
+            weight = mapped(first, self.maps)
             self.check_finite(weight, first)
             return weight
         rows = sum(part.shape[0] for part in parts)
@@ -491,15 +520,24 @@ class _Placer:
         row = 0
         for part in parts:
             target = weight[row : row + part.shape[0]]
-            if _TORCH_DTYPES[part.dtype] == self.dtype and self.device.type == "cpu":
-                _read_into(part, target)
+            if self.is_as_stored(part):
+                read_into(part, target)
+            elif not part.is_plain:
+                for some in row_slices(part):
+                    target[some].copy_(expanded(part, self.maps, some))
             else:
-                staging = torch.empty(part.shape, dtype=_TORCH_DTYPES[part.dtype])
-                _read_into(part, staging)
+                staging = torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype])
+                read_into(part, staging)
                 target.copy_(staging)
             self.check_finite(target, part)
             row += part.shape[0]
         return weight
+
+    def is_as_stored(self, part: TensorEntry) -> bool:
+        """Whether the file holds what is wanted, byte for byte."""
+        if not part.is_plain or self.device.type != "cpu":
+            return False
+        return TORCH_DTYPES[part.dtype] == self.dtype
 
     def check_finite(self, weight: Tensor, entry: TensorEntry) -> None:
         # The extremes show both NaN (it propagates) and infinity, at the speed of reading.
@@ -513,7 +551,7 @@ class _Inventor:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         self.shapes, self.dtype, self.device = dict(expected_tensors(config)), dtype, device
-        self.maps: dict[Path, mmap.mmap] = {}
+        self.maps: Maps = {}
 
     def __call__(self, names: list[str]) -> Tensor:
         """Random tensors under these names, stacked: rows of a matrix keep their input's size."""
@@ -524,14 +562,7 @@ class _Inventor:
             return weight.fill_(1.0 if "norm" in names[0] else 0.0)
         return weight.normal_(std=weight.shape[1] ** -0.5)
 
-
-def _read_into(entry: TensorEntry, target: Tensor) -> None:
-    """Fill a contiguous CPU tensor with the file's bytes, without a mapping or a buffer between."""
-    left = target.view(-1).view(torch.uint8).numpy().data
-    with open(entry.file, "rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        while left:
-            got = stream.readinto(left)
-            if not got:
-                raise ModelLoadError(f"{entry} ends early: {os.path.getsize(entry.file)} bytes")
-            left = left[got:]
+    def quants(self, names: list[str], format: str | None) -> Quants:
+        """The same, rounded."""
+        assert format is not None, "there is no file whose format could be kept"
+        return rounded(self(names), format)

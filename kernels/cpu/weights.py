@@ -172,6 +172,47 @@ def _steps(values: Array, d: Array, least: int, most: int) -> Array:
     return np.clip(np.rint(values * inverse), least, most)
 
 
+def joined(*parts: Quants) -> Quants:
+    """Matrices of one format and K stacked along their outputs: [N_1 + N_2 + ..., K]."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts:
+        if (part.format, part.q.shape[1]) != (first.format, first.q.shape[1]):
+            raise ValueError(
+                f"parts must be {first.format} of K={first.q.shape[1]} like the first, got "
+                f"{part.format} of {part.q.shape[1]}"
+            )
+    scales = zip(*(part.scales for part in parts), strict=True)
+    return Quants(
+        first.format,
+        np.concatenate([part.q for part in parts]),
+        tuple(np.concatenate(some) for some in scales),
+    )
+
+
+def is_held(format: str, other: str) -> bool:
+    """Whether every matrix of `format` has the same values in the format `other`."""
+    return other in (format, "fp32") or (format == "q4_0" and other in ("q4_1", "q8_0"))
+
+
+def widened(w: Quants, format: str) -> Quants:
+    """The same values in a format that holds them (`is_held`).
+
+    q4_0 has no m, and its q is 8 more than q8_0's: (q - 8) d = q d + m with m = -8 d, exactly.
+    """
+    if w.format == format:
+        return w
+    if format == "fp32":
+        return Quants(format, expanded(w), ())
+    if not is_held(w.format, format):
+        raise ValueError(f"{format} does not hold the values of {w.format}")
+    (d,) = w.scales
+    if format == "q4_1":
+        return Quants(format, w.q, (d, -8 * d))
+    return Quants(format, w.q.astype(np.int8) - np.int8(8), (d,))
+
+
 def expanded(w: Quants) -> Array:
     """What the quants stand for: [N, K] float32."""
     N, K = w.q.shape
