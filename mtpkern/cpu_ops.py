@@ -433,8 +433,8 @@ class _Cpu:
             best = program.project(normed, vocabulary, logits=logits)
             return _unit(program, (source,), (normed, logits), norm)._replace(best=best)
 
-        own = None if norm is None else norm[0].data_ptr()
-        unit = self.unit(("project", id(vocabulary.data), own), make)
+        whose = None if norm is None else norm[0].data_ptr()
+        unit = self.unit(("project", id(vocabulary.data), whose), make)
         assert unit.best is not None
         made, parts = [], x.split(MAX_ROWS)
         for rows in parts:
@@ -447,8 +447,8 @@ class _Cpu:
             if len(parts) > 1:
                 logits = logits.clone()
             made.append((normed, logits, best[:, 0], floats[:, 0], floats[:, 1]))
-        normed, *parts = (_joined(column) for column in zip(*made, strict=True))
-        return normed, CpuLogits(*parts, None)
+        normed, own, ids, values, sums = (_joined(column) for column in zip(*made, strict=True))
+        return normed, CpuLogits(own, ids, values, sums, None)
 
 
 def _advance(
@@ -533,6 +533,7 @@ def cpu_ops() -> Ops:
         branches=True,
         padded_dim=padded_dim,
         rows=torch.float32,
+        takes_quants=True,
     )
 
 

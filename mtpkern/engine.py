@@ -48,9 +48,11 @@ from mtpkern.heads import (
     NgramDrafter,
     NoDrafter,
 )
+from mtpkern.kernels.cpu.weights import Quants
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, Ops, Withheld, sampling_key, with_pdl
 from mtpkern.prefill import prefill_ops
+from mtpkern.quantised import ROUNDED_FORMATS
 from mtpkern.ring import Ring
 from mtpkern.sequential_heads import MAX_PENDING
 from mtpkern.status import SILENT, Phase, Status
@@ -118,7 +120,9 @@ class LLM:
     share a cache of `cache_tokens` (None: room for all of them); one waits until there are pages
     for all that it may become. With `prefix_caching`, on a CPU, what the cache holds of a finished
     sequence serves a later prompt that begins alike, with the same tokens as if it were computed
-    again. device is "auto", "cpu", "cuda" or a torch.device, dtype a name or a torch.dtype.
+    again. device is "auto", "cpu", "cuda" or a torch.device, dtype a name or a torch.dtype. On a
+    CPU a GGUF's weights keep their own bits, unless a dtype is asked for; `weights` names a format
+    to round those of any checkpoint to: q4_0, q4_1, q8_0, q8, bf16, fp16 or fp32.
     load_format "dummy" makes up weights for a directory that holds config.json alone;
     `synthetic_acceptance` accepts drafts at these rates by position, whatever they are: both for
     measuring, and no answer means anything then. `graph=False` launches a GPU's kernels one by one,
@@ -138,6 +142,7 @@ class LLM:
         num_speculative_tokens: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        weights: str = "auto",
         max_batch: int = 8,
         max_length: int | None = None,
         cache_tokens: int | None = None,
@@ -177,6 +182,9 @@ class LLM:
         if self.device.type == "cpu" and ops is None:
             with status.phase("compiling kernels for this CPU, which happens once"):
                 kernels()
+        choice("weights", weights, ("auto", *ROUNDED_FORMATS))
+        if weights != "auto" and not self.ops.takes_quants:
+            raise UserError(f"weights {weights} needs device cpu")
         self.dtype = resolve_dtype(dtype, config)
         self.k = _resolve_k(num_speculative_tokens, heads_directory is not None or ngram)
         self.max_length = _resolve_length(max_length, config)
@@ -194,9 +202,16 @@ class LLM:
                     ops=self.ops,
                     device=self.device,
                     dummy=load_format == "dummy",
+                    # A dtype that is asked for is what a quantised checkpoint is expanded to.
+                    weights=_own_bits(weights, dtype, self.ops),
                     on_layer=phase.advance,
                 )
-            _log.info("loaded %s as %s from %s", self.name, self.dtype, directory)
+            self.weights = str(self.dtype).removeprefix("torch.")
+            if isinstance(self.trunk.lm_head, Quants):
+                self.weights = self.trunk.layers[0].down.format
+                # Of keys and values; activations are float32.
+                self.dtype = torch.float16 if dtype == "auto" else self.dtype
+            _log.info("loaded %s as %s from %s", self.name, self.weights, directory)
             try:
                 self._cache, self._pool = self._make_cache(cache_tokens)
             except (MemoryError, RuntimeError) as error:
@@ -944,6 +959,13 @@ def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(config)
     return tokenizer
+
+
+def _own_bits(weights: str, dtype: str | torch.dtype, ops: Ops) -> str | None:
+    """What `load_model` is to make quants of, if anything."""
+    if weights == "auto" and (dtype != "auto" or not ops.takes_quants):
+        return None
+    return weights
 
 
 def _resolve_k(k: int | None, drafts: bool) -> int:

@@ -49,6 +49,7 @@ from mtpkern.head_layouts import (
     read_speculators,
 )
 from mtpkern.heads import Drafter, MedusaDrafter, OwnVocabularyDrafter
+from mtpkern.kernels.cpu.weights import GROUP, Quants, rounded
 from mtpkern.layer_heads import HydraDrafter, HydraHead, LayersDrafter
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops import Ops
@@ -284,7 +285,8 @@ def _implied_trunk(
 
 
 class _Source:
-    """A directory's tensors, in the trunk's dtype and on its device."""
+    """A directory's tensors, in the trunk's dtype and on its device; matrices in 8 bits beside a
+    trunk of quants, which costs drafts at most."""
 
     def __init__(self, tensors: Mapping[str, Tensor], trunk: Llama):
         self.tensors, self.trunk = tensors, trunk
@@ -292,8 +294,8 @@ class _Source:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.trunk.norm.device, self.trunk.dtype)
+    def __getitem__(self, name: str) -> Any:
+        return self._rounded(self._tensor(name))
 
     def packed(self, name: str, ops: Ops) -> Any:
         """A linear with its bias, where it has one."""
@@ -304,9 +306,18 @@ class _Source:
         """A decoder layer; it has no norm of its input where that is normed already (EAGLE-3)."""
         fields: dict[str, Any] = {}
         for field, named in layer_parts(config).items():
-            parts = [self[prefix + name] for name, _ in named if prefix + name in self]
-            fields[field] = torch.cat(parts) if parts else None
+            parts = [self._tensor(prefix + name) for name, _ in named if prefix + name in self]
+            fields[field] = self._rounded(torch.cat(parts)) if parts else None
         return pack_layer(LayerWeights(**fields), config.head_dim, ops)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.tensors[name].to(self.trunk.norm.device, self.trunk.dtype)
+
+    def _rounded(self, w: Tensor) -> Tensor | Quants:
+        quantised = isinstance(self.trunk.lm_head, Quants)
+        if quantised and w.dim() == 2 and w.shape[1] % GROUP == 0:
+            return rounded(w, "q8_0")
+        return w
 
 
 def _cache_beside(cache: KVCache, config: ModelConfig, layers: int = 1) -> KVCache:
@@ -367,7 +378,11 @@ def _vocabulary(source: _Source, trunk: Llama, ops: Ops) -> tuple[Any, Tensor]:
     ids = ids.to(where, torch.int64)
     if "vocabulary.weight" in source:
         return source.packed("vocabulary", ops), ids
-    return (ops.pack(trunk.lm_head[ids]) if reduced else trunk.vocabulary), ids
+    if not reduced:
+        return trunk.vocabulary, ids
+    whole = trunk.lm_head
+    some = whole.take(ids.numpy()) if isinstance(whole, Quants) else whole[ids]
+    return ops.pack(some), ids
 
 
 def _build_mtp(

@@ -27,9 +27,9 @@ LEAST_CHANCE = 0.1
 
 
 class Tensors(Protocol):
-    """Tensors by name."""
+    """Tensors by name; matrices as `ops.pack` takes them."""
 
-    def __getitem__(self, name: str, /) -> Tensor: ...
+    def __getitem__(self, name: str, /) -> Any: ...
 
 
 class DraftInput(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.checkpoint import LayerWeights, load_config, load_model
 from mtpkern.config import ModelConfig
+from mtpkern.kernels.cpu.weights import Quants
 from mtpkern.ops import Ops
 
 
@@ -40,9 +41,9 @@ class Llama:
     embedding: Any  # [V, E], packed for `ops.embed`
     layers: tuple[DecoderLayer, ...]
     norm: Tensor  # [E]
-    lm_head: Any  # [V, E], as loaded
+    lm_head: Tensor | Quants  # [V, E], as loaded
     vocabulary: Any  # [V, E], the LM head packed
-    dtype: torch.dtype  # of the weights
+    dtype: torch.dtype  # of weights that are no quants
 
     @classmethod
     def load(
@@ -53,12 +54,13 @@ class Llama:
         ops: Ops,
         device: str | torch.device = "cpu",
         dummy: bool = False,
+        weights: str | None = None,
         on_layer: Callable[[], object] = lambda: None,
     ) -> "Llama":
         """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice.
 
-        `dummy` makes up weights of the shapes that config.json names; `on_layer` is called after
-        each layer.
+        `dummy` makes up weights of the shapes that config.json names; `weights` is as in
+        `load_model`, and needs `ops.takes_quants`; `on_layer` is called after each layer.
         """
 
         def pack(layer: LayerWeights) -> DecoderLayer:
@@ -72,6 +74,7 @@ class Llama:
             dtype=dtype,
             device=device,
             dummy=dummy,
+            weights=weights,
             pack_layer=pack,
         )
         vocabulary = ops.pack(w.lm_head)

@@ -116,6 +116,8 @@ class Ops(NamedTuple):
     branches: bool
     padded_dim: Callable[[int], int]  # D -> the head dimension of the cache
     rows: torch.dtype | None  # of rows; None: that of the weights
+    # Whether `pack` takes Quants, weights in a file's own bits, as well as tensors.
+    takes_quants: bool
 
 
 class Logits(NamedTuple):
@@ -239,6 +241,7 @@ TORCH = Ops(
     branches=True,
     padded_dim=_unpadded,
     rows=None,
+    takes_quants=False,
 )
 
 
@@ -428,6 +431,7 @@ def with_pdl(pdl: bool) -> Ops:
         branches=False,
         padded_dim=_unpadded,
         rows=None,
+        takes_quants=False,
     )
 
 

@@ -68,12 +68,12 @@ ARROWS: dict[str, set[str]] = {
     "cpu_ops": {"errors", "kernels", "ops"},
     "definitions": {"kernels"},
     "library": {"kernels", "definitions"},
-    "model": {"config", "cache", "ops", "checkpoint"},
+    "model": {"config", "cache", "kernels", "ops", "checkpoint"},
     "heads": {"ops"},
     "sequential_heads": {"config", "cache", "ops", "model", "heads"},
     "layer_heads": {"cache", "ops", "model", "heads", "sequential_heads"},
     "head_layouts": {"config", "checkpoint", "errors"},
-    "head_checkpoint": {"config", "cache", "ops", "checkpoint", "model"}
+    "head_checkpoint": {"config", "cache", "kernels", "ops", "checkpoint", "model"}
     | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
@@ -91,7 +91,8 @@ ARROWS: dict[str, set[str]] = {
     | {"bin_checkpoint", "gguf_checkpoint", "meta_checkpoint", "outputs"},
     "meta_checkpoint": {"config", "outputs"},
     "completion": {"config", "heads", "ring", "tokenizer"},
-    "engine": STEP | {"cpu_ops", "ring", "completion", "draft_length", "threads", "trace"},
+    "engine": STEP
+    | {"cpu_ops", "quantised", "ring", "completion", "draft_length", "threads", "trace"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "command", "outputs"},

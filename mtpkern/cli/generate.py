@@ -116,6 +116,13 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="the system message (default: the chat template's own)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add(
+        "--weights",
+        default="auto",
+        metavar="FORMAT",
+        help="auto: as they are, a GGUF's in its own bits on a CPU; or round them there to q4_0, "
+        "q4_1, q8_0, q8, bf16, fp16 or fp32",
+    )
     add("--threads", type=at_least(1), metavar="N", help="CPU threads (default: physical cores)")
 
 
@@ -131,6 +138,7 @@ def open_model(args: argparse.Namespace, **settings: Any) -> "LLM":
         num_speculative_tokens=args.num_speculative_tokens,
         device=args.device,
         dtype=args.dtype,
+        weights=args.weights,
         threads=args.threads,
         max_batch=1,
         max_length=args.max_length,
@@ -405,6 +413,7 @@ def _as_json(
         "model": model or llm.name,
         "device": llm.device.type,
         "dtype": str(llm.dtype).removeprefix("torch."),
+        "weights": llm.weights,
         "load_seconds": llm.load_seconds,
         "prompt_tokens": completion.stats.prompt_tokens,
         "seed": completion.seed,
