@@ -24,6 +24,7 @@ from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Pages, Program
 from mtpkern.kernels.cpu.weights import (
+    LANES,
     Array,
     Quants,
     Weights,
@@ -352,15 +353,7 @@ class _Cpu:
             program = self.program(ALONE, MAX_ROWS)
             x = program.buffer(E)
             program.embed(model.embedding, x)
-            table = Cache(
-                cache.k,
-                cache.v,
-                cache.cos,
-                cache.sin,
-                config.num_heads,
-                config.sliding_window,
-                config.head_dim,
-            )
+            table = self._cache(cache, config, slice(None))
             layers = [_layer(layer, config.rms_norm_eps) for layer in model.layers]
             hidden, tapped = add_layers(program, x, layers, table, taps)
             return _unit(program, (), (hidden, *tapped), model)
@@ -376,6 +369,71 @@ class _Cpu:
                 kept.append(out[: len(ids), :E].clone())
         hidden, *tapped = (_joined(kept) for kept in made)
         return hidden, tapped
+
+    def pair_layer(
+        self,
+        w: Any,
+        embedding: Weights,
+        hidden: Tensor,
+        tokens: Tensor,
+        cache: Any,
+        index: int,
+        rows: int,
+    ) -> Tensor:
+        """One pass of a sequential head in one program; see `MtpDrafter.run_pairs`."""
+        E = hidden.shape[1]
+        k = cache.k[index]
+
+        def make() -> _Unit:
+            program = self.program(ALONE, MAX_ROWS)
+            source, x = program.buffer(E), program.buffer(E)
+            # Half a row that is no whole lanes runs over into what follows it.
+            pair = program.buffer(2 * E + LANES)
+            halves = pair[:, :E], pair[:, E : 2 * E]
+            of_hidden, of_token = halves if w.input_proj is not None else halves[::-1]
+            eps, token_rows = w.config.rms_norm_eps, program.buffer(E)
+            program.embed(embedding, token_rows)
+            steps = [(source, w.hidden_norm, of_hidden), (token_rows, w.token_norm, of_token)]
+            for rows, norm, half in steps if w.input_proj is not None else steps[::-1]:
+                program.norm(rows, _norm(norm, eps), half)
+            if w.input_proj is not None:
+                program.linear(pair, w.input_proj, x)
+            elif w.norm_before_residual:
+                program.norm(source, _norm(w.hidden_norm, eps), x)
+            else:
+                x = source
+            table = self._cache(cache, w.config, slice(index, index + 1))
+            inputs = None if w.input_proj is not None else pair
+            out, _ = add_layers(program, x, [_layer(w.layer, eps)], table, inputs=inputs)
+            if w.input_proj is not None:
+                normed = program.buffer(E)
+                program.norm(out, _norm(w.final_norm, eps), normed)
+                out = normed
+            return _unit(program, (source,), (out,), w, embedding)
+
+        unit = self.unit(("pairs", id(w), id(embedding), k.data_ptr()), make)
+        made = []
+        batch = len(hidden) // rows
+        for b, count, t, some in _parts(batch, rows):
+            _set_window(unit.program, cache.lengths, cache.page_table, b, count, t)
+            of = slice(b * rows + t, b * rows + t + count * some)
+            total = of.stop - of.start
+            unit.inputs[0][:total, :E].copy_(hidden[of])
+            unit.program.ids[:total] = tokens[of].numpy()
+            unit.program.run(some, count)
+            made.append(unit.outputs[0][:total, :E].clone())
+        return _joined(made)
+
+    def _cache(self, cache: Any, config: Any, layers: slice) -> Cache:
+        return Cache(
+            cache.k[layers],
+            cache.v[layers],
+            cache.cos,
+            cache.sin,
+            config.num_heads,
+            config.sliding_window,
+            config.head_dim,
+        )
 
     # The vocabulary.
 
@@ -525,6 +583,7 @@ def cpu_ops() -> Ops:
         linear=cpu.linear,
         gate_up_silu=cpu.gate_up_silu,
         layers=cpu.layers,
+        pair_layer=cpu.pair_layer,
         parallel_heads=cpu.parallel_heads,
         project=cpu.project,
         choose=cpu.choose,

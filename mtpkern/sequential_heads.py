@@ -177,8 +177,8 @@ class MtpDrafter(CachedDrafter):
         index = None
         if w.zero_first:
             index = (begin[:, None] + torch.arange(rows, device=begin.device)).view(-1)
-        pairs = self._join(w, self._hidden(features.reshape(batch * rows, -1)), after, index)
-        hidden = self._layer(*pairs, cache.at(begin), rows)
+        hidden = self._hidden(features.reshape(batch * rows, -1))
+        hidden = self.run_pairs(w, hidden, after, cache.at(begin), 0, rows, index)
         hidden = rows_at(hidden.view(batch, rows, -1), last)
         drafts: list[Tensor] = []
         chances: list[Tensor] = []
@@ -188,7 +188,7 @@ class MtpDrafter(CachedDrafter):
                 if chances and bool((torch.stack(chances).prod(0) < step.least_chance).all()):
                     break
                 ahead = step.lengths if i == 1 else step.lengths + (i - 1)
-                hidden = self._layer(*self._join(w, hidden, drafts[-1]), cache.at(ahead), 1)
+                hidden = self.run_pairs(w, hidden, drafts[-1], cache.at(ahead), 0, 1)
             token, probability = self.ops.choose(
                 self._scored(hidden), w.vocabulary, w.token_ids, step.lengths, i, step.sampling
             )
@@ -224,20 +224,35 @@ class MtpDrafter(CachedDrafter):
         x = self.ops.linear(pair, w.input_proj)
         return x, x
 
-    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
-        """Run joined pairs -> what is paired next, where its token is drafted."""
-        x = self._block(x, inputs, cache, rows)
-        return self.ops.rms_norm(x, self.weights.final_norm, self.weights.config.rms_norm_eps)
+    def run_pairs(
+        self,
+        w: MtpWeights,
+        hidden: Tensor,
+        tokens: Tensor,
+        cache: KVCache,
+        index: int,
+        rows: int,
+        count: Tensor | None = None,
+    ) -> Tensor:
+        """One pass over `rows` pairs of each sequence, hidden [B*rows, E] and tokens [B*rows], with
+        layer `index` of the cache -> what is paired next, where its token is drafted [B*rows, E].
+
+        `count` is `_join`'s index.
+        """
+        if self.ops.pair_layer is not None and count is None:
+            return self.ops.pair_layer(w, self.embedding, hidden, tokens, cache, index, rows)
+        x, inputs = self._join(w, hidden, tokens, count)
+        plan = plan_window(cache, rows, w.config, self.ops)
+        eps = w.config.rms_norm_eps
+        x = decoder_layer(x, w.layer, eps, cache, index, plan, self.ops, inputs=inputs)
+        return self._paired_next(w, x)
+
+    def _paired_next(self, w: MtpWeights, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, w.final_norm, w.config.rms_norm_eps)
 
     def _scored(self, hidden: Tensor) -> Tensor:
         """What the vocabulary is asked about, given what is paired next."""
         return hidden
-
-    def _block(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
-        w = self.weights
-        plan = plan_window(cache, rows, w.config, self.ops)
-        eps = w.config.rms_norm_eps
-        return decoder_layer(x, w.layer, eps, cache, 0, plan, self.ops, inputs=inputs)
 
 
 class ModulesDrafter(MtpDrafter):
@@ -312,14 +327,10 @@ class ModulesDrafter(MtpDrafter):
     def _run(self, d: int, hidden: Tensor, after: Tensor, cache: KVCache, rows: int) -> Tensor:
         """Module d over `rows` pairs of each sequence behind the cache's lengths -> o^d."""
         w = self.modules[d]
-        index = None
+        count = None
         if w.zero_first:
-            index = (cache.lengths[:, None] + torch.arange(rows)).view(-1)
-        x, inputs = self._join(w, hidden, after, index)
-        plan = plan_window(cache, rows, w.config, self.ops)
-        eps = w.config.rms_norm_eps
-        x = decoder_layer(x, w.layer, eps, cache, d, plan, self.ops, inputs=inputs)
-        return self.ops.rms_norm(x, w.final_norm, eps)
+            count = (cache.lengths[:, None] + torch.arange(rows)).view(-1)
+        return self.run_pairs(w, hidden, after, cache, d, rows, count)
 
 
 class Eagle3Drafter(MtpDrafter):
@@ -341,8 +352,8 @@ class Eagle3Drafter(MtpDrafter):
         self.ops.rms_norm(hidden, w.hidden_norm, eps, out=pair[:, E:])
         return pair[:, E:].contiguous() if w.norm_before_residual else hidden, pair
 
-    def _layer(self, x: Tensor, inputs: Tensor, cache: KVCache, rows: int) -> Tensor:
-        return self._block(x, inputs, cache, rows)
+    def _paired_next(self, w: MtpWeights, x: Tensor) -> Tensor:
+        return x
 
     def _scored(self, hidden: Tensor) -> Tensor:
         w = self.weights

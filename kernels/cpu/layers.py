@@ -43,10 +43,17 @@ class Cache(NamedTuple):
 
 
 def add_layers(
-    program: Program, x: Array, layers: Sequence[Layer], cache: Cache, taps: Sequence[int] = ()
+    program: Program,
+    x: Array,
+    layers: Sequence[Layer],
+    cache: Cache,
+    taps: Sequence[int] = (),
+    inputs: Array | None = None,
 ) -> tuple[Array, list[Array]]:
     """Add layers that begin with the hidden states x [max_rows, E] -> those after the last of them,
-    and after the layers `taps`, counted from 1, in ascending order; x itself may be overwritten."""
+    and after the layers `taps`, counted from 1, in ascending order; x itself may be overwritten.
+    `inputs` [max_rows, any] is what the first layer attends with where that is not x (EAGLE-3).
+    """
     E, first = layers[0].o.out_features, layers[0]
     qkv, attended = program.buffer(first.qkv.out_features), program.buffer(first.o.in_features)
     gated = program.buffer(first.down.in_features)
@@ -65,7 +72,8 @@ def add_layers(
             layer.k_norm,
             cache.head_dim,
         )
-        program.qkv_rope_cache(x, layer.qkv, qkv, pages, norm=layer.input_norm)
+        source = x if inputs is None or index else inputs
+        program.qkv_rope_cache(source, layer.qkv, qkv, pages, norm=layer.input_norm)
         program.attend(qkv, attended, pages)
         program.linear(attended, layer.o, out, residual=x)
         program.gate_up_silu(out, layer.gate_up, gated, norm=layer.post_attention_norm)
