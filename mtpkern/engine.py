@@ -876,8 +876,9 @@ def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | N
     sources, lengths = (
         torch.as_tensor(said).expand(count).tolist() for said in (drafts.source, drafts.length)
     )
-    chances = torch.ones_like(drafts.tokens) if drafts.chances is None else drafts.chances
-    rows = zip(slots, sources, chances.tolist(), lengths, strict=True)
+    sure = [[1.0] * drafts.tokens.shape[1]] * count
+    chances = sure if drafts.chances is None else drafts.chances.tolist()
+    rows = zip(slots, sources, chances, lengths, strict=True)
     return [
         None if slot is None else Window(source, tuple(row[:length]))
         for slot, source, row, length in rows

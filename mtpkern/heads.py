@@ -130,10 +130,7 @@ class NgramDrafter(NoDrafter):
         self.ops, self.size = ops, size
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        tokens = step.tokens
-        if self.ops.branches:  # nothing behind the longest sequence is looked at
-            tokens = tokens[:, : max(self.size, int(step.lengths.max()) + 1)]
-        drafts, found = self.ops.ngram(tokens, step.lengths + 1, count, self.size)
+        drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
         return Drafts(drafts, found * NGRAM, found * count)
 
 
@@ -220,12 +217,14 @@ class CompanionDrafter:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
+        if self.ops.branches and not step.heads:
+            self.drafter.keep_up(step)
+            return copied
         source = torch.as_tensor(copied.source, device=step.accepted.device)
         found = (source == NGRAM).expand(len(step.accepted))
-        if self.ops.branches:
-            if not step.heads or bool((found | (step.advance == 0)).all()):
-                self.drafter.keep_up(step)
-                return copied
+        if self.ops.branches and bool((found | (step.advance == 0)).all()):
+            self.drafter.keep_up(step)
+            return copied
         guessed = self.drafter.guess(step, count)
         chances = guessed.chances
         if chances is not None:

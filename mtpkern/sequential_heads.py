@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.config import MAX_SPECULATIVE_TOKENS, ModelConfig
+from mtpkern.config import ModelConfig
 from mtpkern.heads import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
 from mtpkern.ops import Ops
@@ -30,7 +30,8 @@ class CachedDrafter(ABC):
     """What these drafters share: the cache, and committed positions that it lacks.
 
     Those wait in `pending` until a pass is wanted, so that a step whose drafts come from elsewhere
-    costs nothing here.
+    costs next to nothing here: its rows are noted, and written behind the others when those are
+    read.
     """
 
     heads: Any = None
@@ -47,21 +48,33 @@ class CachedDrafter(ABC):
             dtype=ops.rows or trunk.dtype,
             device=cache.lengths.device,
         )
+        # Rows that are not yet in `pending`: features [B, T, ...], where the first of each sequence
+        # stands in its text [B], and the slot of the first sequence.
+        self._noted: list[tuple[Tensor, Tensor, int]] = []
 
     def observe(self, step: DraftInput) -> None:
         if not self.ops.branches:
             return  # every step guesses, and takes in its own pairs
-        # Behind the pending rows; those that were not committed do not count.
-        begin = step.lengths - step.advance - self._cache_of(step).lengths
-        index = begin[:, None] + torch.arange(step.features.shape[1])
-        self._pending_of(step).scatter_(
-            1, index[:, :, None].expand_as(step.features), step.features
-        )
+        self._noted.append((step.features, step.lengths - step.advance, step.first))
+
+    def _write_pending(self) -> None:
+        """Put the noted rows behind the pending ones; those that were not committed do not count,
+        and the next ones are written over them."""
+        for features, at, first in self._noted:
+            some = slice(first, first + len(features))
+            index = (at - self.cache.lengths[some])[:, None] + torch.arange(features.shape[1])
+            where = index[:, :, None].expand_as(features)
+            self.pending[some].scatter_(1, where, features)
+        self._noted.clear()
 
     def keep_up(self, step: DraftInput) -> None:
+        # Half of the room is for what is noted: rows of steps below a quarter, and one more step.
+        if len(self._noted) * step.features.shape[1] < MAX_PENDING // 4:
+            return
+        self._write_pending()
         cache = self._cache_of(step)
         waiting = step.lengths - cache.lengths
-        if bool(waiting.max() < MAX_PENDING - MAX_SPECULATIVE_TOKENS - 1):
+        if bool(waiting.max() < MAX_PENDING // 2):
             return
         after = tokens_from(step, cache.lengths + 1, int(waiting.max()))
         for b, count in enumerate(waiting):
@@ -80,9 +93,11 @@ class CachedDrafter(ABC):
         return min(length, int(self.cache.lengths[sequence]))
 
     def resume(self, sequence: int, length: int) -> None:
+        self._write_pending()
         self.cache.lengths[sequence] = length
 
     def reset(self, sequence: int) -> None:
+        self._write_pending()
         # The page table is the trunk's.
         self.cache.lengths[sequence].zero_()
 
@@ -100,6 +115,7 @@ class CachedDrafter(ABC):
             # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
             begin = step.lengths - step.advance
             return step.features, step.target.reshape(-1), begin, step.accepted
+        self._write_pending()
         cache = self._cache_of(step)
         begin = cache.lengths.clone()
         waiting = (step.lengths - begin).clamp_(min=1)
