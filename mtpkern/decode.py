@@ -156,7 +156,8 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     """Let the drafter take in a committed step, and fill the next window with its guesses."""
     drafter.observe(step)
     drafts = drafter.guess(step, state.window.shape[1] - 1)
-    state.window[:, 1:] = drafts.tokens
+    if not (isinstance(drafts.length, int) and drafts.length == 0):  # nothing but fillers
+        state.window[:, 1:] = drafts.tokens
     progress = state.progress
     for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):
         kept.fill_(said) if isinstance(said, int) else kept.copy_(said)

@@ -147,8 +147,9 @@ class GraphDraftLength(FixedDraftLength):
 # Timings of which the median counts, of each row count.
 TIMINGS = 7
 # A loss account in plain steps: what drafting may lose before it has earned anything, at the start
-# and then again for each prompt, what it may keep of earnings, and what it may lose of each token.
-START, RENEWED, MOST_CREDIT = 6.0, 1.0, 16.0
+# and then again for each prompt, where the heads have paid lately and where they have not; what it
+# may keep of earnings, and what it may lose of each token.
+START, RENEWED, DOUBTED, MOST_CREDIT = 6.0, 2.5, 1.0, 16.0
 LOSS = 0.005
 # Plain steps that a call of the heads is expected to bring before any was seen.
 HOPE = 0.3
@@ -223,7 +224,8 @@ class DraftLength:
         """Begin a run of `batch` sequences at a time."""
         self._batch = batch
         self._drafted = 0
-        self.credit = min(self.credit, RENEWED)
+        if self._warm:
+            self.credit = RENEWED if self.gain > 0 else DOUBTED
 
     def plain(self) -> float:
         """Seconds of a step without drafts."""

@@ -872,6 +872,8 @@ def resolve_device(device: str | torch.device) -> tuple[torch.device, Ops]:
 
 def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
     """What was drafted for each occupied slot, as the host of a CPU may look at it."""
+    if isinstance(drafts.length, int) and drafts.length == 0:
+        return [None if slot is None else Window(NONE, ()) for slot in slots]
     count = len(slots)
     sources, lengths = (
         torch.as_tensor(said).expand(count).tolist() for said in (drafts.source, drafts.length)

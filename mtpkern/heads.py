@@ -131,6 +131,8 @@ class NgramDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
+        if self.ops.branches and not bool(found.any()):
+            return Drafts(drafts, NONE, 0)
         return Drafts(drafts, found * NGRAM, found * count)
 
 

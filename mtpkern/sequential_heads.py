@@ -42,29 +42,40 @@ class CachedDrafter(ABC):
         self.taps, self.ops, self.cache = tuple(taps), ops, cache
         self.embedding = trunk.embedding
         width = len(self.taps) * trunk.config.hidden_size
-        waiting = MAX_PENDING if ops.branches else 0
+        # One more, for rows that were not committed.
+        waiting = MAX_PENDING + 1 if ops.branches else 0
         self.pending = torch.zeros(
             (cache.lengths.shape[0], waiting, width),
             dtype=ops.rows or trunk.dtype,
             device=cache.lengths.device,
         )
-        # Rows that are not yet in `pending`: features [B, T, ...], where the first of each sequence
-        # stands in its text [B], and the slot of the first sequence.
-        self._noted: list[tuple[Tensor, Tensor, int]] = []
+        # Steps whose rows are not yet in `pending`, all of the same slots.
+        self._noted: list[DraftInput] = []
 
     def observe(self, step: DraftInput) -> None:
         if not self.ops.branches:
             return  # every step guesses, and takes in its own pairs
-        self._noted.append((step.features, step.lengths - step.advance, step.first))
+        other = self._noted and (self._noted[0].first, len(self._noted[0].features))
+        if other and other != (step.first, len(step.features)):
+            self._write_pending()
+        # The lengths go on changing.
+        self._noted.append(step._replace(lengths=step.lengths.clone()))
 
     def _write_pending(self) -> None:
-        """Put the noted rows behind the pending ones; those that were not committed do not count,
-        and the next ones are written over them."""
-        for features, at, first in self._noted:
-            some = slice(first, first + len(features))
-            index = (at - self.cache.lengths[some])[:, None] + torch.arange(features.shape[1])
-            where = index[:, :, None].expand_as(features)
-            self.pending[some].scatter_(1, where, features)
+        """Put the committed ones of the noted rows behind the pending ones."""
+        if not self._noted:
+            return
+        kept = self._cache_of(self._noted[0]).lengths.tolist()
+        index: list[list[int]] = [[] for _ in kept]
+        for step in self._noted:
+            T = step.features.shape[1]
+            ends = zip(index, step.lengths.tolist(), step.advance.tolist(), kept, strict=True)
+            for places, end, count, begin in ends:
+                places += range(end - count - begin, end - begin)
+                places += [MAX_PENDING] * (T - count)
+        features = torch.cat([step.features for step in self._noted], 1)
+        where = torch.tensor(index)[:, :, None].expand_as(features)
+        self._pending_of(self._noted[0]).scatter_(1, where, features)
         self._noted.clear()
 
     def keep_up(self, step: DraftInput) -> None:
