@@ -9,7 +9,9 @@ layers are one program.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +42,7 @@ from mtpkern.ops import Ops, Progress, Projected, Withheld, positions_of
 # Rows that a program holds; more take several runs.
 MAX_ROWS = 128
 # Below so many bytes of weights an operation is over before a second thread has woken up.
-ALONE = 2**20
+ALONE = 2**18
 FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -57,13 +59,27 @@ class CpuPlan(NamedTuple):
     head_dim: int  # without padding
 
 
-class _Unit(NamedTuple):
+@dataclass(frozen=True)
+class _Unit:
     """A program and the rows that go in and come out, [MAX_ROWS, columns] float32 each."""
 
     program: Program
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    best: Array | None = None  # see `Program.project`
+    best: Tensor | None = None  # [MAX_ROWS, 3] int64; see `Program.project`
+    # By how many rows: the first rows of `outputs`, and the columns of `best`.
+    _views: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def first(self, rows: int) -> tuple[Tensor, ...]:
+        """The first rows of the outputs; with `best`, its ids, values and sums behind them. Like
+        all of a program's rows they are overwritten by its next run."""
+        if rows not in self._views:
+            views = [out[:rows] for out in self.outputs]
+            if self.best is not None:
+                words = self.best[:rows].view(torch.float32)  # the low half of each comes first
+                views += [self.best[:rows, 0], words[:, 2], words[:, 4]]
+            self._views[rows] = tuple(views)
+        return self._views[rows]
 
 
 class CpuLogits(NamedTuple):
@@ -82,7 +98,7 @@ class CpuLogits(NamedTuple):
         sampling: SamplingRows,
         withheld: Withheld | None = None,
     ) -> Tensor:
-        if withheld is None and bool((sampling.temperature < GREEDY).all()):
+        if withheld is None and _is_greedy(sampling):
             return self.best.view(shape)
         own, positions = self.logits.view(*shape, -1), positions_of(behind, shape[1])
         if withheld is not None:
@@ -91,8 +107,7 @@ class CpuLogits(NamedTuple):
         return sample_ref(own, positions, sampling)
 
     def largest(self, shape: tuple[int, int]) -> Tensor:
-        # The order of logits skips NaN, and their sum does not.
-        return torch.where(self.logsumexp.isnan(), self.logsumexp, self.values).view(shape)
+        return self.values.view(shape)
 
     def drafts(
         self, accepted: Tensor, count: int, behind: Tensor, sampling: SamplingRows
@@ -171,7 +186,7 @@ class _Cpu:
     def embed(self, embedding: Weights, ids: Tensor) -> Tensor:
         def make() -> _Unit:
             program = self.program(0)
-            out = program.buffer(embedding.in_features)
+            out = _rows(program, embedding.in_features)
             program.embed(embedding, out)
             return _unit(program, (), (out,))
 
@@ -181,7 +196,7 @@ class _Cpu:
         for some in flat.split(MAX_ROWS):
             unit.program.ids[: len(some)] = some.numpy()
             unit.program.run(len(some))
-            made.append(unit.outputs[0][: len(some), : embedding.in_features].clone())
+            made.append(unit.first(len(some))[0].clone())
         return _joined(made)
 
     def rms_norm(
@@ -200,23 +215,22 @@ class _Cpu:
 
         def make() -> _Unit:
             program = self.program(0)
-            source, normed = program.buffer(K), program.buffer(K)
+            source, normed = _rows(program, K), _rows(program, K)
             program.norm(source, _norm(w, eps), normed)
             return _unit(program, (source,), (normed,), w)
 
-        (normed,) = self._run(self.unit(("norm", w.data_ptr(), K), make), x, (K,))
+        normed = self._run(self.unit(("norm", w.data_ptr(), K), make), x)
         return normed if out is None else out.copy_(normed)
 
     def linear(self, x: Tensor, w: Weights, *, residual: Tensor | None = None) -> Tensor:
         def make() -> _Unit:
             program = self.program(w.data.nbytes)
-            source, out = program.buffer(w.in_features), program.buffer(w.out_features)
+            source, out = _rows(program, w.in_features), _rows(program, w.out_features)
             program.linear(source, w, out, residual=None if residual is None else out)
             return _unit(program, (source, out), (out,))
 
         unit = self.unit(("linear", id(w.data), residual is None), make)
-        (out,) = self._run(unit, x, (w.out_features,), residual)
-        return out
+        return self._run(unit, x, residual)
 
     def gate_up_silu(self, x: Tensor, norm_w: Tensor, eps: float, w: Weights) -> Tensor:
         # Of gates that are padded to whole lanes; what takes them has fewer inputs.
@@ -224,35 +238,26 @@ class _Cpu:
 
         def make() -> _Unit:
             program = self.program(w.data.nbytes)
-            source, out = program.buffer(w.in_features), program.buffer(columns)
+            source, out = _rows(program, w.in_features), _rows(program, columns)
             program.gate_up_silu(source, w, out, norm=_norm(norm_w, eps))
             return _unit(program, (source,), (out,), norm_w)
 
-        (out,) = self._run(self.unit(("gate_up", id(w.data)), make), x, (columns,))
-        return out
+        return self._run(self.unit(("gate_up", id(w.data)), make), x)
 
-    def _run(
-        self,
-        unit: _Unit,
-        x: Tensor,
-        columns: tuple[int, ...],
-        residual: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Run rows x [R, K] through a unit -> the first `columns` of each output."""
-        made: list[list[Tensor]] = [[] for _ in columns]
+    def _run(self, unit: _Unit, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run rows x [R, K] through a unit -> its output [R, N]."""
+        made = []
         for begin in range(0, max(1, len(x)), MAX_ROWS):
             rows = x[begin : begin + MAX_ROWS]
             count = len(rows)
             if count:
-                width = min(unit.inputs[0].shape[1], x.shape[1])
-                unit.inputs[0][:count, :width].copy_(rows[:, :width])
+                # Gates that were padded to whole lanes have more columns than what takes them.
+                unit.inputs[0][:count].copy_(rows[:, : unit.inputs[0].shape[1]])
                 if residual is not None:
-                    some = residual[begin : begin + count]
-                    unit.inputs[1][:count, : some.shape[1]].copy_(some)
+                    unit.inputs[1][:count].copy_(residual[begin : begin + count])
                 unit.program.run(count)
-            for kept, out, width in zip(made, unit.outputs, columns, strict=True):
-                kept.append(out[:count, :width].clone())
-        return [_joined(kept) for kept in made]
+            made.append(unit.first(count)[0].clone())
+        return _joined(made)
 
     # Attention.
 
@@ -290,14 +295,14 @@ class _Cpu:
 
         def make() -> _Unit:
             program = self.program(w.data.nbytes, MAX_ROWS)
-            source, qkv = program.buffer(w.in_features), program.buffer(width)
+            source, qkv = _rows(program, w.in_features), _rows(program, width)
             program.qkv_rope_cache(source, w, qkv, pages, norm=_norm(norm_w, eps))
             return _unit(program, (source,), (qkv,), norm_w)
 
         unit = self.unit(("qkv", id(w.data), k_pages.data_ptr()), make)
         queries = pages.heads * D
         made = [
-            unit.outputs[0][:count, :queries].clone()
+            unit.first(count)[0][:, :queries].clone()
             for count in self._windows(unit, plan, x.view(len(plan.lengths), plan.rows, -1))
         ]
         return _joined(made).view(len(plan.lengths), plan.rows, pages.heads, D)
@@ -309,15 +314,12 @@ class _Cpu:
 
         def make() -> _Unit:
             program = self.program(ALONE, MAX_ROWS)
-            queries, out = program.buffer(width), program.buffer(width)
+            queries, out = _rows(program, width), _rows(program, width)
             program.attend(queries, out, pages)
             return _unit(program, (queries,), (out,))
 
         unit = self.unit(("attend", k_pages.data_ptr()), make)
-        made = [
-            unit.outputs[0][:count, :width].clone()
-            for count in self._windows(unit, plan, q.flatten(2))
-        ]
+        made = [unit.first(count)[0].clone() for count in self._windows(unit, plan, q.flatten(2))]
         return _joined(made).view(q.shape)
 
     def _pages(
@@ -338,7 +340,7 @@ class _Cpu:
         for b, count, t, rows in _parts(len(plan.lengths), plan.rows):
             _set_window(unit.program, plan.lengths, plan.page_table, b, count, t)
             source = x[b : b + count, t : t + rows].flatten(0, 1)
-            unit.inputs[0][: len(source), : source.shape[1]].copy_(source)
+            unit.inputs[0][: len(source)].copy_(source)
             unit.program.run(rows, count)
             yield len(source)
 
@@ -346,29 +348,46 @@ class _Cpu:
         self, model: Any, window: Tensor, cache: Any, taps: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """`run_trunk` in one program."""
-        config, taps = model.config, tuple(sorted(set(taps)))
-        E = config.hidden_size
 
         def make() -> _Unit:
-            program = self.program(ALONE, MAX_ROWS)
-            x = program.buffer(E)
-            program.embed(model.embedding, x)
-            table = self._cache(cache, config, slice(None))
-            layers = [_layer(layer, config.rms_norm_eps) for layer in model.layers]
-            hidden, tapped = add_layers(program, x, layers, table, taps)
-            return _unit(program, (), (hidden, *tapped), model)
+            program, hidden = self._trunk(model, cache, taps)
+            return _unit(program, (), hidden, model)
 
-        unit = self.unit(("layers", id(model), cache.k.data_ptr(), taps), make)
-        made: list[list[Tensor]] = [[] for _ in unit.outputs]
-        for b, count, t, rows in _parts(*window.shape):
-            _set_window(unit.program, cache.lengths, cache.page_table, b, count, t)
-            ids = window[b : b + count, t : t + rows].reshape(-1)
-            unit.program.ids[: len(ids)] = ids.numpy()
-            unit.program.run(rows, count)
-            for kept, out in zip(made, unit.outputs, strict=True):
-                kept.append(out[: len(ids), :E].clone())
-        hidden, *tapped = (_joined(kept) for kept in made)
+        unit = self.unit(("layers", id(model), cache.k.data_ptr(), tuple(taps)), make)
+        made = [tuple(part.clone() for part in parts) for parts in _forward(unit, window, cache)]
+        hidden, *tapped = (_joined(parts) for parts in zip(*made, strict=True))
         return hidden, tapped
+
+    def forward(
+        self, model: Any, window: Tensor, cache: Any, taps: Sequence[int], heads: Any
+    ) -> tuple[Tensor, list[Tensor], Projected]:
+        """`run_trunk` and `project` in one program; what comes back is overwritten by the next."""
+
+        def make() -> _Unit:
+            program, (hidden, *tapped) = self._trunk(model, cache, taps)
+            normed = _rows(program, model.config.hidden_size)
+            program.norm(hidden, _norm(model.norm, model.config.rms_norm_eps), normed)
+            logits = _rows(program, model.vocabulary.out_features)
+            best = program.project(normed, model.vocabulary, logits=logits)
+            return _unit(program, (), (normed, *tapped, logits), model, best=best)
+
+        unit = self.unit(("forward", id(model), cache.k.data_ptr(), tuple(taps)), make)
+        parts = list(_forward(unit, window, cache, whole := _is_whole(window)))
+        columns = parts[0] if whole else [torch.cat(column) for column in zip(*parts, strict=True)]
+        normed, *tapped, logits, ids, values, sums = columns
+        later = self._later(normed, model.vocabulary, heads) if heads else None
+        return normed, tapped, CpuLogits(logits, ids, values, sums, later)
+
+    def _trunk(self, model: Any, cache: Any, taps: Sequence[int]) -> tuple[Program, list[Array]]:
+        """A program that begins with a model's layers -> also the hidden states [MAX_ROWS, E] after
+        the last and after each of the taps, which ascend."""
+        program, config = self.program(ALONE, MAX_ROWS), model.config
+        x = _rows(program, config.hidden_size)
+        program.embed(model.embedding, x)
+        layers = [_layer(layer, config.rms_norm_eps) for layer in model.layers]
+        table = self._cache(cache, config, slice(None))
+        hidden, tapped = add_layers(program, x, layers, table, taps)
+        return program, [rows[:, : config.hidden_size] for rows in (hidden, *tapped)]
 
     def pair_layer(
         self,
@@ -386,12 +405,12 @@ class _Cpu:
 
         def make() -> _Unit:
             program = self.program(ALONE, MAX_ROWS)
-            source, x = program.buffer(E), program.buffer(E)
+            source, x = _rows(program, E), _rows(program, E)
             # Half a row that is no whole lanes runs over into what follows it.
             pair = program.buffer(2 * E + LANES)
             halves = pair[:, :E], pair[:, E : 2 * E]
             of_hidden, of_token = halves if w.input_proj is not None else halves[::-1]
-            eps, token_rows = w.config.rms_norm_eps, program.buffer(E)
+            eps, token_rows = w.config.rms_norm_eps, _rows(program, E)
             program.embed(embedding, token_rows)
             steps = [(source, w.hidden_norm, of_hidden), (token_rows, w.token_norm, of_token)]
             for rows, norm, half in steps if w.input_proj is not None else steps[::-1]:
@@ -406,10 +425,10 @@ class _Cpu:
             inputs = None if w.input_proj is not None else pair
             out, _ = add_layers(program, x, [_layer(w.layer, eps)], table, inputs=inputs)
             if w.input_proj is not None:
-                normed = program.buffer(E)
+                normed = _rows(program, E)
                 program.norm(out, _norm(w.final_norm, eps), normed)
                 out = normed
-            return _unit(program, (source,), (out,), w, embedding)
+            return _unit(program, (source,), (out[:, :E],), w, embedding)
 
         unit = self.unit(("pairs", id(w), id(embedding), k.data_ptr()), make)
         made = []
@@ -418,10 +437,10 @@ class _Cpu:
             _set_window(unit.program, cache.lengths, cache.page_table, b, count, t)
             of = slice(b * rows + t, b * rows + t + count * some)
             total = of.stop - of.start
-            unit.inputs[0][:total, :E].copy_(hidden[of])
+            unit.inputs[0][:total].copy_(hidden[of])
             unit.program.ids[:total] = tokens[of].numpy()
             unit.program.run(some, count)
-            made.append(unit.outputs[0][:total, :E].clone())
+            made.append(unit.first(total)[0].clone())
         return _joined(made)
 
     def _cache(self, cache: Any, config: Any, layers: slice) -> Cache:
@@ -440,13 +459,19 @@ class _Cpu:
     def project(
         self, hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: Weights, heads: Any
     ) -> tuple[Tensor, Projected]:
-        def later(rows: Tensor) -> Tensor:
-            drafting = self.parallel_heads(normed[rows], heads)
-            logits = self._project(drafting.flatten(0, 1), vocabulary)[1].logits
-            return logits.view(len(rows), len(heads), -1)
-
         normed, projected = self._project(hidden, vocabulary, (norm_w, eps))
-        return normed, projected._replace(heads=later) if heads else projected
+        later = self._later(normed, vocabulary, heads) if heads else None
+        return normed, projected._replace(heads=later)
+
+    def _later(self, normed: Tensor, vocabulary: Weights, heads: Any) -> Callable[[Tensor], Tensor]:
+        """Logits [B, H, V] of parallel heads for rows [B], once they are known."""
+
+        def logits(rows: Tensor) -> Tensor:
+            drafting = self.parallel_heads(normed[rows], heads)
+            drafted = self._project(drafting.flatten(0, 1), vocabulary)[1].logits
+            return drafted.view(len(rows), len(heads), -1)
+
+        return logits
 
     def choose(
         self,
@@ -459,7 +484,7 @@ class _Cpu:
     ) -> tuple[Tensor, Tensor]:
         _, kept = self._project(hidden, vocabulary)
         chance = (kept.values - kept.logsumexp).exp()
-        if bool((sampling.temperature < GREEDY).all()):
+        if _is_greedy(sampling):
             return token_ids[kept.best], chance
         positions = positions_of(behind + draft, 1)
         return sample_ref(kept.logits[:, None], positions, sampling, token_ids)[:, 0], chance
@@ -483,43 +508,54 @@ class _Cpu:
 
         def make() -> _Unit:
             program = self.program(vocabulary.data.nbytes)
-            source = normed = program.buffer(E)
+            source = normed = _rows(program, E)
             if norm is not None:
-                normed = program.buffer(E)
+                normed = _rows(program, E)
                 program.norm(source, _norm(*norm), normed)
-            logits = program.buffer(V)
+            logits = _rows(program, V)
             best = program.project(normed, vocabulary, logits=logits)
-            return _unit(program, (source,), (normed, logits), norm)._replace(best=best)
+            return _unit(program, (source,), (normed, logits), norm, best=best)
 
         whose = None if norm is None else norm[0].data_ptr()
         unit = self.unit(("project", id(vocabulary.data), whose), make)
-        assert unit.best is not None
         made, parts = [], x.split(MAX_ROWS)
         for rows in parts:
-            count = len(rows)
-            unit.inputs[0][:count, :E].copy_(rows)
-            unit.program.run(count)
-            best = torch.from_numpy(unit.best[:count].copy())
-            floats = best[:, 1:].int().view(torch.float32)
-            normed, logits = unit.outputs[0][:count, :E].clone(), unit.outputs[1][:count, :V]
-            if len(parts) > 1:
-                logits = logits.clone()
-            made.append((normed, logits, best[:, 0], floats[:, 0], floats[:, 1]))
+            unit.inputs[0][: len(rows)].copy_(rows)
+            unit.program.run(len(rows))
+            found = unit.first(len(rows))
+            made.append(found if len(parts) == 1 else tuple(part.clone() for part in found))
         normed, own, ids, values, sums = (_joined(column) for column in zip(*made, strict=True))
         return normed, CpuLogits(own, ids, values, sums, None)
 
 
+class _Numbers:
+    """A state's progress as numpy sees it, kept from step to step."""
+
+    def __init__(self) -> None:
+        self.of: Progress | None = None
+
+    def __call__(self, progress: Progress) -> Any:
+        if self.of is not progress:
+            self.of, self.views = progress, Progress(*(tensor.numpy() for tensor in progress))
+        return self.views
+
+
 def _advance(
-    window: Tensor, target: Tensor, largest: Tensor, logprobs: Tensor | None, progress: Progress
+    window: Tensor,
+    target: Tensor,
+    largest: Tensor,
+    logprobs: Tensor | None,
+    progress: Progress,
+    numbers: Callable[[Progress], Any],
 ) -> tuple[Tensor, Tensor]:
     """`advance_ref` for the few numbers of a step, one by one: a library's call takes longer."""
     T = window.shape[1]
     windows, targets = window.numpy(), target.tolist()
-    sound = largest.isfinite().tolist()
+    sound = [[isfinite(value) for value in row] for row in largest.tolist()]
     chances = [[0] * T] * len(targets)
     if logprobs is not None:
         chances = (logprobs.view(torch.int32).long() & 0xFFFFFFFF).tolist()
-    p = Progress(*(tensor.numpy() for tensor in progress))
+    p = numbers(progress)
     made = []
     for b, chosen in enumerate(targets):
         drafts, active, length = windows[b].tolist(), int(p.active[b]), int(p.lengths[b])
@@ -583,11 +619,12 @@ def cpu_ops() -> Ops:
         linear=cpu.linear,
         gate_up_silu=cpu.gate_up_silu,
         layers=cpu.layers,
+        forward=cpu.forward,
         pair_layer=cpu.pair_layer,
         parallel_heads=cpu.parallel_heads,
         project=cpu.project,
         choose=cpu.choose,
-        advance=_advance,
+        advance=partial(_advance, numbers=_Numbers()),
         ngram=_ngram,
         branches=True,
         padded_dim=padded_dim,
@@ -597,12 +634,42 @@ def cpu_ops() -> Ops:
 
 
 def _unit(
-    program: Program, inputs: Sequence[Array], outputs: Sequence[Array], *kept: object
+    program: Program,
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *kept: object,
+    best: Array | None = None,
 ) -> _Unit:
     """`kept` is what the key of the unit names by address."""
     program.keep(*kept)
-    views = (tuple(torch.from_numpy(array) for array in arrays) for arrays in (inputs, outputs))
-    return _Unit(program, *views)
+    sources, found = (tuple(map(torch.from_numpy, arrays)) for arrays in (inputs, outputs))
+    return _Unit(program, sources, found, None if best is None else torch.from_numpy(best))
+
+
+def _rows(program: Program, columns: int) -> Array:
+    """[MAX_ROWS, columns] float32, with padding behind each row that counts for nothing."""
+    return program.buffer(columns)[:, :columns]
+
+
+def _forward(
+    unit: _Unit, window: Tensor, cache: Any, whole: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
+    """Run a window [B, T], as many rows at a time as a program holds -> copies of what comes out;
+    itself where that is the whole."""
+    for b, count, t, rows in _parts(*window.shape):
+        _set_window(unit.program, cache.lengths, cache.page_table, b, count, t)
+        unit.program.ids[: count * rows] = window[b : b + count, t : t + rows].numpy().reshape(-1)
+        unit.program.run(rows, count)
+        found = unit.first(count * rows)
+        yield found if whole else tuple(part.clone() for part in found)
+
+
+def _is_whole(window: Tensor) -> bool:
+    return window.numel() <= MAX_ROWS
+
+
+def _is_greedy(sampling: SamplingRows) -> bool:
+    return max(sampling.temperature.tolist(), default=0.0) < GREEDY
 
 
 def _quants(w: Tensor | Quants) -> Quants:
@@ -649,8 +716,10 @@ def _parts(batch: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
 def _set_window(
     program: Program, lengths: Tensor, page_table: Tensor, first: int, count: int, row: int
 ) -> None:
-    program.lengths[:count] = lengths[first : first + count].numpy() + row
-    program.page_table = np.ascontiguousarray(page_table[first : first + count].numpy())
+    program.lengths[:count] = lengths.numpy()[first : first + count] + row
+    pages = page_table.numpy()[first:]
+    if not np.shares_memory(pages[:1], program.page_table[:1]):
+        program.page_table = pages
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ Speculation is not a mode. Plain decoding is this step with K = 0, a window of o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.heads import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import Ops, Progress, SamplingRows, Withheld
+from mtpkern.ops import Ops, Progress, Projected, SamplingRows, Withheld
 from mtpkern.synthetic import force_acceptance
 
 
@@ -92,6 +93,19 @@ class StepOutput:
     drafts: Drafts | None  # what stands in the next window; None for a window without drafts
 
 
+def verify(
+    model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: list[int], heads: Any
+) -> tuple[Tensor, list[Tensor], Projected]:
+    """Run a window [B, T] -> the final hidden states, normed [B*T, E], those after the layers
+    `taps`, and what the vocabulary says of them. Good until the next call."""
+    if ops.forward is not None:
+        return ops.forward(model, window, cache, taps, heads)
+    hidden, tapped = run_trunk(model, window, cache, ops, taps)
+    eps = model.config.rms_norm_eps
+    normed, projected = ops.project(hidden, model.norm, eps, model.vocabulary, heads)
+    return normed, tapped, projected
+
+
 def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
     """The hidden states [R, n*E] that a drafter taps; behind the last layer they are normed."""
     parts = [*tapped, normed] if layers in drafter.taps or not tapped else tapped
@@ -123,10 +137,7 @@ def decode_step(
     batch, rows = window.shape
 
     inner = [tap for tap in drafter.taps if tap < config.num_layers]
-    hidden, tapped = run_trunk(model, window, state.cache, ops, inner)
-    normed, projected = ops.project(
-        hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
-    )
+    normed, tapped, projected = verify(model, window, state.cache, ops, inner, drafter.heads)
     target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
     largest = projected.largest((batch, rows))
     chances = projected.logprobs(target) if logprobs else None

@@ -107,7 +107,9 @@ class Ops(NamedTuple):
     gate_up_silu: Callable[..., Tensor]
     # (model, window, cache, taps) -> `run_trunk` in one call, where there is such a thing.
     layers: Callable[..., tuple[Tensor, list[Tensor]]] | None
-    pair_layer: Callable[..., Tensor] | None  # `MtpDrafter.run_pairs` in one call, likewise
+    # (model, window, cache, taps, heads) -> `run_trunk` and `project` in one call, likewise.
+    forward: Callable[..., tuple[Tensor, list[Tensor], Projected]] | None
+    pair_layer: Callable[..., Tensor] | None  # `MtpDrafter.run_pairs`, likewise
     parallel_heads: Callable[..., Tensor]  # (rows [B, E], packed heads) -> [B, H, E]
     project: Callable[..., tuple[Tensor, Projected]]
     choose: Callable[..., tuple[Tensor, Tensor | None]]
@@ -234,6 +236,7 @@ TORCH = Ops(
     linear=linear_ref,
     gate_up_silu=gate_up_silu_ref,
     layers=None,
+    forward=None,
     pair_layer=None,
     parallel_heads=_parallel_heads_torch,
     project=_project_torch,
@@ -425,6 +428,7 @@ def with_pdl(pdl: bool) -> Ops:
         linear=partial(_linear_triton, pdl=pdl),
         gate_up_silu=partial(_gate_up_triton, pdl=pdl),
         layers=None,
+        forward=None,
         pair_layer=None,
         parallel_heads=partial(_parallel_heads_triton, pdl=pdl),
         project=partial(_project_triton, pdl=pdl),

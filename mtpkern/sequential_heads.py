@@ -58,25 +58,26 @@ class CachedDrafter(ABC):
         other = self._noted and (self._noted[0].first, len(self._noted[0].features))
         if other and other != (step.first, len(step.features)):
             self._write_pending()
-        # The lengths go on changing.
-        self._noted.append(step._replace(lengths=step.lengths.clone()))
+        # The lengths go on changing; so do states that were not joined with others'.
+        features = step.features if len(self.taps) > 1 else step.features.clone()
+        self._noted.append(step._replace(lengths=step.lengths.clone(), features=features))
 
     def _write_pending(self) -> None:
         """Put the committed ones of the noted rows behind the pending ones."""
         if not self._noted:
             return
-        kept = self._cache_of(self._noted[0]).lengths.tolist()
-        index: list[list[int]] = [[] for _ in kept]
-        for step in self._noted:
-            T = step.features.shape[1]
-            ends = zip(index, step.lengths.tolist(), step.advance.tolist(), kept, strict=True)
-            for places, end, count, begin in ends:
-                places += range(end - count - begin, end - begin)
-                places += [MAX_PENDING] * (T - count)
-        features = torch.cat([step.features for step in self._noted], 1)
-        where = torch.tensor(index)[:, :, None].expand_as(features)
-        self._pending_of(self._noted[0]).scatter_(1, where, features)
-        self._noted.clear()
+        noted, self._noted = self._noted, []
+        pending = self._pending_of(noted[0])
+        index: list[int] = []
+        for b, begin in enumerate(map(int, self._cache_of(noted[0]).lengths)):
+            row = b * pending.shape[1] - begin
+            for step in noted:
+                end, count = int(step.lengths[b]), int(step.advance[b])
+                index += range(row + end - count, row + end)
+                unwanted = row + begin + MAX_PENDING
+                index += [unwanted] * (step.features.shape[1] - count)
+        features = torch.cat([step.features for step in noted], 1).flatten(0, 1)
+        pending.flatten(0, 1).index_copy_(0, torch.tensor(index), features)
 
     def keep_up(self, step: DraftInput) -> None:
         # Half of the room is for what is noted: rows of steps below a quarter, and one more step.

@@ -164,7 +164,7 @@ def test_a_step_ends_as_defined(rows: int, with_logprobs: bool) -> None:
         window, target, largest, progress = make(batch, rows, seed)
         logprobs = -torch.rand(batch, rows) if with_logprobs else None
         mine, own = window.clone(), Progress(*(t.clone() for t in progress))
-        found = cpu._advance(mine, target, largest, logprobs, own)
+        found = cpu._advance(mine, target, largest, logprobs, own, cpu._Numbers())
         expected = advance_ref(window, target, largest, logprobs, progress)
         named = zip(Progress._fields, own, progress, strict=True)
         for name, a, b in (("accepted", found[0], expected[0]), ("window", mine, window), *named):

@@ -380,16 +380,6 @@ def test_a_second_run_is_refused_until_the_first_is_over(llm: LLM) -> None:
     assert run(llm, max_tokens=20).token_ids == expected
 
 
-def test_another_thread_count_than_at_load_is_refused(llm: LLM) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        with pytest.raises(UserError, match=f"has {threads + 1} now: load it again"):
-            run(llm, max_tokens=5)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: Any) -> None:
     def pretend(found: bool, capability: tuple[int, int], triton: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: found)

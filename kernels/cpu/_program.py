@@ -392,6 +392,8 @@ def merge_project(phase, r):
         weight = exp(splat(key_value(word(parts, 2 * chunk) >> 32) - shift))
         z = fma(splat(load_f32(parts + 16 * chunk + 8)), weight, z)
     sum_exp = largest(z)
+    if not sum_exp == sum_exp:
+        m = sum_exp  # the order of logits skips NaN, and their sum does not
     out = word(phase, BEST) + 24 * r
     store_i64(out, best & 0xFFFFFFFF)
     store_i64(out + 8, float_bits(m))

@@ -74,6 +74,7 @@ class Program:
         self._table: Array | None = None
         self._head = np.zeros(L.HEAD_WORDS, np.int64)
         self.page_table = np.zeros((max_batch, 1), np.int32)
+        self._table_seen: Array | None = None
 
     def buffer(self, columns: int) -> Array:
         """Rows [max_rows, columns] float32, padded to whole lanes."""
@@ -148,7 +149,8 @@ class Program:
         self, x: Array, w: Weights, *, norm: Norm | None = None, logits: Array | None = None
     ) -> Array:
         """Rows through a vocabulary w [V, K] -> [max_rows, 3] int64, filled by `run`: the likeliest
-        column (ties to the lowest), its logit's bits and those of log(sum(exp(logits)))."""
+        column (ties to the lowest), its logit's bits and those of log(sum(exp(logits))), both NaN
+        where a logit is."""
         best = np.zeros((self.max_rows, 3), np.int64)
         facts = self._matmul(x, w, norm)
         chunks = -(-w.blocks // L.VOCABULARY_BLOCKS)
@@ -182,8 +184,10 @@ class Program:
             self._check(rows, batch)
             head = self._head
             head[L.BATCH], head[L.WINDOW_ROWS] = batch, rows
-            head[L.PAGE_TABLE] = self.page_table.ctypes.data
-            head[L.TABLE_STRIDE] = self.page_table.shape[1]
+            if self.page_table is not self._table_seen:
+                self._table_seen = self.page_table
+                head[L.PAGE_TABLE] = self.page_table.ctypes.data
+                head[L.TABLE_STRIDE] = self.page_table.shape[1]
             # Opened with all counters clear, and closed again before anything changes: a helper
             # that comes late finds nothing to do.
             self._epoch = (self._epoch + 1) % 2**31
