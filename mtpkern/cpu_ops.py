@@ -584,20 +584,21 @@ def _advance(
 
 def _ngram(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
     """`ngram_ref` by a search for bytes."""
-    copied, found = [], []
-    for row, count in zip(tokens.numpy(), known.tolist(), strict=True):
-        at, text = -1, row[: count - 1].tobytes()
-        width, pattern = row.itemsize, row[max(0, count - size) : count].tobytes()
-        if count > size:
-            at = text.rfind(pattern)
-            while at % width and at >= 0:  # across two tokens
-                at = text.rfind(pattern, 0, at + len(pattern) - 1)
-        begin = at // width + size
-        found.append(at >= 0)
-        copied.append(
-            [int(row[begin + i % (count - begin)]) if at >= 0 else 0 for i in range(drafts)]
-        )
-    return torch.tensor(copied), torch.tensor(found)
+    rows = tokens.numpy()
+    copied = torch.zeros(len(rows), drafts, dtype=torch.int64)
+    found = torch.zeros(len(rows), dtype=torch.bool)
+    for b, (row, count) in enumerate(zip(rows, known.tolist(), strict=True)):
+        if count <= size:
+            continue
+        text, pattern = row[: count - 1].tobytes(), row[count - size : count].tobytes()
+        at = text.rfind(pattern)
+        while at % row.itemsize and at >= 0:  # across two tokens
+            at = text.rfind(pattern, 0, at + len(pattern) - 1)
+        if at >= 0:
+            begin = at // row.itemsize + size
+            found[b] = True
+            copied[b] = torch.tensor([int(row[begin + i % (count - begin)]) for i in range(drafts)])
+    return copied, found
 
 
 def cpu_ops() -> Ops:

@@ -155,8 +155,9 @@ LOSS = 0.005
 HOPE = 0.3
 # Observations that a source's prior counts for, and the floor of a new one's weight.
 PRIOR_COUNT, NEWEST_DRAFT, NEWEST_GAIN = 4.0, 0.02, 0.05
-# Steps after which an option that does not pay is tried again, and a plain step timed again.
-RETRY, REFRESH = 32, 128
+# Steps after which an option that does not pay is tried again, twice as many each time it has not
+# paid, and at most; and steps after which a plain one is timed again.
+RETRY, MOST_RETRY, REFRESH = 32, 256, 128
 
 
 class Timings:
@@ -215,6 +216,7 @@ class DraftLength:
         self._weight = [[PRIOR_COUNT] * most for _ in SOURCES]
         self._calls = 0  # of the heads, whose windows were verified
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since last tried
+        self._rest = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps between tries
         self._unrefreshed = 0  # steps since a plain one
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first time sets things up
@@ -258,14 +260,14 @@ class DraftLength:
         best = max(gains, key=gains.__getitem__, default=0)
         if best == 0 and len(gains) > 1:
             sources = {source for source, chances in windows if chances}
-            if all(self._idle[source] >= RETRY for source in sources):
+            if all(self._idle[source] >= self._rest[source] for source in sources):
                 best = max(lengths[1:], key=gains.__getitem__)
         return best
 
     def use_heads(self) -> bool:
         if self.price(1) + self._draft_price() > self.credit:
             return False
-        return self.gain >= 0 or self._idle[HEADS] >= RETRY
+        return self.gain >= 0 or self._idle[HEADS] >= self._rest[HEADS]
 
     def least_chance(self) -> float:
         plain = self.plain()
@@ -344,5 +346,10 @@ class DraftLength:
 
     def _note_tries(self, k: int, outcomes: Sequence[tuple[Window, int]]) -> None:
         tried = {source for (source, chances), _ in outcomes if k and chances}
+        paid = {source for (source, _), accepted in outcomes if accepted}
         for source in self._idle:
+            if source in paid:
+                self._rest[source] = RETRY
+            elif source in tried and self._idle[source] >= self._rest[source]:
+                self._rest[source] = min(2 * self._rest[source], MOST_RETRY)
             self._idle[source] = 0 if source in tried else self._idle[source] + 1

@@ -24,6 +24,8 @@ from mtpkern.ops import Ops
 
 # Committed pairs that a sequential head may put off, the next window included.
 MAX_PENDING = 64
+# How many of them are kept where the heads rest since their drafts do not pay.
+LATEST = 16
 
 
 class CachedDrafter(ABC):
@@ -88,10 +90,28 @@ class CachedDrafter(ABC):
         waiting = step.lengths - cache.lengths
         if bool(waiting.max() < MAX_PENDING // 2):
             return
+        if not step.heads:
+            for b, count in enumerate(waiting):
+                self._give_up(step.first + b, int(count) - LATEST)
+            return
         after = tokens_from(step, cache.lengths + 1, int(waiting.max()))
         for b, count in enumerate(waiting):
             if count > 0:
                 self._take_in(step.first + b, self._pending_of(step)[b, :count], after[b, :count])
+
+    def _give_up(self, sequence: int, count: int) -> None:
+        """Leave a gap of zeros where the first `count` of a sequence's pending pairs would be: what
+        they would cost while the heads rest is not worth the better drafts of another day."""
+        if count <= 0:
+            return
+        cache, pending = self.cache, self.pending[sequence]
+        begin, page_size = int(cache.lengths[sequence]), cache.k.shape[2]
+        at = torch.arange(begin, begin + count)
+        slots = cache.page_table[sequence].long()[at // page_size] * page_size + at % page_size
+        for pages in (cache.k, cache.v):
+            pages.flatten(1, 2).index_fill_(1, slots, 0)
+        pending[:LATEST] = pending[count : count + LATEST].clone()
+        cache.lengths[sequence] += count
 
     def _take_in(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         """Take in a sequence's pending pairs as prefill does: K and V alone, no guess."""
