@@ -38,6 +38,7 @@ from mtpkern.kernels.cpu.weights import (
     Weights,
     from_gguf,
     interleaved,
+    joined,
     on_cache_line,
     pack,
     rounded,
@@ -191,15 +192,6 @@ def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
         "V": vocabulary.out_features,
     }
     return Trunk(embedding, made, norm("output_norm"), vocabulary, heads), shape
-
-
-def joined(*parts: Quants) -> Quants:
-    scales = zip(*(part.scales for part in parts), strict=True)
-    return Quants(
-        parts[0].format,
-        np.concatenate([part.q for part in parts]),
-        tuple(np.concatenate(some) for some in scales),
-    )
 
 
 class Step(NamedTuple):

@@ -11,7 +11,8 @@ A pickle is read by torch's weights-only loader, which runs no code of the file'
                         sharded too, beside its config.json and tokenizer
     consolidated.pth    Meta's multi-token-prediction models (Gloeckle et al. 2024), a trunk with
                         its heads, beside params.json
-    *.gguf              a whole Llama of SmolLM's kind, dequantised to bfloat16, with its tokenizer
+    *.gguf              a whole model, expanded to bfloat16, with its tokenizer; it also loads as
+                        it is
 """
 
 import json

@@ -11,34 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-    processors,
-)
 
 from mtpkern.checkpoint import check_entries, read_entries
-from mtpkern.config import ModelConfig, ModelLoadError, printable
+from mtpkern.config import ModelConfig, ModelLoadError, RopeConfig, printable
 from mtpkern.gguf_file import ARCHITECTURES, read_metadata
+from mtpkern.gguf_tokenizer import write_json, write_tokenizer
 from mtpkern.tensor_files import Maps, TensorEntry, expanded, row_slices
 
-# GGUF's token types for special tokens, and for others that are found in a text as a whole.
-_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
 # Metadata that must be as here if it is there at all: this is what is computed. "*" stands for the
 # architecture.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "general.architecture": tuple(ARCHITECTURES),
     "general.type": ("model",),
     "split.count": (0, 1),
-    "tokenizer.ggml.model": ("gpt2",),
-    "tokenizer.ggml.pre": ("smollm",),
-    "tokenizer.ggml.add_space_prefix": (False,),
     "tokenizer.ggml.add_sep_token": (False,),
-    "tokenizer.ggml.remove_extra_whitespaces": (False,),
     "*.attention.causal": (True,),
     "*.attention.clamp_kqv": (0.0,),
     "*.attention.max_alibi_bias": (0.0,),
@@ -58,29 +46,23 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "*.rope.scaling.yarn_ext_factor": (1.0,),
     "*.rope.scaling.yarn_log_multiplier": (0.0,),
 }
-_REQUIRED = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+_REQUIRED = ("general.architecture", "tokenizer.ggml.model")
 # Metadata that conversion reads below.
 _READ = re.compile(
     r"\*\.(vocab_size|context_length|embedding_length|feed_forward_length|block_count"
     r"|attention\.(head_count|head_count_kv|key_length|value_length|scale|layer_norm_rms_epsilon)"
     r"|rope\.(dimension_count|freq_base|scale_linear)"
     r"|rope\.scaling\.(type|factor|original_context_length|yarn_beta_fast|yarn_beta_slow))"
-    r"|tokenizer\.ggml\.(tokens|token_type|merges|add_(bos|eos)_token|(bos|eos|eot|eom)_token_id)"
+    r"|tokenizer\.ggml\.(model|pre|tokens|token_type|scores|merges|add_(bos|eos)_token"
+    r"|add_space_prefix|remove_extra_whitespaces|(bos|eos|eot|eom)_token_id)"
     r"|tokenizer\.chat_template(\..+)?"
 )
 # Metadata that changes neither a token nor a logit. What is outside these two is refused.
 _SILENT = re.compile(
     r"(?!\*\.|tokenizer\.).*|tokenizer\.(chat_templates|huggingface\.json|rwkv\.world)"
-    r"|tokenizer\.ggml\.(scores|token_type_count|\w+_token_id)"
+    r"|tokenizer\.ggml\.(token_type_count|\w+_token_id)"
     r"|\*\.(tensor_data_layout|pooling_type|rope\.scaling\.finetuned)"
 )
-_SAMPLING = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
-    "general.sampling.penalty_repeat": "repetition_penalty",
-}
 
 
 def convert_gguf(
@@ -92,7 +74,9 @@ def convert_gguf(
     missing, or would change the computation and is not supported.
     """
     describe_gguf(source, directory)
-    _write_weights(directory / "model.safetensors", read_entries(source), on_tensor)
+    # What config.json says in words is no weight.
+    weights = {n: entry for n, entry in read_entries(source).items() if n != _ROPE_FACTORS}
+    _write_weights(directory / "model.safetensors", weights, on_tensor)
 
 
 def describe_gguf(source: Path, directory: Path) -> None:
@@ -105,8 +89,8 @@ def describe_gguf(source: Path, directory: Path) -> None:
     try:
         _check_metadata(metadata)
         config = _config(metadata, entries)
-        _write_json(directory / "config.json", config)
-        _write_tokenizer(directory, metadata, config)
+        write_json(directory / "config.json", config)
+        write_tokenizer(directory, metadata, config)
     except KeyError as error:
         raise ModelLoadError(f"{printable(source)} has no {printable(error.args[0])}") from None
     except ModelLoadError as error:
@@ -161,7 +145,12 @@ def _config(metadata: dict[str, Any], entries: Mapping[str, TensorEntry]) -> dic
         for flag, part in (("attention_bias", "self_attn"), ("mlp_bias", "mlp"))
         if any(re.fullmatch(rf"model\.layers\.\d+\.{part}\.\w+\.bias", name) for name in entries)
     }
+    theta = float(metadata.get(own + "rope.freq_base", 10000.0))
     scaling = _rope_scaling(metadata, own)
+    if _ROPE_FACTORS in entries:
+        if scaling:
+            raise ModelLoadError(f"{_ROPE_FACTORS} beside {own}rope.scaling is not supported")
+        scaling = _rope_factors(entries[_ROPE_FACTORS], theta, head_dim)
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -176,7 +165,7 @@ def _config(metadata: dict[str, Any], entries: Mapping[str, TensorEntry]) -> dic
         "max_position_embeddings": metadata[own + "context_length"],
         # The file holds float32: 1e-5 comes back with seven true digits.
         "rms_norm_eps": float(f"{metadata[own + 'attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": float(metadata.get(own + "rope.freq_base", 10000.0)),
+        "rope_theta": theta,
         **({"rope_scaling": scaling} if scaling else {}),
         **(flags if model_type != "qwen2" else {}),  # which has the biases of Q, K and V always
         "tie_word_embeddings": _LM_HEAD not in entries,
@@ -211,71 +200,19 @@ def _rope_scaling(metadata: dict[str, Any], own: str) -> dict[str, Any] | None:
     return scaling
 
 
-def _write_tokenizer(directory: Path, metadata: dict[str, Any], config: dict[str, Any]) -> None:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    merges: list[tuple[str, str]] = []
-    for line in metadata["tokenizer.ggml.merges"]:
-        left, right = line.split(" ")
-        merges.append((left, right))
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    whole = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED_TOKEN]
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in whole])
-    edges = {
-        name: tokens[metadata[f"tokenizer.ggml.{name}_token_id"]]
-        for name in ("bos", "eos")
-        if metadata.get(f"tokenizer.ggml.add_{name}_token")
-    }
-    if edges:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*([edges["bos"]] if "bos" in edges else []), "$A"]
-            + ([edges["eos"]] if "eos" in edges else []),
-            special_tokens=[(token, vocabulary[token]) for token in set(edges.values())],
-        )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    bos, eos = config["bos_token_id"], config["eos_token_id"]
-    template = metadata.get("tokenizer.chat_template")
-    named = {
-        name.removeprefix("tokenizer.chat_template."): text
-        for name, text in metadata.items()
-        if name.startswith("tokenizer.chat_template.")
-    }
-    if named:
-        all_templates = ({"default": template} if template else {}) | named
-        template = [{"name": name, "template": text} for name, text in all_templates.items()]
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": None if bos is None else tokens[bos],
-            "eos_token": None if eos is None else tokens[eos],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config["max_position_embeddings"],
-            "chat_template": template,
-        },
-    )
-    # A chat turn ends with the template's token, a document with <|endoftext|>.
-    others = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
-    ends = [eos, *others, vocabulary.get("<|endoftext|>")]
-    sampling = {ours: metadata[theirs] for theirs, ours in _SAMPLING.items() if theirs in metadata}
-    _write_json(
-        directory / "generation_config.json",
-        {
-            "bos_token_id": bos,
-            "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)),
-            **sampling,
-        },
-    )
+def _rope_factors(entry: TensorEntry, theta: float, head_dim: int) -> dict[str, Any]:
+    """config.json's words for factors [D/2] by which frequencies are divided: those of Llama 3.1
+    and later, which the metadata does not name."""
+    factors = expanded(entry, {}, slice(None)).float()
+    factor = float(factors.max())
+    names = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    names["original_max_position_embeddings"] = 8192
+    rope = RopeConfig("llama3", theta, factor, **names)  # type: ignore[arg-type]
+    plain, _ = RopeConfig(theta=theta).inverse_frequencies(head_dim)
+    stretched, _ = rope.inverse_frequencies(head_dim)
+    if factors.shape != plain.shape or not torch.allclose(plain / stretched, factors, rtol=1e-3):
+        raise ModelLoadError(f"{entry.name} holds other factors than Llama 3.1's")
+    return {"rope_type": "llama3", "factor": float(f"{factor:.6g}")} | names
 
 
 def _write_weights(
@@ -300,7 +237,3 @@ def _write_weights(
                 values = expanded(entry, maps, rows).bfloat16().contiguous()
                 stream.write(values.view(torch.uint8).numpy().data)
             on_tensor(len(entries))
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

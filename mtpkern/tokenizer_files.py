@@ -27,7 +27,7 @@ _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # How Qwen cuts a text into words: contractions, letters with one sign before them, single digits,
 # other signs, line ends, spaces.
-_QWEN_WORDS = (
+QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -43,7 +43,7 @@ class _Class(NamedTuple):
 _END = "<|endoftext|>"
 _CLASSES = {
     "Qwen2Tokenizer": _Class(
-        dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END), _QWEN_WORDS
+        dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END), QWEN_WORDS
     ),
     "GPT2Tokenizer": _Class(dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END)),
     "LlamaTokenizer": _Class({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}),

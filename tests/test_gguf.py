@@ -140,7 +140,8 @@ def test_what_changes_nothing_is_accepted(tmp_path: Path) -> None:
         ("tokenizer.ggml.add_space_prefix", True),
         ("tokenizer.ggml.remove_extra_whitespaces", True),
         ("tokenizer.ggml.add_sep_token", True),
-        ("tokenizer.ggml.model", "llama"),
+        ("tokenizer.ggml.model", "bert"),
+        ("tokenizer.ggml.precompiled_charsmap", "x"),
         ("tokenizer.ggml.normalizer.lowercase", True),
     ],
 )

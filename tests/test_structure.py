@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FETCH = {"fetch", "gguf_checkpoint", "package_index"}
+FETCH = {"fetch", "gguf_checkpoint", "gguf_file", "gguf_tokenizer", "package_index"}
 FLOOR = {
     "errors",
     "arguments",
@@ -62,7 +62,8 @@ ARROWS: dict[str, set[str]] = {
     "chat_template": {"arguments", "config"},
     "fetch": {"arguments", "checkpoint", "errors", "status"}
     | {"gguf_checkpoint", "gguf_file", "package_index"},
-    "gguf_checkpoint": {"config", "checkpoint", "gguf_file", "tensor_files"},
+    "gguf_checkpoint": {"config", "checkpoint", "gguf_file", "gguf_tokenizer", "tensor_files"},
+    "gguf_tokenizer": {"errors", "tokenizer_files"},
     "package_index": {"config", "status"},
     "ops": {"kernels"},
     "cpu_ops": {"errors", "kernels", "ops"},

@@ -15,6 +15,7 @@ from test_fetch import write_gguf
 from test_heads import published_medusa
 
 from mtpkern import LLM, ModelLoadError, SamplingParams, UserError, fetch
+from mtpkern.checkpoint import load_config
 from mtpkern.cli import main
 from mtpkern.command import Parser, as_flags
 from mtpkern.convert import MEDUSA_FILE, convert
@@ -136,14 +137,22 @@ def test_a_pickle_that_is_no_model_is_refused_and_runs_nothing(
         convert(tmp_path / "source0", tmp_path / "new")
 
 
-def test_a_gguf_given_as_a_model_names_the_conversion(tmp_path: Path, mtpkern: Any) -> None:
-    file = write_gguf(tmp_path / "small model.gguf")
-    for number, given in enumerate((file, tmp_path)):
-        code, _, err = mtpkern("generate", "the", "--model", str(given))
-        assert code == 2 and "GGUF" in err or "is a file" in err
-        assert mtpkern(*recommended(err, tmp_path / f"new{number}"))[0] == 0
-        again = ["generate", "the", "--model", str(tmp_path / f"new{number}"), "--max-tokens", "3"]
-        assert mtpkern(*again)[0] == 0
+def test_a_gguf_given_as_a_model_runs_as_its_refusal_says(
+    tmp_path: Path, mtpkern: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a place").mkdir()
+    file = write_gguf(tmp_path / "a place" / "small.gguf")
+    with pytest.raises(
+        ModelLoadError, match="GGUF without a config.json: give the file"
+    ) as refusal:
+        load_config(file.parent)
+    assert str(file) in str(refusal.value)
+    for given in (file, file.parent):
+        assert mtpkern("generate", "the", "--model", str(given), "--max-tokens", "3")[0] == 0
+    write_gguf(file.with_name("other.gguf"))
+    code, _, err = mtpkern("generate", "the", "--model", str(file.parent))
+    assert code == 2 and "holds 2 GGUFs: give one of them" in err
 
 
 def test_heads_given_as_a_file_name_the_conversion(
