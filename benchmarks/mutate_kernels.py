@@ -276,8 +276,8 @@ FAULTS = [
     Fault(
         "verify_attention",
         "a split begins one key late",
-        "begin = tl.maximum(split * SPLIT, first",
-        "begin = tl.maximum(split * SPLIT + 1, first",
+        "begin = tl.maximum(begin_of_split, first",
+        "begin = tl.maximum(begin_of_split + 1, first",
     ),
     Fault(
         "verify_attention",
@@ -300,14 +300,32 @@ FAULTS = [
     Fault(
         "verify_attention",
         "the sum is not rescaled when the maximum moves",
-        "z = z * decay + tl.sum(p, 1)",
-        "z = z + tl.sum(p, 1)",
+        "z = tl.fma(z_next, weight, z * decay)",
+        "z = tl.fma(z_next, weight, z)",
     ),
     Fault(
         "verify_attention",
         "the values are not rescaled when the maximum moves",
-        "tl.dot(p.to(v.dtype), v, acc * decay[:, None],",
-        "tl.dot(p.to(v.dtype), v, acc,",
+        "acc.shape), acc * decay[:, None])",
+        "acc.shape), acc)",
+    ),
+    Fault(
+        "verify_attention",
+        "granules form a chain within a split",
+        "if (start + KEYS) % (FAN * KEYS) == 0:",
+        "if start < 0:",
+    ),
+    Fault(
+        "verify_attention",
+        "a slice begins at the first key that is seen, aligned to nothing",
+        "first // KEYS * KEYS)\n",
+        "first)\n",
+    ),
+    Fault(
+        "verify_attention",
+        "splits count from the first key that is seen",
+        "begin_of_split = (first // split_size + split) * split_size",
+        "begin_of_split = first + split * split_size",
     ),
     Fault(
         "verify_attention",
@@ -336,20 +354,32 @@ FAULTS = [
     Fault(
         "verify_attention",
         "the merge leaves out the last split",
-        "last // SPLIT + 1, num_stages=4",
-        "last // SPLIT + (last < SPLIT), num_stages=4",
+        "(split <= last)",
+        "(split <= tl.maximum(last - 1, first))",
     ),
     Fault(
         "verify_attention",
-        "the merge does not rescale a split's values",
-        "acc = acc * decay + acc_split * weight",
-        "acc = acc * decay + acc_split",
+        "the merge loses a split",
+        "        m, z, acc = _merged(m, z, acc, m_2, z_2, acc_2)\n",
+        "",
+    ),
+    Fault(
+        "verify_attention",
+        "the merge goes on in a chain where the tree ends a group",
+        "if (split_size < TOP // FAN) &",
+        "if (split_size < 0) &",
+    ),
+    Fault(
+        "verify_attention",
+        "the merge reads splits from where the row itself begins to see",
+        "* splits - first_of_all // split_size",
+        "* splits - first",
     ),
     Fault(
         "verify_attention",
         "a row that sees nothing is NaN",
-        "out = acc / tl.where(z == 0.0, 1.0, z)",
-        "out = acc / z",
+        "out = acc / tl.where(z == 0.0, 1.0, z)[:, None]",
+        "out = acc / z[:, None]",
     ),
     Fault(
         "multi_head_projection",
