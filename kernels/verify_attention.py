@@ -16,8 +16,9 @@ iterations loads FAN splits before it merges them.
 With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL / (B Hk tiles)) and
 n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 17):
 
-blocks: Hk tiles ceil(n / S) that work (136 of 1029 keys, 264 of 32k) out of Hk tiles
-    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))) that are launched (552 up to 69k, 1024 for 131k)
+blocks: Hk tiles ceil(n / S) that work (136 for 1029 keys, 256 for 32k), of Hk tiles
+    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))), rounded up to fours, that are launched (576 for
+    a capacity of 32k, 1024 for 131k)
 bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles of the same keys run side by
     side and meet in the L2
 bytes of partial results: 4 (D + 2) T Hq for each split, written and read, which is
@@ -373,9 +374,11 @@ def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
 
 
 def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
-    """Splits of a sequence at most, where its cache holds `keys`."""
-    fill = _fill(B, T, Hq, Hk)
-    return max(min(FAN * fill + 1, ceil_div(keys, KEYS)), ceil_div(keys, FAN * FAN * KEYS))
+    """Splits of a sequence at most, where its cache holds `keys`: a multiple of 4, so that all parts
+    of the workspace are aligned to 16 bytes.
+    """
+    few = min(FAN * _fill(B, T, Hq, Hk) + 1, ceil_div(keys, KEYS))
+    return 4 * ceil_div(max(few, ceil_div(keys, FAN * FAN * KEYS)), 4)
 
 
 def _fill(B: int, T: int, Hq: int, Hk: int) -> int:

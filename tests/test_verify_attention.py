@@ -301,10 +301,10 @@ def test_a_row_of_the_kernel_has_its_bits_however_large_the_splits_are(
 @pytest.mark.parametrize(
     ("B", "T", "keys", "live", "launched"),
     [
-        (1, 5, 1029, 136, 136),
-        (1, 5, 32768, 256, 552),
+        (1, 5, 1029, 136, 160),
+        (1, 5, 32768, 256, 576),
         (1, 1, 131072, 1024, 1024),
-        (8, 5, 1029, 320, 832),
+        (8, 5, 1029, 320, 1024),
     ],
 )
 def test_an_8b_model_fills_an_h100_with_few_partial_results(
@@ -399,7 +399,7 @@ def test_arguments_of_the_launcher_that_do_not_fit_are_named() -> None:
         (r"tree must be \[B, T\]=\[2, 5\], got \[2, 4\]", launch, dict(tree=tree[:, :4])),
         ("window must be 0, or T=5 or more with a tree, got 4", launch, dict(tree=tree, window=4)),
         ("window must be 0, got -1", launch, dict(window=-1)),
-        ("workspace must be contiguous, of 720 elements", launch, dict(workspace=torch.empty(9))),
+        ("workspace must be contiguous, of 2880 elements", launch, dict(workspace=torch.empty(9))),
     ]
     for message, changed, options in refused:
         with pytest.raises(ValueError, match=message):
