@@ -72,6 +72,7 @@ CEILINGS = {
     "compact_path": Ceiling(registers=128),
     "commit": Ceiling(registers=32, wide=False),
     "sample": Ceiling(registers=96),
+    "latest_match": Ceiling(registers=64, wide=False),
     "ngram": Ceiling(registers=64, wide=False),
     "window_slots": Ceiling(registers=64, wide=False),
 }

@@ -573,14 +573,14 @@ FAULTS = [
     Fault(
         "ngram",
         "the end matches itself",
-        "        match = start < behind\n",
-        "        match = start <= behind\n",
+        "    match = start < behind\n",
+        "    match = start <= behind\n",
     ),
     Fault(
         "ngram",
         "a block's last start is left out",
-        "        match = start < behind\n",
-        "        match = (start < behind) & (start % BLOCK != BLOCK - 1)\n",
+        "    match = start < behind\n",
+        "    match = (start < behind) & (start % BLOCK != BLOCK - 1)\n",
     ),
     Fault(
         "ngram",
@@ -597,9 +597,27 @@ FAULTS = [
     Fault(
         "ngram",
         "the earliest match of a block wins",
-        "latest = tl.max(tl.where(match, start, -1))",
-        "latest = tl.min(tl.where(match, start, 2**40))\n"
-        "        latest = tl.where(latest == 2**40, -1, latest)",
+        "tl.max(tl.where(match, start, -1)))",
+        "(tl.min(tl.where(match, start, 2**40)) + 1) % (2**40 + 1) - 1)",
+    ),
+    Fault(
+        "ngram",
+        "the last block is lost",
+        "searched = tl.cdiv(tl.maximum(behind, 0), BLOCK)",
+        "searched = tl.maximum(behind, 0) // BLOCK",
+    ),
+    Fault(
+        "ngram",
+        "blocks past the first 128 are lost",
+        "for first in range(0, searched, 128):",
+        "for first in range(0, tl.minimum(searched, 128), 128):",
+    ),
+    Fault(
+        "ngram",
+        "the earliest block with a match wins",
+        "latest = tl.maximum(latest, tl.max(found))",
+        "earliest = tl.min(tl.where(found < 0, 2**40, found))\n"
+        "        latest = tl.where(earliest == 2**40, latest, earliest)",
     ),
     Fault(
         "sample",
