@@ -22,7 +22,7 @@ from mtpkern.kernels.kv_rollback import kv_rollback
 from mtpkern.kernels.linear import linear
 from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.multi_head_projection import BLOCK_V, Projection, multi_head_projection
-from mtpkern.kernels.ngram import ngram, ngram_ref
+from mtpkern.kernels.ngram import BLOCK, ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm
 from mtpkern.kernels.sample import sample
@@ -461,7 +461,7 @@ def ngram_cases(model: Model, B: int, T: int) -> Iterator[Case]:
             searched,
         )
 
-    moved = B * (8 * (known + 1 + T) + 1)
+    moved = B * (8 * (known + 1 + T) + 1 + 16 * -(-(known - size) // BLOCK))
     yield Case("no match", f"B={B} K={T} known={known}", moved, inputs)
 
 

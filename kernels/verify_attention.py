@@ -332,6 +332,7 @@ def _merge_splits_kernel(
     m_few, z_few, acc_few = _nothing(1, BLOCK_D)
     m_many, z_many, acc_many = _nothing(1, BLOCK_D)
     m_all, z_all, acc_all = _nothing(1, BLOCK_D)
+    tl.static_assert(FAN == 4)  # written out, so that all loads come before the first use
     for begin in range(first // FAN * FAN, last + 1, FAN):
         m_0, z_0, acc_0 = _partial(m_ptr, z_ptr, acc_ptr, row, begin, first, last, d, D)
         m_1, z_1, acc_1 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 1, first, last, d, D)
@@ -374,8 +375,8 @@ def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
 
 
 def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
-    """Splits of a sequence at most, where its cache holds `keys`: a multiple of 4, so that all parts
-    of the workspace are aligned to 16 bytes.
+    """Splits of a sequence at most, where its cache holds `keys`: a multiple of 4, so that every
+    part of the workspace is aligned to 16 bytes.
     """
     few = min(FAN * _fill(B, T, Hq, Hk) + 1, ceil_div(keys, KEYS))
     return 4 * ceil_div(max(few, ceil_div(keys, FAN * FAN * KEYS)), 4)
@@ -396,6 +397,11 @@ def _stages(bytes_of_key: int) -> int:
     tiles of keys and values under way, 5 two, 3 one; up to some 80 KB.
     """
     return 7 if bytes_of_key <= 128 else 5 if bytes_of_key <= 256 else 3
+
+
+def _warps(block_d: int, element_size: int) -> int:
+    """Four, or eight where the sums of a tile would not fit into the registers of four."""
+    return 4 if block_d * element_size**2 <= 512 else 8
 
 
 def verify_attention(
@@ -507,8 +513,7 @@ def verify_attention(
         FAN=FAN,
         BLOCK_D=block_d,
         PDL=pdl,
-        # Twice the warps where the sums would not fit into the registers of four.
-        num_warps=4 if block_d * q.element_size() ** 2 <= 512 else 8,
+        num_warps=_warps(block_d, q.element_size()),
         num_stages=_stages(block_d * q.element_size()),
         enable_fp_fusion=True,
         launch_pdl=pdl,
