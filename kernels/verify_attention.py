@@ -25,8 +25,9 @@ bytes of partial results: 4 (D + 2) T Hq for each split, written and read, which
     4 T G (D + 2) / (s D S) of the cache's (63 % up to 4352 keys, where they stay in the L2; 16 % up
     to 17k, then 4.0 %; at most 6.3 % for any T)
 bytes of q and the output: 2 s T Hq D
-instructions of a warp (sm_90, bf16, D = 128): 765 for a granule and 230 more for every FAN granules
-    (4 warps share 32 KB of keys and values), 46 for a split in the merge, which has no barriers
+instructions of a warp (sm_90, bf16, D = 128, Triton 3.9): at most 1004 for a granule, those that
+    follow FAN granules included (4 warps share 32 KB of keys and values); 46 for a split in the
+    merge, which has no barriers
 """
 
 from __future__ import annotations
