@@ -122,9 +122,7 @@ def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, float]:
     """Time a kernel and its baseline on the same rotating inputs."""
-    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
-    sets = min(MAX_SETS, max(2, -(-4 * cache // case.bytes_moved)))
-    calls = [case.inputs("cuda") for _ in range(sets)]
+    calls = rotating(case)
     ms = milliseconds([launch(call, pdl) for call in calls], repeat)
     baseline_ms = milliseconds([call.baseline for call in calls], repeat)
     gbps = case.bytes_moved / ms / 1e6
@@ -135,6 +133,13 @@ def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, floa
         "baseline_ms": baseline_ms,
         "ratio": baseline_ms / ms,
     }
+
+
+def rotating(case: Case) -> list[Call]:
+    """Sets of inputs that are together larger than the L2 cache."""
+    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
+    sets = min(MAX_SETS, max(2, -(-4 * cache // case.bytes_moved)))
+    return [case.inputs("cuda") for _ in range(sets)]
 
 
 def launch(call: Call, pdl: bool) -> Callable[[], object]:

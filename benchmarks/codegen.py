@@ -62,7 +62,7 @@ CEILINGS = {
     "linear": Ceiling(registers=168, multiplies=True),
     "gate_up_silu": Ceiling(registers=192, multiplies=True),
     # Triton 3.6 copies a page's number once for each piece of the page.
-    "verify_attention": Ceiling(registers=224, multiplies=True, narrow=30),
+    "verify_attention": Ceiling(registers=255, multiplies=True, narrow=30),
     "merge_splits": Ceiling(registers=64, wide=False),
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
@@ -72,6 +72,7 @@ CEILINGS = {
     "compact_path": Ceiling(registers=128),
     "commit": Ceiling(registers=32, wide=False),
     "sample": Ceiling(registers=96),
+    "latest_match": Ceiling(registers=64, wide=False),
     "ngram": Ceiling(registers=64, wide=False),
     "window_slots": Ceiling(registers=64, wide=False),
 }

@@ -22,12 +22,12 @@ from mtpkern.kernels.kv_rollback import kv_rollback
 from mtpkern.kernels.linear import linear
 from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.multi_head_projection import BLOCK_V, Projection, multi_head_projection
-from mtpkern.kernels.ngram import ngram, ngram_ref
+from mtpkern.kernels.ngram import BLOCK, ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.step_plan import window_slots
-from mtpkern.kernels.verify_attention import SPLIT, verify_attention, workspace_size
+from mtpkern.kernels.verify_attention import split_size, verify_attention, workspace_size
 
 DTYPE = torch.bfloat16
 EPS = 1e-5
@@ -215,7 +215,7 @@ def verify_attention_cases(model: Model, B: int, T: int) -> Iterator[Case]:
             k_pages, v_pages = (normal(device, B * pages, PAGE_SIZE, Hk, D) for _ in range(2))
             table = torch.randperm(B * pages, device=device, dtype=torch.int32).view(B, pages)
             lengths = torch.full((B,), keys - T, device=device)
-            size = workspace_size(B, T, Hq, D, pages, PAGE_SIZE)
+            size = workspace_size(B, T, Hq, Hk, D, pages, PAGE_SIZE)
             workspace = torch.empty(size, device=device)
             given = (q, k_pages, v_pages, table, lengths)
             dense = [t[table.view(-1)].view(B, keys, Hk, D) for t in (k_pages, v_pages)]
@@ -245,7 +245,8 @@ def verify_attention_cases(model: Model, B: int, T: int) -> Iterator[Case]:
             )
 
         moved = DTYPE.itemsize * (2 * B * keys * Hk * D + 2 * B * T * Hq * D)
-        moved += 2 * 4 * (D + 2) * B * T * Hq * -(-keys // SPLIT) + 4 * B * pages + 8 * B
+        moved += 2 * 4 * (D + 2) * B * T * Hq * -(-keys // split_size(B, T, Hq, Hk, keys))
+        moved += 4 * B * pages + 8 * B
         yield Case(f"{keys} keys", f"B={B} T={T} Hq={Hq} Hk={Hk} D={D}", moved, inputs)
 
 
@@ -460,7 +461,7 @@ def ngram_cases(model: Model, B: int, T: int) -> Iterator[Case]:
             searched,
         )
 
-    moved = B * (8 * (known + 1 + T) + 1)
+    moved = B * (8 * (known + 1 + T) + 1 + 16 * -(-(known - size) // BLOCK))
     yield Case("no match", f"B={B} K={T} known={known}", moved, inputs)
 
 

@@ -276,8 +276,8 @@ FAULTS = [
     Fault(
         "verify_attention",
         "a split begins one key late",
-        "begin = tl.maximum(split * SPLIT, first",
-        "begin = tl.maximum(split * SPLIT + 1, first",
+        "begin = tl.maximum(begin_of_split, first",
+        "begin = tl.maximum(begin_of_split + 1, first",
     ),
     Fault(
         "verify_attention",
@@ -300,14 +300,32 @@ FAULTS = [
     Fault(
         "verify_attention",
         "the sum is not rescaled when the maximum moves",
-        "z = z * decay + tl.sum(p, 1)",
-        "z = z + tl.sum(p, 1)",
+        "z = tl.fma(z_next, weight, z * decay)",
+        "z = tl.fma(z_next, weight, z)",
     ),
     Fault(
         "verify_attention",
         "the values are not rescaled when the maximum moves",
-        "tl.dot(p.to(v.dtype), v, acc * decay[:, None],",
-        "tl.dot(p.to(v.dtype), v, acc,",
+        "acc.shape), acc * decay[:, None])",
+        "acc.shape), acc)",
+    ),
+    Fault(
+        "verify_attention",
+        "granules form a chain within a split",
+        "if (start + KEYS) % (FAN * KEYS) == 0:",
+        "if start < 0:",
+    ),
+    Fault(
+        "verify_attention",
+        "a slice begins at the first key that is seen, aligned to nothing",
+        "first // KEYS * KEYS)\n",
+        "first)\n",
+    ),
+    Fault(
+        "verify_attention",
+        "splits count from the first key that is seen",
+        "begin_of_split = (first // split_size + split) * split_size",
+        "begin_of_split = first + split * split_size",
     ),
     Fault(
         "verify_attention",
@@ -336,20 +354,32 @@ FAULTS = [
     Fault(
         "verify_attention",
         "the merge leaves out the last split",
-        "last // SPLIT + 1, num_stages=4",
-        "last // SPLIT + (last < SPLIT), num_stages=4",
+        "(split <= last)",
+        "(split <= tl.maximum(last - 1, first))",
     ),
     Fault(
         "verify_attention",
-        "the merge does not rescale a split's values",
-        "acc = acc * decay + acc_split * weight",
-        "acc = acc * decay + acc_split",
+        "the merge loses a split",
+        "        m, z, acc = _merged(m, z, acc, m_2, z_2, acc_2)\n",
+        "",
+    ),
+    Fault(
+        "verify_attention",
+        "the merge goes on in a chain where the tree ends a group",
+        "if (split_size < TOP // FAN) &",
+        "if (split_size < 0) &",
+    ),
+    Fault(
+        "verify_attention",
+        "the merge reads splits from where the row itself begins to see",
+        "* splits - first_of_all // split_size",
+        "* splits - first",
     ),
     Fault(
         "verify_attention",
         "a row that sees nothing is NaN",
-        "out = acc / tl.where(z == 0.0, 1.0, z)",
-        "out = acc / z",
+        "out = acc / tl.where(z == 0.0, 1.0, z)[:, None]",
+        "out = acc / z[:, None]",
     ),
     Fault(
         "multi_head_projection",
@@ -543,14 +573,14 @@ FAULTS = [
     Fault(
         "ngram",
         "the end matches itself",
-        "        match = start < behind\n",
-        "        match = start <= behind\n",
+        "    match = start < behind\n",
+        "    match = start <= behind\n",
     ),
     Fault(
         "ngram",
         "a block's last start is left out",
-        "        match = start < behind\n",
-        "        match = (start < behind) & (start % BLOCK != BLOCK - 1)\n",
+        "    match = start < behind\n",
+        "    match = (start < behind) & (start % BLOCK != BLOCK - 1)\n",
     ),
     Fault(
         "ngram",
@@ -567,9 +597,27 @@ FAULTS = [
     Fault(
         "ngram",
         "the earliest match of a block wins",
-        "latest = tl.max(tl.where(match, start, -1))",
-        "latest = tl.min(tl.where(match, start, 2**40))\n"
-        "        latest = tl.where(latest == 2**40, -1, latest)",
+        "tl.max(tl.where(match, start, -1)))",
+        "(tl.min(tl.where(match, start, 2**40)) + 1) % (2**40 + 1) - 1)",
+    ),
+    Fault(
+        "ngram",
+        "the last block is lost",
+        "searched = tl.cdiv(tl.maximum(behind, 0), BLOCK)",
+        "searched = tl.maximum(behind, 0) // BLOCK",
+    ),
+    Fault(
+        "ngram",
+        "blocks past the first 128 are lost",
+        "for first in range(0, searched, 128):",
+        "for first in range(0, tl.minimum(searched, 128), 128):",
+    ),
+    Fault(
+        "ngram",
+        "the earliest block with a match wins",
+        "latest = tl.maximum(latest, tl.max(found))",
+        "earliest = tl.min(tl.where(found < 0, 2**40, found))\n"
+        "        latest = tl.where(earliest == 2**40, latest, earliest)",
     ),
     Fault(
         "sample",

@@ -2,8 +2,12 @@
 
 Prompt lookup (Saxena 2023): no weights, and strong wherever an answer repeats its prompt or itself.
 
-Bytes moved: 8 B known ids from the end back to the match, each read once per token of the pattern,
-from the L1 but for the first time.
+Each block searches BLOCK places, all of a sequence at once; a second launch takes the latest match
+of all blocks, and copies.
+
+Bytes moved, per sequence: 8 known, each token read once per token of the pattern, from the L1 but
+for the first time; 8 ceil(known / BLOCK) written and read for the blocks' matches; 16 K for the
+copy. Blocks: ceil(known / BLOCK) that work, of ceil(max_length / BLOCK).
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import check_dtype, check_shape, jit, power_of_two, tl, wait_for_producer
+from ._launch import ceil_div, check_dtype, check_shape, jit, power_of_two, tl, wait_for_producer
+
+# Places that a block searches.
+BLOCK = 1024
 
 
 def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
@@ -36,13 +43,42 @@ def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tupl
     return torch.where(found[:, None], drafted, 0), found
 
 
-@jit("SIZE", "BLOCK_K", do_not_specialize=("K", "stride_db"))
+@jit("SIZE", do_not_specialize=("blocks",))
+def _latest_match_kernel(
+    tokens_ptr,
+    known_ptr,
+    latest_ptr,
+    blocks,
+    stride_tb,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tokens_ptr += b * stride_tb
+    # A match begins before the end's own tokens do.
+    behind = tl.load(known_ptr + b) - SIZE
+    start = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if block * BLOCK >= behind:
+        return
+    match = start < behind
+    for i in tl.static_range(SIZE):
+        token = tl.load(tokens_ptr + start + i, mask=start < behind, other=0)
+        match &= token == tl.load(tokens_ptr + behind + i)
+    tl.store(latest_ptr + b * blocks + block, tl.max(tl.where(match, start, -1)))
+
+
+@jit("SIZE", "BLOCK_K", do_not_specialize=("K", "blocks", "stride_db"))
 def _ngram_kernel(
     tokens_ptr,
     known_ptr,
+    latest_ptr,
     drafts_ptr,
     found_ptr,
     K,
+    blocks,
     stride_tb,
     stride_db,
     SIZE: tl.constexpr,
@@ -54,19 +90,13 @@ def _ngram_kernel(
         wait_for_producer()
     b = tl.program_id(0).to(tl.int64)
     tokens_ptr += b * stride_tb
-    known = tl.load(known_ptr + b)
-    # A match begins before the end's own tokens do.
-    behind = known - SIZE
+    behind = tl.load(known_ptr + b) - SIZE
+    searched = tl.cdiv(tl.maximum(behind, 0), BLOCK)
     latest = tl.full([], -1, tl.int64)
-    begin = (behind - 1) // BLOCK * BLOCK
-    while (behind > 0) & (begin >= 0) & (latest < 0):
-        start = begin + tl.arange(0, BLOCK)
-        match = start < behind
-        for i in tl.static_range(SIZE):
-            token = tl.load(tokens_ptr + start + i, mask=start < behind, other=0)
-            match &= token == tl.load(tokens_ptr + behind + i)
-        latest = tl.max(tl.where(match, start, -1))
-        begin -= BLOCK
+    for first in range(0, searched, 128):
+        block = first + tl.arange(0, 128)
+        found = tl.load(latest_ptr + b * blocks + block, mask=block < searched, other=-1)
+        latest = tl.maximum(latest, tl.max(found))
     k = tl.arange(0, BLOCK_K)
     period = tl.maximum(behind - latest, 1)
     copied = latest + SIZE + k % period
@@ -104,16 +134,33 @@ def ngram(
     check_shape("found", found, "[B]", B)
     check_dtype("found", found, torch.bool)
     if B:
+        blocks = ceil_div(length, BLOCK)
+        latest = tokens.new_empty(B, blocks)
+        _latest_match_kernel[(blocks, B)](
+            tokens,
+            known,
+            latest,
+            blocks,
+            tokens.stride(0),
+            SIZE=size,
+            BLOCK=BLOCK,
+            PDL=pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
         _ngram_kernel[(B,)](
             tokens,
             known,
+            latest,
             drafted,
             found,
             drafts,
+            blocks,
             tokens.stride(0),
             drafted.stride(0),
             SIZE=size,
-            BLOCK=1024,
+            BLOCK=BLOCK,
             BLOCK_K=power_of_two(max(drafts, 1)),
             PDL=pdl,
             num_warps=4,

@@ -5,16 +5,29 @@ tree, those of its ancestors. The query heads that share a KV head are packed wi
 into tiles of a fixed height, and keys are read in whole tiles, so that a row's bits depend neither
 on the width of the window nor on where it ends.
 
-The kernel splits the keys at fixed places (split-KV, as in Flash-Decoding, Dao et al. 2023), whole
-splits in parallel, each with an online softmax (Milakov and Gimelshein 2018) of its own; a second
-kernel merges them in ascending order.
+A granule of KEYS keys has a softmax of its own (Milakov and Gimelshein 2018), and granules are
+merged in a tree that is fixed by the absolute key index: FAN of them in ascending order, FAN of the
+results likewise, and once more; beyond TOP keys the results form a chain. The keys are split
+between blocks (split-KV, as in Flash-Decoding, Dao et al. 2023) at nodes of that tree, so that a
+row's bits do not depend on how large the splits are: each sequence takes the largest, of 1, FAN or
+FAN^2 granules, of which it has W or more. A second kernel goes on up the tree; each of its
+iterations loads FAN splits before it merges them.
 
-Bytes moved, with s bytes an element, G = Hq / Hk and P = 4 (D + 2) T Hq bytes of partial results:
-cache, once a tile of ROWS packed rows: 2 s keys Hk D ceil(T G / ROWS), from DRAM once, since the
-    tiles of the same keys run side by side and meet in the L2
-partial results, per split of SPLIT keys: P written and P read, which is 4 T G (D + 2) / (s D SPLIT)
-    of the cache's bytes
-q and the output: 2 s T Hq D
+With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL / (B Hk tiles)) and
+n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 17):
+
+blocks: Hk tiles ceil(n / S) that work (136 for 1029 keys, 256 for 32k), of Hk tiles
+    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))), rounded up to fours, that are launched (576 for
+    a capacity of 32k, 1024 for 131k)
+bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles of the same keys run side by
+    side and meet in the L2
+bytes of partial results: 4 (D + 2) T Hq for each split, written and read, which is
+    4 T G (D + 2) / (s D S) of the cache's (63 % up to 4352 keys, where they stay in the L2; 16 % up
+    to 17k, then 4.0 %; at most 6.3 % for any T)
+bytes of q and the output: 2 s T Hq D
+instructions of a warp (sm_90, bf16, D = 128, Triton 3.9): at most 1004 for a granule, those that
+    follow FAN granules included (4 warps share 32 KB of keys and values); 46 for a split in the
+    merge, which has no barriers
 """
 
 from __future__ import annotations
@@ -26,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
+    FILL,
     ceil_div,
     check_dtype,
     check_shape,
@@ -42,8 +56,10 @@ from .step_plan import Segment, StepPlan, node_depth
 ROWS = 32
 # Keys that are multiplied at a time.
 KEYS = 64
-# Keys of a split: the i-th split holds the same keys however long the sequence is.
-SPLIT = 256
+# FAN granules of KEYS keys are merged in ascending order, FAN of what that gives likewise, up to
+# TOP keys; the rest is a chain. A split is a granule, FAN, or FAN times FAN of them.
+FAN = 4
+TOP = FAN**3 * KEYS
 
 
 def verify_attention_ref(
@@ -124,7 +140,39 @@ def _keys(pages: Tensor, table: Tensor, extent: int) -> Tensor:
     return keys[:extent].transpose(0, 1)
 
 
-@jit("HEADS", "KV_HEADS", "D", "WINDOW", do_not_specialize=("T", "splits"))
+@device
+def _split_size(length, T, fill, WINDOW: tl.constexpr, KEYS: tl.constexpr, FAN: tl.constexpr):
+    """The first key that some row of a sequence sees, and the keys of its splits: as many as leave
+    `fill` splits, so that short sequences occupy the device and long ones leave few partials.
+    """
+    first = tl.maximum(length + 1 - WINDOW, 0) if WINDOW else 0
+    granules = tl.cdiv(length + T, KEYS) - first // KEYS
+    size = tl.where(granules >= FAN * fill, FAN * KEYS, KEYS)
+    return first, tl.where(granules >= FAN * FAN * fill, FAN * FAN * KEYS, size)
+
+
+@device
+def _merged(m, z, acc, m_next, z_next, acc_next):
+    """Join two softmaxes over different keys: m, z [rows], acc [rows, D]. One that saw no key is
+    m = -inf, z = 0, acc = 0, and leaves the other's bits. Which product is fused is spelled out:
+    the two kernels must round alike.
+    """
+    m_new = tl.maximum(m, m_next)
+    # Where nothing was seen so far, -inf - -inf would be NaN.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    decay, weight = tl.exp2(m - shift), tl.exp2(m_next - shift)
+    z = tl.fma(z_next, weight, z * decay)
+    acc = tl.fma(acc_next, tl.broadcast_to(weight[:, None], acc.shape), acc * decay[:, None])
+    return m_new, z, acc
+
+
+@device
+def _nothing(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    return m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
+
+
+@jit("HEADS", "KV_HEADS", "D", "WINDOW", do_not_specialize=("T", "splits", "fill"))
 def _verify_attention_kernel(
     q_ptr,
     k_ptr,
@@ -137,6 +185,7 @@ def _verify_attention_kernel(
     z_ptr,
     T,
     splits,
+    fill,
     scale,
     stride_qb,
     stride_qt,
@@ -157,7 +206,7 @@ def _verify_attention_kernel(
     HAS_TREE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    FAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -175,9 +224,10 @@ def _verify_attention_kernel(
     length = tl.load(lengths_ptr + b).to(tl.int32)
     last_t = T - 1 if HAS_TREE else tl.minimum((tile * ROWS + ROWS - 1) // GROUP, T - 1)
     end = length + last_t + 1
-    first = tl.maximum(length + 1 - WINDOW, 0) if WINDOW else 0
-    begin = tl.maximum(split * SPLIT, first // KEYS * KEYS)
-    end_of_split = tl.minimum((split + 1) * SPLIT, end)
+    first, split_size = _split_size(length, T, fill, WINDOW, KEYS, FAN)
+    begin_of_split = (first // split_size + split) * split_size
+    begin = tl.maximum(begin_of_split, first // KEYS * KEYS)
+    end_of_split = tl.minimum(begin_of_split + split_size, end)
     if begin >= end_of_split:
         return
 
@@ -196,9 +246,8 @@ def _verify_attention_kernel(
     v_ptr += kv_head * stride_vh
     page_table_ptr += b * stride_pb
 
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    z = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    m_few, z_few, acc_few = _nothing(ROWS, BLOCK_D)  # of FAN granules at most
+    m_all, z_all, acc_all = _nothing(ROWS, BLOCK_D)  # of all before those
     for start in range(begin, end_of_split, KEYS):
         n = start + tl.arange(0, KEYS)
         # A key that nobody sees is not read: it may hold NaN, and 0 * NaN is NaN.
@@ -219,16 +268,16 @@ def _verify_attention_kernel(
         in_k = (d < D)[:, None] & in_reach[None, :]
         k = tl.load(k_ptr + k_rows[None, :] + d[:, None], mask=in_k, other=0.0)
         s = tl.where(sees, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # Where nothing was seen so far, -inf - -inf would be NaN.
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - shift[:, None])
-        decay = tl.exp2(m - shift)
-        m = m_new
-        z = z * decay + tl.sum(p, 1)
+        m = tl.max(s, 1)
+        p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
         in_v = in_reach[:, None] & (d < D)[None, :]
         v = tl.load(v_ptr + v_rows[:, None] + d[None, :], mask=in_v, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        m_few, z_few, acc_few = _merged(m_few, z_few, acc_few, m, tl.sum(p, 1), acc)
+        if (start + KEYS) % (FAN * KEYS) == 0:
+            m_all, z_all, acc_all = _merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
+            m_few, z_few, acc_few = _nothing(ROWS, BLOCK_D)
+    m, z, acc = _merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
 
     partial = ((b * T + t) * HEADS + h) * splits + split
     tl.store(m_ptr + partial, m, mask=in_window)
@@ -241,7 +290,7 @@ def _either(a, b):
     return a | b
 
 
-@jit("D", "WINDOW", do_not_specialize=("splits",))
+@jit("D", "WINDOW", do_not_specialize=("splits", "fill"))
 def _merge_splits_kernel(
     acc_ptr,
     m_ptr,
@@ -250,6 +299,7 @@ def _merge_splits_kernel(
     tree_ptr,
     out_ptr,
     splits,
+    fill,
     stride_tb,
     stride_ob,
     stride_ot,
@@ -257,7 +307,9 @@ def _merge_splits_kernel(
     D: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_TREE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    KEYS: tl.constexpr,
+    FAN: tl.constexpr,
+    TOP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -271,31 +323,74 @@ def _merge_splits_kernel(
         last = length + T - 1
         if WINDOW:
             position = length + node_depth(tl.load(tree_ptr + b * stride_tb + t))
+    first_of_all, split_size = _split_size(length, T, fill, WINDOW, KEYS, FAN)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
+    first, last = first // split_size, last // split_size
 
-    row = ((b * T + t) * HEADS + h) * splits
+    row = ((b * T + t) * HEADS + h) * splits - first_of_all // split_size
     d = tl.arange(0, BLOCK_D)
-    m, z = float("-inf"), 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for split in tl.range(first // SPLIT, last // SPLIT + 1, num_stages=4):
-        m_split = tl.load(m_ptr + row + split)
-        z_split = tl.load(z_ptr + row + split)
-        acc_split = tl.load(acc_ptr + (row + split) * D + d, mask=d < D, other=0.0)
-        m_new = tl.maximum(m, m_split)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        decay, weight = tl.exp2(m - shift), tl.exp2(m_split - shift)
-        z = z * decay + z_split * weight
-        acc = acc * decay + acc_split * weight
-        m = m_new
+    # Of FAN times FAN splits at most, of those up to TOP keys, and of all before.
+    m_few, z_few, acc_few = _nothing(1, BLOCK_D)
+    m_many, z_many, acc_many = _nothing(1, BLOCK_D)
+    m_all, z_all, acc_all = _nothing(1, BLOCK_D)
+    tl.static_assert(FAN == 4)  # written out, so that all loads come before the first use
+    for begin in range(first // FAN * FAN, last + 1, FAN):
+        m_0, z_0, acc_0 = _partial(m_ptr, z_ptr, acc_ptr, row, begin, first, last, d, D)
+        m_1, z_1, acc_1 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 1, first, last, d, D)
+        m_2, z_2, acc_2 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 2, first, last, d, D)
+        m_3, z_3, acc_3 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 3, first, last, d, D)
+        m, z, acc = _merged(m_0, z_0, acc_0, m_1, z_1, acc_1)
+        m, z, acc = _merged(m, z, acc, m_2, z_2, acc_2)
+        m, z, acc = _merged(m, z, acc, m_3, z_3, acc_3)
+        m_few, z_few, acc_few = _merged(m_few, z_few, acc_few, m, z, acc)
+        end = (begin + FAN) * split_size
+        if (split_size < TOP // FAN) & (end % (FAN * FAN * split_size) == 0):
+            m_many, z_many, acc_many = _merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
+            m_few, z_few, acc_few = _nothing(1, BLOCK_D)
+            if (split_size < TOP // FAN // FAN) & (end % TOP == 0):
+                m_all, z_all, acc_all = _merged(m_all, z_all, acc_all, m_many, z_many, acc_many)
+                m_many, z_many, acc_many = _nothing(1, BLOCK_D)
+    m, z, acc = _merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
+    m, z, acc = _merged(m_all, z_all, acc_all, m, z, acc)
     # A row that sees nothing, such as one that fills up a tree, is zero.
-    out = acc / tl.where(z == 0.0, 1.0, z)
+    out = acc / tl.where(z == 0.0, 1.0, z)[:, None]
     out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * stride_oh
-    tl.store(out_ptr + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(out_ptr + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
 
 
-def workspace_size(B: int, T: int, Hq: int, D: int, max_pages: int, page_size: int) -> int:
+@device
+def _partial(m_ptr, z_ptr, acc_ptr, row, split, first, last, d, D: tl.constexpr):
+    """A split's m, z [1] and acc [1, D]; nothing where the row sees no key of it."""
+    place = (row + split) + tl.arange(0, 1)
+    seen = (split >= first) & (split <= last) & (tl.arange(0, 1) == 0)
+    m = tl.load(m_ptr + place, mask=seen, other=float("-inf"))
+    z = tl.load(z_ptr + place, mask=seen, other=0.0)
+    in_acc = seen[:, None] & (d < D)[None, :]
+    return m, z, tl.load(acc_ptr + place[:, None] * D + d[None, :], mask=in_acc, other=0.0)
+
+
+def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
+    """Keys of a split where a sequence has `keys`, as the kernel decides for each sequence."""
+    granules, fill = ceil_div(keys, KEYS), _fill(B, T, Hq, Hk)
+    return KEYS * (FAN**2 if granules >= FAN**2 * fill else FAN if granules >= FAN * fill else 1)
+
+
+def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
+    """Splits of a sequence at most, where its cache holds `keys`: a multiple of 4, so that every
+    part of the workspace is aligned to 16 bytes.
+    """
+    few = min(FAN * _fill(B, T, Hq, Hk) + 1, ceil_div(keys, KEYS))
+    return 4 * ceil_div(max(few, ceil_div(keys, FAN * FAN * KEYS)), 4)
+
+
+def _fill(B: int, T: int, Hq: int, Hk: int) -> int:
+    """Splits of a sequence that occupy the device: B sequences of so many, Hk heads, all tiles."""
+    return ceil_div(FILL, B * Hk * ceil_div(T * Hq // Hk, ROWS))
+
+
+def workspace_size(B: int, T: int, Hq: int, Hk: int, D: int, max_pages: int, page_size: int) -> int:
     """How many float32 of workspace `verify_attention` wants for these shapes."""
-    return B * T * Hq * ceil_div(max_pages * page_size, SPLIT) * (D + 2)
+    return B * T * Hq * split_count(B, T, Hq, Hk, max_pages * page_size) * (D + 2) if B else 0
 
 
 def _stages(bytes_of_key: int) -> int:
@@ -303,6 +398,11 @@ def _stages(bytes_of_key: int) -> int:
     tiles of keys and values under way, 5 two, 3 one; up to some 80 KB.
     """
     return 7 if bytes_of_key <= 128 else 5 if bytes_of_key <= 256 else 3
+
+
+def _warps(block_d: int, element_size: int) -> int:
+    """Four, or eight where the sums of a tile would not fit into the registers of four."""
+    return 4 if block_d * element_size**2 <= 512 else 8
 
 
 def verify_attention(
@@ -336,8 +436,7 @@ def verify_attention(
     must hold a whole path: window >= T.
 
     `scale` is 1 / sqrt(D) unless given; workspace float32, of `workspace_size` elements or more.
-    The grid spans the capacity max_pages * page_size, and blocks behind a sequence's length return
-    at once: for short sequences pass fewer columns of the page table. `pdl`: see `linear`.
+    Blocks for which a sequence has no split return at once. `pdl`: see `linear`.
     """
     if q.dim() != 4 or k_pages.dim() != 4 or page_table.dim() != 2:
         raise ValueError(
@@ -367,7 +466,7 @@ def verify_attention(
     if window < 0 or (tree is not None and 0 < window < T):
         least = "0" if tree is None else f"0, or T={T} or more with a tree"
         raise ValueError(f"window must be {least}, got {window}")
-    size = workspace_size(B, T, Hq, D, max_pages, page_size)
+    size = workspace_size(B, T, Hq, Hk, D, max_pages, page_size)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     check_dtype("workspace", workspace, torch.float32)
@@ -378,7 +477,8 @@ def verify_attention(
         )
     if B == 0:
         return out
-    splits, rows = ceil_div(max_pages * page_size, SPLIT), B * T * Hq
+    splits, rows = split_count(B, T, Hq, Hk, max_pages * page_size), B * T * Hq
+    fill = _fill(B, T, Hq, Hk)
     acc, m, z = workspace.view(-1)[:size].split([rows * splits * D, rows * splits, rows * splits])
     stride_tb = 0 if tree is None else tree.stride(0)
     block_d = power_of_two(D)
@@ -395,6 +495,7 @@ def verify_attention(
         z,
         T,
         splits,
+        fill,
         # exp2 is one instruction: the scores are in units of log 2.
         (D**-0.5 if scale is None else scale) / math.log(2),
         *q.stride()[:3],
@@ -410,10 +511,10 @@ def verify_attention(
         HAS_TREE=tree is not None,
         ROWS=ROWS,
         KEYS=KEYS,
-        SPLIT=SPLIT,
+        FAN=FAN,
         BLOCK_D=block_d,
         PDL=pdl,
-        num_warps=4,
+        num_warps=_warps(block_d, q.element_size()),
         num_stages=_stages(block_d * q.element_size()),
         enable_fp_fusion=True,
         launch_pdl=pdl,
@@ -426,12 +527,15 @@ def verify_attention(
         tree,
         out,
         splits,
+        fill,
         stride_tb,
         *out.stride()[:3],
         D=D,
         WINDOW=window,
         HAS_TREE=tree is not None,
-        SPLIT=SPLIT,
+        KEYS=KEYS,
+        FAN=FAN,
+        TOP=TOP,
         BLOCK_D=block_d,
         PDL=pdl,
         num_warps=1,

@@ -1,9 +1,11 @@
 """codegen: what it reads off PTX, and which kernels it refuses. Its matrix is a step of CI."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -72,3 +74,46 @@ def test_row_counts_of_one_symbol_must_share_a_binary(codegen: Any) -> None:
 
 def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
     assert codegen.kernels() == codegen.CEILINGS.keys()
+
+
+@pytest.fixture
+def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Compiles both kernels of an attention on an H100 -> their binaries."""
+    import triton
+
+    from mtpkern.kernels.verify_attention import verify_attention
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(90))
+
+    def compiled(D: int, dtype: torch.dtype, columns: int, B: int = 1, T: int = 5) -> list[Any]:
+        q = torch.empty(B, T, 8, D, dtype=dtype, device="meta")
+        pages = torch.empty(9, 64, 2, D, dtype=dtype, device="meta")
+        table = torch.empty(B, 4096, dtype=torch.int32, device="meta")[:, :columns]
+        lengths = torch.empty(B, dtype=torch.int64, device="meta")
+        with codegen.launches_compiled() as launched:
+            verify_attention(q, pages, pages, table, lengths)
+        return [binary for _, binary in launched]
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(256, torch.bfloat16), (64, torch.float32), (128, torch.float32)]
+)
+def test_attention_spills_nothing_where_heads_or_elements_are_large(
+    codegen: Any, compiled_attention: Callable[..., list[Any]], D: int, dtype: torch.dtype
+) -> None:
+    for binary in compiled_attention(D, dtype, 512):
+        facts = codegen.measure(binary)
+        assert facts["stack"] == 0 and facts["shared"] <= codegen.MAX_SHARED
+
+
+def test_attention_is_one_binary_for_all_contexts_batches_and_windows(
+    compiled_attention: Callable[..., list[Any]],
+) -> None:
+    sizes = [(columns, B, T) for columns in (1, 17, 4096) for B in (1, 3, 8) for T in (1, 5, 64)]
+    hashes = {
+        tuple(binary.hash for binary in compiled_attention(16, torch.bfloat16, columns, B, T))
+        for columns, B, T in sizes
+    }
+    assert len(hashes) == 1

@@ -37,7 +37,11 @@ def test_equals_a_search_by_hand(texts: list[list[int]], drafts: int, size: int)
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("drafts", [0, 1, 5])
-def test_the_kernel_equals_the_definition_on_short_texts(gpu: str, drafts: int, size: int) -> None:
+@pytest.mark.parametrize("block", [16, 1024])
+def test_the_kernel_equals_the_definition_on_short_texts(
+    gpu: str, drafts: int, size: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{ngram.__module__}.BLOCK", block)
     generator = torch.Generator().manual_seed(drafts + size)
     tokens = torch.randint(3, (64, 60), generator=generator)[:, :47]
     known = torch.randint(1, 48, (64,), generator=generator)
@@ -49,8 +53,12 @@ def test_the_kernel_equals_the_definition_on_short_texts(gpu: str, drafts: int, 
     assert bool(expected[1].any()) and not bool(expected[1].all())
 
 
-def test_the_kernel_finds_a_match_wherever_it_lies_in_a_long_text(gpu: str) -> None:
-    """Its search goes in blocks, from the end back."""
+@pytest.mark.parametrize("block", [16, 1024])
+def test_the_kernel_finds_a_match_wherever_it_lies_in_a_long_text(
+    gpu: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any of three blocks, or of more than the 128 whose matches are compared at a time."""
+    monkeypatch.setattr(f"{ngram.__module__}.BLOCK", block)
     places = [0, 1, 1020, 1021, 1023, 1024, 1025, 2046, 2047, 2048, 2049]
     tokens = torch.arange(10, 10 + 2100).repeat(len(places), 1)
     known = torch.tensor([2060 + b for b in range(len(places))])

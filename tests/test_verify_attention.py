@@ -12,6 +12,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 
 from mtpkern.kernels.verify_attention import (
+    split_count,
+    split_size,
     verify_attention,
     verify_attention_ref,
     workspace_size,
@@ -252,24 +254,76 @@ def test_the_kernel_is_within_twice_the_error_of_the_dtype(
         assert_within_budget(out, torch.stack(in_dtype), torch.stack(exact), terms=max(lengths) + T)
 
 
-@pytest.mark.parametrize("heads", [(1, 4, 16), (2, 1, 40)])
+@pytest.mark.parametrize(
+    ("heads", "window", "dtype"),
+    [
+        ((1, 4, 16), 0, torch.bfloat16),
+        ((2, 1, 40), 0, torch.float32),
+        ((1, 4, 16), 70, torch.float32),
+    ],
+)
 def test_a_row_of_the_kernel_has_its_bits_in_every_window_and_beside_any_neighbour(
-    gpu: str, heads: tuple[int, int, int]
+    gpu: str, heads: tuple[int, int, int], window: int, dtype: torch.dtype
 ) -> None:
     """Row t of a window at length s is row 0 of a window at s + t, alone, in a longer table."""
     lengths, T = [0, 60, 250, 505], 17
-    launch = make_launch(gpu, lengths, T, heads, 16, torch.bfloat16)
-    expected = verify_attention(*launch)
+    launch = make_launch(gpu, lengths, T, heads, 16, dtype)
+    expected = verify_attention(*launch, window=window)
     for begin, count in ((0, 5), (3, 1), (7, 9), (16, 1)):
         rows = slice(begin, begin + count)
-        out = verify_attention(*launch.at(rows, begin))
+        out = verify_attention(*launch.at(rows, begin), window=window)
         torch.testing.assert_close(out, expected[:, rows], atol=0, rtol=0)
     for b in range(len(lengths)):
         far = torch.full((1, 40), 2**20, dtype=torch.int32, device=gpu)
         table = torch.cat([launch.page_table[b : b + 1], far], 1)
         alone = Launch(launch.q[b : b + 1], *launch[1:3], table, launch.lengths[b : b + 1])
-        out = verify_attention(*alone)
+        out = verify_attention(*alone, window=window)
         torch.testing.assert_close(out[0], expected[b], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("in_tree", "window"), [(0, 0), (1, 0), (0, 1300)])
+def test_a_row_of_the_kernel_has_its_bits_however_large_the_splits_are(
+    gpu: str, in_tree: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits of 256 and 1024 keys; of 64 and 256; of 64 and 64. The longer sequence goes through
+    every level of the tree. In float32, since rounding to 16 bits hides most other orders.
+    """
+    lengths, T = [300, 4200], 3
+    launch = make_launch(gpu, lengths, T, (1, 2, 16), 1024, torch.float32)
+    tree = random_tree(2, T).to(gpu) if in_tree else None
+    results = []
+    for blocks in (1, 16, 400):
+        monkeypatch.setattr(f"{verify_attention.__module__}.FILL", blocks)
+        results.append(verify_attention(*launch, tree=tree, window=window))
+    for out in results[1:]:
+        torch.testing.assert_close(out, results[0], atol=0, rtol=0)
+    for b, length in enumerate(lengths):
+        sees = visible(length, T, None if tree is None else tree[b].cpu(), window)
+        dense = launch.q[b].cpu(), *launch.dense(b)
+        truth = attention(*(t.double() for t in dense), sees)
+        in_dtype = attention(*dense, sees)
+        assert_within_budget(results[0][b], in_dtype, truth, terms=length + T)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "keys", "live", "launched"),
+    [
+        (1, 5, 1029, 136, 160),
+        (1, 5, 32768, 256, 576),
+        (1, 1, 131072, 1024, 1024),
+        (8, 5, 1029, 320, 1024),
+    ],
+)
+def test_an_8b_model_fills_an_h100_with_few_partial_results(
+    B: int, T: int, keys: int, live: int, launched: int
+) -> None:
+    Hq, Hk, D = 32, 8, 128
+    size = split_size(B, T, Hq, Hk, keys)
+    assert B * Hk * -(-keys // size) == live >= 132
+    assert B * Hk * split_count(B, T, Hq, Hk, keys) == launched
+    partials = 2 * 4 * (D + 2) * T * Hq * -(-keys // size)
+    if keys >= 32768:
+        assert partials < 0.2 * 2 * 2 * keys * Hk * D
 
 
 def test_a_key_that_is_nan_reaches_only_rows_of_the_kernel_that_see_it(gpu: str) -> None:
@@ -322,7 +376,7 @@ def test_the_kernel_equals_torch_on_a_dense_chain_and_flex_attention_on_a_dense_
 
 def test_a_finished_launch_leaves_nothing_in_a_larger_workspace(gpu: str) -> None:
     launch = make_launch(gpu, [100, 300], 5, (1, 2, 16), 64, torch.bfloat16)
-    size = workspace_size(2, 5, 2, 16, launch.page_table.shape[1], 64)
+    size = workspace_size(2, 5, 2, 1, 16, launch.page_table.shape[1], 64)
     workspace = torch.full((size + 100,), float("nan"), device=gpu)
     out = verify_attention(*launch, workspace=workspace)
     torch.testing.assert_close(out, verify_attention(*launch), atol=0, rtol=0)
@@ -352,7 +406,7 @@ def test_arguments_of_the_launcher_that_do_not_fit_are_named() -> None:
         (r"tree must be \[B, T\]=\[2, 5\], got \[2, 4\]", launch, dict(tree=tree[:, :4])),
         ("window must be 0, or T=5 or more with a tree, got 4", launch, dict(tree=tree, window=4)),
         ("window must be 0, got -1", launch, dict(window=-1)),
-        ("workspace must be contiguous, of 720 elements", launch, dict(workspace=torch.empty(9))),
+        ("workspace must be contiguous, of 2880 elements", launch, dict(workspace=torch.empty(9))),
     ]
     for message, changed, options in refused:
         with pytest.raises(ValueError, match=message):
