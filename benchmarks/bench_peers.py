@@ -2,8 +2,8 @@
 
     python benchmarks/bench_peers.py --llama-python PEERS/bin/python --threads 1 --threads 2 --busy
 
-llama.cpp comes from the wheel xllamacpp, best in an environment of its own, whose interpreter
-`--llama-python` names. Every engine decodes greedily, from the same token ids.
+llama.cpp comes from the wheel xllamacpp (2026.10 or later), best in an environment of its own,
+whose interpreter `--llama-python` names. Every engine decodes greedily, from the same token ids.
 
 1. Check. mtpkern's tokens with drafts, and with any number of threads, are those without. Red: exit
    code 1 and no speed. How many of llama.cpp's answers are the same is reported, not required.
@@ -29,8 +29,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,6 +63,7 @@ RATIOS = (
     (LLAMA_DRAFTS, LLAMA),
     (PLAIN, TRANSFORMERS),
 )
+FLASH: list[dict[str, Any]] = [{"flash_attention": True}, {"flash_attention": False}]
 # llama.cpp's n-gram drafts: as they come, and copying shorter runs after shorter matches.
 _SHORT = {"size_n": 3, "size_m": 8}
 NGRAMS: list[dict[str, Any]] = [
@@ -147,11 +148,13 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     print(first_line(facts))
     report: dict[str, Any] = {"schema": 1, "environment": facts}
 
-    def stage(text: str, total: int) -> Any:
+    def stage(text: str, total: int) -> AbstractContextManager[Phase]:
         return args.status.phase(text, total, "processes")
 
     plain, drafts = ours(args.model, directory)
-    with stage("checking", 2) as phase:
+    llama = Engine(LLAMA, [args.llama_python, str(HERE / "peer_llama.py")], str(gguf), FLASH[0])
+    with stage("checking", 3) as phase:
+        start(work, llama, threads[0], phase, prompts=work.few[:1])  # whether it runs at all
         expected = tokens(start(work, plain, threads[0], phase))
         red = differing(expected, start(work, drafts, threads[-1], phase))
     if red:
@@ -159,9 +162,10 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     print(f"check: with drafts, {len(expected)}/{len(expected)} answers as without")
 
     turns: list[Turns] = []
+    tries = len(FLASH) + len(NGRAMS) + (2 if args.transformers else 0)
     for count in threads:
-        with stage(f"choosing settings, {counted(count, 'thread')}", 2 + len(NGRAMS)) as phase:
-            peers = choose_settings(args, work, gguf, count, phase)
+        with stage(f"choosing settings, {counted(count, 'thread')}", tries) as phase:
+            peers = choose_settings(args, work, llama, count, phase)
         turns += [Turns(count, engine) for engine in (plain, drafts, *peers)]
     with stage("timing", args.repeat * len(turns)) as phase:
         for repeat in range(args.repeat):
@@ -256,7 +260,7 @@ def ours(model: str | None, directory: Path) -> list[Engine]:
 
 def start(work: Work, engine: Engine, threads: int, phase: Phase, **other: Any) -> Visit:
     """Run an engine's process; UserError where it fails, with what it said last."""
-    phase.advance(0, note=f"{engine.name}, {counted(threads, 'thread')}")
+    phase.advance(0, note=titled(threads, engine.name))
     try:
         found = visit(engine.command, work.job(engine, threads, **other))
     except Failed as failed:
@@ -269,7 +273,7 @@ def start(work: Work, engine: Engine, threads: int, phase: Phase, **other: Any) 
 
 
 def choose_settings(
-    args: argparse.Namespace, work: Work, gguf: Path, threads: int, phase: Phase
+    args: argparse.Namespace, work: Work, llama: Engine, threads: int, phase: Phase
 ) -> list[Engine]:
     """The other engines, each with the settings that a few prompts are decoded fastest with."""
 
@@ -277,19 +281,12 @@ def choose_settings(
         rates = []
         for engine in engines:
             rates.append(rate(start(work, engine, threads, phase, prompts=work.few)))
-            print(
-                f"{counted(threads, 'thread')}, {engine.name} {engine.settings}: {rates[-1]:.1f} tok/s"
-            )
+            print(f"{titled(threads, engine.name)} {engine.settings}: {rates[-1]:.1f} tok/s")
         return engines[rates.index(max(rates))]
 
-    llama = [args.llama_python, str(HERE / "peer_llama.py")]
-    plain = fastest(
-        [Engine(LLAMA, llama, str(gguf), {"flash_attention": flash}) for flash in (True, False)]
-    )
-    found = [
-        plain,
-        fastest([Engine(LLAMA_DRAFTS, llama, str(gguf), plain.settings | kind) for kind in NGRAMS]),
-    ]
+    plain = fastest([replace(llama, settings=flash) for flash in FLASH])
+    ngrams = [replace(plain, name=LLAMA_DRAFTS, settings=plain.settings | kind) for kind in NGRAMS]
+    found = [plain, fastest(ngrams)]
     if args.transformers:
         command = [sys.executable, str(HERE / "peer_transformers_process.py")]
         directory = str(resolve_model(args.model))
@@ -402,7 +399,7 @@ def time_first_tokens(
             seconds[LLAMA].append(one.first_answer_seconds)
         for name, values in seconds.items():
             print(
-                f"{counted(turn.threads, 'thread')}, {name}: first token after {median(values):.2f} s "
+                f"{titled(turn.threads, name)}: first token after {median(values):.2f} s "
                 f"({min(values):.2f} to {max(values):.2f})"
             )
             found.append(
@@ -447,7 +444,7 @@ def time_beside_busy(
             rates[i].append(rate(busy))
             shares[i].append(rates[i][-1] / rate(quiet, len(busy.answers)))
             print(
-                f"{counted(turn.threads, 'thread')}, {turn.engine.name}, busy, turn {repeat + 1}: "
+                f"{titled(turn.threads, turn.engine.name)}, busy, turn {repeat + 1}: "
                 f"{rates[i][-1]:.1f} tok/s, {shares[i][-1]:.2f} of its quiet rate"
             )
     return [
@@ -468,10 +465,14 @@ def busy_process() -> Iterator[None]:
         process.wait()
 
 
+def titled(threads: int, name: str) -> str:
+    return f"{counted(threads, 'thread')}, {name}"
+
+
 def line(turn: Turns, which: str, tokens_per_second: float, one: Visit, work: Work) -> str:
     peak = "" if one.peak_bytes is None else f", peak {one.peak_bytes / 1e6:.0f} MB"
     return (
-        f"{counted(turn.threads, 'thread')}, {turn.engine.name}, {which}: {tokens_per_second:.1f} tok/s, "
+        f"{titled(turn.threads, turn.engine.name)}, {which}: {tokens_per_second:.1f} tok/s, "
         f"prefill {len(work.prefill) / one.prefill_seconds:.0f} tok/s{peak}"
     )
 
@@ -487,12 +488,12 @@ def table(report: dict[str, Any]) -> str:
         )
     for r in report["ratios"]:
         lines.append(
-            f"{counted(r['threads'], 'thread')}: {r['of']} is {r['ratio']:.2f} times as fast as {r['to']} "
+            f"{titled(r['threads'], r['of'])} is {r['ratio']:.2f} times as fast as {r['to']} "
             f"({r['least']:.2f} to {r['largest']:.2f})"
         )
     for r in report["equal_answers"]:
         lines.append(
-            f"{counted(r['threads'], 'thread')}: {r['equal']} of {r['of']} answers of {r['engine']} are "
+            f"{titled(r['threads'], r['engine'])}: {r['equal']} of {r['of']} answers are "
             "mtpkern's, token for token"
         )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ class Mtpkern:
     version = f"mtpkern {mtpkern.__version__}"
 
     def __init__(self, job: dict[str, Any]):
-        plain = {"heads": "none", "ngram": False, "num_speculative_tokens": 0}
+        plain: dict[str, Any] = {"heads": "none", "ngram": False, "num_speculative_tokens": 0}
         self.llm = LLM(
             job["model"],
             device="cpu",
