@@ -455,11 +455,11 @@ def time_beside_busy(
 
 
 @contextmanager
-def busy_process() -> Iterator[None]:
+def busy_process() -> Iterator["subprocess.Popen[bytes]"]:
     """Another process that computes on one thread, for as long as the context lasts."""
     process = subprocess.Popen([sys.executable, "-c", BUSY])
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
