@@ -144,8 +144,8 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     facts = environment() | {"model": args.model or directory.name, "gguf": gguf.name}
     facts |= {"gguf_bytes": gguf.stat().st_size, "prompts": len(work.prompts)}
     facts |= {"max_tokens": args.max_tokens, "context": work.context}
-    facts["threads"] = " and ".join(map(str, threads))
-    print(first_line(facts))
+    print(first_line(facts | {"threads": " and ".join(map(str, threads))}))
+    facts["threads"] = threads
     report: dict[str, Any] = {"schema": 1, "environment": facts}
 
     def stage(text: str, total: int) -> AbstractContextManager[Phase]:

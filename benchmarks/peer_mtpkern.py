@@ -13,8 +13,6 @@ from mtpkern import LLM, SamplingParams
 class Mtpkern:
     """An LLM for one prompt at a time."""
 
-    version = f"mtpkern {mtpkern.__version__}"
-
     def __init__(self, job: dict[str, Any]):
         plain: dict[str, Any] = {"heads": "none", "ngram": False, "num_speculative_tokens": 0}
         self.llm = LLM(
@@ -25,6 +23,7 @@ class Mtpkern:
             max_length=job["context"],
             **({} if job["settings"]["drafts"] else plain),
         )
+        self.version = f"mtpkern {mtpkern.__version__}, weights {self.llm.weights}"
 
     def decode(self, prompt: list[int], max_tokens: int) -> Answer:
         (completion,) = self.llm.generate([prompt], SamplingParams(max_tokens=max_tokens))
