@@ -207,9 +207,11 @@ class Machine:
         # The machine is slower from turn to turn, for everybody, and far slower if it is busy.
         rate /= (1 + self.turn) * (4 if self.busy else 1)
         token = 9 if name.startswith("llama") else 8
-        count = len(asked["prompts"]) - (self.busy and name == "mtpkern plain")
+        # The last prompt takes twice as long, and one engine does not come to it if it is busy.
+        prompts, n = asked["prompts"], asked["max_tokens"]
+        count = len(prompts) - (self.busy and name == "mtpkern plain")
         answers = [
-            self.module.Answer([token] * i, asked["max_tokens"], asked["max_tokens"] / rate)
+            self.module.Answer([token] * i, n, n / rate * (2 if i + 1 == len(prompts) else 1))
             for i in range(count)
         ]
         if self.turn == self.drafts_differ_in_turn and name == "mtpkern drafts":
@@ -273,7 +275,10 @@ def test_the_fastest_settings_are_kept_and_ratios_are_of_the_same_turn(
     place = {key: [i + 2, 10 + 10 - i + 1, 20 + i + 2] for i, key in enumerate(turn)}
     for row in rows:
         full = {"llama.cpp plain": 25.0, "llama.cpp n-gram": 30.0} | machine.RATES
-        rates = [full[row["engine"]] / at for at in place[row["engine"], row["threads"]]]
+        last_is_slow = row["prompts"] / (row["prompts"] + 1)
+        rates = [
+            full[row["engine"]] * last_is_slow / at for at in place[row["engine"], row["threads"]]
+        ]
         assert row["rates"] == pytest.approx(rates)
         assert row["tokens_per_second"] == pytest.approx(sorted(rates)[1])
     ratio = next(r for r in report["ratios"] if r["of"] == names[1] and r["to"] == names[2])
