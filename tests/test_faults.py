@@ -190,6 +190,10 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
         ),
     ),
     "bench_cpu": (benchmark("bench_cpu"), lambda f, out: ["--output-json", out]),
+    "bench_peers": (
+        benchmark("bench_peers"),
+        lambda f, out: ["--model", f.model, "--prompts", f.bench, "--output-json", out],
+    ),
     "bench_steps": (
         benchmark("bench_steps"),
         lambda f, out: (
@@ -217,8 +221,9 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
 }
 # Commands that print nothing, and those that have nothing to run on here.
 SILENT = {"record", "invent", "prompts"}
-# codegen and bench_cpu run for minutes, and gpu_suite's test runs bench_steps.
-NO_FURTHER = {"codegen", "bench_kernels", "bench_steps", "bench_cpu"}
+# codegen and bench_cpu run for minutes, gpu_suite's test runs bench_steps, and bench_peers needs
+# another engine.
+NO_FURTHER = {"codegen", "bench_kernels", "bench_steps", "bench_cpu", "bench_peers"}
 TRITON = {"bench_kernels", "bench_steps", "predict_steps", "codegen"}
 if importlib.util.find_spec("triton") is None:
     for absent in TRITON:
