@@ -32,7 +32,7 @@ from torch import Tensor
 from mtpkern.command import Parser, at_least
 from mtpkern.decode import decode_step
 from mtpkern.engine import LLM
-from mtpkern.graph import capture
+from mtpkern.graph import GraphPool
 from mtpkern.heads import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
 from mtpkern.sequential_heads import MtpDrafter, MtpWeights
@@ -208,7 +208,7 @@ def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Ca
     if isinstance(drafter, MtpDrafter):
         drafter.cache.lengths.fill_(context)
     step = lambda: decode_step(state, llm.trunk, drafter, llm.ops, logprobs=True)  # noqa: E731
-    return capture(step) if torch.cuda.is_available() else step
+    return GraphPool().capture(step) if torch.cuda.is_available() else step
 
 
 def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
@@ -247,7 +247,7 @@ def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
         token.copy_(F.linear(normed, trunk.lm_head)[:, -1:].argmax(-1))
         return token
 
-    return capture(step) if torch.cuda.is_available() else step
+    return GraphPool().capture(step) if torch.cuda.is_available() else step
 
 
 def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:

@@ -35,7 +35,7 @@ from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_tap
 from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.fetch import model_name, resolve_model
-from mtpkern.graph import capture, measure
+from mtpkern.graph import GraphPool, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import (
     HEADS,
@@ -612,7 +612,8 @@ class LLM:
 
     def _capture_all(self) -> None:
         """Capture every shape that may be wanted, while no sequence is active."""
-        pool, free = torch.cuda.graph_pool_handle(), torch.cuda.mem_get_info()[0]
+        torch.cuda.empty_cache()  # else what it holds would flow back into what is free
+        pool, free = GraphPool(), torch.cuda.mem_get_info()[0]
         batches = sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True)
         ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
         shapes = [(batch, k) for batch in batches for k in sorted(ladder | {self.k})]
@@ -620,10 +621,11 @@ class LLM:
             for batch, k in shapes:
                 state, lengths = self._state.view(batch, k), FixedDraftLength(k)
                 step = partial(self._launch, state, k, lengths, True)
-                self._graphs[batch, k] = replay = capture(step, pool)
+                self._graphs[batch, k] = replay = pool.capture(step)
                 if self._adaptive:
                     self._seconds[batch, k] = measure(replay)
                 phase.advance()
+        torch.cuda.empty_cache()
         self.graph_bytes = free - torch.cuda.mem_get_info()[0]
         if self.graph_bytes > GRAPH_CEILING:
             raise UserError(

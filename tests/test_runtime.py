@@ -179,13 +179,14 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
     (expected,) = load(directory, gpu).generate(PROMPTS[0], GREEDY, speculate=False)
     if torch.version.cuda is None:
 
-        def runs_once(step: Any, pool: Any) -> Any:
-            step()
-            return step
+        class RunsOnce:
+            def capture(self, step: Any) -> Any:
+                step()
+                return step
 
-        monkeypatch.setattr(engine, "capture", runs_once)
+        monkeypatch.setattr(engine, "GraphPool", RunsOnce)
         monkeypatch.setattr(engine, "measure", lambda replay: float(bool(replay())) + 1.0)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         # Each look finds 3 MiB less than the one before.
         free = iter(range(1 << 30, 0, -(3 << 20)))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1 << 30))
