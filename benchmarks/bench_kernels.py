@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mtpkern.command import Parser, at_least
 from mtpkern.errors import UserError
+from mtpkern.graph import GraphPool
 from mtpkern.kernels._launch import jit, tl
 
 PROBE_BYTES = 2**30
@@ -56,7 +57,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     errors, red = [], []
     with args.status.phase("checking", len(cases), "cases") as phase:
         for model, op, case in cases:
-            error, budget = check(case)
+            error, budget = check(case, args.pdl)
             errors.append(error)
             if not error <= budget:
                 red.append(
@@ -91,10 +92,10 @@ def parser() -> Parser:
     return parser
 
 
-def check(case: Case) -> tuple[float, float]:
+def check(case: Case, pdl: bool) -> tuple[float, float]:
     """The largest error of a kernel, and what it may be: twice that of torch in the same dtype."""
     call = case.inputs("cuda")
-    got, truth = tensors(call.launch(False)), tensors(call.truth())
+    got, truth = tensors(call.launch(pdl)), tensors(call.truth())
     budget = 2 * largest_error(tensors(call.in_dtype()), truth)
     # Sums in float32 in another order differ in the last places, whatever the dtype.
     slack = max(float(t.double().abs().max()) for t in truth) * 2**-17
@@ -143,22 +144,19 @@ def launch(call: Call, pdl: bool) -> Callable[[], object]:
 
 def milliseconds(calls: Sequence[Callable[[], object]], repeat: int) -> float:
     """Median time of one call, of all `calls` one after the other in a CUDA graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:  # compiles, and lets libraries allocate, outside the capture
-            call()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
     rounds = -(-40 // len(calls))
-    with torch.cuda.graph(graph):
+
+    def run_all() -> None:
         for call in [*calls] * rounds:
             call()
-    graph.replay()
+
+    replay = GraphPool().capture(run_all)
+    replay()
     times = []
     for _ in range(repeat):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / (rounds * len(calls)))
