@@ -48,6 +48,7 @@ from mtpkern.heads import (
     NgramDrafter,
     NoDrafter,
 )
+from mtpkern.kernels._launch import TIERS
 from mtpkern.kernels.cpu.weights import Quants
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, Ops, Withheld, sampling_key, with_pdl
@@ -61,6 +62,7 @@ from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.tokenizer_files import has_tokenizer
 from mtpkern.trace import span
+from mtpkern.warmup import noting_kernels
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]
 
@@ -611,13 +613,22 @@ class LLM:
         )
 
     def _capture_all(self) -> None:
-        """Capture every shape that may be wanted, while no sequence is active."""
-        torch.cuda.empty_cache()  # else what it holds would flow back into what is free
-        pool, free = GraphPool(), torch.cuda.mem_get_info()[0]
+        """Compile whatever a launch may need, and capture every shape of a step, while no sequence
+        is active: a compilation takes seconds, and no answer may wait for it."""
         batches = sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True)
         ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
         shapes = [(batch, k) for batch in batches for k in sorted(ladder | {self.k})]
-        with self.status.phase("compiling and capturing graphs", len(shapes)) as phase:
+        known = sorted({min(sum(tier), self.max_length - 3) for tier in TIERS} - {-1, 0})
+        count = len(known) + len(shapes)
+        with (
+            self.status.phase("compiling kernels and capturing graphs", count, "shapes") as phase,
+            noting_kernels(phase),
+        ):
+            for rows in known:
+                self._warm_up_prefill(rows)
+                phase.advance()
+            torch.cuda.empty_cache()  # else what it holds would flow back into what is free
+            pool, free = GraphPool(), torch.cuda.mem_get_info()[0]
             for batch, k in shapes:
                 state, lengths = self._state.view(batch, k), FixedDraftLength(k)
                 step = partial(self._launch, state, k, lengths, True)
@@ -634,6 +645,19 @@ class LLM:
             )
         # Those steps left words in the ring: no later one may bear their numbers.
         self._clock = int(self._state.progress.clock.max())
+
+    def _warm_up_prefill(self, rows: int) -> None:
+        """Admit a made-up prompt of which the drafter takes in `rows` rows, and forget it."""
+        prompt = EncodedPrompt([0] * (rows + 2), False)
+        room = self.max_length - len(prompt.ids)
+        request = Request(
+            0, prompt, SamplingParams(), k=self.k, room=room, ends=(), tokenizer=self.tokenizer
+        )
+        claim = self._pool.claim(self._pages(request))
+        assert claim is not None, "no sequence holds a page yet"
+        request.pages, request.known, request.pairs = claim
+        self._admit(0, request, self.k, FixedDraftLength(self.k))
+        self._leave(0, request)
 
     @torch.inference_mode()
     def time_steps(self) -> dict[int, float]:

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, JitFunctionInfo
 
 from mtpkern.kernels.advance import Progress, advance_ref
 
@@ -154,7 +154,10 @@ class PretendGpu(TorchFunctionMode):
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         *_, binder = kernel.device_caches[Driver().get_current_device()]
         _, specialization, rest = binder(*args, **options)
-        self.binaries[kernel.__name__, f"{specialization} {rest}"] += 1
+        binary = kernel.__name__, f"{specialization} {rest}"
+        if binary not in self.binaries and (hook := triton.knobs.runtime.jit_cache_hook):
+            hook(fn=JitFunctionInfo(kernel.module, kernel.fn.__qualname__, kernel))
+        self.binaries[binary] += 1
         if kernel.__name__ == "_advance_kernel":
             given = dict(zip(kernel.arg_names, args, strict=False))
 

@@ -1,30 +1,33 @@
 """What LLM does on a GPU beside computing, on one that is not there."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_checkpoint
+from test_heads import write_medusa, write_mtp
 
 pytest.importorskip("triton")
 
 from pretend_gpu import pretend_gpu  # noqa: E402
 
+from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
+from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
+from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
+from mtpkern.status import Phase  # noqa: E402
+from mtpkern.warmup import noting_kernels  # noqa: E402
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+HEADS = {"mtp": write_mtp, "medusa": write_medusa}
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return tiny_checkpoint(
-        tmp_path / "trunk",
-        dtype=torch.bfloat16,
-        hidden_size=64,
-        num_attention_heads=4,
-        head_dim=16,
-        num_hidden_layers=2,
-        max_position_embeddings=1280,
-    )
+    return tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16, max_position_embeddings=1280)
 
 
 def load(directory: Path, **options: Any) -> LLM:
@@ -39,3 +42,89 @@ def test_graphs_share_one_pool_and_only_their_memory_is_counted(directory: Path)
         assert len(set(gpu.graphs)) > 1
         assert llm.graph_bytes == max(gpu.graphs), "the largest, not the sum"
         assert gpu.cached == 0
+
+
+def test_loading_says_which_kernel_is_compiled_and_how_much_remains(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = []
+    advance = Phase.advance
+
+    def record(phase: Phase, *args: Any) -> None:
+        advance(phase, *args)
+        if phase.what.startswith("compiling"):
+            lines.append(phase.line(""))
+
+    monkeypatch.setattr(Phase, "advance", record)
+    with pretend_gpu() as gpu:
+        llm = load(directory, num_speculative_tokens=3)
+        binaries = len(gpu.binaries)
+    whole = len(TIERS) + len(llm._graphs)
+    start = "compiling kernels and capturing graphs: "
+    # A prompt's first drafts are the first to need kernels.
+    assert lines[0].startswith(f"{start}0/{whole} shapes, kernel 1: ")
+    assert lines[-1].startswith(f"{start}{whole}/{whole} shapes, kernel {binaries}: ")
+    assert any("verify_attention" in line for line in lines)
+
+
+def test_a_compilation_is_noted_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import codegen
+
+    phase = Phase("compiling", None, "")
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(90))
+    x, w = torch.empty(3, 64, device="meta"), torch.empty(64, device="meta")
+    with codegen.launches_compiled() as launched, noting_kernels(phase):
+        rms_norm(x, w, 1e-5)
+        rms_norm(x[:2], w, 1e-5)
+    assert [name for name, _ in launched] == ["rms_norm"] * 2
+    assert phase.note == "kernel 1: rms_norm"
+    assert triton.knobs.runtime.jit_cache_hook is None
+
+
+MIXED = [
+    1,
+    2,
+    3,
+    17,
+    18,
+    33,
+    34,
+    64,
+    65,
+    66,
+    129,
+    130,
+    200,
+    257,
+    258,
+    400,
+    513,
+    514,
+    515,
+    700,
+    1000,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", HEADS)
+def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: str) -> None:
+    """Over prompts of 1 to 1,000 tokens, sequences that join and leave, every slot and every K."""
+    options = {"heads": HEADS[heads](tmp_path / "heads")}
+    with pretend_gpu() as gpu:
+        llm = load(directory, max_length=1210, **options)
+        loaded = set(gpu.binaries)
+        ladder = sorted({k for _, k in llm._graphs})
+        assert ladder == sorted({0, 1, 2, llm.k}) and llm.k > 2
+        params = [SamplingParams(max_tokens=2 + i % 7, ignore_eos=True) for i in range(len(MIXED))]
+        prompts = [[7 + j % 200 for j in range(n)] for n in MIXED]
+        for best in ladder:
+            for shape in llm._graphs:
+                llm._seconds[shape] = 1.0 if shape[1] == best else 9.0
+            for count in (1, 2, 3):
+                llm.generate(prompts[best : best + count], params[:count])
+        llm.generate(prompts, params)
+        llm.generate(prompts[-3:], params[-3:], speculate=False)
+        later = Counter(name for name, _ in set(gpu.binaries) - loaded)
+        assert later == Counter(), later

@@ -42,6 +42,7 @@ EVERYTHING = STEP | {
     "trace",
     "engine",
     "threads",
+    "warmup",
 }
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
@@ -82,6 +83,7 @@ ARROWS: dict[str, set[str]] = {
     "ring": {"kernels"},
     "draft_length": {"heads"},
     "trace": set(),
+    "warmup": {"kernels", "status"},
     "threads": {"arguments"},
     "outputs": {"errors"},
     "profile": {"config", "outputs"},
@@ -92,7 +94,8 @@ ARROWS: dict[str, set[str]] = {
     "meta_checkpoint": {"config", "outputs"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP
-    | {"cpu_ops", "quantised", "ring", "completion", "draft_length", "threads", "trace"},
+    | {"cpu_ops", "quantised", "ring", "completion", "draft_length", "threads", "trace"}
+    | {"warmup"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "command", "outputs"},
