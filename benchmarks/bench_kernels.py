@@ -17,10 +17,11 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from common import Finish, gpu_environment, gpu_first_line, run
+from common import Finish, gpu_environment, gpu_first_line, print_row, run
 from kernel_cases import MODELS, OPS, STEPS, Call, Case
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         for op in args.op or OPS
         for B, T in STEPS
         if args.rows is None or B * T in args.rows
-        for case in OPS[op](MODELS[model], B, T)
+        for case in islice(OPS[op](MODELS[model], B, T), 1 if args.first else None)
     ]
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
     errors, red = [], []
@@ -74,10 +75,14 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     with args.status.phase("timing", len(cases), "cases") as phase:
         for (model, op, case), error in zip(cases, errors, strict=True):
             row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
-            row |= time_case(case, args.repeat, args.pdl, peak)
-            report["rows"].append(row | {"max_error": error})
+            row |= time_case(case, args.repeat, args.pdl, peak) | {"max_error": error}
+            with args.status.paused():
+                if not report["rows"] or report["rows"][-1]["model"] != model:
+                    print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+                print(table_line(row))
+                print_row(row)
+            report["rows"].append(row)
             phase.advance(note=f"{model} {op} {case.name}")
-    print_rows(report["rows"])
     return finish(report, 0)
 
 
@@ -87,6 +92,7 @@ def parser() -> Parser:
     add("--op", choices=OPS, action="append", help="default: all")
     add("--model", choices=MODELS, action="append", help="default: all")
     add("--rows", type=at_least(1), action="append", metavar="N", help="window rows; default: all")
+    add("--first", action="store_true", help="only the first case of each op")
     add("--repeat", type=at_least(1), default=20, metavar="N", help="replays a median is taken of")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
     return parser
@@ -190,16 +196,12 @@ def bandwidths(repeat: int) -> dict[str, float]:
     }
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    for model in dict.fromkeys(row["model"] for row in rows):
-        print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
-        for row in rows:
-            if row["model"] == model:
-                print(
-                    f"| {row['op']} | {row['case']} | {row['shape']} | {row['ms']:.4f} "
-                    f"| {row['gbps']:.0f} | {row['percent_of_peak']:.0f} "
-                    f"| {row['baseline_ms']:.4f} | {row['ratio']:.2f} | {row['max_error']:.2g} |"
-                )
+def table_line(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['op']} | {row['case']} | {row['shape']} | {row['ms']:.4f} "
+        f"| {row['gbps']:.0f} | {row['percent_of_peak']:.0f} "
+        f"| {row['baseline_ms']:.4f} | {row['ratio']:.2f} | {row['max_error']:.2g} |"
+    )
 
 
 if __name__ == "__main__":

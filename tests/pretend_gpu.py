@@ -92,6 +92,7 @@ class PretendGpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.binaries: Counter[tuple[str, str]] = Counter()  # kernel and specialisation: launches
+        self.grids: dict[str, set[tuple[int, ...]]] = {}  # of each kernel
         self.default = self.current = Stream()
         self.used = self.cached = 0
         # Bytes of each pool, by the stream on which they were allocated.
@@ -151,13 +152,20 @@ class PretendGpu(TorchFunctionMode):
 
     # Kernels
 
-    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def binary(
+        self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[str, str]:
+        """Kernel and specialisation of a launch, as Triton's own code has it."""
         *_, binder = kernel.device_caches[Driver().get_current_device()]
         _, specialization, rest = binder(*args, **options)
-        binary = kernel.__name__, f"{specialization} {rest}"
+        return kernel.__name__, f"{specialization} {rest}"
+
+    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binary = self.binary(kernel, args, options)
         if binary not in self.binaries and (hook := triton.knobs.runtime.jit_cache_hook):
             hook(fn=JitFunctionInfo(kernel.module, kernel.fn.__qualname__, kernel))
         self.binaries[binary] += 1
+        self.grids.setdefault(kernel.__name__, set()).add(grid)
         if kernel.__name__ == "_advance_kernel":
             given = dict(zip(kernel.arg_names, args, strict=False))
 
@@ -189,6 +197,7 @@ def pretend_gpu() -> Iterator[PretendGpu]:
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "get_device_capability": lambda device=None: (9, 0),
+        "get_device_name": lambda device=None: "pretended",
         "current_device": lambda: 0,
         "mem_get_info": gpu.free,
         "empty_cache": gpu.empty_cache,

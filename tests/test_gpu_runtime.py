@@ -82,6 +82,24 @@ def test_a_compilation_is_noted_before_it_begins(monkeypatch: pytest.MonkeyPatch
     assert triton.knobs.runtime.jit_cache_hook is None
 
 
+def test_a_context_is_timed_with_a_page_table_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_steps
+
+    def grids(*contexts: int) -> set[tuple[int, ...]]:
+        given = [word for context in contexts for word in ("--context", str(context))]
+        with pretend_gpu() as gpu:
+            assert bench_steps.main(["--model", "tiny", "--repeat", "2", *given]) == 0
+        capsys.readouterr()
+        return gpu.grids["_verify_attention_kernel"]
+
+    short, long = grids(64), grids(4000)
+    assert short != long
+    assert grids(64, 4000) == short | long
+
+
 MIXED = [
     1,
     2,
