@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from pretend_gpu import pretend_gpu  # noqa: E402
 
+from mtpkern import engine  # noqa: E402
 from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
 from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
@@ -133,12 +134,12 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
     with pretend_gpu() as gpu:
         llm = load(directory, max_length=1210, **options)
         loaded = set(gpu.binaries)
-        ladder = sorted({k for _, k in llm._graphs})
+        ladder = sorted({k for _, k in llm._seconds})
         assert ladder == sorted({0, 1, 2, llm.k}) and llm.k > 2
         params = [SamplingParams(max_tokens=2 + i % 7, ignore_eos=True) for i in range(len(MIXED))]
         prompts = [[7 + j % 200 for j in range(n)] for n in MIXED]
         for best in ladder:
-            for shape in llm._graphs:
+            for shape in llm._seconds:
                 llm._seconds[shape] = 1.0 if shape[1] == best else 9.0
             for count in (1, 2, 3):
                 llm.generate(prompts[best : best + count], params[:count])
@@ -146,3 +147,35 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
         llm.generate(prompts[-3:], params[-3:], speculate=False)
         later = Counter(name for name, _ in set(gpu.binaries) - loaded)
         assert later == Counter(), later
+
+
+def test_a_graph_reads_no_more_of_a_long_page_table_than_it_must(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "GRAPH_CONTEXTS", (128, 448))
+    with pretend_gpu():
+        llm = load(directory, num_speculative_tokens=3, max_length=900)
+        used = Counter()
+
+        def checked(shape: tuple[int, int, int], replay: Any) -> Any:
+            batch, k, pages = shape
+
+            def run() -> None:
+                needed = int(llm._cache.lengths[:batch].max()) + k + 1
+                assert needed <= 64 * pages
+                used[pages, min(most for most in buckets if needed <= 64 * most)] += 1
+                replay()
+
+            return run
+
+        buckets = sorted({pages for _, _, pages in llm._graphs})
+        assert buckets[:2] == [2, 7] and len(buckets) == 3
+        llm._graphs.update({s: checked(s, replay) for s, replay in llm._graphs.items()})
+        monkeypatch.setattr(LLM, "_launch", None)
+        params = SamplingParams(max_tokens=440, ignore_eos=True)
+        for speculate in (True, False):
+            llm.generate([[5] * 9, [7] * 200, [8] * 460], params, speculate=speculate)
+            llm.generate([[5] * 9], params, speculate=speculate)
+        assert {pages for pages, _ in used} == set(buckets)
+        late = sum(count for (pages, least), count in used.items() if pages > least)
+        assert late < 0.1 * sum(used.values()), "not much earlier than they must"
