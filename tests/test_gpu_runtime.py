@@ -1,6 +1,7 @@
 """What LLM does on a GPU beside computing, on one that is not there."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ pytest.importorskip("triton")
 
 from pretend_gpu import pretend_gpu  # noqa: E402
 
-from mtpkern import engine  # noqa: E402
+from mtpkern import engine, prefill  # noqa: E402
 from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
 from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
 from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
+from mtpkern.model import run_trunk  # noqa: E402
+from mtpkern.ops import TRITON  # noqa: E402
 from mtpkern.status import Phase  # noqa: E402
 from mtpkern.warmup import noting_kernels  # noqa: E402
 
@@ -179,3 +182,45 @@ def test_a_graph_reads_no_more_of_a_long_page_table_than_it_must(
         assert {pages for pages, _ in used} == set(buckets)
         late = sum(count for (pages, least), count in used.items() if pages > least)
         assert late < 0.1 * sum(used.values()), "not much earlier than they must"
+
+
+def prefill_launches(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, begin: int = 512
+) -> tuple[Counter, int]:
+    """What a chunk of 512 rows launches on a GPU, and how many layers the model has."""
+    import predict_steps
+
+    def attend(q: Any, *_: Any) -> Any:
+        """One launch, whose output lies in memory as q does: [T, Hq, D]."""
+        attended["attention"] += 1
+        return torch.empty_like(q)
+
+    attended: Counter = Counter()
+    trunk, state = predict_steps.meta_state(directory, 1, 0)
+    cache = replace(state.cache, page_table=torch.zeros(1, 16, dtype=torch.int32, device="meta"))
+    monkeypatch.setattr(prefill, "attend", attend)
+    window = torch.zeros(1, 512, dtype=torch.int64, device="meta")
+    with predict_steps.traced() as trace:
+        at = cache.at(torch.tensor([begin]))
+        hidden, _ = run_trunk(trunk, window, at, prefill.prefill_ops(TRITON))
+    assert hidden.shape == (512, trunk.config.hidden_size)
+    return trace.kernels + trace.others + attended, len(trunk.layers)
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-8b"])
+def test_a_chunk_of_a_prompt_launches_at_most_twelve_per_layer(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_steps
+
+    counts = []
+    for layers in (1, 2):
+        shape = bench_steps.MODELS[model]._replace(L=layers)
+        directory = bench_steps.write_config(shape, tmp_path / str(layers))
+        found, L = prefill_launches(directory, monkeypatch)
+        assert L == layers
+        counts.append(found)
+    per_layer = counts[1] - counts[0]
+    assert per_layer.total() <= 12, per_layer
+    assert (counts[0] - per_layer).total() <= 12, "once per chunk"

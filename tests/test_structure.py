@@ -78,7 +78,7 @@ ARROWS: dict[str, set[str]] = {
     | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
-    "prefill": {"kernels", "ops"},
+    "prefill": {"kernels", "ops", "cache", "model"},
     "synthetic": {"config"},
     "ring": {"kernels"},
     "draft_length": {"heads"},
