@@ -33,6 +33,7 @@ COUNTS = ("B", "R", "S", "T")
 # hold single numbers; what is loaded 16 bytes at a time (x, weights, K and V) is not among them.
 PER_SEQUENCE = (
     *("page_table_ptr", "lengths_ptr", "known_ptr", "tokens_ptr", "window_ptr", "tree_ptr"),
+    "ids_ptr",
     *("active_ptr", "limits_ptr", "ends_ptr", "source_ptr", "drafted_ptr", "clock_ptr", "ring_ptr"),
 )
 PER_SEQUENCE_STRIDES = ("stride_pb", "stride_tb")

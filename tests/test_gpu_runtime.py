@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
+from families import write_family
 from test_heads import write_medusa, write_mtp
 
 pytest.importorskip("triton")
@@ -20,13 +21,13 @@ from mtpkern.engine import LLM  # noqa: E402
 from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
 from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
 from mtpkern.model import run_trunk  # noqa: E402
-from mtpkern.ops import TRITON  # noqa: E402
+from mtpkern.ops import TORCH, TRITON  # noqa: E402
 from mtpkern.status import Phase  # noqa: E402
 from mtpkern.warmup import noting_kernels  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
-HEADS = {"mtp": write_mtp, "medusa": write_medusa}
+HEADS = {"mtp": write_mtp, "medusa": write_medusa, "modules": None}
 
 
 @pytest.fixture
@@ -133,14 +134,20 @@ MIXED = [
 @pytest.mark.parametrize("heads", HEADS)
 def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: str) -> None:
     """Over prompts of 1 to 1,000 tokens, sequences that join and leave, every slot and every K."""
-    options = {"heads": HEADS[heads](tmp_path / "heads")}
+    options: dict[str, Any] = {"heads": "auto", "dtype": "bfloat16"}
+    if write := HEADS[heads]:
+        options["heads"] = write(tmp_path / "heads")
+    else:  # included in the checkpoint
+        write_family(
+            "mimo", directory := tmp_path / "mimo", modules=3, max_position_embeddings=2048
+        )
     with pretend_gpu() as gpu:
         llm = load(directory, max_length=1210, **options)
         loaded = set(gpu.binaries)
         ladder = sorted({k for _, k in llm._seconds})
         assert ladder == sorted({0, 1, 2, llm.k}) and llm.k > 2
         params = [SamplingParams(max_tokens=2 + i % 7, ignore_eos=True) for i in range(len(MIXED))]
-        prompts = [[7 + j % 200 for j in range(n)] for n in MIXED]
+        prompts = [[7 + j % 100 for j in range(n)] for n in MIXED]
         for best in ladder:
             for shape in llm._seconds:
                 llm._seconds[shape] = 1.0 if shape[1] == best else 9.0
@@ -224,3 +231,33 @@ def test_a_chunk_of_a_prompt_launches_at_most_twelve_per_layer(
     per_layer = counts[1] - counts[0]
     assert per_layer.total() <= 12, per_layer
     assert (counts[0] - per_layer).total() <= 12, "once per chunk"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [2, 3])
+def test_modules_draft_without_the_host_what_they_draft_with_it(
+    modules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU takes in as many pairs in each step as there may be, and no value of a tensor decides
+    how many: the same drafts, behind prompts of one token, of few and of several chunks."""
+    write_family("mimo", tmp_path, modules=modules)
+    packs = {name: getattr(TRITON, name) for name in ("pack", "pack_qkv", "pack_o", "pack_gate_up")}
+    prompts = [[9], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9] * 3, [(7 * i) % 131 for i in range(270)]]
+    monkeypatch.setattr(engine, "prefill_ops", lambda ops: ops._replace(branches=True))
+    answers = []
+    for ops in (TORCH, TORCH._replace(branches=False, **packs)):
+        llm = LLM(
+            tmp_path,
+            device="cpu",
+            dtype="float32",
+            ngram=False,
+            num_speculative_tokens=modules,
+            max_batch=2,
+            max_length=400,
+            synthetic_acceptance=[0.7] * modules,  # the answers then are of drafts
+            ops=ops,
+        )
+        done = llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+        answers.append([(one.token_ids, one.stats.accepted, one.stats.drafted) for one in done])
+    assert answers[0] == answers[1]
+    assert sum(sum(map(sum, accepted.values())) for _, accepted, _ in answers[0]) > 20
