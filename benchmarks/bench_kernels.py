@@ -17,15 +17,17 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from common import Finish, gpu_environment, gpu_first_line, run
+from common import Finish, gpu_environment, gpu_first_line, print_row, run
 from kernel_cases import MODELS, OPS, STEPS, Call, Case
 from torch import Tensor
 
 from mtpkern.command import Parser, at_least
 from mtpkern.errors import UserError
+from mtpkern.graph import GraphPool
 from mtpkern.kernels._launch import jit, tl
 
 PROBE_BYTES = 2**30
@@ -50,13 +52,13 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         for op in args.op or OPS
         for B, T in STEPS
         if args.rows is None or B * T in args.rows
-        for case in OPS[op](MODELS[model], B, T)
+        for case in islice(OPS[op](MODELS[model], B, T), 1 if args.first else None)
     ]
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
     errors, red = [], []
     with args.status.phase("checking", len(cases), "cases") as phase:
         for model, op, case in cases:
-            error, budget = check(case)
+            error, budget = check(case, args.pdl)
             errors.append(error)
             if not error <= budget:
                 red.append(
@@ -73,10 +75,14 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     with args.status.phase("timing", len(cases), "cases") as phase:
         for (model, op, case), error in zip(cases, errors, strict=True):
             row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
-            row |= time_case(case, args.repeat, args.pdl, peak)
-            report["rows"].append(row | {"max_error": error})
+            row |= time_case(case, args.repeat, args.pdl, peak) | {"max_error": error}
+            with args.status.paused():
+                if not report["rows"] or report["rows"][-1]["model"] != model:
+                    print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+                print(table_line(row))
+                print_row(row)
+            report["rows"].append(row)
             phase.advance(note=f"{model} {op} {case.name}")
-    print_rows(report["rows"])
     return finish(report, 0)
 
 
@@ -86,15 +92,16 @@ def parser() -> Parser:
     add("--op", choices=OPS, action="append", help="default: all")
     add("--model", choices=MODELS, action="append", help="default: all")
     add("--rows", type=at_least(1), action="append", metavar="N", help="window rows; default: all")
+    add("--first", action="store_true", help="only the first case of each op")
     add("--repeat", type=at_least(1), default=20, metavar="N", help="replays a median is taken of")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
     return parser
 
 
-def check(case: Case) -> tuple[float, float]:
+def check(case: Case, pdl: bool) -> tuple[float, float]:
     """The largest error of a kernel, and what it may be: twice that of torch in the same dtype."""
     call = case.inputs("cuda")
-    got, truth = tensors(call.launch(False)), tensors(call.truth())
+    got, truth = tensors(call.launch(pdl)), tensors(call.truth())
     budget = 2 * largest_error(tensors(call.in_dtype()), truth)
     # Sums in float32 in another order differ in the last places, whatever the dtype.
     slack = max(float(t.double().abs().max()) for t in truth) * 2**-17
@@ -148,22 +155,19 @@ def launch(call: Call, pdl: bool) -> Callable[[], object]:
 
 def milliseconds(calls: Sequence[Callable[[], object]], repeat: int) -> float:
     """Median time of one call, of all `calls` one after the other in a CUDA graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:  # compiles, and lets libraries allocate, outside the capture
-            call()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
     rounds = -(-40 // len(calls))
-    with torch.cuda.graph(graph):
+
+    def run_all() -> None:
         for call in [*calls] * rounds:
             call()
-    graph.replay()
+
+    replay = GraphPool().capture(run_all)
+    replay()
     times = []
     for _ in range(repeat):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / (rounds * len(calls)))
@@ -197,16 +201,12 @@ def bandwidths(repeat: int) -> dict[str, float]:
     }
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    for model in dict.fromkeys(row["model"] for row in rows):
-        print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
-        for row in rows:
-            if row["model"] == model:
-                print(
-                    f"| {row['op']} | {row['case']} | {row['shape']} | {row['ms']:.4f} "
-                    f"| {row['gbps']:.0f} | {row['percent_of_peak']:.0f} "
-                    f"| {row['baseline_ms']:.4f} | {row['ratio']:.2f} | {row['max_error']:.2g} |"
-                )
+def table_line(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['op']} | {row['case']} | {row['shape']} | {row['ms']:.4f} "
+        f"| {row['gbps']:.0f} | {row['percent_of_peak']:.0f} "
+        f"| {row['baseline_ms']:.4f} | {row['ratio']:.2f} | {row['max_error']:.2g} |"
+    )
 
 
 if __name__ == "__main__":

@@ -18,23 +18,25 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Finish, environment, first_line, gpu_environment, gpu_first_line, run
+from common import Finish, environment, first_line, gpu_environment, gpu_first_line, print_row, run
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
 from mtpkern.command import Parser, at_least
 from mtpkern.decode import decode_step
 from mtpkern.engine import LLM
-from mtpkern.graph import capture
+from mtpkern.graph import GraphPool
 from mtpkern.heads import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
+from mtpkern.ops import TORCH
 from mtpkern.sequential_heads import MtpDrafter, MtpWeights
 
 TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
@@ -59,9 +61,12 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         for name in models:
             directory = write_config(shapes[name], Path(work) / name)
             with args.status.phase(f"timing {name}"):
-                rows = time_model(directory, args)
-            report["rows"] += [{"model": name} | row for row in rows]
-            print_rows(name, rows)
+                print(f"\n{name}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+                for row in time_model(directory, args):
+                    report["rows"].append({"model": name} | row)
+                    with args.status.paused():
+                        print(table_line(row))
+                        print_row(report["rows"][-1])
     return finish(report, 0)
 
 
@@ -101,8 +106,8 @@ def write_config(model: Model, directory: Path) -> Path:
     return directory
 
 
-def time_model(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one model: every batch, context and K, and the floor of each batch and context."""
+def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of one model: every batch and context, each with its floor and every K and drafter."""
     most = max(args.context)
     llm = LLM(
         directory,
@@ -111,41 +116,38 @@ def time_model(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]
         max_batch=max(args.batch),
         max_length=most + 64,
         graph=False,
+        ops=None if torch.cuda.is_available() else TORCH,
         status=args.status,
     )
     parallel, sequential = medusa_heads(llm, max(args.K)), mtp_module(llm)
-    rows = []
+    drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
+    for k in args.K:
+        if k:
+            drafters += [
+                ("n-gram", k, NgramDrafter(llm.ops)),
+                ("medusa", k, parallel),
+                ("mtp", k, sequential),
+            ]
     for batch in args.batch:
         for context in args.context:
-            drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
-            for k in args.K:
-                if k:
-                    drafters += [
-                        ("n-gram", k, NgramDrafter(llm.ops)),
-                        ("medusa", k, parallel),
-                        ("mtp", k, sequential),
-                    ]
-            timed = [("torch", 0, *time_step(floor_step(llm.trunk, batch, context), args.repeat))]
-            for name, k, drafter in drafters:
-                timed.append(
-                    (name, k, *time_step(own_step(llm, batch, k, context, drafter), args.repeat))
-                )
-            plain = min(ms for _, k, ms, _ in timed if k == 0)
-            for name, k, ms, spread in timed:
-                read = bytes_read(llm, batch, context)
-                rows.append(
-                    {
-                        "batch": batch,
-                        "num_speculative_tokens": k,
-                        "drafter": name,
-                        "context": context,
-                        "ms": ms,
-                        "spread_ms": spread,
-                        "gbps": read / ms / 1e6,
-                        "over_plain": ms / plain,
-                    }
-                )
-    return rows
+            floor = time_step(floor_step(llm.trunk, batch, context), args.repeat)
+            plain = floor[0]
+            for name, k, drafter in [("torch", 0, None), *drafters]:
+                timed = floor
+                if drafter is not None:
+                    timed = time_step(own_step(llm, batch, k, context, drafter), args.repeat)
+                if k == 0:
+                    plain = min(plain, timed[0])
+                yield {
+                    "batch": batch,
+                    "num_speculative_tokens": k,
+                    "drafter": name,
+                    "context": context,
+                    "ms": timed[0],
+                    "spread_ms": timed[1],
+                    "gbps": bytes_read(llm, batch, context) / timed[0] / 1e6,
+                    "over_plain": timed[0] / plain,
+                }
 
 
 def medusa_heads(llm: LLM, heads: int) -> MedusaDrafter:
@@ -199,16 +201,20 @@ def bytes_read(llm: LLM, batch: int, context: int) -> int:
 def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Callable[[], object]:
     """One step of mtpkern at a context; no sequence is active, so that it can be repeated."""
     state = llm._state.view(batch, k)
+    pages = -(-(context + 64) // llm._cache.k.shape[2])
     for slot in range(batch):
-        pages = -(-(context + 64) // llm._cache.k.shape[2])
         # Contents do not matter: all sequences may lie in pages of their own or share them.
         first = 1 + slot * pages % max(1, llm._cache.k.shape[1] - pages)
         llm._cache.assign(slot, list(range(first, first + pages)))
     state.cache.lengths.fill_(context)
+    # A grid spans the table's columns: those of longer contexts are not this one's.
+    state = replace(state, cache=state.cache.columns(pages))
     if isinstance(drafter, MtpDrafter):
         drafter.cache.lengths.fill_(context)
+        drafter = copy(drafter)
+        drafter.cache = drafter.cache.columns(pages)
     step = lambda: decode_step(state, llm.trunk, drafter, llm.ops, logprobs=True)  # noqa: E731
-    return capture(step) if torch.cuda.is_available() else step
+    return GraphPool().capture(step) if torch.cuda.is_available() else step
 
 
 def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
@@ -247,7 +253,7 @@ def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
         token.copy_(F.linear(normed, trunk.lm_head)[:, -1:].argmax(-1))
         return token
 
-    return capture(step) if torch.cuda.is_available() else step
+    return GraphPool().capture(step) if torch.cuda.is_available() else step
 
 
 def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:
@@ -269,15 +275,12 @@ def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:
     return median, high - low
 
 
-def print_rows(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    print(f"\n{name}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
-    for row in rows:
-        print(
-            f"| {row['batch']} | {row['num_speculative_tokens']} | {row['drafter']} "
-            f"| {row['context']} | {row['ms']:.3f} | {row['spread_ms']:.3f} "
-            f"| {row['gbps']:.0f} | {row['over_plain']:.3f} |",
-            flush=True,
-        )
+def table_line(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['batch']} | {row['num_speculative_tokens']} | {row['drafter']} "
+        f"| {row['context']} | {row['ms']:.3f} | {row['spread_ms']:.3f} "
+        f"| {row['gbps']:.0f} | {row['over_plain']:.3f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ CEILINGS = {
     "rms_norm": Ceiling(registers=64),
     "qkv_rope_cache": Ceiling(registers=192, multiplies=True),
     "head_norm_rope": Ceiling(registers=64, wide=False),
+    "rope_cache": Ceiling(registers=96),
     "linear": Ceiling(registers=168, multiplies=True),
     "gate_up_silu": Ceiling(registers=192, multiplies=True),
     # Triton 3.6 copies a page's number once for each piece of the page.

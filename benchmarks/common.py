@@ -61,6 +61,19 @@ def run(
     return command.run(parser, argv)
 
 
+def print_row(row: dict[str, Any]) -> None:
+    """Print a row of a report as it is measured, for a program that follows the output: what was
+    measured before a run is stopped is not lost. A terminal shows the table alone."""
+    if not sys.stdout.isatty():
+        print(json.dumps({"row": row}))
+
+
+def rows_printed(output: str) -> list[dict[str, Any]]:
+    """What `print_row` wrote; of a process that was killed the last line may be half a line."""
+    whole = output[: output.rfind("\n") + 1].splitlines()
+    return [json.loads(line)["row"] for line in whole if line.startswith('{"row": ')]
+
+
 def environment() -> dict[str, Any]:
     """The machine and the versions that a number was measured with."""
     return {

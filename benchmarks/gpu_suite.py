@@ -1,12 +1,18 @@
 """Everything there is to say about a GPU, in one command of at most eight minutes.
 
+    python benchmarks/gpu_suite.py --smoke     # the first answers, in at most 90 seconds
     python benchmarks/gpu_suite.py
 
-It runs the kernel tests, measures bandwidth and kernels (bench_kernels.py), steps of made-up models
+Smoke: whether drafts change a bit (check_bits.py), one shape of each op, and steps of a 1B model.
+The whole: the kernel tests, bandwidth and kernels (bench_kernels.py), steps of made-up models
 beside torch's own (bench_steps.py), and end-to-end decoding of the default model beside
-transformers (bench_decode.py), each a process of its own under a limit of its own. It writes
-suite.json and suite.md to benchmarks/results/<gpu>-<date>/. Without a GPU it runs small, to show
-that it runs; a number of a CPU then stands for itself alone.
+transformers (bench_decode.py). Before either, their kernels are compiled on all cores
+(compile_ahead.py).
+
+Each part is a process of its own under a limit of its own. suite.json and suite.md in
+benchmarks/results/<gpu>-<date>/ are written after every part, and a part that is stopped leaves the
+rows that it had measured. Without a GPU it runs small, to show that it runs; a number of a CPU then
+stands for itself alone.
 """
 
 from __future__ import annotations
@@ -14,7 +20,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,13 +31,15 @@ from typing import Any, NamedTuple
 
 import torch
 from checkout import ROOT
-from common import environment, first_line, gpu_environment, gpu_first_line
+from common import environment, first_line, gpu_environment, gpu_first_line, rows_printed
 
 from mtpkern import command
 from mtpkern.command import Parser
 from mtpkern.errors import UserError, printable
 from mtpkern.outputs import FORCE, run_directory
 
+# What the whole may take, and --smoke.
+SECONDS, SMOKE_SECONDS = 480, 90
 BENCHMARKS = ROOT / "benchmarks"
 REPORT = "suite.json"
 
@@ -69,7 +79,7 @@ def run_parts(
     """Run the suite into a directory; exit code 1 where a part failed."""
     report: dict[str, Any] = {"schema": 1, "environment": facts, "parts": {}}
     began = time.monotonic()
-    for part in parts(on_gpu):
+    for part in parts(on_gpu, args.smoke):
         if args.part and part.name not in args.part:
             continue
         with args.status.phase(part.name):
@@ -86,32 +96,51 @@ def run_parts(
 
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
-    names = sorted({part.name for on_gpu in (True, False) for part in parts(on_gpu)})
+    known = (parts(on_gpu, smoke) for on_gpu in (True, False) for smoke in (True, False))
+    names = sorted({part.name for some in known for part in some})
+    parser.add_argument("--smoke", action="store_true", help="the first answers, in 90 seconds")
     parser.add_argument("--part", choices=names, action="append", help="default: all")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/")
     parser.add_argument("--force", action="store_true", help=FORCE)
     return parser
 
 
-def parts(on_gpu: bool) -> list[Part]:
-    """The suite's processes; small ones where there is no GPU."""
+def parts(on_gpu: bool, smoke: bool) -> list[Part]:
+    """The suite's processes, which take at most SMOKE_SECONDS or SECONDS together; small ones where
+    there is no GPU."""
 
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(BENCHMARKS / name), *arguments]
 
     if not on_gpu:
         steps = script("bench_steps.py", "--model", "tiny", "--context", "64", "--repeat", "3")
-        return [Part("steps", steps, 120)]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "kernel or cuda", "-p", "no:cacheprovider"]
+        bits = script("check_bits.py", "--model", "tiny", "--tokens", "80")
+        return [Part("bits", bits, 120), Part("steps", steps, 120)]
+    if smoke:
+        model = ["--model", "llama-3.2-1b"]
+        shapes = [*model, "--rows", "5", "--first"]
+        kernels = script("bench_kernels.py", "--pdl", *shapes, "--repeat", "5")
+        return [
+            Part(
+                "compile", script("compile_ahead.py", *shapes, "--batch", "1", "--batch", "4"), 25
+            ),
+            Part("bits", script("check_bits.py", *model, "--tokens", "2000"), 25),
+            Part("kernels", kernels, 20),
+            Part("steps", script("bench_steps.py", *model, "--repeat", "10"), 20),
+        ]
+    tests = ["-m", "pytest", "-q", "-m", "kernel or cuda", "-p", "no:cacheprovider", "-n", "auto"]
     models = ["--model", "llama-3.1-8b", "--model", "llama-3.2-1b"]
     small = ["--model", "smollm2-135m"]
     contexts = ["--context", "1024", "--context", "8192", "--context", "32768"]
-    batches = ["--batch", "1", "--batch", "8", "--batch", "32", "--context", "1024"]
+    batches = ["--batch", "1", "--batch", "8", "--batch", "32"]
+    ahead = script("compile_ahead.py", *small, *models, *batches)
+    many = script("bench_steps.py", "--model", "llama-3.1-8b", *batches, "--context", "1024")
     return [
-        Part("tests", tests, 150),
-        Part("kernels", script("bench_kernels.py", "--pdl", *models, "--repeat", "10"), 150),
-        Part("steps", script("bench_steps.py", *small, *models, *contexts), 100),
-        Part("batches", script("bench_steps.py", "--model", "llama-3.1-8b", *batches), 60),
+        Part("compile", ahead, 50),
+        Part("tests", [sys.executable, *tests], 110),
+        Part("kernels", script("bench_kernels.py", "--pdl", *models, "--repeat", "10"), 110),
+        Part("steps", script("bench_steps.py", *models, *small, *contexts), 100),
+        Part("batches", many, 50),
         Part("decode", script("bench_decode.py", "--limit", "8", "--peers", "--no-sources"), 60),
     ]
 
@@ -122,24 +151,29 @@ def run(part: Part, directory: Path) -> dict[str, Any]:
     log = directory / f"{part.name}.txt"
     outcome = "passed"
     with log.open("w") as stream:
+        # In a group of its own, so that its workers are stopped with it.
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                part.command,
-                cwd=ROOT,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=part.seconds,
-            ).returncode
+            code = process.wait(part.seconds)
             if code:
                 outcome = f"exit code {code}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped after {part.seconds} s"
-    lines = log.read_text(errors="replace").splitlines()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = log.read_text(errors="replace")
+    lines = text.splitlines()
     result: dict[str, Any] = {"outcome": outcome, "seconds": time.monotonic() - began}
-    if lines and lines[-1].startswith("{"):
+    if lines and lines[-1].startswith('{"schema": '):
         result["report"] = json.loads(lines[-1])
     else:
         result["last_line"] = lines[-1] if lines else ""
+        if rows := rows_printed(text):
+            result["report"] = {"rows": rows}
     return result
 
 

@@ -25,6 +25,7 @@ from mtpkern.kernels.multi_head_projection import BLOCK_V, Projection, multi_hea
 from mtpkern.kernels.ngram import BLOCK, ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm
+from mtpkern.kernels.rope_cache import rope_cache
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.step_plan import window_slots
 from mtpkern.kernels.verify_attention import split_size, verify_attention, workspace_size
@@ -202,6 +203,48 @@ def qkv_rope_cache_cases(model: Model, B: int, T: int) -> Iterator[Case]:
     if model.qk_norm:
         moved += DTYPE.itemsize * (R * (Hq + Hk) * D + 2 * D)
     yield Case("qkv", f"R={R} Hq={Hq} Hk={Hk} D={D} E={E}", moved, inputs)
+
+
+def rope_cache_cases(model: Model, B: int, T: int) -> Iterator[Case]:
+    """A prompt's rows behind a library's matmul; counts of rows are those of steps here."""
+    R, Hq, Hk, D = B * T, model.Hq, model.Hk, model.D
+    N, pages = (Hq + 2 * Hk) * D, -(-R // PAGE_SIZE) + 2
+
+    def inputs(device: str) -> Call:
+        qkv, out = normal(device, R, N), normal(device, R, Hq, D)
+        caches = [normal(device, pages, PAGE_SIZE, Hk, D) for _ in range(2)]
+        before = [cache.clone() for cache in caches]
+        slots = torch.randperm(pages * PAGE_SIZE, device=device)[:R]
+        positions = 1000 + 7 * torch.arange(R, device=device)
+        frequencies = 10000.0 ** -(torch.arange(0, D, 2) / D)
+        cos, sin = (t.to(device) for t in rotary_tables(frequencies, 1.0, 1000 + 7 * R))
+        plan = (slots, positions, cos, sin)
+        gains = {}
+        if model.qk_norm:
+            gains = {"q_norm": normal(device, D), "k_norm": normal(device, D), "eps": EPS}
+
+        def launch(pdl: bool) -> tuple[Tensor, ...]:
+            q = rope_cache(qkv, *caches, *plan, **gains, out=out, pdl=pdl)
+            return q, *(cache.flatten(0, 1) for cache in caches)
+
+        def appended(dtype: torch.dtype) -> tuple[Tensor, ...]:
+            heads = qkv.to(dtype).view(R, -1, D)
+            q, k, v = heads.split((Hq, Hk, Hk), 1)
+            if gains:
+                q, k = normed(q, gains["q_norm"]), normed(k, gains["k_norm"])
+            qk = torch.cat([q, k], 1).to(dtype)
+            c, s = cos[positions, None].to(dtype), sin[positions, None].to(dtype)
+            q, k = (qk * c + qk.roll(D // 2, -1) * s).split((Hq, Hk), 1)
+            rows = (before_.to(dtype).flatten(0, 1) for before_ in before)
+            pairs = zip(rows, (k, v), strict=True)
+            return q, *(cache.index_copy(0, slots, new) for cache, new in pairs)
+
+        in_dtype = partial(appended, DTYPE)
+        return Call(launch, partial(appended, torch.float64), in_dtype, in_dtype)
+
+    moved = 2 * DTYPE.itemsize * R * N + R * (2 * 8 + 2 * 4 * D // 2)
+    moved += DTYPE.itemsize * 2 * D if model.qk_norm else 0
+    yield Case("append", f"R={R} Hq={Hq} Hk={Hk} D={D}", moved, inputs)
 
 
 def verify_attention_cases(model: Model, B: int, T: int) -> Iterator[Case]:
@@ -494,6 +537,7 @@ def window_slots_cases(model: Model, B: int, T: int) -> Iterator[Case]:
 OPS: dict[str, Callable[[Model, int, int], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
     "qkv_rope_cache": qkv_rope_cache_cases,
+    "rope_cache": rope_cache_cases,
     "linear": linear_cases,
     "gate_up_silu": gate_up_silu_cases,
     "verify_attention": verify_attention_cases,

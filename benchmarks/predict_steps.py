@@ -35,7 +35,7 @@ from mtpkern.config import ModelConfig
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.heads import Drafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
-from mtpkern.ops import TRITON
+from mtpkern.ops import TRITON, Ops
 
 META = torch.device("meta")
 # What torch does without launching anything.
@@ -88,10 +88,12 @@ def traced() -> Iterator[Trace]:
         yield trace
 
 
-def meta_state(directory: Path, batch: int, k: int, **options: Any) -> tuple[Llama, DecodeState]:
+def meta_state(
+    directory: Path, batch: int, k: int, ops: Ops = TRITON, **options: Any
+) -> tuple[Llama, DecodeState]:
     """A model and a state without data, of the shapes that config.json names."""
     config = ModelConfig.from_json(directory)
-    trunk = Llama.load(directory, dtype=torch.bfloat16, ops=TRITON, device=META, dummy=True)
+    trunk = Llama.load(directory, dtype=torch.bfloat16, ops=ops, device=META, dummy=True)
     cache = KVCache.empty(
         layers=config.num_layers,
         pages=8,

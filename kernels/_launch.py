@@ -28,6 +28,16 @@ TIERS = ((16, 0), (32, 0), (64, 0), (128, 0), (128, 32), (256, 0))
 # Triton compiles a kernel of its own for 1 and for multiples of 16, whose bits may differ.
 COUNTS = ("B", "R", "S", "T")
 
+# Arguments of which a sequence has a row: a batch may begin at any slot, and so at any multiple of
+# a row's bytes. Left to itself Triton compiles a kernel of its own where that is one of 16. They
+# hold single numbers; what is loaded 16 bytes at a time (x, weights, K and V) is not among them.
+PER_SEQUENCE = (
+    *("page_table_ptr", "lengths_ptr", "known_ptr", "tokens_ptr", "window_ptr", "tree_ptr"),
+    "ids_ptr",
+    *("active_ptr", "limits_ptr", "ends_ptr", "source_ptr", "drafted_ptr", "clock_ptr", "ring_ptr"),
+)
+PER_SEQUENCE_STRIDES = ("stride_pb", "stride_tb")
+
 
 def jit(
     *named: str, do_not_specialize: tuple[str, ...] = (), definition: str | None = None
@@ -51,7 +61,8 @@ def jit(
         compiled = triton.jit(
             fn,
             repr=symbol,
-            do_not_specialize=(*COUNTS, *do_not_specialize),
+            do_not_specialize=(*COUNTS, *PER_SEQUENCE_STRIDES, *do_not_specialize),
+            do_not_specialize_on_alignment=PER_SEQUENCE,
             launch_metadata=_costs,
         )
         return _Kernel(fn, compiled, reference)

@@ -43,7 +43,7 @@ def kv_rollback_ref(
     lengths.add_(advance)
 
 
-@jit("KV_HEADS", "D", "BLOCK_T", do_not_specialize=("stride_tb",))
+@jit("KV_HEADS", "D", "BLOCK_T")
 def _compact_path_kernel(
     k_ptr,
     v_ptr,

@@ -148,7 +148,7 @@ def node_depth(ancestors):
     return tl.maximum(bits.to(tl.int32) - 1, 0)
 
 
-@jit("BLOCK", do_not_specialize=("stride_tb",), definition="window_slots_ref")
+@jit("BLOCK", definition="window_slots_ref")
 def _window_slots_kernel(
     lengths_ptr,
     page_table_ptr,

@@ -110,6 +110,10 @@ class KVCache:
             self.padded_dim,
         )
 
+    def columns(self, pages: int) -> "KVCache":
+        """The same storage seen for sequences of at most `pages` pages."""
+        return replace(self, page_table=self.page_table[:, :pages])
+
     def at(self, lengths: Tensor) -> "KVCache":
         """The same storage seen at other lengths [B]; committing through this view is lost."""
         return replace(self, lengths=lengths)

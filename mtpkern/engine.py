@@ -35,7 +35,7 @@ from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_tap
 from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.fetch import model_name, resolve_model
-from mtpkern.graph import capture, measure
+from mtpkern.graph import GraphPool, measure
 from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import (
     HEADS,
@@ -48,6 +48,7 @@ from mtpkern.heads import (
     NgramDrafter,
     NoDrafter,
 )
+from mtpkern.kernels._launch import TIERS
 from mtpkern.kernels.cpu.weights import Quants
 from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import HAS_TRITON, Ops, Withheld, sampling_key, with_pdl
@@ -61,6 +62,7 @@ from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.tokenizer_files import has_tokenizer
 from mtpkern.trace import span
+from mtpkern.warmup import noting_kernels
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]
 
@@ -73,6 +75,9 @@ CPU_CHUNK, GPU_CHUNK = 128, 512
 GPU_PAGE = 64
 # What the graphs of all shapes may take of a GPU's memory, in bytes.
 GRAPH_CEILING = 2 << 30
+# Tokens behind which a step has a graph of its own: an attention's grid spans the page table, and
+# where that is long, starting blocks that have no keys to read takes longer than reading.
+GRAPH_CONTEXTS = (8192, 32768)
 # Steps that a GPU may be ahead of the host, which then never waits for a step that just began.
 STEPS_AHEAD = 4
 # Timings of each step at load, behind one that sets things up.
@@ -261,7 +266,8 @@ class LLM:
             # For `min_tokens`; None in a run without.
             self._withheld: Withheld | None = None
             self._clock = 0
-            self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+            # Steps by (batch, K, pages that a sequence has at most).
+            self._graphs: dict[tuple[int, int, int], Callable[[], object]] = {}
             self.graph_bytes = 0
             # What a graph of (batch, K) takes, where K is chosen while running.
             self._seconds: dict[tuple[int, int], float] = {}
@@ -582,9 +588,8 @@ class LLM:
         self._clock += 1
         heads_drafted = 0
         started = time.perf_counter()
-        graph = self._graphs.get((len(slots), k))
-        if graph is not None:
-            graph()
+        if self._graphs:
+            self._graphs[len(slots), k, self._graph_pages(slots)]()
         else:
             output = self._launch(state, k, lengths, logprobs)
             if output.drafts is not None and self.ops.branches:
@@ -595,11 +600,11 @@ class LLM:
 
     def _launch(self, state: DecodeState, k: int, lengths: Choice, logprobs: bool) -> StepOutput:
         """Launch a step of K = k one kernel after another, as a GPU's graphs do not."""
-        on_host, withheld = self.ops.branches, self._withheld
+        on_host, withheld, batch = self.ops.branches, self._withheld, len(state.window)
         if withheld is not None:
-            withheld = Withheld(*(tensor[: len(state.window)] for tensor in withheld))
+            withheld = Withheld(*(tensor[:batch] for tensor in withheld))
         return decode_step(
-            state if on_host else self._state.view(len(state.window), k),
+            state if on_host else replace(self._state.view(batch, k), cache=state.cache),
             self.trunk,
             self.drafter if state.window.shape[1] > 1 else NoDrafter(),
             self.ops,
@@ -611,19 +616,36 @@ class LLM:
         )
 
     def _capture_all(self) -> None:
-        """Capture every shape that may be wanted, while no sequence is active."""
-        pool, free = torch.cuda.graph_pool_handle(), torch.cuda.mem_get_info()[0]
+        """Compile whatever a launch may need, and capture every shape of a step, while no sequence
+        is active: a compilation takes seconds, and no answer may wait for it."""
         batches = sorted({self._bucket(n) for n in range(1, self.max_batch + 1)}, reverse=True)
         ladder = {0, *(k for k in (1, 2, 4, 8) if k < self.k)} if self._adaptive else {0}
-        shapes = [(batch, k) for batch in batches for k in sorted(ladder | {self.k})]
-        with self.status.phase("compiling and capturing graphs", len(shapes)) as phase:
-            for batch, k in shapes:
+        shapes = [
+            (batch, k, pages)
+            for batch in batches
+            for k in sorted(ladder | {self.k})
+            for pages in self._page_buckets()
+        ]
+        known = sorted({min(sum(tier), self.max_length - 3) for tier in TIERS} - {-1, 0})
+        count = len(known) + len(shapes)
+        with (
+            self.status.phase("compiling kernels and capturing graphs", count, "shapes") as phase,
+            noting_kernels(phase),
+        ):
+            for rows in known:
+                self._warm_up_prefill(rows)
+                phase.advance()
+            torch.cuda.empty_cache()  # else what it holds would flow back into what is free
+            pool, free = GraphPool(), torch.cuda.mem_get_info()[0]
+            for batch, k, pages in shapes:
                 state, lengths = self._state.view(batch, k), FixedDraftLength(k)
+                state = replace(state, cache=state.cache.columns(pages))
                 step = partial(self._launch, state, k, lengths, True)
-                self._graphs[batch, k] = replay = capture(step, pool)
-                if self._adaptive:
+                self._graphs[batch, k, pages] = replay = pool.capture(step)
+                if self._adaptive and (batch, k) not in self._seconds:
                     self._seconds[batch, k] = measure(replay)
                 phase.advance()
+        torch.cuda.empty_cache()
         self.graph_bytes = free - torch.cuda.mem_get_info()[0]
         if self.graph_bytes > GRAPH_CEILING:
             raise UserError(
@@ -632,6 +654,32 @@ class LLM:
             )
         # Those steps left words in the ring: no later one may bear their numbers.
         self._clock = int(self._state.progress.clock.max())
+
+    def _page_buckets(self) -> list[int]:
+        """Columns of the page table that a graph may read, ascending, up to all of them."""
+        max_pages, page_size = self._cache.page_table.shape[1], self._cache.k.shape[2]
+        some = (context // page_size for context in GRAPH_CONTEXTS)
+        return [*(pages for pages in some if pages < max_pages), max_pages]
+
+    def _graph_pages(self, slots: Sequence[Request | None]) -> int:
+        """The bucket for a step behind those under way: the host knows how long no sequence is."""
+        known = max(len(r.prompt) + len(r.token_ids) for r in slots if r is not None)
+        pages = -(-(known + (self._ahead + 1) * (self.k + 1)) // self._cache.k.shape[2])
+        *some, whole = self._page_buckets()
+        return next((most for most in some if pages <= most), whole)
+
+    def _warm_up_prefill(self, rows: int) -> None:
+        """Admit a made-up prompt of which the drafter takes in `rows` rows, and forget it."""
+        prompt = EncodedPrompt([0] * (rows + 2), False)
+        room = self.max_length - len(prompt.ids)
+        request = Request(
+            0, prompt, SamplingParams(), k=self.k, room=room, ends=(), tokenizer=self.tokenizer
+        )
+        claim = self._pool.claim(self._pages(request))
+        assert claim is not None, "no sequence holds a page yet"
+        request.pages, request.known, request.pairs = claim
+        self._admit(0, request, self.k, FixedDraftLength(self.k))
+        self._leave(0, request)
 
     @torch.inference_mode()
     def time_steps(self) -> dict[int, float]:

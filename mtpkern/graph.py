@@ -6,23 +6,32 @@ from typing import Any
 import torch
 
 
-def capture(step: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
-    """Capture `step`, which reads and writes tensors that stay where they are -> its replay.
+class GraphPool:
+    """Captures CUDA graphs that share the memory of what lives within a step.
 
-    It runs twice before, which compiles kernels and sets up libraries: neither may happen under
-    capture. Graphs of one `pool` (torch.cuda.graph_pool_handle) share the memory of what lives
-    within a step, and must not run at the same time.
+    They must not run at the same time. All are captured on one stream: torch reuses a pool's memory
+    only on the stream that it was allocated on.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+
+    def __init__(self) -> None:
+        self._handle = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, step: Callable[[], Any]) -> Callable[[], None]:
+        """Capture `step`, which reads and writes tensors that stay where they are -> its replay.
+
+        It runs twice before, which compiles kernels and sets up libraries: neither may happen under
+        capture.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._handle, stream=self._stream):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        step()
-    return graph.replay
+        return graph.replay
 
 
 def measure(replay: Callable[[], object], repeat: int = 10) -> float:

@@ -390,8 +390,6 @@ def _build_mtp(
 ) -> Drafter:
     modules = settings.get("num_heads")
     if modules:
-        if not ops.branches:
-            raise UserError("a module of its own for each draft needs device cpu in this version")
         shared = _vocabulary(source, trunk, ops)
         weights = [
             _mtp_weights(source, f"{d}.", settings, trunk, shared, ops) for d in range(modules)

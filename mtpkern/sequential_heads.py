@@ -26,6 +26,8 @@ from mtpkern.ops import Ops
 MAX_PENDING = 64
 # How many of them are kept where the heads rest since their drafts do not pay.
 LATEST = 16
+# Rows that a GPU's attention takes at a time.
+ATTENTION_ROWS = 64
 
 
 class CachedDrafter(ABC):
@@ -172,7 +174,7 @@ def tokens_from(step: DraftInput, begin: Tensor, count: int) -> Tensor:
     A sequence that waits for fewer than another of its batch may end before: what is read there
     stands for nothing.
     """
-    index = begin[:, None] + torch.arange(count)
+    index = begin[:, None] + torch.arange(count, device=begin.device)
     return step.tokens.gather(1, index.clamp_(max=step.tokens.shape[1] - 1))
 
 
@@ -320,17 +322,23 @@ class ModulesDrafter(MtpDrafter):
         self.lookahead = len(modules)
         # Of each sequence's prompt, the tokens after pairs that are in `pending`.
         self.recent: dict[int, Tensor] = {}
+        if not ops.branches:  # nothing but the open pairs is put off
+            slots, _, width = self.pending.shape
+            self.pending = self.pending.new_zeros(slots, self.open_pairs, width)
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         cache = self.cache.rows(sequence, sequence + 1)
         known = torch.cat([self.recent.pop(sequence, tokens[:0]), tokens])
         features = torch.cat([self.pending[sequence, : len(known) - len(tokens)], features])
         rows = max(0, len(known) - self.open_pairs)
-        if rows:
-            hidden = self._hidden(features[:rows])
+        most = max(1, rows) if self.ops.branches else ATTENTION_ROWS
+        for begin in range(0, rows, most):
+            some = min(most, rows - begin)
+            hidden = self._hidden(features[begin : begin + some])
             for d in range(len(self.modules)):
-                hidden = self._run(d, hidden, known[d : d + rows], cache, rows)
-        cache.lengths.add_(rows)
+                after = known[begin + d : begin + d + some]
+                hidden = self._run(d, hidden, after, cache, some)
+            cache.lengths.add_(some)
         self.recent[sequence] = known[rows:]
         self.pending[sequence, : len(known) - rows] = features[rows:]
 
@@ -358,11 +366,30 @@ class ModulesDrafter(MtpDrafter):
         # The last pairs stay open: their features move to the front.
         cache = self._cache_of(step)
         cache.lengths.sub_(self.open_pairs).copy_(torch.maximum(cache.lengths, begin))
-        place = (cache.lengths - begin)[:, None] + torch.arange(self.open_pairs)
+        places = torch.arange(self.open_pairs, device=begin.device)
+        place = (cache.lengths - begin)[:, None] + places
         pending = self._pending_of(step)
-        kept = pending.gather(1, place[:, :, None].expand(-1, -1, features.shape[2]))
+        # On a CPU those that were committed may be fewer than stay open.
+        source = pending if self.ops.branches else features
+        kept = source.gather(1, place[:, :, None].expand(-1, -1, features.shape[2]))
         pending[:, : self.open_pairs] = kept
         return Drafts(torch.stack(drafts, 1), HEADS, count)
+
+    def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.ops.branches:
+            return super()._committed(step)
+        # The open pairs and the step's own, side by side, as many as there may be: what stands
+        # behind a sequence's last one counts for nothing. Steps without drafts leave gaps.
+        cache, own = self._cache_of(step), step.features
+        ahead = step.lengths - step.advance
+        begin = torch.maximum(torch.minimum(cache.lengths, ahead), ahead - self.open_pairs)
+        waiting = ahead - begin
+        place = waiting[:, None] + torch.arange(own.shape[1], device=begin.device)
+        features = torch.cat([self._pending_of(step), own], 1)
+        features.scatter_(1, place[:, :, None].expand_as(own), own)
+        cache.lengths.copy_(step.lengths)
+        after = tokens_from(step, begin + 1, features.shape[1])
+        return features, after.view(-1), begin, waiting + step.accepted
 
     def reset(self, sequence: int) -> None:
         super().reset(sequence)
@@ -377,7 +404,8 @@ class ModulesDrafter(MtpDrafter):
         w = self.modules[d]
         count = None
         if w.zero_first:
-            count = (cache.lengths[:, None] + torch.arange(rows)).view(-1)
+            ahead = torch.arange(rows, device=after.device)
+            count = (cache.lengths[:, None] + ahead).view(-1)
         return self.run_pairs(w, hidden, after, cache, d, rows, count)
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
             call()
         return 2.0
 
+    bench_kernels.measured = bench_kernels.milliseconds
     monkeypatch.setattr(bench_kernels, "milliseconds", two)
     monkeypatch.setattr(bench_kernels, "PROBE_BYTES", 2**18)
     monkeypatch.setattr(bench_kernels, "MAX_SETS", 2)
@@ -82,6 +84,30 @@ def test_a_wrong_value_leaves_no_number(
     printed = capsys.readouterr().out
     assert "RED: spoilt o" in printed and "RED: linear" not in printed
     assert json.loads(printed.splitlines()[-1])["rows"] == []
+
+
+def test_inputs_are_ready_before_another_stream_reads_them(bench: Any) -> None:
+    pretend_gpu = pytest.importorskip("pretend_gpu").pretend_gpu
+    streams = []
+    with pretend_gpu() as gpu:
+        bench.measured([lambda: streams.append(gpu.current)], 2)
+        assert streams and all(gpu.default in stream.waited_for for stream in streams)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_what_is_timed_is_what_was_checked(bench: Any, pdl: bool) -> None:
+    launched = []
+
+    def launch(pdl: bool) -> torch.Tensor:
+        launched.append(pdl)
+        return torch.zeros(1)
+
+    zero = partial(torch.zeros, 1)
+    call = bench.Call(launch, zero, zero, zero)
+    case = bench.Case("", "", 1 << 30, lambda device: call)
+    bench.check(case, pdl)
+    bench.launch(call, pdl)()
+    assert launched == [pdl, pdl]
 
 
 def test_reading_adds_up_every_number(bench: ModuleType, gpu: str) -> None:

@@ -179,13 +179,14 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
     (expected,) = load(directory, gpu).generate(PROMPTS[0], GREEDY, speculate=False)
     if torch.version.cuda is None:
 
-        def runs_once(step: Any, pool: Any) -> Any:
-            step()
-            return step
+        class RunsOnce:
+            def capture(self, step: Any) -> Any:
+                step()
+                return step
 
-        monkeypatch.setattr(engine, "capture", runs_once)
+        monkeypatch.setattr(engine, "GraphPool", RunsOnce)
         monkeypatch.setattr(engine, "measure", lambda replay: float(bool(replay())) + 1.0)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         # Each look finds 3 MiB less than the one before.
         free = iter(range(1 << 30, 0, -(3 << 20)))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1 << 30))
@@ -194,7 +195,8 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
         with pytest.raises(UserError, match=r"8 graphs take \d+ MiB, more than 0 MiB: lower"):
             load(directory, gpu, graph=True)
     llm = load(directory, gpu, graph=True)
-    assert set(llm._graphs) == set(llm._seconds) == {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
+    shapes = {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
+    assert {(b, k) for b, k, _ in llm._graphs} == set(llm._seconds) == shapes
     # A word that lies in the ring already must not be taken for one of a later step.
     assert llm._clock >= int((llm._ring.words >> 32).max()) > 0
     (completion,) = llm.generate(PROMPTS[0], GREEDY)

@@ -42,6 +42,7 @@ EVERYTHING = STEP | {
     "trace",
     "engine",
     "threads",
+    "warmup",
 }
 
 # Each part of the project, and the parts that it may import. Libraries are free except where
@@ -78,11 +79,12 @@ ARROWS: dict[str, set[str]] = {
     | {"heads", "sequential_heads", "layer_heads", "head_layouts"},
     "decode": {"config", "cache", "ops", "model", "heads", "synthetic"},
     "graph": set(),
-    "prefill": {"kernels", "ops"},
+    "prefill": {"kernels", "ops", "cache", "model"},
     "synthetic": {"config"},
     "ring": {"kernels"},
     "draft_length": {"heads"},
     "trace": set(),
+    "warmup": {"kernels", "status"},
     "threads": {"arguments"},
     "outputs": {"errors"},
     "profile": {"config", "outputs"},
@@ -93,7 +95,8 @@ ARROWS: dict[str, set[str]] = {
     "meta_checkpoint": {"config", "outputs"},
     "completion": {"config", "heads", "ring", "tokenizer"},
     "engine": STEP
-    | {"cpu_ops", "quantised", "ring", "completion", "draft_length", "threads", "trace"},
+    | {"cpu_ops", "quantised", "ring", "completion", "draft_length", "threads", "trace"}
+    | {"warmup"},
     "reference": {"config", "checkpoint"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "command", "outputs"},
