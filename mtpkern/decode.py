@@ -167,7 +167,8 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     """Let the drafter take in a committed step, and fill the next window with its guesses."""
     drafter.observe(step)
     drafts = drafter.guess(step, state.window.shape[1] - 1)
-    if not (isinstance(drafts.length, int) and drafts.length == 0):  # nothing but fillers
+    only_fillers = isinstance(drafts.length, int) and drafts.length == 0
+    if not only_fillers or state.forced is not None:  # which leaves what is no token
         state.window[:, 1:] = drafts.tokens
     progress = state.progress
     for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):

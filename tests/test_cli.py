@@ -38,6 +38,7 @@ SCHEMA = {
     "model": str,
     "device": str,
     "dtype": str,
+    "weights": str,
     "load_seconds": float,
     "prompt_tokens": int,
     "seed": type(None),

@@ -214,6 +214,18 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
         lambda f, out: ["--op", "rms_norm", "--model", "smollm2-135m", "--output-json", out],
     ),
     "bench_kernels": (benchmark("bench_kernels"), lambda f, out: ["--output-json", out]),
+    "tune": (benchmark("tune"), lambda f, out: ["--output-json", out]),
+    "compile_ahead": (
+        benchmark("compile_ahead"),
+        lambda f, out: (
+            ["--op", "rms_norm", "--model", "tiny", "--arch", "90", "--count"]
+            + ["--output-json", out]
+        ),
+    ),
+    "check_bits": (
+        benchmark("check_bits"),
+        lambda f, out: ["--model", "tiny", "--tokens", "40", "-K", "2", "--output-json", out],
+    ),
     "gpu_suite": (
         benchmark("gpu_suite"),
         lambda f, out: ["--part", "steps", "--output", out],
@@ -223,8 +235,8 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
 SILENT = {"record", "invent", "prompts"}
 # codegen and bench_cpu run for minutes, gpu_suite's test runs bench_steps, and bench_peers needs
 # another engine.
-NO_FURTHER = {"codegen", "bench_kernels", "bench_steps", "bench_cpu", "bench_peers"}
-TRITON = {"bench_kernels", "bench_steps", "predict_steps", "codegen"}
+NO_FURTHER = {"codegen", "bench_kernels", "bench_steps", "bench_cpu", "bench_peers", "tune"}
+TRITON = {"bench_kernels", "bench_steps", "predict_steps", "codegen", "tune", "compile_ahead"}
 if importlib.util.find_spec("triton") is None:
     for absent in TRITON:
         del COMMANDS[absent]

@@ -233,9 +233,9 @@ def test_what_cannot_be_done_is_refused(llm: LLM, model: Path) -> None:
     with pytest.raises(UserError, match="min_tokens needs device cpu"):
         kernels = LLM(model, max_length=64, ops=TORCH._replace(branches=False))
         kernels.generate(TEXT, SamplingParams(8, min_tokens=3, stop_token_ids=(5,)))
-    # Where there is nothing to keep out, that is no matter.
+    # Where there is nothing to keep out, that is no matter; one token has no prefill.
     kernels.eos_token_ids = ()
-    kernels.generate(TEXT, SamplingParams(2, min_tokens=2, stop="x"))
+    kernels.generate([5], SamplingParams(2, min_tokens=2, stop="x"))
     llm.tokenizer, before = None, llm.tokenizer
     try:
         with pytest.raises(UserError, match="stop needs a tokenizer"):

@@ -269,7 +269,7 @@ def _fill(
         words[:, :K] = q.reshape(blocks, LANES, K).transpose(0, 2, 1)
         return
     # Four inputs at a time: what is done to bytes below stays within each byte.
-    quads = q.view(np.uint32).reshape(blocks, LANES, groups, 8)
+    quads: Array = q.view(np.uint32).reshape(blocks, LANES, groups, 8)
     if format == "q6_k":
         low = quads & 0x0F0F0F0F
         halves = ((quads >> 4) & 0x0F0F0F0F).reshape(blocks, LANES, groups, 2, 4)
