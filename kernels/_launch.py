@@ -68,20 +68,24 @@ class _Kernel:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            op = self.definition.removesuffix("_ref")
-            if self.compiled is None:
-                raise ImportError(
-                    f"{op} needs Triton, which is not installed; {self.definition} does not"
-                )
-            for name, value in zip(self.arguments, args, strict=False):
-                if isinstance(value, Tensor) and not _is_reachable(value):
-                    raise ValueError(
-                        f"{op} needs tensors on a GPU, got {name.removesuffix('_ptr')} on the CPU; "
-                        f"its definition, {self.definition}, takes those"
-                    )
+            self.check(**dict(zip(self.arguments, args, strict=False)))
             self.compiled[grid](*args, **options)
 
         return launch
+
+    def check(self, **arguments: Any) -> None:
+        """Raise what a launch with `arguments` would: for an op whose first launch is another's."""
+        op = self.definition.removesuffix("_ref")
+        if self.compiled is None:
+            raise ImportError(
+                f"{op} needs Triton, which is not installed; {self.definition} does not"
+            )
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and not _is_reachable(value):
+                raise ValueError(
+                    f"{op} needs tensors on a GPU, got {name.removesuffix('_ptr')} on the CPU; "
+                    f"its definition, {self.definition}, takes those"
+                )
 
 
 def _is_reachable(tensor: Tensor) -> bool:
@@ -125,15 +129,13 @@ def column_tile(columns: int) -> int:
     return 32 if columns >= 32 * FILL else 16
 
 
-def depth_tile(rows: int, *, norm: bool = False) -> tuple[int, int]:
+def depth_tile(rows: int) -> tuple[int, int]:
     """Input columns of a block's step, and how many steps are in flight, for a tier of `rows`.
 
-    A block keeps some 60 KB under way, so that two, or two kernels, fit on a multiprocessor. With a
-    norm in the prologue, x passes through registers, and large tiers take shorter steps.
+    A block keeps some 60 KB under way, so that two, or two kernels, fit on a multiprocessor.
     """
-    plain = {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}
-    normed = {16: (128, 6), 32: (64, 8), 64: (64, 6), 128: (32, 6), 160: (64, 4), 256: (32, 4)}
-    return (normed if norm else plain)[rows]
+    tiers = {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}
+    return tiers[rows]
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:

@@ -23,7 +23,7 @@ from ._launch import (
 )
 from ._tiles import multiply_rows, split_pairs
 from .linear import PackedWeight, linear_ref
-from .rms_norm import rms_norm_ref
+from .rms_norm import rms_norm, rms_norm_ref
 
 
 def gate_up_silu_ref(x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
@@ -44,12 +44,10 @@ def _silu(gate: Tensor) -> Tensor:
 @jit("ROWS", "TAIL", "F", "E")
 def _gate_up_silu_kernel(
     x_ptr,
-    norm_ptr,
     w_ptr,
     bias_ptr,
     out_ptr,
     R,
-    eps,
     stride_xr,
     stride_wn,
     stride_or,
@@ -72,7 +70,7 @@ def _gate_up_silu_kernel(
         wait_for_producer()
     r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
     tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, squares, tail_squares = multiply_rows(
+    acc, tail_acc = multiply_rows(
         w_ptr + n.to(tl.int64) * stride_wn,
         in_n,
         x_ptr,
@@ -80,9 +78,7 @@ def _gate_up_silu_kernel(
         r,
         tail_r,
         R,
-        norm_ptr,
         K=E,
-        NORM=True,
         ROWS=ROWS,
         TAIL=TAIL,
         BLOCK_N=2 * BLOCK_F,
@@ -92,15 +88,15 @@ def _gate_up_silu_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    _store_gated(acc, squares / E + eps, bias, r, f, out_ptr, stride_or, R, F)
+    _store_gated(acc, bias, r, f, out_ptr, stride_or, R, F)
     if TAIL > 0:
-        _store_gated(tail_acc, tail_squares / E + eps, bias, tail_r, f, out_ptr, stride_or, R, F)
+        _store_gated(tail_acc, bias, tail_r, f, out_ptr, stride_or, R, F)
 
 
 @device
-def _store_gated(acc, mean_square, bias, r, f, out_ptr, stride_or, R, F):
+def _store_gated(acc, bias, r, f, out_ptr, stride_or, R, F):
     """Finish acc [2 BLOCK_F, rows] and store it as rows r, columns f."""
-    gate, up = split_pairs(acc * tl.rsqrt(mean_square)[None, :] + bias[:, None])
+    gate, up = split_pairs(acc + bias[:, None])
     y = gate / (1 + tl.exp(-gate)) * up
     ptrs = out_ptr + r.to(tl.int64)[:, None] * stride_or + f[None, :]
     tl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=(r < R)[:, None] & (f < F)[None, :])
@@ -130,18 +126,18 @@ def gate_up_silu(
     check_shape("out", out, "[R, F]", R, F)
     if R == 0:
         return out
+    _gate_up_silu_kernel.check(x=x)
+    x = rms_norm(x, norm_w, eps, pdl=pdl)
     rows, tail = row_tier(R)
     block_f = 8 if tail else 16  # what the registers hold
-    block_k, stages = depth_tile(rows + tail, norm=True)
+    block_k, stages = depth_tile(rows + tail)
     _gate_up_silu_kernel[(ceil_div(F, block_f), ceil_div(R, rows + tail))](
         x,
-        norm_w,
         w,
         bias,
         out,
         R,
-        eps,
-        x.stride(0),
+        E,
         w.stride(0),
         out.stride(0),
         F=F,

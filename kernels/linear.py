@@ -172,7 +172,7 @@ def _linear_kernel(
         wait_for_producer()
     r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
     tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, _, _ = multiply_rows(
+    acc, tail_acc = multiply_rows(
         w_ptr + n.to(tl.int64) * stride_wn,
         n < N,
         x_ptr,
@@ -180,9 +180,7 @@ def _linear_kernel(
         r,
         tail_r,
         R,
-        None,
         K=K,
-        NORM=False,
         ROWS=ROWS,
         TAIL=TAIL,
         BLOCK_N=BLOCK_N,

@@ -72,7 +72,7 @@ def _medusa_blocks_kernel(
     bias = tl.load(bias_ptr + h * stride_bh + n, mask=n < E, other=0.0).to(tl.float32)
     r = tl.program_id(2) * (ROWS + TAIL) + tl.arange(0, ROWS)
     tail_r = tl.program_id(2) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, _, _ = multiply_rows(
+    acc, tail_acc = multiply_rows(
         w_ptr + n.to(tl.int64) * stride_wn,
         n < E,
         x_ptr,
@@ -80,9 +80,7 @@ def _medusa_blocks_kernel(
         r,
         tail_r,
         R,
-        None,
         K=E,
-        NORM=False,
         ROWS=ROWS,
         TAIL=TAIL,
         BLOCK_N=BLOCK_N,

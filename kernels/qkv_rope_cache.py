@@ -26,7 +26,7 @@ from ._launch import (
 )
 from ._tiles import multiply_rows, split_pairs
 from .linear import PackedWeight, linear_ref
-from .rms_norm import rms_norm_ref
+from .rms_norm import rms_norm, rms_norm_ref
 from .step_plan import StepPlan
 
 
@@ -69,7 +69,6 @@ def qkv_rope_cache_ref(
 @jit("ROWS", "TAIL", "HEADS", "KV_HEADS", "D", "E")
 def _qkv_rope_cache_kernel(
     x_ptr,
-    norm_ptr,
     w_ptr,
     bias_ptr,
     q_ptr,
@@ -80,7 +79,6 @@ def _qkv_rope_cache_kernel(
     cos_ptr,
     sin_ptr,
     R,
-    eps,
     page_size,
     stride_xr,
     stride_wn,
@@ -96,7 +94,6 @@ def _qkv_rope_cache_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     ROTATE: tl.constexpr,
     ROWS: tl.constexpr,
     TAIL: tl.constexpr,
@@ -116,7 +113,7 @@ def _qkv_rope_cache_kernel(
         wait_for_producer()
     r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
     tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, squares, tail_squares = multiply_rows(
+    acc, tail_acc = multiply_rows(
         w_ptr + n.to(tl.int64) * stride_wn,
         in_n,
         x_ptr,
@@ -124,9 +121,7 @@ def _qkv_rope_cache_kernel(
         r,
         tail_r,
         R,
-        norm_ptr,
         K=E,
-        NORM=NORM,
         ROWS=ROWS,
         TAIL=TAIL,
         BLOCK_N=BLOCK_N,
@@ -137,9 +132,7 @@ def _qkv_rope_cache_kernel(
         bias = tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)
     for part in tl.static_range(2 if TAIL > 0 else 1):
         if part == 1:
-            acc, squares, r = tail_acc, tail_squares, tail_r
-        if NORM:
-            acc *= tl.rsqrt(squares / E + eps)[None, :]
+            acc, r = tail_acc, tail_r
         low, high = split_pairs(acc + bias[:, None])
         pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         head, d = pairs // (D // 2), pairs % (D // 2)
@@ -285,12 +278,14 @@ def qkv_rope_cache(
         raise ValueError(f"out must have strides [any, D, 1], got {list(out.stride())}")
     if R == 0:
         return out
+    _qkv_rope_cache_kernel.check(x=x)
+    if norm_w is not None:
+        x = rms_norm(x, norm_w, eps, pdl=pdl)
     rows, tail = row_tier(R)
     block_n = 16 if tail else column_tile(N)  # what the registers hold
-    block_k, stages = depth_tile(rows + tail, norm=True)
+    block_k, stages = depth_tile(rows + tail)
     _qkv_rope_cache_kernel[(ceil_div(N, block_n), ceil_div(R, rows + tail))](
         x,
-        norm_w,
         w,
         bias,
         out,
@@ -301,7 +296,6 @@ def qkv_rope_cache(
         cos_table,
         sin_table,
         R,
-        eps,
         page_size,
         x.stride(0),
         w.stride(0),
@@ -313,7 +307,6 @@ def qkv_rope_cache(
         D=D,
         E=E,
         HAS_BIAS=bias is not None,
-        NORM=norm_w is not None,
         ROTATE=q_norm is None,
         ROWS=rows,
         TAIL=tail,
