@@ -37,8 +37,8 @@ from triton.runtime.jit import JITFunction
 from mtpkern.command import Parser, at_least
 from mtpkern.outputs import output_file, writing
 
-# Steps at the tiers of rows that STEPS leaves out: 20, 125 and 255 rows.
-OTHER_TIERS = ((4, 5), (25, 5), (51, 5))
+# Steps at the tiers of rows that STEPS leaves out: 20 and 125 rows.
+OTHER_TIERS = ((4, 5), (25, 5))
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
 # Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.
@@ -58,13 +58,18 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "rms_norm": Ceiling(registers=64),
     "qkv_rope_cache": Ceiling(registers=192, multiplies=True),
+    "qkv_rope_cache_end": Ceiling(registers=128),
     "head_norm_rope": Ceiling(registers=64, wide=False),
     "linear": Ceiling(registers=168, multiplies=True),
+    "linear_end": Ceiling(registers=64),
+    "partial_sums": Ceiling(registers=255, multiplies=True),
     "gate_up_silu": Ceiling(registers=192, multiplies=True),
+    "gate_up_silu_end": Ceiling(registers=64),
     # Triton 3.6 copies a page's number once for each piece of the page.
     "verify_attention": Ceiling(registers=224, multiplies=True, narrow=30),
     "merge_splits": Ceiling(registers=64, wide=False),
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
+    "medusa_blocks_end": Ceiling(registers=64),
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
     "vocabulary_merge": Ceiling(registers=96, multiplies=True),
     "accept": Ceiling(registers=32, wide=False),

@@ -16,7 +16,6 @@ from torch import Tensor
 from mtpkern.cache import rotary_tables
 from mtpkern.kernels.gate_up_silu import gate_up_silu
 from mtpkern.kernels.linear import linear
-from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 
 # The inner sizes of models of 1B and 8B parameters, and one that is no multiple of a tile.
