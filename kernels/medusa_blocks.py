@@ -2,8 +2,10 @@
 
 Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` makes logits of them.
 
-Bytes moved: H * E * E weights of a depth once for 256 rows; R * E of x read by each of H * E /
-BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written.
+Bytes moved: H * E * E weights of a depth once for 192 rows; R * E of x read by each of H * E /
+BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written. Above 16
+rows the blocks' sums, 4 bytes for each of H * E * R and each segment of E (`_tiles`), are written
+and read by a further launch.
 """
 
 from __future__ import annotations
