@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from bounds import GPUS, l2_bytes, loop_instructions, matmul
 from checkout import ROOT
 from common import Finish, run
 from kernel_cases import MODELS, OPS, STEPS
@@ -37,12 +38,14 @@ from triton.runtime.jit import JITFunction
 from mtpkern.command import Parser, at_least
 from mtpkern.outputs import output_file, writing
 
-# Steps at the tiers of rows that STEPS leaves out: 20, 125 and 255 rows.
-OTHER_TIERS = ((4, 5), (25, 5), (51, 5))
+# Steps at the tiers of rows that STEPS leaves out: 20 and 125 rows.
+OTHER_TIERS = ((4, 5), (25, 5))
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
 # Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.
 MAX_SHARED = 100 * 1024
+# TB/s of weights on an H100 whose issue slots are all used: up to 64 rows, and beyond.
+MIN_ISSUE_CEILING = (6.0, 3.0)
 
 
 class Ceiling(NamedTuple):
@@ -58,14 +61,19 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "rms_norm": Ceiling(registers=64),
     "qkv_rope_cache": Ceiling(registers=192, multiplies=True),
+    "qkv_rope_cache_end": Ceiling(registers=128),
     "head_norm_rope": Ceiling(registers=64, wide=False),
     "rope_cache": Ceiling(registers=96),
     "linear": Ceiling(registers=168, multiplies=True),
+    "linear_end": Ceiling(registers=64),
+    "partial_sums": Ceiling(registers=255, multiplies=True),
     "gate_up_silu": Ceiling(registers=192, multiplies=True),
+    "gate_up_silu_end": Ceiling(registers=64),
     # Triton 3.6 copies a page's number once for each piece of the page.
     "verify_attention": Ceiling(registers=255, multiplies=True, narrow=30),
     "merge_splits": Ceiling(registers=64, wide=False),
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
+    "medusa_blocks_end": Ceiling(registers=64),
     "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
     "vocabulary_merge": Ceiling(registers=96, multiplies=True),
     "accept": Ceiling(registers=32, wide=False),
@@ -100,6 +108,10 @@ class Compiled(NamedTuple):
     wide: int  # loads and asynchronous copies of 16 bytes or more
     narrow: int  # % of the bytes of all asynchronous copies that come in smaller ones
     mma: dict[str, int]
+    loop: int = 0  # instructions in a pass of the loop that multiplies
+    issue_ceiling: float = 0.0  # TB of weights a second if every issue slot is used
+    rows_multiplied: int = 0
+    l2_over_weights: float = 0.0  # what the blocks ask the L2 for, over the weights' bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,13 +188,26 @@ def compile_target(
                         except (TritonError, RuntimeError) as error:
                             what = f"does not compile: {first_cause(error)}"
                             failures.append((f"{op} ({case.name}, {B * T} rows)", what, target))
-                    for kernel, binary in launched:
+                    for kernel, binary, given, grid in launched:
                         if binary.hash not in measured:
                             measured[binary.hash] = measure(binary)
                         facts = measured[binary.hash]
                         label = (target, model, op, case.name, B * T, kernel)
-                        compiled.append(Compiled(*label, **facts))
+                        one = Compiled(*label, **facts)
+                        compiled.append(with_bounds(one, given, grid, binary.metadata.num_warps))
     return compiled, failures
+
+
+def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> Compiled:
+    multiplied = matmul(given, grid)
+    if multiplied is None:
+        return one
+    ceiling = multiplied.issue_ceiling(one.loop, warps, GPUS[one.target])
+    return one._replace(
+        issue_ceiling=round(ceiling / 1e12, 2),
+        rows_multiplied=given["R"],
+        l2_over_weights=round(l2_bytes(given, grid) / multiplied.weight_bytes, 2),
+    )
 
 
 def first_cause(error: BaseException) -> str:
@@ -211,16 +236,18 @@ class Device:
 
 
 @contextmanager
-def launches_compiled() -> Iterator[list[tuple[str, Any]]]:
-    """Within it a launch is compiled and not run; yields what was, each under its kernel's name."""
-    launched: list[tuple[str, Any]] = []
+def launches_compiled() -> Iterator[list[tuple[str, Any, dict[str, Any], Any]]]:
+    """Within it a launch is compiled and not run; yields what was: the kernel's name, its binary,
+    its arguments by name, and its grid."""
+    launched: list[tuple[str, Any, dict[str, Any], Any]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         binary = run(self, *args, grid=grid, warmup=True, **options)
         # Triton 3.6 compiles elsewhere if asked to, and hands out a promise.
         binary = binary.result() if hasattr(binary, "result") else binary
-        launched.append((op_name(self.__name__), binary))
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        launched.append((op_name(self.__name__), binary, given, grid))
 
     JITFunction.run = compile_only
     try:
@@ -241,6 +268,7 @@ def measure(binary: Any) -> dict[str, Any]:
         "shared": binary.metadata.shared,
         **resources(binary.asm["cubin"]),
         **instructions(binary.asm["ptx"]),
+        "loop": loop_instructions(binary.asm["cubin"]),
     }
 
 
@@ -296,6 +324,12 @@ def offences(kernel: Compiled) -> list[Offence]:
         wrong.append(f"copies {kernel.narrow} % in less than 16 bytes at a time")
     if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
         wrong.append(f"multiplies with {', '.join(kernel.mma) or 'nothing'}")
+    least = MIN_ISSUE_CEILING[kernel.rows_multiplied > 64]
+    if 0 < kernel.issue_ceiling < least and kernel.target == "sm_90":
+        wrong.append(
+            f"issues {kernel.loop} instructions a pass: {kernel.issue_ceiling} TB/s of weights "
+            f"at most, at least {least}"
+        )
     return [(kernel.symbol, what, kernel.target) for what in wrong]
 
 
@@ -341,7 +375,9 @@ def table(compiled: list[Compiled]) -> str:
         "",
         f"Triton {triton.__version__}, {date.today()}, by `python benchmarks/codegen.py "
         "--write-table`. Cells: registers a thread / KB of shared memory a block / 16-byte loads "
-        "and copies in the code / tensor-core instructions in the code. No kernel may spill.",
+        "and copies in the code / tensor-core instructions in the code, and of matmuls / the "
+        "issue ceiling, TB/s of weights with every issue slot used / bytes asked of the L2 over "
+        "the weights' bytes. No kernel may spill.",
     ]
     for model in dict.fromkeys(kernel.model for kernel in compiled):
         lines += ["", f"## {model}", ""]
@@ -364,7 +400,9 @@ def table(compiled: list[Compiled]) -> str:
 def cell(kernel: Compiled) -> str:
     shared = f"{kernel.shared / 1024:.1f}".removesuffix(".0")
     spilled = f" / {kernel.stack} SPILLED" if kernel.stack else ""
-    return f"{kernel.registers} / {shared} / {kernel.wide} / {sum(kernel.mma.values())}{spilled}"
+    mma = sum(kernel.mma.values())
+    bounds = f" / {kernel.issue_ceiling} / {kernel.l2_over_weights}" if kernel.loop else ""
+    return f"{kernel.registers} / {shared} / {kernel.wide} / {mma}{bounds}{spilled}"
 
 
 if __name__ == "__main__":

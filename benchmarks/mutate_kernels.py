@@ -54,9 +54,23 @@ FAULTS = [
     ),
     Fault(
         "linear",
+        "the last input column is left out for many rows",
+        "in_k = k < K - begin\n",
+        "in_k = k < K - begin - 1\n",
+        "_tiles",
+    ),
+    Fault(
+        "linear",
         "columns past the end of x are read",
-        "mask=(r < R)[None, :] & in_k[:, None], other=0.0)",
-        "mask=(r < R)[None, :] & (k >= 0)[:, None], other=0.0)",
+        "mask=(r < R)[None, :] & in_k[:, None], other=0.0)\n        acc =",
+        "mask=(r < R)[None, :] & (k >= 0)[:, None], other=0.0)\n        acc =",
+        "_tiles",
+    ),
+    Fault(
+        "linear",
+        "columns past the end of many rows are read",
+        "mask=(r < R)[None, :] & in_k[:, None], other=0.0)\n        tail_x =",
+        "mask=(r < R)[None, :] & (k >= 0)[:, None], other=0.0)\n        tail_x =",
         "_tiles",
     ),
     Fault(
@@ -69,14 +83,16 @@ FAULTS = [
     Fault(
         "linear",
         "the tail begins one row late",
-        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange",
-        "tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + 1 + tl.arange",
+        "tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + tl.arange",
+        "tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + 1 + tl.arange",
+        "_tiles",
     ),
     Fault(
         "linear",
         "a further pass over the weights is of the first rows again",
-        "    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)",
+        "    r = tl.program_id(0) * (ROWS + TAIL) + tl.arange(0, ROWS)",
         "    r = tl.arange(0, ROWS)",
+        "_tiles",
     ),
     Fault(
         "linear",
@@ -99,24 +115,67 @@ FAULTS = [
     ),
     Fault(
         "linear",
-        "the bias is not added to the tail's rows",
-        "_store_rows(tail_acc, tail_r, n, bias, residual,",
-        "_store_rows(tail_acc, tail_r, n, None, residual,",
+        "the bias is not added to many rows",
+        "stride_ps, SEGMENTS)\n    _store_rows(acc, r, n, bias_ptr,",
+        "stride_ps, SEGMENTS)\n    _store_rows(acc, r, n, None,",
     ),
     Fault(
         "linear",
         "the tail reads the weights a second time",
-        "            tail_acc = tl.dot(w, x,",
-        "            in_w = in_n[:, None] & in_k[None, :]\n"
-        "            w = tl.load(w_ptrs[:, None] + k[None, :], mask=in_w, other=0.0)\n"
-        "            tail_acc = tl.dot(w, x,",
+        "                tail_acc = tl.dot(w, tail_x,",
+        "                in_w = (n < N)[:, None] & in_k[None, :]\n"
+        "                ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]\n"
+        "                w = tl.load(ptrs, mask=in_w, other=0.0)\n"
+        "                tail_acc = tl.dot(w, tail_x,",
         "_tiles",
     ),
     Fault(
         "linear",
         "the grid has a block of columns too few",
-        "(ceil_div(N, block_n), ceil_div(R, rows + tail))",
-        "(max(1, N // block_n), ceil_div(R, rows + tail))",
+        "(ceil_div(N, block_n),)",
+        "(max(1, N // block_n),)",
+    ),
+    Fault(
+        "linear",
+        "the grid has a block of columns too few for many rows",
+        "ceil_div(N, block_n), segments * H)",
+        "max(1, N // block_n), segments * H)",
+        "_tiles",
+    ),
+    Fault(
+        "linear",
+        "a tile of columns is skipped",
+        "        n = first_n + i * CHUNK + tl.arange(0, CHUNK)\n        _store_sums(accs[i],",
+        "        n = first_n + tl.arange(0, CHUNK)\n        _store_sums(accs[i],",
+        "_tiles",
+    ),
+    Fault(
+        "width_invariance",
+        "segments are added in descending order",
+        "tl.load(partial_ptr + i * stride_ps + offsets",
+        "tl.load(partial_ptr + (SEGMENTS - 1 - i) * stride_ps + offsets",
+        "_tiles",
+    ),
+    Fault(
+        "width_invariance",
+        "the smallest tier adds inputs without segments",
+        "        if SEGMENT < K:\n",
+        "        if SEGMENT > K:\n",
+        "_tiles",
+    ),
+    Fault(
+        "width_invariance",
+        "segments follow the tier",
+        "length, tier = segment(H * N, K), row_tier(R)",
+        "length, tier = segment(H * N * row_tier(R), K), row_tier(R)",
+        "_tiles",
+    ),
+    Fault(
+        "width_invariance",
+        "a segment leaves a stale partial sum",
+        "partial_ptr += segment.to(tl.int64) * stride_ps",
+        "partial_ptr += segment.to(tl.int64) * 0",
+        "_tiles",
     ),
     Fault(
         "rms_norm",
@@ -144,37 +203,33 @@ FAULTS = [
     ),
     Fault(
         "gate_up_silu",
-        "the norm's factor is left out of the gate's bias",
-        "gate, up = split_pairs(acc * tl.rsqrt(mean_square)[None, :] + bias[:, None])",
-        "gate, up = split_pairs((acc + bias[:, None]) * tl.rsqrt(mean_square)[None, :])",
+        "the bias of up is the gate's",
+        "bias_ptr + F + f, mask",
+        "bias_ptr + f, mask",
     ),
     Fault(
         "gate_up_silu",
-        "the tail's rows are normalised by the main rows' squares",
-        "tail_acc, tail_squares / E + eps",
-        "tail_acc, (0 * tail_squares + tl.max(squares)) / E + eps",
+        "many rows are multiplied without their norm",
+        "    x = rms_norm(x, norm_w, eps, pdl=pdl)\n",
+        "    x = rms_norm(x, norm_w, eps, pdl=pdl) if R <= 16 else x\n",
     ),
     Fault(
         "gate_up_silu",
-        "the tail's squares are of the rows after the gain",
-        "                tail_squares = add_squares(tail_squares, x)\n"
-        "                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)",
-        "                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)\n"
-        "                tail_squares = add_squares(tail_squares, x)",
-        "_tiles",
-    ),
-    Fault(
-        "gate_up_silu",
-        "a row's mean square is of the last columns only",
-        "            squares = add_squares(squares, x)\n            x = (x",
-        "            squares = add_squares(tl.zeros_like(squares), x)\n            x = (x",
-        "_tiles",
+        "the sums of up are the gate's",
+        "partial_ptr, offsets + F, in_f",
+        "partial_ptr, offsets, in_f",
     ),
     Fault(
         "qkv_rope_cache",
         "the sine has the wrong sign",
         "return low * cos - high * sin, high * cos + low * sin",
         "return low * cos + high * sin, high * cos - low * sin",
+    ),
+    Fault(
+        "qkv_rope_cache",
+        "the second half of a head is the first where sums are added",
+        "partial_ptr, offsets + D // 2, in_n",
+        "partial_ptr, offsets, in_n",
     ),
     Fault(
         "qkv_rope_cache",
@@ -233,8 +288,21 @@ FAULTS = [
     Fault(
         "medusa_blocks",
         "the residual is the first head's at every depth",
-        "    x_ptr += h * stride_xh\n",
-        "    x_ptr += 0 * h * stride_xh\n",
+        "        wait_for_producer()\n    x_ptr += h * stride_xh\n",
+        "        wait_for_producer()\n    x_ptr += 0 * h * stride_xh\n",
+    ),
+    Fault(
+        "medusa_blocks",
+        "the residual of many rows is the first head's at every depth",
+        "SEGMENTS)\n    x_ptr += h * stride_xh\n",
+        "SEGMENTS)\n    x_ptr += 0 * h * stride_xh\n",
+    ),
+    Fault(
+        "medusa_blocks",
+        "many rows of all heads read the first head's weights",
+        "    w_ptr += h * stride_wh + begin\n",
+        "    w_ptr += 0 * h * stride_wh + begin\n",
+        "_tiles",
     ),
     Fault(
         "medusa_blocks",

@@ -4,9 +4,11 @@
 
 The step is run on tensors without data (torch's meta device), which counts every kernel and every
 operator of torch that it would launch, and the weights that those would read; keys and values are
-counted by formula. A prediction is bytes over a bandwidth plus a bubble for every launch. Both are
-assumptions until they are measured, and are printed with the result: nothing here is a measurement.
-The last line is one JSON object.
+counted by formula. A matmul takes as long as the slowest of four bounds says (`bounds.py`): memory,
+L2, instructions issued, which its machine code for an H100 says, and tensor cores; attention as
+long as its keys and values take from memory; every launch a microsecond more. The rates are
+assumptions, and are printed with the result: nothing here is a measurement. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from unittest.mock import patch
 import torch
 import triton
 from bench_steps import TINY, medusa_heads, mtp_module, write_config
+from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, loop_instructions, matmul
+from codegen import Device, launches_compiled
 from common import Finish, run
 from kernel_cases import MODELS, PAGE_SIZE, Model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +48,11 @@ VIEWS = {
     *("t", "alias", "split_with_sizes", "permute", "detach"),
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
 }
-HEADER = "| model | batch | K | drafter | kernels | other launches | GB | ms | over K = 0 |"
+LAUNCH = 1e-6  # seconds
+HEADER = (
+    "| model | batch | K | drafter | kernels | other launches | GB | ms | over K = 0 "
+    "| over bytes / bandwidth | bound by |"
+)
 
 
 class Trace(TorchDispatchMode):
@@ -56,6 +64,8 @@ class Trace(TorchDispatchMode):
         self.others: Counter[str] = Counter()
         self.weight_bytes = 0
         self.cached_slots_bytes = 0  # of one cached token of every sequence, in all launches
+        # Matmuls and what adds up their segments: name, function, arguments by place, grid, others
+        self.matmuls: list[tuple[str, Any, tuple[Any, ...], Any, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -82,7 +92,10 @@ def traced() -> Iterator[Trace]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        trace.launch(self.fn.__name__.strip("_").removesuffix("_kernel"), given)
+        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        trace.launch(name, given)
+        if l2_bytes(given, grid):
+            trace.matmuls.append((name, self, args, grid, options))
 
     with patch.object(triton.runtime.jit.JITFunction, "run", run), trace:
         yield trace
@@ -115,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace, finish: Finish) -> int:
     print(
-        f"assumed: {args.gbps} GB/s, {args.bubble_us} us for every launch, context {args.context}; "
-        "predicted, not measured"
+        f"assumed of an H100: {DRAM / 1e12} TB/s from memory and {L2 / 1e12} from the L2, "
+        f"{ISSUED:.0%} of issue slots used, {MMA / 1e12:.0f} TFLOP/s, {LAUNCH * 1e6} us for every "
+        f"launch; context {args.context}; predicted, not measured"
     )
     shapes: dict[str, Model] = {"tiny": TINY} | MODELS
     rows: list[dict[str, Any]] = []
@@ -131,9 +145,11 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         print(
             f"| {row['model']} | {row['batch']} | {row['num_speculative_tokens']} "
             f"| {row['drafter']} | {row['kernels']} | {row['other_launches']} "
-            f"| {row['bytes'] / 1e9:.3f} | {row['predicted_ms']:.3f} | {row['over_plain']:.3f} |"
+            f"| {row['bytes'] / 1e9:.3f} | {row['predicted_ms']:.3f} | {row['over_plain']:.3f} "
+            f"| {row['over_bytes']:.3f} | {row['bounds']} |"
         )
-    assumed = {"gbps": args.gbps, "bubble_us": args.bubble_us, "context": args.context}
+    assumed = {"dram": DRAM, "l2": L2, "issued": ISSUED, "mma": MMA, "launch": LAUNCH}
+    assumed["context"] = args.context
     return finish({"schema": 1, "assumed": assumed, "rows": rows}, 0)
 
 
@@ -144,8 +160,6 @@ def parser() -> Parser:
     add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
     add("-K", dest="k", type=at_least(0), default=4)
     add("--context", type=at_least(1), default=1024)
-    add("--gbps", type=float, default=3000.0, help="assumed bandwidth (default: an H100's copy)")
-    add("--bubble-us", type=float, default=0.6, help="assumed cost of a launch in a graph")
     return parser
 
 
@@ -169,7 +183,9 @@ def predict(
             decode_step(state.view(batch, k), trunk, drafter, TRITON, logprobs=True)
         kernels, others = trace.kernels.total(), trace.others.total()
         read = trace.weight_bytes + trace.cached_slots_bytes * args.context
-        ms = read / args.gbps / 1e6 + (kernels + others) * args.bubble_us / 1e3
+        seconds, bounds = matmul_seconds(trace)
+        seconds += trace.cached_slots_bytes * args.context / DRAM + (kernels + others) * LAUNCH
+        ms = 1e3 * seconds
         plain = plain or ms
         yield {
             "model": name,
@@ -181,7 +197,44 @@ def predict(
             "bytes": read,
             "predicted_ms": ms,
             "over_plain": ms / plain,
+            "over_bytes": seconds * DRAM / read,
+            "bounds": bounds,
         }
+
+
+def matmul_seconds(trace: Trace) -> tuple[float, str]:
+    """What all matmuls of a step take on an H100, and which bound decides for each kernel."""
+    seconds, deciding = 0.0, dict[str, str]()
+    for name, function, args, grid, options in trace.matmuls:
+        given = dict(zip(function.arg_names, args, strict=False)) | options
+        times = {"L2": l2_bytes(given, grid) / L2}
+        multiplied = matmul(given, grid)
+        if multiplied is not None:
+            instructions = _instructions(function, args, options)
+            ceiling = multiplied.issue_ceiling(instructions, options["num_warps"], GPUS["sm_90"])
+            loaded = multiplied.passes * multiplied.bytes_of_pass
+            times["memory"] = multiplied.weight_bytes / DRAM
+            # Inputs of one pass have no loop.
+            times["issue"] = loaded / ceiling / ISSUED if ceiling else 0.0
+            times["tensor cores"] = multiplied.flops / MMA
+        bound = max(times, key=lambda one: times[one])
+        seconds += times[bound]
+        deciding[name] = bound
+    return seconds, ", ".join(f"{name}: {bound}" for name, bound in deciding.items())
+
+
+_counted: dict[tuple[object, ...], int] = {}
+
+
+def _instructions(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """Instructions in a pass of a matmul's loop on sm_90, compiled once for each shape."""
+    key = (function.fn.__name__, *sorted(item for item in options.items()))
+    if key not in _counted:
+        triton.runtime.driver.set_active(Device(90))
+        with launches_compiled() as launched:
+            function.run(*args, grid=(1,), warmup=False, **options)
+        _counted[key] = loop_instructions(launched[0][1].asm["cubin"])
+    return _counted[key]
 
 
 if __name__ == "__main__":

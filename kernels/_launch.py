@@ -20,9 +20,12 @@ except ImportError:  # no wheel for macOS and Windows: the references work witho
 # Blocks that a launch wants at least: the multiprocessors of an H100.
 FILL = 132
 
-# Row counts that share one pass over the weights: a main tile, and a second one behind it. Rows are
-# padded to the first tier that holds them; more than the last tier's take further passes.
-TIERS = ((16, 0), (32, 0), (64, 0), (128, 0), (128, 32), (256, 0))
+# Row counts that share one pass over the weights. Rows are padded to the first tier that holds
+# them; more than the last tier's take further passes.
+TIERS = (16, 32, 64, 128, 192)
+
+# Columns of a block of a launch that adds up the segments of a matmul with many rows.
+BLOCK_END = 512
 
 # Arguments that count what a step happens to hold, in the letters of the README. Left to itself
 # Triton compiles a kernel of its own for 1 and for multiples of 16, whose bits may differ.
@@ -79,20 +82,24 @@ class _Kernel:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            op = self.definition.removesuffix("_ref")
-            if self.compiled is None:
-                raise ImportError(
-                    f"{op} needs Triton, which is not installed; {self.definition} does not"
-                )
-            for name, value in zip(self.arguments, args, strict=False):
-                if isinstance(value, Tensor) and not _is_reachable(value):
-                    raise ValueError(
-                        f"{op} needs tensors on a GPU, got {name.removesuffix('_ptr')} on the CPU; "
-                        f"its definition, {self.definition}, takes those"
-                    )
+            self.check(**dict(zip(self.arguments, args, strict=False)))
             self.compiled[grid](*args, **options)
 
         return launch
+
+    def check(self, **arguments: Any) -> None:
+        """Raise what a launch with `arguments` would: for an op whose first launch is another's."""
+        op = self.definition.removesuffix("_ref")
+        if self.compiled is None:
+            raise ImportError(
+                f"{op} needs Triton, which is not installed; {self.definition} does not"
+            )
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and not _is_reachable(value):
+                raise ValueError(
+                    f"{op} needs tensors on a GPU, got {name.removesuffix('_ptr')} on the CPU; "
+                    f"its definition, {self.definition}, takes those"
+                )
 
 
 def _is_reachable(tensor: Tensor) -> bool:
@@ -126,25 +133,37 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def row_tier(rows: int) -> tuple[int, int]:
-    """The tier (main, tail) that holds `rows` rows, or the largest one."""
-    return next((tier for tier in TIERS if rows <= sum(tier)), TIERS[-1])
+def row_tier(rows: int) -> int:
+    """The tier that holds `rows` rows, or the largest one."""
+    return next((tier for tier in TIERS if rows <= tier), TIERS[-1])
 
 
-def column_tile(columns: int) -> int:
-    """Output columns of a block: 32, or 16 where that would leave multiprocessors without any."""
-    return 32 if columns >= 32 * FILL else 16
+def segment(N: int, K: int) -> int:
+    """Inputs whose products a matmul [N, K] adds up before it adds the sums, in ascending order.
 
-
-def depth_tile(rows: int, *, norm: bool = False) -> tuple[int, int]:
-    """Input columns of a block's step, and how many steps are in flight, for a tier of `rows`.
-
-    A block keeps some 60 KB under way, so that two, or two kernels, fit on a multiprocessor. With a
-    norm in the prologue, x passes through registers, and large tiers take shorter steps.
+    So many segments that blocks of 128 columns and a segment nearly fill an H100; of 512 inputs at
+    least. The rows do not count: whatever tile takes them, a row's sums are the same.
     """
-    plain = {16: (128, 8), 32: (128, 6), 64: (128, 4), 128: (64, 4), 160: (64, 4), 256: (32, 4)}
-    normed = {16: (128, 6), 32: (64, 8), 64: (64, 6), 128: (32, 6), 160: (64, 4), 256: (32, 4)}
-    return (normed if norm else plain)[rows]
+    segments = 1
+    while ceil_div(N, 128) * segments < 0.9 * FILL and 2 * segments * 512 <= K:
+        segments *= 2
+    return ceil_div(ceil_div(K, segments), 128) * 128
+
+
+def column_tile(N: int, K: int, tier: int) -> int:
+    """Output columns of a block: the more, the less often x is read; fewer where that would leave
+    multiprocessors without any."""
+    if tier == 16:  # a block takes all segments, and x is small beside the weights
+        return 32 if N >= 32 * FILL else 16
+    blocks = ceil_div(K, segment(N, K))
+    wide = (128, 64) if tier >= 128 else (64,)
+    return next((n for n in wide if ceil_div(N, n) * blocks >= 0.9 * FILL), 32)
+
+
+def depth_tile(tier: int) -> tuple[int, int]:
+    """Bytes of a row in a block's step, and Triton's num_stages, which is one more than the steps
+    under way: at most 96 KB, so that two blocks fit on a multiprocessor."""
+    return {16: (256, 8), 32: (256, 5), 64: (256, 4), 128: (128, 4), 192: (128, 3)}[tier]
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:
@@ -176,7 +195,7 @@ def wait_for_producer():
 
 
 @device
-def prefetch_l2(w_ptr, n, stride_wn, N: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr = 16):
+def prefetch_l2(w_ptr, n, stride_wn, N, K, LINES: tl.constexpr = 16):
     """Ask for the beginnings of the rows n of w [N, K], LINES of 64 elements, while waiting."""
     k = tl.arange(0, LINES) * 64  # 128 bytes of a 16-bit weight
     ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]

@@ -1,13 +1,32 @@
-"""The inner loop of every skinny matmul here: a tile of weights against all rows, read once.
+"""The inner loops of every skinny matmul here: a tile of weights against all rows, read once.
+
+For up to 16 rows an op is one launch: `multiply_rows` adds up a block's columns, and what belongs
+to the op follows in registers. For more rows the blocks are wider, since each reads all of x, and
+there are fewer, so that K is split among them: `partial_sums`, then a launch that adds the parts.
 
 The weights are the left operand, in tiles of 16 or 32 output columns: too few for wgmma, so that
-every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same order of k,
-and a row's bits do not depend on how many rows there are.
+every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same order of k.
+Where K is split depends on the weight's shape alone, and every tier adds the same parts in the same
+order: a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
 
-from ._launch import device, tl
+import torch
+from torch import Tensor
+
+from ._launch import (
+    ceil_div,
+    column_tile,
+    depth_tile,
+    device,
+    jit,
+    prefetch_l2,
+    row_tier,
+    segment,
+    tl,
+    wait_for_producer,
+)
 
 
 @device
@@ -17,34 +36,25 @@ def multiply_rows(
     x_ptr,
     stride_xr,
     r,
-    tail_r,
     R,
-    gain_ptr,
     K: tl.constexpr,
-    NORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """w [BLOCK_N, K] times rows x [R, K] -> float32 sums [BLOCK_N, ROWS] and, of the tail's rows,
-    [BLOCK_N, TAIL]; then the rows' sums of squares [ROWS] and [TAIL].
+    """w [BLOCK_N, K] times the rows r [16] of x [R, K] -> float32 sums [BLOCK_N, 16].
 
-    w_ptrs [BLOCK_N] point at the beginnings of the weights' rows, of which in_n exist. With NORM, x
-    is multiplied by gain [K] on its way. What is missing from an RMS norm then, a factor per row,
-    commutes with the multiplication: the caller makes it of the squares, and one pass over x is
-    enough.
+    w_ptrs [BLOCK_N] point at the beginnings of the weights' rows, of which in_n exist.
     """
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    squares = tl.zeros([16, ROWS], tl.float32)
-    # Without a tail these only fill their places.
-    tail_ptrs, tail_acc, tail_squares = x_ptrs, acc, squares
-    if TAIL > 0:
-        tail_ptrs = x_ptr + tail_r.to(tl.int64)[None, :] * stride_xr
-        tail_acc = tl.zeros([BLOCK_N, TAIL], tl.float32)
-        tail_squares = tl.zeros([16, TAIL], tl.float32)
+    total = tl.zeros([BLOCK_N, 16], tl.float32)
+    acc = tl.zeros([BLOCK_N, 16], tl.float32)
     for begin in range(0, K, BLOCK_K):
+        if SEGMENT < K:
+            # One loop for all segments, so that loads stay in flight from one to the next.
+            ended = begin % SEGMENT == 0
+            total = tl.where(ended, total + acc, total)
+            acc = tl.where(ended, 0.0, acc)
         k = begin + tl.arange(0, BLOCK_K)
         in_k = k < K
         w = tl.load(
@@ -54,44 +64,152 @@ def multiply_rows(
             eviction_policy="evict_first",
         )
         x = tl.load(x_ptrs + k[:, None], mask=(r < R)[None, :] & in_k[:, None], other=0.0)
-        if NORM:
-            gain = tl.load(gain_ptr + k, mask=in_k, other=0.0).to(tl.float32)
-            squares = add_squares(squares, x)
-            x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision="ieee")
+    return total + acc
+
+
+@jit("ROWS", "TAIL", "N", "K", "SEGMENTS", definition="linear_ref")
+def _partial_sums_kernel(
+    x_ptr,
+    w_ptr,
+    partial_ptr,
+    R,
+    stride_xr,
+    stride_xh,
+    stride_wh,
+    stride_wn,
+    stride_ps,
+    stride_pr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first_n = tl.program_id(1) * BLOCK_N
+    segment, h = tl.program_id(2) % SEGMENTS, (tl.program_id(2) // SEGMENTS).to(tl.int64)
+    begin = segment * SEGMENT
+    w_ptr += h * stride_wh + begin
+    if PDL:
+        all_n = first_n + tl.arange(0, BLOCK_N)
+        prefetch_l2(w_ptr, all_n, stride_wn, N, K - begin)
+        wait_for_producer()
+    x_ptr += h * stride_xh + begin
+    r = tl.program_id(0) * (ROWS + TAIL) + tl.arange(0, ROWS)
+    tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
+    x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
+    tail_ptrs = x_ptr + tail_r.to(tl.int64)[None, :] * stride_xr
+    # The block's columns in chunks, each multiplied with all rows that were loaded. A chunk has
+    # fewer columns than a tile has rows: Triton then lays out its warps along the rows, and along
+    # the columns otherwise, where there is too little for all of them.
+    CHUNKS: tl.constexpr = BLOCK_N // CHUNK
+    accs = (tl.zeros([CHUNK, ROWS], tl.float32),) * CHUNKS
+    tail_accs = accs  # without a tail this only fills its place
+    if TAIL > 0:
+        tail_accs = (tl.zeros([CHUNK, TAIL], tl.float32),) * CHUNKS
+    for step in range(0, SEGMENT, BLOCK_K):
+        k = step + tl.arange(0, BLOCK_K)
+        in_k = k < K - begin
+        x = tl.load(x_ptrs + k[:, None], mask=(r < R)[None, :] & in_k[:, None], other=0.0)
+        tail_x = x
         if TAIL > 0:
             in_x = (tail_r < R)[None, :] & in_k[:, None]
-            x = tl.load(tail_ptrs + k[:, None], mask=in_x, other=0.0)
-            if NORM:
-                tail_squares = add_squares(tail_squares, x)
-                x = (x.to(tl.float32) * gain[:, None]).to(x.dtype)
-            tail_acc = tl.dot(w, x, tail_acc, input_precision="ieee")
-    return acc, tail_acc, tl.max(squares, 0), tl.max(tail_squares, 0)
+            tail_x = tl.load(tail_ptrs + k[:, None], mask=in_x, other=0.0)
+        sums, tail_sums = (), ()
+        for i in tl.static_range(CHUNKS):
+            n = first_n + i * CHUNK + tl.arange(0, CHUNK)
+            w = tl.load(
+                w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :],
+                mask=(n < N)[:, None] & in_k[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+            acc = tl.dot(w, x, accs[i], input_precision="ieee")
+            sums = sums + (acc,)  # type: ignore[assignment]
+            if TAIL > 0:
+                tail_acc = tl.dot(w, tail_x, tail_accs[i], input_precision="ieee")
+                tail_sums = tail_sums + (tail_acc,)  # type: ignore[assignment]
+        accs = sums
+        if TAIL > 0:
+            tail_accs = tail_sums
+    partial_ptr += segment.to(tl.int64) * stride_ps + h * N
+    for i in tl.static_range(CHUNKS):
+        n = first_n + i * CHUNK + tl.arange(0, CHUNK)
+        _store_sums(accs[i], r, n, partial_ptr, R, stride_pr, N)
+        if TAIL > 0:
+            _store_sums(tail_accs[i], tail_r, n, partial_ptr, R, stride_pr, N)
 
 
 @device
-def add_squares(squares, x):
-    """squares [16, rows] + the sum of x^2 over x [k, rows], in each of the 16 rows alike.
+def _store_sums(acc, r, n, partial_ptr, R, stride_pr, N: tl.constexpr):
+    ptrs = partial_ptr + r.to(tl.int64)[None, :] * stride_pr + n[:, None]
+    tl.store(ptrs, acc, mask=(n < N)[:, None] & (r < R)[None, :])
 
-    By multiplication with ones: the order of tl.sum changes with the tile's shape, that of mma does
-    not. A square of two bfloat16 is the sum of two, exactly.
+
+def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
+    """Multiply rows: x [R, K] or [H, R, K], w [H, N, K] -> float32 [segments, R, H * N].
+
+    For the rows of a tier above 16, in one pass over w for 192 rows. The sums of the segments of K
+    are left to be added in ascending order (`add_segments`), by a launch that finishes the op.
     """
-    wide = x.to(tl.float32)
-    square = wide * wide
-    if x.dtype == tl.float32:
-        ones = tl.full([16, x.shape[0]], 1.0, tl.float32)
-        return tl.dot(ones, square, squares, input_precision="ieee")
-    ones = tl.full([16, x.shape[0]], 1.0, tl.bfloat16)
-    high = square.to(tl.bfloat16)
-    squares = tl.dot(ones, high, squares)
-    return tl.dot(ones, (square - high.to(tl.float32)).to(tl.bfloat16), squares)
+    (H, N, K), R = w.shape, x.shape[-2]
+    length, tier = segment(H * N, K), row_tier(R)
+    segments, block_n = ceil_div(K, length), column_tile(H * N, K, tier)
+    depth, stages = depth_tile(tier)
+    rows = min(tier, 128)  # of a larger tier, the rest is the tail
+    partial = torch.empty(segments, R, H * N, dtype=torch.float32, device=x.device)
+    # The passes over one tile are neighbours, so that they find it in the L2.
+    _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), segments * H)](
+        x,
+        w,
+        partial,
+        R,
+        x.stride(-2),
+        x.stride(0) if x.dim() == 3 else 0,
+        w.stride(0),
+        w.stride(1),
+        partial.stride(0),
+        partial.stride(1),
+        N=N,
+        K=K,
+        SEGMENT=length,
+        SEGMENTS=segments,
+        ROWS=rows,
+        TAIL=tier - rows,
+        CHUNK=min(32, rows // 2),
+        BLOCK_N=block_n,
+        BLOCK_K=depth // w.element_size(),
+        PDL=pdl,
+        num_warps=4 if tier <= 64 else 8,
+        # Left to itself, ptxas spills a little at these tiles, and at no other.
+        maxnreg={(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n)),
+        num_stages=stages,
+        enable_fp_fusion=True,
+        launch_pdl=pdl,
+    )
+    return partial
+
+
+@device
+def add_segments(partial_ptr, offsets, mask, stride_ps, SEGMENTS: tl.constexpr):
+    """The sums at `offsets` of every segment of K, added in ascending order."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for i in tl.static_range(SEGMENTS):
+        total += tl.load(partial_ptr + i * stride_ps + offsets, mask=mask, other=0.0)
+    return total
 
 
 @device
 def sum_columns(x):
-    """Sum x [rows, n] float32 over n -> [rows], by multiplication with ones like add_squares.
+    """Sum x [rows, n] float32 over n -> [rows], by multiplication with ones.
 
-    A float32 is the sum of three bfloat16, exactly.
+    The order of tl.sum changes with the tile's shape, that of mma does not. A float32 is the sum of
+    three bfloat16, exactly.
     """
     ones = tl.full([x.shape[1], 16], 1.0, tl.bfloat16)
     high = x.to(tl.bfloat16)

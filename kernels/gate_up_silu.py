@@ -1,7 +1,13 @@
 """Norm, gate and up projection, activation: silu(x' w_gate^T) * (x' w_up^T), x' = rms_norm(x).
 
-Bytes moved: 2 * F * E weights once for 256 rows; R * E of x read by each of F / 16 blocks, mostly
-from L2; R * F written.
+The norm is a launch of its own, `rms_norm`, whose rows are rounded to their dtype as in the
+definition. In the matmul's loop it would take seven times the instructions and bind a step to
+2.9 TB/s of weights at best (8B on an H100); in the epilogue of the op before, it would save one
+launch of a layer's twelve and tie that op to the gain of the next.
+
+Bytes moved: 2 * F * E weights once for 192 rows; R * E of x read and written by the norm, and read
+by each block of columns, mostly from the L2; R * F written. Above 16 rows the blocks' sums, 4 bytes
+for each of 2 * F * R and each segment of E (`_tiles`), are written and read by a further launch.
 """
 
 from __future__ import annotations
@@ -11,19 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
+    BLOCK_END,
     ceil_div,
     check_shape,
+    column_tile,
     depth_tile,
     device,
     jit,
     prefetch_l2,
     row_tier,
+    segment,
     tl,
     wait_for_producer,
 )
-from ._tiles import multiply_rows, split_pairs
+from ._tiles import add_segments, multiply_rows, partial_sums, split_pairs
 from .linear import PackedWeight, linear_ref
-from .rms_norm import rms_norm_ref
+from .rms_norm import rms_norm, rms_norm_ref
 
 
 def gate_up_silu_ref(x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
@@ -41,23 +50,19 @@ def _silu(gate: Tensor) -> Tensor:
     return torch.cat([F.silu(some) for some in gate.split(rows)])
 
 
-@jit("ROWS", "TAIL", "F", "E")
+@jit("F", "E")
 def _gate_up_silu_kernel(
     x_ptr,
-    norm_ptr,
     w_ptr,
     bias_ptr,
     out_ptr,
     R,
-    eps,
     stride_xr,
     stride_wn,
     stride_or,
     F: tl.constexpr,
     E: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,37 +75,45 @@ def _gate_up_silu_kernel(
     if PDL:
         prefetch_l2(w_ptr, tl.where(in_n, n, 0), stride_wn, 2 * F, E)
         wait_for_producer()
-    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
-    tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, squares, tail_squares = multiply_rows(
-        w_ptr + n.to(tl.int64) * stride_wn,
-        in_n,
-        x_ptr,
-        stride_xr,
-        r,
-        tail_r,
-        R,
-        norm_ptr,
-        K=E,
-        NORM=True,
-        ROWS=ROWS,
-        TAIL=TAIL,
-        BLOCK_N=2 * BLOCK_F,
-        BLOCK_K=BLOCK_K,
-    )
-    bias = tl.zeros([2 * BLOCK_F], tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)
+    r = tl.arange(0, 16)
+    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
+    acc = multiply_rows(w_ptrs, in_n, x_ptr, stride_xr, r, R, E, SEGMENT, 2 * BLOCK_F, BLOCK_K)
+    gate, up = split_pairs(acc)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    _store_gated(acc, squares / E + eps, bias, r, f, out_ptr, stride_or, R, F)
-    if TAIL > 0:
-        _store_gated(tail_acc, tail_squares / E + eps, bias, tail_r, f, out_ptr, stride_or, R, F)
+    _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F)
+
+
+@jit("F", "SEGMENTS")
+def _gate_up_silu_end_kernel(
+    partial_ptr,
+    bias_ptr,
+    out_ptr,
+    R,
+    stride_ps,
+    stride_pr,
+    stride_or,
+    F: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    r = tl.program_id(1) + tl.arange(0, 1)
+    offsets = r.to(tl.int64)[:, None] * stride_pr + f[None, :]
+    in_f = (f < F)[None, :]
+    gate = add_segments(partial_ptr, offsets, in_f, stride_ps, SEGMENTS)
+    up = add_segments(partial_ptr, offsets + F, in_f, stride_ps, SEGMENTS)
+    _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F)
 
 
 @device
-def _store_gated(acc, mean_square, bias, r, f, out_ptr, stride_or, R, F):
-    """Finish acc [2 BLOCK_F, rows] and store it as rows r, columns f."""
-    gate, up = split_pairs(acc * tl.rsqrt(mean_square)[None, :] + bias[:, None])
+def _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F: tl.constexpr):
+    """Finish gate and up [rows, columns] and store silu(gate) * up as rows r, columns f."""
+    if bias_ptr is not None:
+        gate += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_ptr + F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
     y = gate / (1 + tl.exp(-gate)) * up
     ptrs = out_ptr + r.to(tl.int64)[:, None] * stride_or + f[None, :]
     tl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=(r < R)[:, None] & (f < F)[None, :])
@@ -130,31 +143,43 @@ def gate_up_silu(
     check_shape("out", out, "[R, F]", R, F)
     if R == 0:
         return out
-    rows, tail = row_tier(R)
-    block_f = 8 if tail else 16  # what the registers hold
-    block_k, stages = depth_tile(rows + tail, norm=True)
-    _gate_up_silu_kernel[(ceil_div(F, block_f), ceil_div(R, rows + tail))](
+    _gate_up_silu_kernel.check(x=x)
+    x = rms_norm(x, norm_w, eps, pdl=pdl)
+    if row_tier(R) > 16:
+        partial = partial_sums(x, w[None], pdl=pdl)
+        _gate_up_silu_end_kernel[(ceil_div(F, BLOCK_END), R)](
+            partial,
+            bias,
+            out,
+            R,
+            *partial.stride()[:2],
+            out.stride(0),
+            F=F,
+            SEGMENTS=len(partial),
+            BLOCK_F=BLOCK_END,
+            PDL=pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+        return out
+    block_f, (depth, stages) = column_tile(2 * F, E, 16) // 2, depth_tile(16)
+    _gate_up_silu_kernel[(ceil_div(F, block_f),)](
         x,
-        norm_w,
         w,
         bias,
         out,
         R,
-        eps,
         x.stride(0),
         w.stride(0),
         out.stride(0),
         F=F,
         E=E,
-        HAS_BIAS=bias is not None,
-        ROWS=rows,
-        TAIL=tail,
+        SEGMENT=segment(2 * F, E),
         BLOCK_F=block_f,
-        BLOCK_K=block_k,
+        BLOCK_K=depth // w.element_size(),
         PDL=pdl,
-        num_warps=4 if rows <= 64 else 8,  # of a larger tile's sums, half each
-        # Three blocks of four warps: left to itself, ptxas spills a little to fit a fourth.
-        maxnreg=168 if 16 < rows <= 64 else None,
+        num_warps=4,
         num_stages=stages,
         enable_fp_fusion=True,
         launch_pdl=pdl,

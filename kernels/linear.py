@@ -1,7 +1,8 @@
 """Skinny matmul: y = x @ w^T + b (+ residual), for the few rows of a decode step.
 
-Bytes moved: N * K weights once for 256 rows; R * K of x read by each of N / BLOCK_N blocks, mostly
-from L2; R * N of y written, and of the residual read.
+Bytes moved: N * K weights once for 192 rows; R * K of x read by each of N / BLOCK_N blocks, mostly
+from the L2; R * N of y written, and of the residual read. Above 16 rows the blocks' sums, 4 bytes
+for each of N * R and each segment of K (`_tiles`), are written and read by a further launch.
 
 A row's bits must not depend on how many rows share the launch. Matmul libraries choose their
 blocking by the row count, so `pack_ref` asks this machine's library, once per weight shape, for
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
+    BLOCK_END,
     ceil_div,
     check_shape,
     column_tile,
@@ -25,10 +27,11 @@ from ._launch import (
     jit,
     prefetch_l2,
     row_tier,
+    segment,
     tl,
     wait_for_producer,
 )
-from ._tiles import multiply_rows
+from ._tiles import add_segments, multiply_rows, partial_sums
 
 # Row counts that a probe tries; other counts are padded up to the next one. Each costs a library
 # some megabytes of generated code per shape, so they are few.
@@ -144,7 +147,7 @@ def _stable_rows(w: PackedWeight) -> tuple[int, ...]:
 _PROBED_ELEMENTS = 2**19
 
 
-@jit("ROWS", "TAIL", "N", "K")
+@jit("N", "K")
 def _linear_kernel(
     x_ptr,
     w_ptr,
@@ -158,10 +161,7 @@ def _linear_kernel(
     stride_or,
     N: tl.constexpr,
     K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -170,37 +170,45 @@ def _linear_kernel(
     if PDL:
         prefetch_l2(w_ptr, n, stride_wn, N, K)
         wait_for_producer()
-    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
-    tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, _, _ = multiply_rows(
-        w_ptr + n.to(tl.int64) * stride_wn,
-        n < N,
-        x_ptr,
-        stride_xr,
-        r,
-        tail_r,
-        R,
-        None,
-        K=K,
-        NORM=False,
-        ROWS=ROWS,
-        TAIL=TAIL,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-    )
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0) if HAS_BIAS else None
-    residual = residual_ptr if HAS_RESIDUAL else None
-    _store_rows(acc, r, n, bias, residual, out_ptr, R, N, stride_rr, stride_or)
-    if TAIL > 0:
-        _store_rows(tail_acc, tail_r, n, bias, residual, out_ptr, R, N, stride_rr, stride_or)
+    r = tl.arange(0, 16)
+    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
+    acc = multiply_rows(w_ptrs, n < N, x_ptr, stride_xr, r, R, K, SEGMENT, BLOCK_N, BLOCK_K)
+    _store_rows(acc, r, n, bias_ptr, residual_ptr, out_ptr, R, stride_rr, stride_or, N)
+
+
+@jit("N", "SEGMENTS")
+def _linear_end_kernel(
+    partial_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    R,
+    stride_ps,
+    stride_pr,
+    stride_rr,
+    stride_or,
+    N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) + tl.arange(0, 1)
+    offsets = r.to(tl.int64)[None, :] * stride_pr + n[:, None]
+    acc = add_segments(partial_ptr, offsets, (n < N)[:, None], stride_ps, SEGMENTS)
+    _store_rows(acc, r, n, bias_ptr, residual_ptr, out_ptr, R, stride_rr, stride_or, N)
 
 
 @device
-def _store_rows(acc, r, n, bias, residual_ptr, out_ptr, R, N, stride_rr, stride_or):
-    """Finish acc [BLOCK_N, rows] and store it as rows r, columns n."""
+def _store_rows(
+    acc, r, n, bias_ptr, residual_ptr, out_ptr, R, stride_rr, stride_or, N: tl.constexpr
+):
+    """Finish acc [columns, rows] and store it as rows r, columns n."""
     in_out = (n < N)[:, None] & (r < R)[None, :]
-    if bias is not None:
-        acc += bias.to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
         ptrs = residual_ptr + r.to(tl.int64)[None, :] * stride_rr + n[:, None]
         acc += tl.load(ptrs, mask=in_out, other=0.0).to(tl.float32)
@@ -233,27 +241,40 @@ def linear(
         check_shape("residual", residual, "[R, N]", R, N)
     if R == 0:
         return out
-    rows, tail = row_tier(R)
-    block_n, (block_k, stages) = column_tile(N), depth_tile(rows + tail)
-    _linear_kernel[(ceil_div(N, block_n), ceil_div(R, rows + tail))](
+    _linear_kernel.check(x=x, w=w)
+    given = (bias, residual, out, R)
+    stride_rr = residual.stride(0) if residual is not None else 0
+    if row_tier(R) > 16:
+        partial = partial_sums(x, w[None], pdl=pdl)
+        _linear_end_kernel[(ceil_div(N, BLOCK_END), R)](
+            partial,
+            *given,
+            *partial.stride()[:2],
+            stride_rr,
+            out.stride(0),
+            N=N,
+            SEGMENTS=len(partial),
+            BLOCK_N=BLOCK_END,
+            PDL=pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+        return out
+    block_n, (depth, stages) = column_tile(N, K, 16), depth_tile(16)
+    _linear_kernel[(ceil_div(N, block_n),)](
         x,
         w,
-        bias,
-        residual,
-        out,
-        R,
+        *given,
         x.stride(0),
         w.stride(0),
-        residual.stride(0) if residual is not None else 0,
+        stride_rr,
         out.stride(0),
         N=N,
         K=K,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        ROWS=rows,
-        TAIL=tail,
+        SEGMENT=segment(N, K),
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        BLOCK_K=depth // w.element_size(),
         PDL=pdl,
         num_warps=4,
         num_stages=stages,

@@ -2,8 +2,10 @@
 
 Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` makes logits of them.
 
-Bytes moved: H * E * E weights of a depth once for 256 rows; R * E of x read by each of H * E /
-BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written.
+Bytes moved: H * E * E weights of a depth once for 192 rows; R * E of x read by each of H * E /
+BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written. Above 16
+rows the blocks' sums, 4 bytes for each of H * E * R and each segment of E (`_tiles`), are written
+and read by a further launch.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
+    BLOCK_END,
     ceil_div,
     check_shape,
     column_tile,
@@ -21,10 +24,11 @@ from ._launch import (
     jit,
     prefetch_l2,
     row_tier,
+    segment,
     tl,
     wait_for_producer,
 )
-from ._tiles import multiply_rows
+from ._tiles import add_segments, multiply_rows, partial_sums
 
 
 def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -39,7 +43,7 @@ def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(rows).transpose(0, 1)
 
 
-@jit("ROWS", "TAIL", "HEADS", "E")
+@jit("HEADS", "E")
 def _medusa_blocks_kernel(
     x_ptr,
     w_ptr,
@@ -55,8 +59,7 @@ def _medusa_blocks_kernel(
     stride_oh,
     HEADS: tl.constexpr,
     E: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -68,36 +71,53 @@ def _medusa_blocks_kernel(
         prefetch_l2(w_ptr, n, stride_wn, E, E)
         wait_for_producer()
     x_ptr += h * stride_xh
+    r = tl.arange(0, 16)
+    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
+    acc = multiply_rows(w_ptrs, n < E, x_ptr, stride_xr, r, R, E, SEGMENT, BLOCK_N, BLOCK_K)
+    bias_ptr += h * stride_bh
     out_ptr += h * stride_oh
-    bias = tl.load(bias_ptr + h * stride_bh + n, mask=n < E, other=0.0).to(tl.float32)
-    r = tl.program_id(2) * (ROWS + TAIL) + tl.arange(0, ROWS)
-    tail_r = tl.program_id(2) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, _, _ = multiply_rows(
-        w_ptr + n.to(tl.int64) * stride_wn,
-        n < E,
-        x_ptr,
-        stride_xr,
-        r,
-        tail_r,
-        R,
-        None,
-        K=E,
-        NORM=False,
-        ROWS=ROWS,
-        TAIL=TAIL,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-    )
-    _store_block(acc, bias, r, n, x_ptr, out_ptr, R, E, stride_xr, stride_or)
-    if TAIL > 0:
-        _store_block(tail_acc, bias, tail_r, n, x_ptr, out_ptr, R, E, stride_xr, stride_or)
+    _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E)
+
+
+@jit("HEADS", "E", "SEGMENTS")
+def _medusa_blocks_end_kernel(
+    partial_ptr,
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    R,
+    stride_ps,
+    stride_pr,
+    stride_xr,
+    stride_xh,
+    stride_bh,
+    stride_or,
+    stride_oh,
+    HEADS: tl.constexpr,
+    E: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    h = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) + tl.arange(0, 1)
+    offsets = r.to(tl.int64)[None, :] * stride_pr + (h * E + n)[:, None]
+    acc = add_segments(partial_ptr, offsets, (n < E)[:, None], stride_ps, SEGMENTS)
+    x_ptr += h * stride_xh
+    bias_ptr += h * stride_bh
+    out_ptr += h * stride_oh
+    _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E)
 
 
 @device
-def _store_block(acc, bias, r, n, x_ptr, out_ptr, R, E, stride_xr, stride_or):
-    """Finish acc [BLOCK_N, rows] and store x + silu(acc + bias) as rows r, columns n."""
+def _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E: tl.constexpr):
+    """Finish acc [columns, rows] and store x + silu(acc + bias) as rows r, columns n."""
     mask = (n < E)[:, None] & (r < R)[None, :]
     wide_r = r.to(tl.int64)
+    bias = tl.load(bias_ptr + n, mask=n < E, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + (wide_r * stride_xr)[None, :] + n[:, None], mask=mask, other=0.0)
     gate = acc + bias[:, None]
     y = x.to(tl.float32) + gate / (1 + tl.exp(-gate))
@@ -121,6 +141,7 @@ def medusa_blocks(
     check_shape("bias", bias, "[H, depth, E]", H, depth, E)
     out = normed.new_empty(1 + H, R, E).transpose(0, 1) if out is None else out
     check_shape("out", out, "[R, 1 + H, E]", R, 1 + H, E)
+    _medusa_blocks_kernel.check(normed=normed)
     if out.data_ptr() != normed.data_ptr() or out.stride(0) != normed.stride(0):
         out[:, 0].copy_(normed)
     if R == 0 or H == 0:
@@ -131,35 +152,56 @@ def medusa_blocks(
         return out
     # A block reads all of a row and writes a part of it, so neighbours in a stack change places.
     other = torch.empty_like(heads) if depth > 1 else heads
-    rows, tail = row_tier(R)
-    block_n, (block_k, stages) = column_tile(H * E), depth_tile(rows + tail)
     x, stride_xh = normed, 0
     for d in range(depth):
         y = heads if (depth - d) % 2 else other
-        _medusa_blocks_kernel[(ceil_div(E, block_n), H, ceil_div(R, rows + tail))](
-            x,
-            w[:, d],
-            bias[:, d],
-            y,
-            R,
-            x.stride(0),
-            stride_xh,
-            w.stride(0),
-            w.stride(2),
-            bias.stride(0),
-            y.stride(0),
-            y.stride(1),
-            HEADS=H,
-            E=E,
-            ROWS=rows,
-            TAIL=tail,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            PDL=pdl,
-            num_warps=4,
-            num_stages=stages,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+        if row_tier(R) > 16:
+            rows = x if d == 0 else x.transpose(0, 1)
+            partial = partial_sums(rows, w[:, d], pdl=pdl)
+            _medusa_blocks_end_kernel[(ceil_div(E, BLOCK_END), R, H)](
+                partial,
+                x,
+                bias[:, d],
+                y,
+                R,
+                *partial.stride()[:2],
+                x.stride(0),
+                stride_xh,
+                bias.stride(0),
+                *y.stride()[:2],
+                HEADS=H,
+                E=E,
+                SEGMENTS=len(partial),
+                BLOCK_N=BLOCK_END,
+                PDL=pdl,
+                num_warps=4,
+                enable_fp_fusion=True,
+                launch_pdl=pdl,
+            )
+        else:
+            block_n, (step, stages) = column_tile(H * E, E, 16), depth_tile(16)
+            _medusa_blocks_kernel[(ceil_div(E, block_n), H)](
+                x,
+                w[:, d],
+                bias[:, d],
+                y,
+                R,
+                x.stride(0),
+                stride_xh,
+                w.stride(0),
+                w.stride(2),
+                bias.stride(0),
+                *y.stride()[:2],
+                HEADS=H,
+                E=E,
+                SEGMENT=segment(H * E, E),
+                BLOCK_N=block_n,
+                BLOCK_K=step // w.element_size(),
+                PDL=pdl,
+                num_warps=4,
+                num_stages=stages,
+                enable_fp_fusion=True,
+                launch_pdl=pdl,
+            )
         x, stride_xh = y, y.stride(1)
     return out

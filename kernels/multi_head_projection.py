@@ -14,17 +14,15 @@ logits that were asked for.
 
 One read or two. All heads at all of a window's rows take R = B * T * (1 + H) rows and one read. If
 the LM head goes first, acceptance says at which row of a sequence the heads are wanted, and
-B * (T + H) rows with two reads do. A pass over w bytes takes max(w / bandwidth, R * w / flops) for
-16-bit weights, 2 flops per weight and row; so the second read pays above
-
-    R = flops * (itemsize / bandwidth + overhead / (2 V E))
-
-rows (`crossover_rows`): 532 at 798 TFLOP/s and 3.0 TB/s, fewer where the flops attained are fewer.
+B * (T + H) rows with two reads do. A read of w bytes takes w / 3.0 TB/s from memory, and between
+L2 and multiprocessors, at some 5.5 TB/s on an H100 (assumed, not measured), w for each pass of 160
+rows and w * R / 64, since each tile reads all rows: 0.64 w at 160 rows, 0.82 w at 161. Two reads
+of few rows take 0.67 w: one read is for what one pass takes, `ONE_READ_ROWS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +41,6 @@ from ._launch import (
 from ._order import HIGHEST, LOWEST, rank, ranked_column, ranked_value
 from ._tiles import sum_columns
 from .linear import PackedWeight, linear_ref
-from .medusa_blocks import medusa_blocks
 from .rms_norm import rms_norm_ref
 
 # Columns of a vocabulary tile: the same for every row count, as sums of exponentials go by tile.
@@ -247,6 +244,8 @@ _TIERS = (
     _Tier(32, 4, 128, 5, 8),
     _Tier(32, 5, 128, 4, 8),
 )
+# Rows of the LM head and all parallel heads up to which one read is cheaper; see the header.
+ONE_READ_ROWS = _TIERS[-1].rows
 
 
 def multi_head_projection(
@@ -361,63 +360,3 @@ def multi_head_projection(
         launch_pdl=pdl,
     )
     return out
-
-
-def crossover_rows(
-    V: int,
-    E: int,
-    *,
-    bandwidth: float,
-    flops: float,
-    overhead: float = 0.0,
-    itemsize: int = 2,
-) -> float:
-    """Rows from which two reads of vocabulary [V, E] cost less than one; see the header.
-
-    `bandwidth` in bytes and `flops` in operations a second, both as attained; `overhead` in
-    seconds, what a second pass costs beside its read; itemsize in bytes a weight.
-    """
-    return flops * (itemsize / bandwidth + overhead / (2 * V * E))
-
-
-def project_window(
-    normed: Tensor,
-    vocabulary: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    accept: Callable[[Tensor], Tensor],
-    *,
-    crossover: float,
-    top_k: int = 1,
-    with_logits: bool = False,
-    pdl: bool = False,
-) -> tuple[Projection, Projection]:
-    """Project a window: normed [B, T, E] -> the LM head's B * T rows, and the heads' B * H rows,
-    each sequence's at one row of its window.
-
-    accept(ids [B, T]) -> [B] int64 says at which, from what the LM head found likeliest. One read
-    of the vocabulary for all heads at all rows, or, for more rows than `crossover` (see
-    `crossover_rows`), one for the LM head and one for the heads where they are wanted. w and bias:
-    see `medusa_blocks`.
-    """
-    (B, T, E), H = normed.shape, w.shape[0]
-    R = B * T
-    rows = normed.reshape(R, E)
-    begins = torch.arange(B, device=normed.device) * T
-    logits_rows = R if with_logits else 0
-    if R * (1 + H) <= crossover:
-        hidden = medusa_blocks(rows, w, bias, pdl=pdl).transpose(0, 1).reshape(-1, E)
-        both = multi_head_projection(
-            hidden, vocabulary, top_k=top_k, logits_rows=logits_rows, pdl=pdl
-        )
-        at = begins + accept(both.ids[:R, 0].view(B, T))
-        at = (at[:, None] + R * torch.arange(1, 1 + H, device=at.device)).view(-1)
-        first, second = (
-            Projection(both.values[rows], both.ids[rows], both.logsumexp[rows], None, None)
-            for rows in (slice(R), at)
-        )
-        return first._replace(logits=both.logits), second
-    first = multi_head_projection(rows, vocabulary, top_k=top_k, logits_rows=logits_rows, pdl=pdl)
-    at = begins + accept(first.ids[:, 0].view(B, T))
-    hidden = medusa_blocks(rows[at], w, bias, pdl=pdl)[:, 1:].reshape(-1, E)
-    return first, multi_head_projection(hidden, vocabulary, top_k=top_k, pdl=pdl)

@@ -2,8 +2,12 @@
 
     [q k v] = rms_norm(x) w^T + b;  q, k rotated by position (Su et al. 2021);  cache[slot] = k, v
 
-Bytes moved: (Hq + 2 Hk) * D * E weights once for 256 rows; R * E of x read by each block, mostly
-from L2; R rows of q, k and v written. With norms of q and k those are read and written once more.
+The norm is a launch of its own (see `gate_up_silu`).
+
+Bytes moved: (Hq + 2 Hk) * D * E weights once for 192 rows; R * E of x read and written by the norm,
+and read by each block of columns, mostly from the L2; R rows of q, k and v written. Above 16 rows
+the blocks' sums, 4 bytes for each of (Hq + 2 Hk) * D * R and each segment of E (`_tiles`), are
+written and read by a further launch. With norms of q and k those are read and written once more.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._launch import (
+    BLOCK_END,
     ceil_div,
     check_shape,
     column_tile,
@@ -21,12 +26,13 @@ from ._launch import (
     power_of_two,
     prefetch_l2,
     row_tier,
+    segment,
     tl,
     wait_for_producer,
 )
-from ._tiles import multiply_rows, split_pairs
+from ._tiles import add_segments, multiply_rows, partial_sums, split_pairs
 from .linear import PackedWeight, linear_ref
-from .rms_norm import rms_norm_ref
+from .rms_norm import rms_norm, rms_norm_ref
 from .step_plan import StepPlan
 
 
@@ -66,10 +72,9 @@ def qkv_rope_cache_ref(
     return rotated[:, :, :-heads]
 
 
-@jit("ROWS", "TAIL", "HEADS", "KV_HEADS", "D", "E")
+@jit("HEADS", "KV_HEADS", "D", "E")
 def _qkv_rope_cache_kernel(
     x_ptr,
-    norm_ptr,
     w_ptr,
     bias_ptr,
     q_ptr,
@@ -80,7 +85,6 @@ def _qkv_rope_cache_kernel(
     cos_ptr,
     sin_ptr,
     R,
-    eps,
     page_size,
     stride_xr,
     stride_wn,
@@ -95,11 +99,8 @@ def _qkv_rope_cache_kernel(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     ROTATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -114,55 +115,163 @@ def _qkv_rope_cache_kernel(
     if PDL:
         prefetch_l2(w_ptr, tl.where(in_n, n, 0), stride_wn, N, E)
         wait_for_producer()
-    r = tl.program_id(1) * (ROWS + TAIL) + tl.arange(0, ROWS)
-    tail_r = tl.program_id(1) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
-    acc, tail_acc, squares, tail_squares = multiply_rows(
-        w_ptr + n.to(tl.int64) * stride_wn,
-        in_n,
-        x_ptr,
-        stride_xr,
+    r = tl.arange(0, 16)
+    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
+    acc = multiply_rows(w_ptrs, in_n, x_ptr, stride_xr, r, R, E, SEGMENT, BLOCK_N, BLOCK_K)
+    low, high = split_pairs(acc)
+    pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    _append(
+        low,
+        high,
         r,
-        tail_r,
+        pairs,
+        bias_ptr,
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        slots_ptr,
+        positions_ptr,
+        cos_ptr,
+        sin_ptr,
         R,
-        norm_ptr,
-        K=E,
-        NORM=NORM,
-        ROWS=ROWS,
-        TAIL=TAIL,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        page_size,
+        stride_qr,
+        stride_kp,
+        stride_ks,
+        stride_kh,
+        stride_vp,
+        stride_vs,
+        stride_vh,
+        HEADS,
+        KV_HEADS,
+        D,
+        ROTATE,
     )
-    bias = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)
-    for part in tl.static_range(2 if TAIL > 0 else 1):
-        if part == 1:
-            acc, squares, r = tail_acc, tail_squares, tail_r
-        if NORM:
-            acc *= tl.rsqrt(squares / E + eps)[None, :]
-        low, high = split_pairs(acc + bias[:, None])
-        pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        head, d = pairs // (D // 2), pairs % (D // 2)
-        if ROTATE:
-            low, high = _rotate(
-                low, high, r, d, r < R, head < HEADS + KV_HEADS, positions_ptr, cos_ptr, sin_ptr, D
-            )
-        slot = tl.load(slots_ptr + r, mask=r < R, other=-1)
-        page, offset = slot // page_size, slot % page_size
-        in_q = (r < R)[:, None] & (head < HEADS)[None, :]
-        in_k = (slot >= 0)[:, None] & ((head >= HEADS) & (head < HEADS + KV_HEADS))[None, :]
-        in_v = (slot >= 0)[:, None] & ((head >= HEADS + KV_HEADS) & (pairs < N // 2))[None, :]
-        q_ptrs = q_ptr + (r.to(tl.int64) * stride_qr)[:, None] + (head * D + d)[None, :]
-        k_rows = page * stride_kp + offset * stride_ks
-        k_heads = (head - HEADS).to(tl.int64) * stride_kh + d
-        v_rows = page * stride_vp + offset * stride_vs
-        v_heads = (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh + d
-        _store_halves(q_ptrs, low, high, in_q, D)
-        _store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
-        # A row that does not see this key weights its value with zero, and zero times NaN is NaN.
-        # For those that do see it the key, which is as much NaN, is enough.
-        low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)
-        _store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
+
+
+@jit("HEADS", "KV_HEADS", "D", "SEGMENTS")
+def _qkv_rope_cache_end_kernel(
+    partial_ptr,
+    bias_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    R,
+    page_size,
+    stride_ps,
+    stride_pr,
+    stride_qr,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    ROTATE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait_for_producer()
+    r = tl.program_id(1) + tl.arange(0, 1)
+    pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = pairs // (D // 2) * D + pairs % (D // 2)
+    offsets = r.to(tl.int64)[:, None] * stride_pr + n[None, :]
+    in_n = (pairs < (HEADS + 2 * KV_HEADS) * D // 2)[None, :]
+    low = add_segments(partial_ptr, offsets, in_n, stride_ps, SEGMENTS)
+    high = add_segments(partial_ptr, offsets + D // 2, in_n, stride_ps, SEGMENTS)
+    _append(
+        low,
+        high,
+        r,
+        pairs,
+        bias_ptr,
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        slots_ptr,
+        positions_ptr,
+        cos_ptr,
+        sin_ptr,
+        R,
+        page_size,
+        stride_qr,
+        stride_kp,
+        stride_ks,
+        stride_kh,
+        stride_vp,
+        stride_vs,
+        stride_vh,
+        HEADS,
+        KV_HEADS,
+        D,
+        ROTATE,
+    )
+
+
+@device
+def _append(
+    low,
+    high,
+    r,
+    pairs,
+    bias_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    R,
+    page_size,
+    stride_qr,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """Finish low, high [rows, pairs], the sums of rows r, and store them as q or in the cache."""
+    in_n = pairs < (HEADS + 2 * KV_HEADS) * D // 2
+    head, d = pairs // (D // 2), pairs % (D // 2)
+    if bias_ptr is not None:
+        n = head * D + d
+        low += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        high += tl.load(bias_ptr + n + D // 2, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if ROTATE:
+        low, high = _rotate(
+            low, high, r, d, r < R, head < HEADS + KV_HEADS, positions_ptr, cos_ptr, sin_ptr, D
+        )
+    slot = tl.load(slots_ptr + r, mask=r < R, other=-1)
+    page, offset = slot // page_size, slot % page_size
+    in_q = (r < R)[:, None] & (head < HEADS)[None, :]
+    in_k = (slot >= 0)[:, None] & ((head >= HEADS) & (head < HEADS + KV_HEADS))[None, :]
+    in_v = (slot >= 0)[:, None] & ((head >= HEADS + KV_HEADS) & in_n)[None, :]
+    q_ptrs = q_ptr + (r.to(tl.int64) * stride_qr)[:, None] + (head * D + d)[None, :]
+    k_rows = page * stride_kp + offset * stride_ks
+    k_heads = (head - HEADS).to(tl.int64) * stride_kh + d
+    v_rows = page * stride_vp + offset * stride_vs
+    v_heads = (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh + d
+    _store_halves(q_ptrs, low, high, in_q, D)
+    _store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
+    # A row that does not see this key weights its value with zero, and zero times NaN is NaN.
+    # For those that do see it the key, which is as much NaN, is enough.
+    low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)
+    _store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
 
 
 @device
@@ -285,48 +394,47 @@ def qkv_rope_cache(
         raise ValueError(f"out must have strides [any, D, 1], got {list(out.stride())}")
     if R == 0:
         return out
-    rows, tail = row_tier(R)
-    block_n = 16 if tail else column_tile(N)  # what the registers hold
-    block_k, stages = depth_tile(rows + tail, norm=True)
-    _qkv_rope_cache_kernel[(ceil_div(N, block_n), ceil_div(R, rows + tail))](
-        x,
-        norm_w,
-        w,
-        bias,
-        out,
-        k_pages,
-        v_pages,
-        slots,
-        positions,
-        cos_table,
-        sin_table,
-        R,
-        eps,
-        page_size,
-        x.stride(0),
-        w.stride(0),
-        out.stride(0),
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
-        HEADS=Hq,
-        KV_HEADS=Hk,
-        D=D,
-        E=E,
-        HAS_BIAS=bias is not None,
-        NORM=norm_w is not None,
-        ROTATE=q_norm is None,
-        ROWS=rows,
-        TAIL=tail,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        PDL=pdl,
-        num_warps=4 if rows <= 64 else 8,  # of a larger tile's sums, half each
-        # Three blocks of four warps: left to itself, ptxas spills a little to fit a fourth.
-        maxnreg=168 if 16 < rows <= 64 else None,
-        num_stages=stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+    _qkv_rope_cache_kernel.check(x=x)
+    if norm_w is not None:
+        x = rms_norm(x, norm_w, eps, pdl=pdl)
+    given = (bias, out, k_pages, v_pages, slots, positions, cos_table, sin_table, R, page_size)
+    strides = (out.stride(0), *k_pages.stride()[:3], *v_pages.stride()[:3])
+    sizes = {"HEADS": Hq, "KV_HEADS": Hk, "D": D, "ROTATE": q_norm is None}
+    if row_tier(R) > 16:
+        partial = partial_sums(x, w[None], pdl=pdl)
+        _qkv_rope_cache_end_kernel[(ceil_div(N // 2, BLOCK_END), R)](
+            partial,
+            *given,
+            *partial.stride()[:2],
+            *strides,
+            **sizes,
+            SEGMENTS=len(partial),
+            BLOCK=BLOCK_END,
+            PDL=pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
+    else:
+        block_n, (depth, stages) = column_tile(N, E, 16), depth_tile(16)
+        _qkv_rope_cache_kernel[(ceil_div(N, block_n),)](
+            x,
+            w,
+            *given,
+            x.stride(0),
+            w.stride(0),
+            *strides,
+            **sizes,
+            E=E,
+            SEGMENT=segment(N, E),
+            BLOCK_N=block_n,
+            BLOCK_K=depth // w.element_size(),
+            PDL=pdl,
+            num_warps=4,
+            num_stages=stages,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
     if q_norm is not None:
         _head_norm_rope_kernel[(R, Hq + Hk)](
             out,

@@ -19,6 +19,7 @@ from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
 from mtpkern.kernels.linear import PackedWeight, linear, linear_ref, pack_ref
 from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.multi_head_projection import (
+    ONE_READ_ROWS,
     Projection,
     multi_head_projection,
     multi_head_projection_ref,
@@ -45,10 +46,6 @@ __all__ = [
 
 HAS_TRITON = triton is not None
 
-# Up to so many rows of the LM head and the parallel heads, one read of the vocabulary for all of
-# them; beyond, the flops cost more than a second read for the rows that are wanted. What
-# `crossover_rows` says of an H100; not measured.
-ONE_READ_ROWS = 512
 # Row counts that prefill's matmuls take: their library's blocking follows the count.
 PREFILL_ROWS = tuple(range(64, 513, 64))
 

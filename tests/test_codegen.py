@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from mtpkern.kernels.linear import linear
+
 pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -38,6 +40,82 @@ def test_loads_copies_and_multiplications_are_counted(codegen: Any) -> None:
     }
 
 
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+        /*0040*/              @!P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0050*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0060*/                   IADD3 R2, R1, 0x1, RZ ;
+        /*0070*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_the_longest_loop_that_multiplies_is_counted(codegen: Any) -> None:
+    import bounds
+
+    assert bounds.multiplying_loop(SASS) == 4
+    assert bounds.multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
+
+
+# Rows of a step, and bytes that a layer's matmuls may ask the L2 for, over those of its weights.
+@pytest.mark.parametrize(
+    ("step", "most"), [((1, 5), 1.25), ((4, 5), 1.5), ((8, 5), 2), ((32, 5), 4)]
+)
+def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
+    codegen: Any, step: tuple[int, int], most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bounds
+    from kernel_cases import MODELS, OPS
+
+    asked, weights = 0, 0
+
+    def count(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        nonlocal asked, weights
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        asked += bounds.l2_bytes(given, grid)
+        multiplied = bounds.matmul(given, grid)
+        weights += 0 if multiplied is None else multiplied.weight_bytes
+
+    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    for op in ("qkv_rope_cache", "linear", "gate_up_silu"):
+        for case in OPS[op](MODELS["llama-3.1-8b"], *step):
+            case.inputs("meta").launch(False)
+    assert weights == 2 * (6144 * 4096 + 4096 * 4096 + 3 * 4096 * 14336)
+    assert 1 < asked / weights <= most
+
+
+@pytest.mark.parametrize("rows", [5, 20, 100, 160])
+def test_the_l2_is_asked_for_what_the_formula_says(
+    gpu: str, codegen: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads and stores of a matmul whose inputs are split, but for the last output."""
+    import bounds
+    from traffic import recorded_traffic
+
+    N, K = 100, 1100
+    x, w = torch.randn(rows, K).bfloat16().to(gpu), torch.randn(N, K).bfloat16().to(gpu)
+    expected = 0
+    run = codegen.JITFunction.run
+
+    def count(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
+        nonlocal expected
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        expected += bounds.l2_bytes(given, grid)
+        return run(self, *args, grid=grid, **options)
+
+    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    with recorded_traffic() as traffic:
+        out = linear(x, w)
+    accesses = traffic.read + traffic.written
+    asked = sum(len(addresses) * size for addresses, size in accesses)
+    assert asked == expected + out.numel() * out.element_size()
+
+
 def sound(codegen: Any) -> Any:
     label = ("sm_90", "tiny", "linear", "down", 5, "linear", "mtpkern_linear_16", "f00")
     return codegen.Compiled(*label, 64, 0, 65536, 8, 0, {"mma.sync.m16n8k16": 8})
@@ -53,6 +131,11 @@ def sound(codegen: Any) -> Any:
         ({"wide": 0}, ["loads nothing 16 bytes at a time"]),
         ({"narrow": 50}, ["copies 50 % in less than 16 bytes at a time"]),
         ({"mma": {}}, ["multiplies with nothing"]),
+        ({"loop": 90, "issue_ceiling": 3.1, "rows_multiplied": 65}, []),
+        (
+            {"loop": 656, "issue_ceiling": 2.9, "rows_multiplied": 5},
+            ["issues 656 instructions a pass: 2.9 TB/s of weights at most, at least 6.0"],
+        ),
         (
             {"mma": {"mma.sync.m16n8k16": 8, "wgmma.mma_async.m64n16k16": 1}},
             ["multiplies with mma.sync.m16n8k16, wgmma.mma_async.m64n16k16"],

@@ -87,14 +87,13 @@ def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(gpu: str, tier: int) -
     torch.testing.assert_close(gate_up_silu(x, norm_w, 1e-5, w)[0], expected[0], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("rows", "passes"), [(1, 1), (160, 1), (257, 2)])
-def test_a_weight_is_read_once_for_256_rows(gpu: str, rows: int, passes: int) -> None:
+@pytest.mark.parametrize(("rows", "passes"), [(1, 1), (160, 1), (193, 2)])
+def test_a_weight_is_read_once_for_192_rows(gpu: str, rows: int, passes: int) -> None:
     F, E = 33, 70
     x, norm_w = torch.randn(rows, E).bfloat16().to(gpu), torch.rand(E).bfloat16().to(gpu)
     w = torch.randn(2 * F, E).bfloat16().to(gpu)
     with recorded_traffic() as traffic:
         out = gate_up_silu(x, norm_w, 1e-5, w)
     assert bool((traffic.reads(w) == passes).all())
-    # Each block of columns reads x once.
-    assert bool((traffic.reads(x) == traffic.reads(x)[0, 0]).all())
+    assert bool((traffic.reads(x) == 1).all()), "by the norm"
     assert bool((traffic.writes(out) == 1).all())

@@ -9,13 +9,10 @@ from launches import assert_within_budget, guarded_output
 from torch import Tensor
 
 from mtpkern.kernels.linear import pack_ref
-from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import (
     Projection,
-    crossover_rows,
     multi_head_projection,
     multi_head_projection_ref,
-    project_window,
 )
 
 
@@ -209,42 +206,6 @@ def test_a_row_keeps_its_bits_across_tiers(gpu: str) -> None:
         assert torch.equal(found.ids[:1], expected.ids)
         for of in ("values", "logsumexp", "logits"):
             torch.testing.assert_close(getattr(found, of)[:1], getattr(expected, of), **exact)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 3)])
-def test_one_read_and_two_find_the_same(gpu: str, sizes: tuple[int, int, int]) -> None:
-    B, T, H = sizes
-    torch.manual_seed(4)
-    normed, vocabulary = torch.randn(B, T, 40).to(gpu), torch.randn(150, 40).to(gpu)
-    w, bias = torch.randn(H, 1, 40, 40).to(gpu) / 6, torch.randn(H, 1, 40).to(gpu)
-    at = torch.arange(B, device=gpu) % T
-
-    def accept(ids: Tensor) -> Tensor:
-        assert torch.equal(ids, (normed @ vocabulary.T).argmax(-1))
-        return at
-
-    one, two = (
-        project_window(
-            normed, vocabulary, w, bias, accept, crossover=crossover, top_k=2, with_logits=True
-        )
-        for crossover in (B * T * (1 + H), B * T * (1 + H) - 1)
-    )
-    hidden = medusa_blocks_ref(normed[range(B), at], w, bias)[:, 1:].flatten(0, 1)
-    assert torch.equal(one[1].ids, (hidden @ vocabulary.T).topk(2).indices)
-    torch.testing.assert_close(one[0].logits, (normed @ vocabulary.T).flatten(0, 1))
-    for first, second in zip(one, two, strict=True):
-        assert torch.equal(first.ids, second.ids)
-        for a, b in zip(first, second, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_the_crossover_is_where_one_reads_flops_take_the_time_of_two_reads() -> None:
-    V, E, bandwidth, flops, overhead = 128256, 4096, 3.0e12, 798e12, 5e-6
-    rows = crossover_rows(V, E, bandwidth=bandwidth, flops=flops)
-    assert int(rows) == 532
-    rows = crossover_rows(V, E, bandwidth=bandwidth, flops=flops, overhead=overhead)
-    one_read = 2 * rows * V * E / flops
-    assert abs(one_read - (2 * 2 * V * E / bandwidth + overhead)) < 1e-9
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

@@ -1,0 +1,112 @@
+"""What bounds a matmul: memory, the L2, the instructions it issues, the tensor cores.
+
+Counted from a launch's arguments, its grid and the machine code of its loop. The rates of a GPU are
+assumptions, fixed here; nothing is a measurement.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+
+class Gpu(NamedTuple):
+    """Multiprocessors and their clock in Hz; a multiprocessor issues four instructions a cycle."""
+
+    multiprocessors: int
+    clock: float
+
+
+# A100, L40S, H100 and B200, by boost clock.
+GPUS = {
+    "sm_80": Gpu(108, 1.41e9),
+    "sm_89": Gpu(142, 2.52e9),
+    "sm_90": Gpu(132, 1.755e9),
+    "sm_100": Gpu(148, 1.85e9),
+}
+# Of an H100: bytes a second from memory, and from the L2 to the multiprocessors; the part of all
+# issue slots that a kernel uses; the flops of mma.sync, 62 % of what wgmma attains.
+DRAM, L2, ISSUED, MMA = 3.0e12, 5.5e12, 0.7, 0.62 * 989e12
+
+
+class Matmul(NamedTuple):
+    """One launch that multiplies rows by weights."""
+
+    weight_bytes: int
+    l2_bytes: int  # weights and x as the blocks ask for them, and sums of segments written
+    flops: int  # rows that pad a tier included
+    passes: int  # of all blocks through their loops
+    bytes_of_pass: int  # weights
+
+    def issue_ceiling(self, instructions: int, warps: int, gpu: Gpu) -> float:
+        """Bytes of weights a second if every issue slot is used, `instructions` in a loop pass."""
+        seconds = instructions * warps / 4 / gpu.clock
+        return self.bytes_of_pass / seconds * gpu.multiprocessors if instructions else 0.0
+
+
+def matmul(given: dict[str, Any], grid: Sequence[int]) -> Matmul | None:
+    """What a launch with the arguments `given` does, if it multiplies by weights `w_ptr`."""
+    depth = given.get("BLOCK_K") or given.get("BLOCK_E")
+    if "w_ptr" not in given or depth is None or given["w_ptr"].dim() < 2:
+        return None
+    w, R, K = given["w_ptr"], given["R"], given.get("K") or given["E"]
+    columns = given.get("BLOCK_N") or given.get("BLOCK_V") or 2 * given["BLOCK_F"]
+    grid = (*grid, 1, 1)[:3]
+    segments, over_rows, tier, partial = 1, 1, 16, 0
+    if "BLOCK_V" in given:
+        over_rows, tier = grid[0], given["CHUNK"] * given["CHUNKS"]
+    elif "SEGMENTS" in given:
+        segments, over_rows, tier = given["SEGMENTS"], grid[0], given["ROWS"] + given["TAIL"]
+        partial = 4 * given["partial_ptr"].numel()
+    blocks = grid[0] * grid[1] * grid[2] // (segments * over_rows)
+    weight_bytes, itemsize = w.numel() * w.element_size(), w.element_size()
+    steps = -(-min(K, given.get("SEGMENT", K)) // depth) if segments > 1 else -(-K // depth)
+    return Matmul(
+        weight_bytes,
+        weight_bytes * over_rows + blocks * R * K * itemsize + partial,
+        2 * w.numel() * tier * over_rows,
+        blocks * over_rows * segments * steps,
+        columns * depth * itemsize,
+    )
+
+
+def l2_bytes(given: dict[str, Any], grid: Sequence[int]) -> int:
+    """Bytes that a matmul's launch, or the one that adds up its segments, asks the L2 for."""
+    multiplied = matmul(given, grid)
+    if multiplied is not None:
+        return multiplied.l2_bytes
+    partial = given.get("partial_ptr")
+    return 0 if partial is None else partial.numel() * partial.element_size()
+
+
+def loop_instructions(cubin: bytes) -> int:
+    """Instructions of a warp in one pass of the loop that multiplies; 0 if there is none."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-c", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return multiplying_loop(text)
+
+
+def multiplying_loop(sass: str) -> int:
+    """The length of the longest loop that has an HMMA, in instructions."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    longest = 0
+    for end, instruction in enumerate(instructions):
+        jump = re.search(r"\bBRA[^`]*`\((\.L_x_\d+)\)", instruction)
+        begin = labels.get(jump[1], end + 1) if jump else end + 1
+        if any("HMMA" in body for body in instructions[begin : end + 1]):
+            longest = max(longest, end + 1 - begin)
+    return longest
