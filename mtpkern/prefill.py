@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from mtpkern.cache import KVCache
 from mtpkern.kernels.linear import PackedWeight
@@ -119,6 +118,9 @@ def run_layer(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The vendor's attention: q [1, Hq, R, D], k and v [1, Hk, keys, D] -> [1, Hq, R, D]."""
+    # A second of imports and 100 MB, which a CPU does without.
+    from torch.nn.attention.bias import causal_lower_right
+
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     causal = causal_lower_right(q.shape[2], k.shape[2])
