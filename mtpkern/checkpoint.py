@@ -201,7 +201,7 @@ def load_model(
         choice("weights", weights, ("auto", *ROUNDED_FORMATS))
     config, entries = (load_config(directory), {}) if dummy else check_checkpoint(directory)
     format = None if weights == "auto" else weights
-    quantised = format is not None or (weights == "auto" and _is_gguf(entries))
+    quantised = format is not None or (weights == "auto" and is_gguf(entries))
     kept = torch.float32 if quantised else dtype
     place: _Placer | _Inventor
     quants: Callable[[list[str], str | None], Quants]
@@ -266,7 +266,7 @@ def fingerprint(directory: str | Path) -> str:
     config, entries = check_checkpoint(directory)
     maps: Maps = {}
     digest = hashlib.sha256()
-    rounded_first = _is_gguf(entries)
+    rounded_first = is_gguf(entries)
     for name, shape in sorted(expected_tensors(config)):
         spread = torch.linspace(0, math.prod(shape) - 1, 16, dtype=torch.float64).long()
         width = math.prod(shape[1:])
@@ -485,7 +485,8 @@ def _is_weight(entry: TensorEntry) -> bool:
     return entry.dtype in _WEIGHT_DTYPES or is_expandable(entry.dtype)
 
 
-def _is_gguf(entries: Mapping[str, TensorEntry]) -> bool:
+def is_gguf(entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether a checkpoint's tensors lie in a GGUF."""
     return any(entry.file.suffix == ".gguf" for entry in entries.values())
 
 

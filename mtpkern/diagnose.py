@@ -15,22 +15,38 @@ from pathlib import Path
 import torch
 
 import mtpkern
-from mtpkern.checkpoint import check_checkpoint, expected_tensors, load_config, read_entries
+from mtpkern.checkpoint import (
+    check_checkpoint,
+    expected_tensors,
+    has_weights,
+    is_gguf,
+    load_config,
+    read_entries,
+)
 from mtpkern.config import ModelConfig, resolve_dtype
 from mtpkern.engine import LLM, resolve_device
 from mtpkern.fetch import default_model_directory, is_complete, model_name
 from mtpkern.head_checkpoint import find_heads
+from mtpkern.kernels.cpu._compile import host_target
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.tokenizer_files import has_tokenizer
 
 _MIB = 1 << 20
 _PROBE_BYTES = 64 * _MIB, 1024 * _MIB
 _PROBE_REPEATS = 5
-# The matmul that is timed: from memory, on most machines.
-_WIDTH = 4096
 # Memory that loading takes, over the weights' own: they are packed one by one.
 _LOADING = 1.3
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numba",
+    "llvmlite",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "sentencepiece",
+    "jinja2",
+)
 _OPTIONAL = ("gguf", "transformers", "huggingface_hub")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 
@@ -39,7 +55,7 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
     """Rows about a model's directory. Raises ModelLoadError at the first reason not to run it."""
     yield "directory", str(directory)
     config = load_config(directory)
-    as_run = resolve_dtype(dtype, config)
+    as_run, own_bits = resolve_dtype(dtype, config), _keeps_bits(directory, dtype)
     yield "family", f"{config.model_type}, {config.num_layers} layers"
     yield (
         "sizes",
@@ -48,12 +64,17 @@ def describe_checkpoint(directory: Path, dtype: str = "auto") -> Iterator[tuple[
         f"vocabulary {config.vocab_size}{' (tied)' if config.tie_word_embeddings else ''}",
     )
     yield "positions", f"{config.max_position_embeddings}, RoPE {_rope(config)}"
-    yield "dtype", f"{_dtypes_on_disk(directory)}run in {_name(as_run)}"
+    run = "run in these on a CPU, " if own_bits else "run "
+    yield (
+        "dtype",
+        f"{_dtypes_on_disk(directory)}{run}in {_name(as_run)}" + (" on a GPU" if own_bits else ""),
+    )
     parameters = sum(math.prod(shape) for _, shape in expected_tensors(config))
     yield "parameters", f"{parameters / 1e6:.1f} million"
-    step_bytes = bytes_per_step(config, as_run)
+    step_bytes = bytes_per_step(directory, config, dtype)
     yield "bytes per step", f"{step_bytes / 1e6:.1f} MB of weights, whatever the number of drafts"
-    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * as_run.itemsize
+    itemsize = 2 if own_bits else as_run.itemsize
+    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     yield "KV per token", f"{kv_bytes / 1e3:.1f} kB, read in every step after it"
     heads = find_heads("auto", model_name(directory), directory)
     yield "heads", heads.name if heads else "none ship for this model; n-gram drafts only"
@@ -111,16 +132,9 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{cpu_model()}, {os.cpu_count()} cores, torch uses {_threads()}"
     flags = _cpu_flags()
     yield "cpu flags", " ".join(f for f in _CPU_FLAGS if f in flags) or "unknown"
-    yield "torch kernels", torch.backends.cpu.get_cpu_capability()
+    yield "cpu kernels", _tile()
     bandwidth = measure_read_bandwidth(_PROBE_BYTES[1])
     yield "read bandwidth", f"{bandwidth / 1e9:.1f} GB/s, measured on {_device()}"
-    for dtype in (torch.bfloat16, torch.float32):
-        one, five = (measure_matmul(dtype, rows) for rows in (1, 5))
-        yield (
-            _name(dtype),
-            f"a {_WIDTH} x {_WIDTH} matmul takes {one * 1e3:.2f} ms for one row, "
-            f"{five * 1e3:.2f} ms for five, measured",
-        )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
@@ -130,24 +144,49 @@ def describe_machine() -> Iterator[tuple[str, str]]:
         yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
     _, ops = resolve_device("auto")
     on_gpu = "runs on the GPU, on the Triton kernels, greedy only"
-    yield "generate", "runs on the CPU, through the torch references" if ops.branches else on_gpu
+    yield "generate", "runs on the CPU, on kernels compiled for it" if ops.branches else on_gpu
     directory = default_model_directory()
     fetched = is_complete(directory)
     yield "default model", str(directory) if fetched else "not here yet: mtpkern fetch"
     if fetched:
         config = load_config(directory)
-        step_bytes = bytes_per_step(config, resolve_dtype("auto", config))
+        step_bytes = bytes_per_step(directory, config, "auto")
         yield from describe_steps(directory, "auto", step_bytes, bandwidth)
 
 
-def bytes_per_step(config: ModelConfig, dtype: torch.dtype) -> int:
+def bytes_per_step(directory: Path, config: ModelConfig, dtype: str) -> int:
     """Weight bytes that a step reads: all but the rows of the embedding that it does not look up.
 
-    A tied embedding is read whole, as the LM head.
+    A tied embedding is read whole, as the LM head. Weights in their own bits count as they are on
+    disk.
     """
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    parameters = sum(math.prod(shape) for _, shape in expected_tensors(config))
-    return (parameters - embedding) * dtype.itemsize
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config)}
+    if not config.tie_word_embeddings:
+        del sizes["model.embed_tokens.weight"]
+    if not _keeps_bits(directory, dtype):
+        return sum(sizes.values()) * resolve_dtype(dtype, config).itemsize
+    entries = read_entries(directory)
+    return sum(entries[name].size for name in sizes)
+
+
+def _keeps_bits(directory: Path, dtype: str) -> bool:
+    """Whether a CPU runs a checkpoint in the bits of its file."""
+    return dtype == "auto" and has_weights(directory) and is_gguf(read_entries(directory))
+
+
+def _tile() -> str:
+    """The form of the matmul of 8-bit integers that this CPU runs, and why."""
+    try:
+        form = host_target().form
+    except ValueError as error:
+        return f"none: {error}"
+    why = {
+        "vnni": "dot products of bytes in one instruction (VNNI)",
+        "avx2": "256-bit vectors; this CPU has no dot products of bytes (VNNI)",
+        "neon": "dot products of bytes in one instruction",
+        "portable": "no vector instructions that the others need",
+    }
+    return f"{form}: {why[form]}"
 
 
 def measure_read_bandwidth(working_set: int) -> float:
@@ -164,18 +203,6 @@ def measure_read_bandwidth(working_set: int) -> float:
         buffer.sum()
         best = min(best, time.perf_counter() - started)
     return buffer.nbytes / best
-
-
-def measure_matmul(dtype: torch.dtype, rows: int) -> float:
-    """Seconds of x @ w^T with x [rows, 4096] and w [4096, 4096] on a CPU, best of a few."""
-    weights = [torch.ones(_WIDTH, _WIDTH, dtype=dtype) for _ in range(_PROBE_REPEATS)]
-    x = torch.ones(rows, _WIDTH, dtype=dtype)
-    best = math.inf
-    for w in (weights[0], *weights):  # each from memory, not from a cache; the first sets things up
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def _available_memory() -> int | None:
