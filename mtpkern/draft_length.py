@@ -296,7 +296,10 @@ class DraftLength:
         if drafted and not self._warm:
             seconds, self._warm = known or seconds, True
         elif drafted:
-            self.drafting.observe(drafted, max(0.0, seconds - known) if known else 0.0)
+            # After a rest the heads first take in what they have missed, which is no price of a
+            # draft.
+            if self._drafted:
+                self.drafting.observe(drafted, max(0.0, seconds - known) if known else 0.0)
         else:
             self.seconds.observe(rows, seconds)
         if k == 0:
