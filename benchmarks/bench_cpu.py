@@ -219,7 +219,7 @@ def make_step(
     program = Program(kernels, helpers, max_rows=max(ROWS))
     x = program.buffer(trunk.embedding.in_features)
     program.embed(trunk.embedding, x)
-    x, _ = add_layers(program, x, trunk.layers, Cache(k, v, cos, sin, trunk.heads))
+    x = add_layers(program, x, trunk.layers, Cache(k, v, cos, sin, trunk.heads))
     logits = program.buffer(trunk.vocabulary.out_features) if keep_logits else None
     program.project(x, trunk.vocabulary, norm=trunk.norm, logits=logits)
     return Step(program, logits)

@@ -8,7 +8,7 @@ layers are one program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from math import isfinite
@@ -350,8 +350,10 @@ class _Cpu:
         """`run_trunk` in one program."""
 
         def make() -> _Unit:
-            program, hidden = self._trunk(model, cache, taps)
-            return _unit(program, (), hidden, model)
+            program = self.program(ALONE, MAX_ROWS)
+            kept = {tap: _rows(program, model.config.hidden_size) for tap in taps}
+            hidden = self._trunk(program, model, cache, kept)
+            return _unit(program, (), (hidden, *kept.values()), model)
 
         unit = self.unit(("layers", id(model), cache.k.data_ptr(), tuple(taps)), make)
         made = [tuple(part.clone() for part in parts) for parts in _forward(unit, window, cache)]
@@ -360,34 +362,44 @@ class _Cpu:
 
     def forward(
         self, model: Any, window: Tensor, cache: Any, taps: Sequence[int], heads: Any
-    ) -> tuple[Tensor, list[Tensor], Projected]:
-        """`run_trunk` and `project` in one program; what comes back is overwritten by the next."""
+    ) -> tuple[Tensor, Projected]:
+        """`run_trunk` and `project` in one program, tapped states side by side; what comes back is
+        overwritten by the next call."""
+        config = model.config
+        E, last = config.hidden_size, config.num_layers
+        wanted = tuple(taps) or (last,)
+        lanes = -(-E // LANES) * LANES
 
         def make() -> _Unit:
-            program, (hidden, *tapped) = self._trunk(model, cache, taps)
-            normed = _rows(program, model.config.hidden_size)
-            program.norm(hidden, _norm(model.norm, model.config.rms_norm_eps), normed)
+            program = self.program(ALONE, MAX_ROWS)
+            features = program.buffer(len(wanted) * lanes)
+            kept = {tap: features[:, i * lanes :][:, :E] for i, tap in enumerate(wanted)}
+            normed = kept.pop(last, None)
+            if normed is None:
+                normed = _rows(program, E)
+            hidden = self._trunk(program, model, cache, kept)
+            program.norm(hidden, _norm(model.norm, config.rms_norm_eps), normed)
             logits = _rows(program, model.vocabulary.out_features)
             best = program.project(normed, model.vocabulary, logits=logits)
-            return _unit(program, (), (normed, *tapped, logits), model, best=best)
+            return _unit(program, (), (features, normed, logits), model, best=best)
 
-        unit = self.unit(("forward", id(model), cache.k.data_ptr(), tuple(taps)), make)
+        unit = self.unit(("forward", id(model), cache.k.data_ptr(), wanted), make)
         parts = list(_forward(unit, window, cache, whole := _is_whole(window)))
         columns = parts[0] if whole else [torch.cat(column) for column in zip(*parts, strict=True)]
-        normed, *tapped, logits, ids, values, sums = columns
+        features, normed, logits, ids, values, sums = columns
+        features = features.unflatten(1, (-1, lanes))[:, :, :E].flatten(1)
         later = self._later(normed, model.vocabulary, heads) if heads else None
-        return normed, tapped, CpuLogits(logits, ids, values, sums, later)
+        return features, CpuLogits(logits, ids, values, sums, later)
 
-    def _trunk(self, model: Any, cache: Any, taps: Sequence[int]) -> tuple[Program, list[Array]]:
-        """A program that begins with a model's layers -> also the hidden states [MAX_ROWS, E] after
-        the last and after each of the taps, which ascend."""
-        program, config = self.program(ALONE, MAX_ROWS), model.config
+    def _trunk(self, program: Program, model: Any, cache: Any, taps: Mapping[int, Array]) -> Array:
+        """Add a model's layers -> the hidden states [MAX_ROWS, E] after the last; see
+        `add_layers`."""
+        config = model.config
         x = _rows(program, config.hidden_size)
         program.embed(model.embedding, x)
         layers = [_layer(layer, config.rms_norm_eps) for layer in model.layers]
         table = self._cache(cache, config, slice(None))
-        hidden, tapped = add_layers(program, x, layers, table, taps)
-        return program, [rows[:, : config.hidden_size] for rows in (hidden, *tapped)]
+        return add_layers(program, x, layers, table, taps)[:, : config.hidden_size]
 
     def pair_layer(
         self,
@@ -423,7 +435,7 @@ class _Cpu:
                 x = source
             table = self._cache(cache, w.config, slice(index, index + 1))
             inputs = None if w.input_proj is not None else pair
-            out, _ = add_layers(program, x, [_layer(w.layer, eps)], table, inputs=inputs)
+            out = add_layers(program, x, [_layer(w.layer, eps)], table, inputs=inputs)
             if w.input_proj is not None:
                 normed = _rows(program, E)
                 program.norm(out, _norm(w.final_norm, eps), normed)

@@ -4,7 +4,6 @@ Speculation is not a mode. Plain decoding is this step with K = 0, a window of o
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,16 +93,19 @@ class StepOutput:
 
 
 def verify(
-    model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: list[int], heads: Any
-) -> tuple[Tensor, list[Tensor], Projected]:
-    """Run a window [B, T] -> the final hidden states, normed [B*T, E], those after the layers
-    `taps`, and what the vocabulary says of them. Good until the next call."""
+    model: Llama, window: Tensor, cache: KVCache, drafter: Drafter, ops: Ops
+) -> tuple[Tensor, Projected]:
+    """Run a window [B, T] -> the hidden states [B*T, n*E] that the drafter taps, and what the
+    vocabulary says of the last ones. Good until the next call."""
     if ops.forward is not None:
-        return ops.forward(model, window, cache, taps, heads)
-    hidden, tapped = run_trunk(model, window, cache, ops, taps)
-    eps = model.config.rms_norm_eps
-    normed, projected = ops.project(hidden, model.norm, eps, model.vocabulary, heads)
-    return normed, tapped, projected
+        return ops.forward(model, window, cache, drafter.taps, drafter.heads)
+    config = model.config
+    inner = [tap for tap in drafter.taps if tap < config.num_layers]
+    hidden, tapped = run_trunk(model, window, cache, ops, inner)
+    normed, projected = ops.project(
+        hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
+    )
+    return join_taps(drafter, tapped, normed, config.num_layers), projected
 
 
 def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
@@ -132,12 +134,11 @@ def decode_step(
     next window without the heads, which otherwise stop where the chance that all their drafts stand
     is below `least_chance`; both need `ops.branches`.
     """
-    config, progress = model.config, state.progress
+    progress = state.progress
     window = state.window[:, :rows]
     batch, rows = window.shape
 
-    inner = [tap for tap in drafter.taps if tap < config.num_layers]
-    normed, tapped, projected = verify(model, window, state.cache, ops, inner, drafter.heads)
+    features, projected = verify(model, window, state.cache, drafter, ops)
     target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
     largest = projected.largest((batch, rows))
     chances = projected.logprobs(target) if logprobs else None
@@ -146,7 +147,6 @@ def decode_step(
     accepted, count = ops.advance(window, target, largest, chances, progress)
     drafts = None
     if state.window.shape[1] > 1:
-        features = join_taps(drafter, tapped, normed, config.num_layers)
         step = DraftInput(
             features=features.view(batch, rows, -1),
             projected=projected,

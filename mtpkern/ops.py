@@ -104,8 +104,8 @@ class Ops(NamedTuple):
     gate_up_silu: Callable[..., Tensor]
     # (model, window, cache, taps) -> `run_trunk` in one call, where there is such a thing.
     layers: Callable[..., tuple[Tensor, list[Tensor]]] | None
-    # (model, window, cache, taps, heads) -> `run_trunk` and `project` in one call, likewise.
-    forward: Callable[..., tuple[Tensor, list[Tensor], Projected]] | None
+    # (model, window, cache, taps, heads) -> `verify` of decode.py in one call, likewise.
+    forward: Callable[..., tuple[Tensor, Projected]] | None
     pair_layer: Callable[..., Tensor] | None  # `MtpDrafter.run_pairs`, likewise
     parallel_heads: Callable[..., Tensor]  # (rows [B, E], packed heads) -> [B, H, E]
     project: Callable[..., tuple[Tensor, Projected]]

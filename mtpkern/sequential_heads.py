@@ -62,9 +62,9 @@ class CachedDrafter(ABC):
         other = self._noted and (self._noted[0].first, len(self._noted[0].features))
         if other and other != (step.first, len(step.features)):
             self._write_pending()
-        # The lengths go on changing; so do states that were not joined with others'.
-        features = step.features if len(self.taps) > 1 else step.features.clone()
-        self._noted.append(step._replace(lengths=step.lengths.clone(), features=features))
+        # Lengths go on changing, and the next step overwrites these features.
+        noted = step._replace(lengths=step.lengths.clone(), features=step.features.clone())
+        self._noted.append(noted)
 
     def _write_pending(self) -> None:
         """Put the committed ones of the noted rows behind the pending ones."""

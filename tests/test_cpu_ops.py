@@ -1,15 +1,18 @@
 """The CPU's operations: as defined, whatever the shapes, and the same bits for any cut of rows."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_checkpoint
 from ending_steps import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import make_paged
 
 from mtpkern import cpu_ops as cpu
+from mtpkern.cache import KVCache
 from mtpkern.kernels.advance import Progress, advance_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
 from mtpkern.kernels.linear import linear_ref, pack_ref
@@ -18,6 +21,7 @@ from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.sample import SamplingRows
 from mtpkern.kernels.verify_attention import verify_attention_ref
+from mtpkern.model import Llama, run_trunk
 from mtpkern.ops import Ops
 
 EPS = 1e-5
@@ -117,6 +121,38 @@ def test_attention_with_heads_of_any_size(ops: Ops, D: int, norms: bool) -> None
     attended = ops.verify_attention(q, *pages, padded.page_table, mine)
     found = ops.linear(attended.view(batch * T, -1), narrow)
     close(found, expected)
+
+
+@pytest.mark.parametrize("E", [48, 51])
+def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path, hidden_size=E, head_dim=10)
+    ops = cpu.cpu_ops()
+    model = Llama.load(directory, dtype=torch.float32, ops=ops)
+    found = {}
+    window = torch.tensor([[5, 9, 33, 7], [1, 2, 3, 4]])
+    for taps in ((), (3,), (1, 2), (1, 2, 3)):
+        cache = KVCache.empty(
+            layers=3,
+            pages=2,
+            page_size=64,
+            page_table=torch.tensor([[1], [2]], dtype=torch.int32),
+            kv_heads=2,
+            head_dim=10,
+            inverse_frequencies=1 / 10000 ** (torch.arange(0, 10, 2) / 10),
+            rope_scaling=1.0,
+            dtype=torch.float32,
+            padded_dim=ops.padded_dim,
+        )
+        assert ops.forward is not None
+        for _ in range(2):  # what the first leaves behind must not matter to the second
+            features, projected = ops.forward(model, window, cache, taps, None)
+        largest = projected.largest((2, 4)).clone()
+        hidden, tapped = run_trunk(model, window, cache, ops, [t for t in taps if t < 3])
+        normed = ops.rms_norm(hidden, model.norm, model.config.rms_norm_eps)
+        expected = [*tapped, normed] if 3 in taps or not taps else tapped
+        assert torch.equal(features, torch.cat(expected, 1))
+        found[taps] = largest
+    assert all(torch.equal(largest, found[()]) for largest in found.values())
 
 
 def greedy(batch: int) -> SamplingRows:

@@ -87,9 +87,11 @@ class Model:
         x, embedding = self.program.buffer(E), pack(rounded(normal(V, E, seed=99), format))
         self.program.embed(embedding, x)
         cache = Cache(self.k, self.v, self.paged.cos, self.paged.sin, HEADS)
-        self.hidden, self.taps = add_layers(
-            self.program, x, decoder_layers(format), cache, taps=(1, 2)
-        )
+        # Side by side, as what taps several layers wants them.
+        tapped = self.program.buffer(2 * E)
+        self.taps = [tapped[:, :E], tapped[:, E:]]
+        taps = {1: self.taps[0], 2: self.taps[1]}
+        self.hidden = add_layers(self.program, x, decoder_layers(format), cache, taps)
         self.logits = self.program.buffer(V)
         self.best = self.program.project(
             self.hidden, embedding, norm=Norm(np.ones(E, np.float32), EPS), logits=self.logits

@@ -34,7 +34,8 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     X_STRIDE,  # in elements, as all strides
     OUT,  # address of [R, OUT_STRIDE] float32
     OUT_STRIDE,
-    RESIDUAL,  # address of what is added, rows of OUT_STRIDE, or 0; may be OUT
+    RESIDUAL,  # address of [R, RESIDUAL_STRIDE] float32 that is added, or 0; may be OUT
+    RESIDUAL_STRIDE,
     NORM_W,  # address of [K] float32, or 0: x is taken as it is
     EPS,  # float32 bits
     TILE,  # address of the weight's matmul tile
@@ -67,7 +68,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     WRITE_LOGITS,  # 1: OUT holds logits; 0: they stay in scratch
     WEIGHT_FORMAT,  # index into FORMATS, for EMBED
     PHASE_WORDS,
-) = range(40)
+) = range(41)
 
 FP32, FP16, BF16 = range(3)
 

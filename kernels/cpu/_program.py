@@ -61,6 +61,7 @@ from ._layout import (
     QKV,
     READ,
     RESIDUAL,
+    RESIDUAL_STRIDE,
     ROUNDED,
     SCALE,
     SCRATCH,
@@ -216,9 +217,9 @@ def linear_chunk(phase, rows, chunk, scratch, work):
     multiply(phase, rows, scratch, first, blocks, work, 8 * blocks)
     residual += 32 * first
     for r in range(rows):
+        y, x = out + 4 * stride * r, residual + 4 * word(phase, RESIDUAL_STRIDE) * r
         for n in range(0, 32 * blocks, 32):
-            at = 4 * stride * r + n
-            store_f8(out + at, load_f8(work + 32 * blocks * r + n) + load_f8(residual + at))
+            store_f8(y + n, load_f8(work + 32 * blocks * r + n) + load_f8(x + n))
 
 
 @compiled

@@ -8,7 +8,7 @@ the cache between passes); the cache of keys and values once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,20 +47,23 @@ def add_layers(
     x: Array,
     layers: Sequence[Layer],
     cache: Cache,
-    taps: Sequence[int] = (),
+    taps: Mapping[int, Array] | None = None,
     inputs: Array | None = None,
-) -> tuple[Array, list[Array]]:
-    """Add layers that begin with the hidden states x [max_rows, E] -> those after the last of them,
-    and after the layers `taps`, counted from 1, in ascending order; x itself may be overwritten.
-    `inputs` [max_rows, any] is what the first layer attends with where that is not x (EAGLE-3).
+) -> Array:
+    """Add layers that begin with the hidden states x [max_rows, E] -> those after the last of them;
+    x itself may be overwritten.
+
+    `taps` are where hidden states are to be kept, by the layer after which they are, counted from
+    1. `inputs` [max_rows, any] is what the first layer attends with where that is not x (EAGLE-3).
     """
     E, first = layers[0].o.out_features, layers[0]
     qkv, attended = program.buffer(first.qkv.out_features), program.buffer(first.o.in_features)
     gated = program.buffer(first.down.in_features)
-    tapped = []
+    taps = taps or {}
     for index, layer in enumerate(layers):
         # A layer adds to its input in place, but leaves a tapped one as it is.
-        out = program.buffer(E) if index in taps else x
+        out = x if index not in taps else program.buffer(E)
+        out = taps.get(index + 1, out)
         pages = Pages(
             cache.k[index],
             cache.v[index],
@@ -79,6 +82,4 @@ def add_layers(
         program.gate_up_silu(out, layer.gate_up, gated, norm=layer.post_attention_norm)
         program.linear(gated, layer.down, out, residual=out)
         x = out
-        if index + 1 in taps:
-            tapped.append(x)
-    return x, tapped
+    return x

@@ -106,9 +106,7 @@ class Program:
         `out`."""
         facts = self._matmul(x, w, norm) | self._rows(L.OUT, out)
         if residual is not None:
-            if residual.strides != out.strides:
-                raise ValueError("residual must have out's strides")
-            facts[L.RESIDUAL] = self._address(residual)
+            facts |= self._rows(L.RESIDUAL, residual)
         self._chunked(L.LINEAR, w, 1, facts)
 
     def gate_up_silu(self, x: Array, w: Weights, out: Array, *, norm: Norm | None = None) -> None:
