@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from mtpkern.heads import HEADS, LEAST_CHANCE, SOURCES
+from mtpkern.heads import HEADS, LEAST_CHANCE, NGRAM, NONE, SOURCES
 
 # Weight of the newest observation in a running mean: it forgets in some hundred steps.
 NEWEST = 0.02
@@ -44,6 +44,9 @@ class Choice(Protocol):
 
     def use_heads(self) -> bool:
         """Whether the heads should draft at the end of the next step."""
+
+    def watching(self) -> int:
+        """Which source must see the next step at least: HEADS (all do), NGRAM, or NONE."""
 
     def least_chance(self) -> float:
         """The chance of standing from which on one more draft of the heads is worth its cost."""
@@ -73,6 +76,9 @@ class FixedDraftLength:
 
     def use_heads(self) -> bool:
         return True
+
+    def watching(self) -> int:
+        return HEADS
 
     def least_chance(self) -> float:
         return LEAST_CHANCE
@@ -158,6 +164,9 @@ PRIOR_COUNT, NEWEST_DRAFT, NEWEST_GAIN = 4.0, 0.02, 0.05
 # Steps after which an option that does not pay is tried again, twice as many each time it has not
 # paid, and at most; and steps after which a plain one is timed again.
 RETRY, MOST_RETRY, REFRESH = 32, 256, 128
+# Steps before such a try in which the heads take notice again, and for which copies are looked for
+# at every step after the last one found; then at every few.
+AWAKE, LOOKS = 16, 4
 
 
 class Timings:
@@ -218,6 +227,7 @@ class DraftLength:
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since last tried
         self._rest = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps between tries
         self._unrefreshed = 0  # steps since a plain one
+        self._unmatched = 0  # steps since there was something to copy
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first time sets things up
         self._batch = 1
@@ -269,6 +279,11 @@ class DraftLength:
             return False
         return self.gain >= 0 or self._idle[HEADS] >= self._rest[HEADS]
 
+    def watching(self) -> int:
+        if self.gain >= 0 or self._idle[HEADS] + AWAKE >= self._rest[HEADS]:
+            return HEADS
+        return NGRAM if self._unmatched < AWAKE or self._unmatched % LOOKS == 0 else NONE
+
     def least_chance(self) -> float:
         plain = self.plain()
         if not plain:
@@ -316,6 +331,8 @@ class DraftLength:
             self.credit -= spent - (1 + extra)
         self.credit = min(MOST_CREDIT, self.credit + LOSS * (1 + extra))
         self._note_tries(k, outcomes)
+        copied = any(source == NGRAM for (source, _), _ in outcomes)
+        self._unmatched = 0 if copied else self._unmatched + 1
         if self._drafted:
             by_heads = sum(accepted for (source, _), accepted in outcomes if source == HEADS)
             self._earn(by_heads / active - self.price(k) - self._draft_price(self._drafted))

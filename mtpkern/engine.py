@@ -40,6 +40,7 @@ from mtpkern.head_checkpoint import find_heads, load_heads
 from mtpkern.heads import (
     HEADS,
     LEAST_CHANCE,
+    NGRAM,
     NONE,
     CompanionDrafter,
     Drafter,
@@ -78,6 +79,7 @@ GRAPH_CEILING = 2 << 30
 # Tokens behind which a step has a graph of its own: an attention's grid spans the page table, and
 # where that is long, starting blocks that have no keys to read takes longer than reading.
 GRAPH_CONTEXTS = (8192, 32768)
+NO_DRAFTER = NoDrafter()
 # Steps that a GPU may be ahead of the host, which then never waits for a step that just began.
 STEPS_AHEAD = 4
 # Timings of each step at load, behind one that sets things up.
@@ -227,6 +229,7 @@ class LLM:
                 ) from None
             copier = NgramDrafter(self.ops) if ngram else NoDrafter()
             self.drafter: Drafter = copier
+            self._copier, self._asleep = copier, False
             if heads_directory is not None and self.k:
                 with status.phase("loading the heads"):
                     drafter, most = load_heads(
@@ -606,7 +609,7 @@ class LLM:
         return decode_step(
             state if on_host else replace(self._state.view(batch, k), cache=state.cache),
             self.trunk,
-            self.drafter if state.window.shape[1] > 1 else NoDrafter(),
+            self._watching(lengths) if state.window.shape[1] > 1 else NoDrafter(),
             self.ops,
             logprobs=logprobs,
             rows=k + 1,
@@ -614,6 +617,16 @@ class LLM:
             least_chance=lengths.least_chance() if on_host else LEAST_CHANCE,
             withheld=withheld,
         )
+
+    def _watching(self, lengths: Choice) -> Drafter:
+        """What sees the next step: on a CPU, sources that rest are spared it."""
+        if not self.ops.branches:
+            return self.drafter
+        source = lengths.watching()
+        if source == HEADS and self._asleep:
+            self.drafter.forget()
+        self._asleep = source != HEADS
+        return self.drafter if source == HEADS else self._copier if source == NGRAM else NO_DRAFTER
 
     def _capture_all(self) -> None:
         """Compile whatever a launch may need, and capture every shape of a step, while no sequence

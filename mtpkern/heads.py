@@ -81,6 +81,9 @@ class Drafter(Protocol):
     def keep_up(self, step: DraftInput) -> None:
         """Make room for further steps, where no guess is wanted after this one."""
 
+    def forget(self) -> None:
+        """Steps went by that were not observed: what was noted before them counts for nothing."""
+
     def guess(self, step: DraftInput, count: int) -> Drafts:
         """Guess the `count` tokens after the bonus token of each sequence."""
 
@@ -108,6 +111,9 @@ class NoDrafter:
         pass
 
     def keep_up(self, step: DraftInput) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
@@ -216,6 +222,9 @@ class CompanionDrafter:
 
     def keep_up(self, step: DraftInput) -> None:
         self.drafter.keep_up(step)
+
+    def forget(self) -> None:
+        self.drafter.forget()
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)

@@ -55,6 +55,8 @@ class CachedDrafter(ABC):
         )
         # Steps whose rows are not yet in `pending`, all of the same slots.
         self._noted: list[DraftInput] = []
+        # Sequences of which steps went by that were not observed.
+        self._missed: set[int] = set()
 
     def observe(self, step: DraftInput) -> None:
         if not self.ops.branches:
@@ -73,7 +75,13 @@ class CachedDrafter(ABC):
         noted, self._noted = self._noted, []
         pending = self._pending_of(noted[0])
         index: list[int] = []
-        for b, begin in enumerate(map(int, self._cache_of(noted[0]).lengths)):
+        lengths = self._cache_of(noted[0]).lengths
+        for b, begin in enumerate(map(int, lengths)):
+            if noted[0].first + b in self._missed:
+                start = int(noted[0].lengths[b] - noted[0].advance[b])
+                self._leave_gap(noted[0].first + b, start - begin)
+                self._missed.remove(noted[0].first + b)
+                begin = start
             row = b * pending.shape[1] - begin
             for step in noted:
                 end, count = int(step.lengths[b]), int(step.advance[b])
@@ -106,14 +114,23 @@ class CachedDrafter(ABC):
         they would cost while the heads rest is not worth the better drafts of another day."""
         if count <= 0:
             return
-        cache, pending = self.cache, self.pending[sequence]
+        self._leave_gap(sequence, count)
+        pending = self.pending[sequence]
+        pending[:LATEST] = pending[count : count + LATEST].clone()
+
+    def _leave_gap(self, sequence: int, count: int) -> None:
+        """Go on behind `count` positions of zeros."""
+        cache = self.cache
         begin, page_size = int(cache.lengths[sequence]), cache.k.shape[2]
         at = torch.arange(begin, begin + count)
         slots = cache.page_table[sequence].long()[at // page_size] * page_size + at % page_size
         for pages in (cache.k, cache.v):
             pages.flatten(1, 2).index_fill_(1, slots, 0)
-        pending[:LATEST] = pending[count : count + LATEST].clone()
         cache.lengths[sequence] += count
+
+    def forget(self) -> None:
+        self._noted.clear()
+        self._missed = set(range(len(self.cache.lengths)))
 
     def _take_in(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         """Take in a sequence's pending pairs as prefill does: K and V alone, no guess."""
@@ -128,10 +145,12 @@ class CachedDrafter(ABC):
 
     def resume(self, sequence: int, length: int) -> None:
         self._write_pending()
+        self._missed.discard(sequence)
         self.cache.lengths[sequence] = length
 
     def reset(self, sequence: int) -> None:
         self._write_pending()
+        self._missed.discard(sequence)
         # The page table is the trunk's.
         self.cache.lengths[sequence].zero_()
 

@@ -153,6 +153,7 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
 
     monkeypatch.setattr(DraftLength, "choose", choose)
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: generator.random() < 0.5)
+    monkeypatch.setattr(DraftLength, "watching", lambda self: generator.choice([0, 1, 1, 2]))
     llm.drafter = CompanionDrafter(NgramDrafter(TORCH, 2), make(answers), TORCH)
     for completion, plain in zip(llm.generate(PROMPTS, params), expected, strict=True):
         assert completion.token_ids == plain.token_ids

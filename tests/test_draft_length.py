@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from mtpkern.draft_length import (
+    AWAKE,
+    LOOKS,
     PROBE_BUDGET,
+    RETRY,
     DraftLength,
     FixedDraftLength,
     GraphDraftLength,
@@ -200,6 +203,27 @@ def test_copies_are_used_while_heads_rest() -> None:
     chooser = machine.loaded()
     assert machine.run(chooser, 2000) > 1.5
     assert not chooser.use_heads()
+
+
+def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None:
+    chooser = DraftLength(4)
+    chooser.seconds.observe(1, 0.01)
+    assert chooser.watching() == HEADS
+    chooser.gain, chooser._idle[HEADS] = -0.5, 0
+    plain = [(Window(NONE, ()), 0)]
+    seen = []
+    for _ in range(RETRY):
+        seen.append(chooser.watching())
+        chooser.observe(0, 0.01, plain, 0)
+    assert seen[:AWAKE] == [NGRAM] * AWAKE and seen[AWAKE:] == [HEADS] * (RETRY - AWAKE)
+    chooser._rest[HEADS], chooser._idle[HEADS] = 256, 0
+    seen = []
+    for _ in range(4 * LOOKS):
+        seen.append(chooser.watching())
+        chooser.observe(0, 0.01, plain, 0)
+    assert seen.count(NGRAM) == 4 and seen.count(NONE) == 4 * (LOOKS - 1)
+    chooser.observe(0, 0.01, [(Window(NGRAM, (1.0,)), 0)], 0)
+    assert chooser.watching() == NGRAM
 
 
 def test_drafts_that_become_good_are_noticed_on_a_cpu() -> None:

@@ -1,5 +1,6 @@
 """The drafters, each against its definition, written out slowly; and none of them moves a token."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from mtpkern.checkpoint import load_tensors
 from mtpkern.config import ModelConfig, ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
 from mtpkern.cpu_ops import _Cpu
+from mtpkern.draft_length import DraftLength
 from mtpkern.engine import LLM
-from mtpkern.heads import NGRAM, CompanionDrafter, Drafts, NoDrafter
+from mtpkern.heads import HEADS, NGRAM, NONE, CompanionDrafter, Drafts, NoDrafter
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.sequential_heads import MtpDrafter
 
@@ -482,6 +484,40 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
     assert recorder.drafted
     for seen in recorder.seen:
         check_mtp(heads, trunk, seen)
+
+
+def test_heads_that_were_asleep_go_on_behind_a_gap_of_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the gap, here NaN, has no part in their drafts, and no token changes."""
+    trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
+    params = SamplingParams(max_tokens=90, ignore_eos=True, logprobs=True)
+    steps = itertools.count()
+
+    def watching(self: DraftLength) -> int:
+        return HEADS if next(steps) % 60 not in range(10, 40) else NONE
+
+    monkeypatch.setattr(DraftLength, "watching", watching)
+    monkeypatch.setattr(DraftLength, "use_heads", lambda self: True)
+    monkeypatch.setattr(DraftLength, "least_chance", lambda self: 0.0)
+    monkeypatch.setattr(
+        DraftLength, "choose", lambda self, w: max((len(s.chances) for s in w), default=0)
+    )
+    seen = {}
+    for filler in (0.0, 9.0, torch.nan):
+        llm = LLM(trunk, heads=heads, ngram=False, max_length=256, max_batch=2)
+        plain = llm.generate([PROMPT, PROMPT[:3]], params, speculate=False)
+        with torch.inference_mode():
+            llm.drafter.drafter.cache.k.fill_(filler)
+            llm.drafter.drafter.cache.v.fill_(filler)
+        recorder, steps = watch(llm), itertools.count()
+        drafted = llm.generate([PROMPT, PROMPT[:3]], params)
+        assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
+        assert [c.logprobs for c in drafted] == [c.logprobs for c in plain]
+        assert all(logits.isfinite().all() for _, _, logits in recorder.seen)
+        seen[filler] = recorder.drafted
+    assert len(seen[0.0]) > 40
+    assert seen[0.0] == seen[9.0] == seen[torch.nan]
 
 
 def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:
