@@ -18,8 +18,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-
 from mtpkern.config import read_json_object
 from mtpkern.errors import ModelLoadError, printable, reason
 from mtpkern.tensor_files import TensorEntry
@@ -31,19 +29,9 @@ ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 # A directory's GGUF, or in its place a file that says where it is.
 GGUF_FILE, POINTER_FILE = "model.gguf", "model.gguf.json"
 
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
+# Types of metadata by number: those that `struct` reads, by its letter, and two more.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_STRING, _LIST = 8, 9
 _MAX_DIMENSIONS = 4
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -173,7 +161,7 @@ class _Header:
         found = {}
         for _ in range(values):
             key, (kind,) = self.string(), self.numbers("I")
-            found[key] = self.value(GGUFValueType(kind))
+            found[key] = self.value(kind)
         infos = [self.tensor() for _ in range(tensors)]
         alignment = found.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
@@ -196,19 +184,21 @@ class _Header:
             raise ValueError("it ends early")
         return self.content[begin : self.at].decode("utf-8")
 
-    def value(self, kind: GGUFValueType) -> Any:
+    def value(self, kind: int) -> Any:
         """A value; of a list that is stepped over, None."""
         if kind in _SCALARS:
             return self.numbers(_SCALARS[kind])[0]
-        if kind == GGUFValueType.STRING:
+        if kind == _STRING:
             return self.string()
+        if kind != _LIST:
+            raise ValueError(f"a value of type {kind}")
         item, count = self.numbers("IQ")
         if item in _SCALARS:
             form = f"{count}{_SCALARS[item]}"
             if self.lists:
                 return list(self.numbers(form))
             self.at += struct.calcsize("<" + form)
-        elif item != GGUFValueType.STRING:
+        elif item != _STRING:
             raise ValueError("a list of lists")
         elif self.lists:
             return [self.string() for _ in range(count)]
@@ -219,30 +209,34 @@ class _Header:
             self.at = at
         return None
 
-    def tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    def tensor(self) -> tuple[str, tuple[int, ...], str, int, int, int]:
+        """Name, shape, type, and of that numbers and bytes in a block, and the offset."""
+        # Models in other files do without this package.
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
         name, (dimensions,) = self.string(), self.numbers("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         # GGUF lists the fastest dimension first.
         shape = self.numbers(f"{dimensions}Q")[::-1]
         kind, offset = self.numbers("IQ")
-        return name, shape, GGMLQuantizationType(kind), offset
+        known = GGMLQuantizationType(kind)
+        return name, shape, known.name, *GGML_QUANT_SIZES[known], offset
 
     def entry(
         self,
         name: str,
         shape: tuple[int, ...],
-        kind: GGMLQuantizationType,
+        kind: str,
+        block: int,
+        size: int,
         offset: int,
         start: int,
     ) -> TensorEntry:
-        block, size = GGML_QUANT_SIZES[kind]
         count = math.prod(shape)
         if shape[-1] % block:
             raise ValueError(f"tensor {name} has rows of {shape[-1]}, no multiple of {block}")
-        entry = TensorEntry(
-            self.file, name, kind.name, shape, start + offset, count // block * size
-        )
+        entry = TensorEntry(self.file, name, kind, shape, start + offset, count // block * size)
         if entry.offset + entry.size > len(self.content) or entry.offset % 8:
             raise ValueError(f"tensor {name} lies outside it")
         return entry

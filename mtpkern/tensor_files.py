@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from mtpkern.errors import ModelLoadError, printable
@@ -68,7 +67,12 @@ class TensorEntry:
 @functools.cache
 def is_expandable(dtype: str) -> bool:
     """Whether `expanded` reads a quantised type of GGUF."""
-    if dtype not in GGMLQuantizationType.__members__ or dtype in TORCH_DTYPES:
+    if dtype in TORCH_DTYPES:
+        return False
+    # Models in other files do without this package.
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    if dtype not in GGMLQuantizationType.__members__:
         return False
     kind = GGMLQuantizationType[dtype]
     try:
@@ -99,6 +103,8 @@ def expanded(entry: TensorEntry, maps: Maps, rows: slice | np.ndarray) -> Tensor
     if entry.dtype in TORCH_DTYPES:
         values = mapped(entry, maps)
         return values[torch.from_numpy(entry.order[rows])] if entry.heads else values[rows]
+    from gguf import GGMLQuantizationType, dequantize
+
     stored = stored_rows(entry, maps)
     part = stored[entry.order[rows] if entry.heads else rows]
     return torch.from_numpy(dequantize(part, GGMLQuantizationType[entry.dtype]))

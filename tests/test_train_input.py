@@ -521,6 +521,24 @@ def test_a_killed_run_keeps_its_time(
     assert state["step"] == 3 and state["notes"]["seconds"] > 0
 
 
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
+    recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loss, calls = fit.batch_loss, []
+
+    def broken_at_four(*a: Any) -> Any:
+        calls.append(1)
+        total, parts = loss(*a)
+        return (total * torch.nan if len(calls) == 4 else total), parts
+
+    monkeypatch.setattr(fit, "batch_loss", broken_at_four)
+    monkeypatch.setattr(fit, "SAVE_SECONDS", 0)
+    plan = Plan(tmp_path / "a", str(recorded[0]), answers=(recorded[1],), draft_vocab_size=90)
+    with pytest.raises(UserError, match="loss of step 4 is no number: lower --lr"):
+        run.train(plan, replace(RECIPE, steps=30))
+    assert torch.load(plan.out / ".train" / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
 def test_replayed_copies_are_those_of_the_ngram_drafter():
     generator = torch.Generator().manual_seed(0)
     found = 0

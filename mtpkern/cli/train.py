@@ -66,14 +66,17 @@ def add_command(commands: Any) -> None:
     add("--held-out", type=count, metavar="N", help="prompts to measure on (default: at most 64)")
     add("--slots", type=count, metavar="N", help="answers written at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add("--threads", type=count, metavar="N", help="CPU threads (default: physical cores)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of everything drawn at random")
 
 
 def _train(args: argparse.Namespace) -> int:
+    from mtpkern.threads import use_threads
     from mtpkern.train.fit import Recipe
     from mtpkern.train.interrupt import terminable
     from mtpkern.train.run import Plan, train
 
+    use_threads(args.threads)
     plan = Plan(
         out=args.out,
         model=args.model,

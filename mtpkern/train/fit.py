@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtpkern.errors import UserError
 from mtpkern.outputs import writing
 from mtpkern.train.dataset import Dataset
 from mtpkern.train.families import Head
@@ -235,6 +236,12 @@ class Trainer:
                 loss, parts = batch_loss(
                     self.head, embedding, table, to_draft, x, keep, weights, recipe.hard
                 )
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"the loss of step {self.step + 1} is no number: lower --lr (what was "
+                        "saved last is kept)"
+                    )
                 self.update(loss)
                 self.rows += int(x["live"][0].sum())
-                yield loss.item(), parts, (self.rows - before) / (time.monotonic() - began)
+                yield value, parts, (self.rows - before) / (time.monotonic() - began)

@@ -182,7 +182,7 @@ def learn(
     model: JointLlama, text: Tensor, steps: int, batch: int, lr: float, status: Status = SILENT
 ) -> list[float]:
     """Train on random windows of text -> every step's loss, a mean over heads in nats a byte."""
-    s, losses = model.sizes, []
+    s, losses = model.sizes, list[float]()
     matrices = [w for n, w in model.named_parameters() if w.dim() == 2 and "embed" not in n]
     rest = [w for n, w in model.named_parameters() if w.dim() == 1 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [
@@ -200,6 +200,8 @@ def learn(
                 for i, own in enumerate(logits)
             ]
             loss = torch.stack(parts).mean()
+            if not loss.isfinite():
+                raise UserError(f"the loss of step {len(losses) + 1} is no number")
             loss.backward()
             for optimizer, rate in zip(optimizers, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * min(
