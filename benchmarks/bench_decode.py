@@ -5,9 +5,8 @@
 1. Check. Per prompt, K drafts against K = 0: token ids and log-probabilities bitwise equal, one
    prompt at a time, in ragged batches of 3, and on a CPU at temperature 0.8 with a fixed seed.
    Anything red: exit code 1 and no speed.
-2. Time, without log-probabilities, batch 1. Per prompt, in alternating order: plain decoding
-   without any of the padding that drafts need (the baseline), K = 0 through the drafting setup
-   (what the padding costs), and drafts.
+2. Time, without log-probabilities, batch 1. Per prompt, in alternating order: plain decoding, which
+   is the same step at K = 0, and drafts.
 3. Acceptance of each source of drafts alone, and with --peers the same weights in transformers.
 
 Rates come from summed tokens and summed seconds. The last line is one JSON object.
@@ -35,9 +34,6 @@ from common import (
 
 from mtpkern import LLM, SamplingParams, Stats, UserError
 from mtpkern.command import Parser, at_least
-from mtpkern.kernels.linear import PackedWeight, pack_ref
-from mtpkern.kernels.step_plan import plan_ref
-from mtpkern.ops import TORCH, Ops
 from mtpkern.status import Phase
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -101,27 +97,20 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         print("RED: with drafts the output differs from K = 0; no speed is reported")
         return finish(report | {"rows": [], "overall": None}, 1)
 
-    plain = open_model(heads="none", ngram=False, num_speculative_tokens=0, ops=unpadded(llm))
     with args.status.phase("timing", len(cases), "prompts") as phase:
-        time_variants(llm, plain, cases, args.max_tokens, phase)
+        time_variants(llm, cases, args.max_tokens, phase)
     if args.peers:
-        del llm  # room for the other runtime's copy of the weights
         with args.status.phase("timing transformers"):
-            report["peers"] = time_peers(args.model, plain, cases[:PEER_PROMPTS], args.max_tokens)
-    llm = plain = None  # type: ignore[assignment]
+            report["peers"] = time_peers(args.model, llm, cases[:PEER_PROMPTS], args.max_tokens)
+    llm.close()
     if args.sources:
         with args.status.phase("counting drafts", 2 * len(cases), "prompts") as phase:
             measure_sources(open_model, args, cases, phase)
 
     categories = dict.fromkeys(case.category for case in cases)
-    # Padding may even help: the baseline is whichever plain decoding is faster over all prompts.
-    base = max(("plain", "k0"), key=lambda name: rate(case.timed[name] for case in cases))
-    report["environment"]["baseline"] = {"plain": "no padding", "k0": "K = 0 as drafts need it"}[
-        base
-    ]
     members = {c: [case for case in cases if case.category == c] for c in categories}
-    rows = [row(category, chosen, args.k, base) for category, chosen in members.items()]
-    report |= {"rows": rows, "overall": row("overall", cases, args.k, base)}
+    rows = [row(category, chosen, args.k) for category, chosen in members.items()]
+    report |= {"rows": rows, "overall": row("overall", cases, args.k)}
     report["environment"]["load_after"] = load()
     print_report(report)
     return finish(report, 0)
@@ -149,21 +138,6 @@ def parser() -> Parser:
 def encode(llm: LLM, text: str) -> list[int]:
     chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template
     return llm.encode([{"role": "user", "content": text}] if chat else text)
-
-
-def unpadded(llm: LLM) -> Ops | None:
-    """Ops for plain decoding at its fastest: no row is added for the sake of a window's bits.
-
-    The kernels pad their rows in registers, for nothing: on a GPU they are the device's own.
-    """
-    if llm.device.type == "cuda":
-        return None
-
-    def pack(w: torch.Tensor, bias: torch.Tensor | None = None) -> PackedWeight:
-        return pack_ref(w, bias)._replace(rows=tuple(range(1, 129)))
-
-    group = llm.config.num_heads // llm.config.num_kv_heads
-    return TORCH._replace(pack=pack, plan=partial(plan_ref, row_tile=group))
 
 
 CHECKS = ("single", f"batches of {RAGGED_BATCH}", "temperature 0.8")
@@ -197,11 +171,10 @@ def check(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
         phase.advance(note="in batches")
 
 
-def time_variants(llm: LLM, plain: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
-    """Time each prompt plain, at K = 0 and with drafts; every other prompt in reverse order."""
+def time_variants(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
+    """Time each prompt plain and with drafts; every other prompt in reverse order."""
     variants: list[tuple[str, Callable[..., Any]]] = [
-        ("plain", partial(plain.generate, speculate=False)),
-        ("k0", partial(llm.generate, speculate=False)),
+        ("plain", partial(llm.generate, speculate=False)),
         ("drafts", llm.generate),
     ]
     for _, generate in variants:  # the first steps set things up
@@ -263,7 +236,7 @@ def time_peers(
     return found | {"ratio": rates["plain"] / max(rates[name] for name in ways)}
 
 
-def row(category: str, cases: list[Case], k: int, base: str) -> dict[str, Any]:
+def row(category: str, cases: list[Case], k: int) -> dict[str, Any]:
     """One row of the report, from sums over its prompts."""
     together = [case.stats for case in cases if case.stats is not None]
     rates = {name: rate(case.timed[name] for case in cases) for name in cases[0].timed}
@@ -278,12 +251,9 @@ def row(category: str, cases: list[Case], k: int, base: str) -> dict[str, Any]:
         / max(1, sum(s for _, s in kept)),
         "acceptance_by_position": by_position(together, k),
         "tokens_per_second": rates["drafts"],
-        "plain_tokens_per_second": rates[base],
-        "speedup": rates["drafts"] / rates[base],
+        "plain_tokens_per_second": rates["plain"],
+        "speedup": rates["drafts"] / rates["plain"],
         "identical_prompts": sum(all(case.identical.values()) for case in cases),
-        "unpadded_tokens_per_second": rates["plain"],
-        "k0_tokens_per_second": rates["k0"],
-        "padding_price": rates["plain"] / rates["k0"] - 1,
         "sources": sources(together),
         "alone": {
             name: {
@@ -363,11 +333,6 @@ def print_report(report: dict[str, Any]) -> None:
         steps = f"{source['steps']} steps, " if "steps" in source else ""
         rates = percents(source["acceptance_by_position"])
         print(f"{name}: {steps}{source['mean_acceptance_length']:.2f} tokens a step  {rates}")
-    print(
-        f"padding that drafts need: {overall['padding_price']:+.1%} of a plain step "
-        f"({overall['unpadded_tokens_per_second']:.1f} tok/s without it, "
-        f"{overall['k0_tokens_per_second']:.1f} with it; the faster is the baseline)"
-    )
     if peers := report.get("peers"):
         print(
             f"transformers: {peers['transformers_tokens_per_second']:.1f} tok/s, plain decoding "

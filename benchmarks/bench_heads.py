@@ -6,7 +6,7 @@ Every heads directory answers the same prompts, alone and with n-grams, one prom
 do not depend on the batch, but drafting goes on while any sequence of a batch is sure enough, so
 that --batch 8 is quicker and accepts a little more. All answers must equal those without drafts;
 anything red ends with exit code 1. With --timed N the first N prompts are decoded once more,
-greedily, one at a time and each right after plain decoding without padding (as in bench_decode.py),
+greedily, one at a time and each right after plain decoding (as in bench_decode.py),
 for speed. The last line is one JSON object; --plot draws it.
 """
 
@@ -25,7 +25,6 @@ from bench_decode import (
     encode,
     loop_free,
     percents,
-    unpadded,
 )
 from common import (
     Finish,
@@ -87,8 +86,6 @@ def compare(args: argparse.Namespace, finish: Finish, plot: Path | None) -> int:
             expected[temperature] = [c.token_ids for c in plain.generate(prompts, params)]
             phase.advance(note="without drafts")
         model, dtype = plain.name, str(plain.dtype).removeprefix("torch.")
-        if args.timed:
-            plain = open_model(heads="none", ngram=False, ops=unpadded(plain))
 
         report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
         report["environment"] |= {"prompts": args.prompts.name, "count": len(prompts)}
