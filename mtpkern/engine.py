@@ -639,7 +639,8 @@ class LLM:
             for k in sorted(ladder | {self.k})
             for pages in self._page_buckets()
         ]
-        known = sorted({min(sum(tier), self.max_length - 3) for tier in TIERS} - {-1, 0})
+        # More rows than the last tier's launch its kernels again.
+        known = sorted({min(tier, self.max_length - 3) for tier in TIERS} - {-1, 0})
         count = len(known) + len(shapes)
         with (
             self.status.phase("compiling kernels and capturing graphs", count, "shapes") as phase,

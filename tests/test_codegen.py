@@ -175,7 +175,7 @@ def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callabl
         lengths = torch.empty(B, dtype=torch.int64, device="meta")
         with codegen.launches_compiled() as launched:
             verify_attention(q, pages, pages, table, lengths)
-        return [binary for _, binary in launched]
+        return [binary for _, binary, _, _ in launched]
 
     return compiled
 
