@@ -105,8 +105,8 @@ def test_a_context_is_timed_with_a_page_table_of_its_own(
     assert grids(64, 4000) == short | long
 
 
-# Tokens of prompts: around each tier of the rows that a drafter takes in, which are all but two, and
-# around each chunk.
+# Tokens of prompts: around each tier of the rows that a drafter takes in, which are all but two,
+# and around each chunk.
 MIXED = sorted(
     {1, 2, 3, 257, 258, 400, 513, 514, 515, 700, 1000}
     | {rows + 2 for tier in TIERS for rows in (tier - 1, tier, tier + 1)}
