@@ -43,7 +43,7 @@ def rope_cache_ref(
     page, offset = slots[live] // k_pages.shape[1], slots[live] % k_pages.shape[1]
     k_pages[page, offset] = rotated[live, -Hk:]
     v_pages[page, offset] = v[live]
-    return rotated[:, :-Hk]
+    return rotated[:, :-Hk].contiguous()
 
 
 @jit("HEADS", "KV_HEADS", "D")

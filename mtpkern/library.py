@@ -22,6 +22,7 @@ from mtpkern.kernels.multi_head_projection import multi_head_projection
 from mtpkern.kernels.ngram import ngram, ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
+from mtpkern.kernels.rope_cache import rope_cache, rope_cache_ref
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.step_plan import window_slots, window_slots_ref
 from mtpkern.kernels.verify_attention import verify_attention
@@ -91,6 +92,18 @@ def _qkv_rope_cache(
 ) -> Tensor:
     Hk, D = k_pages.shape[2:]
     return x.new_empty(x.shape[0], w.shape[0] // D - 2 * Hk, D)
+
+
+@_operator(
+    rope_cache,
+    rope_cache_ref,
+    "(Tensor qkv, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, Tensor positions,"
+    " Tensor cos_table, Tensor sin_table, *, Tensor? q_norm=None, Tensor? k_norm=None,"
+    " float eps=0.0) -> Tensor",
+)
+def _rope_cache(qkv: Tensor, k_pages: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+    Hk, D = k_pages.shape[2:]
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // D - 2 * Hk, D)
 
 
 @_operator(

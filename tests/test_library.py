@@ -44,7 +44,8 @@ def arguments() -> dict[str, list[Given]]:
     cos, sin = rotary_tables(1 / 100.0 ** (torch.arange(0, 8, 2) / 8), 1.0, 40)
     k, v = random(8, 16, 2, 8), random(8, 2, 16, 8).transpose(1, 2)
     slots = torch.tensor([3, -1, 40]), torch.tensor([1, 0, 30])
-    qkv = random(3, 12), random(12), 1e-5, random(64, 12), k, v, *slots, cos, sin
+    cached = k, v, *slots, cos, sin
+    qkv = random(3, 12), random(12), 1e-5, random(64, 12), *cached
     extras = dict(bias=random(64), q_norm=random(8), k_norm=random(8))
     attention = random(2, 3, 4, 8), k.nan_to_num(), v, PAGES, LENGTHS
     caches = random(2, 8, 16, 2, 8), random(2, 8, 2, 16, 8).transpose(2, 3), PAGES
@@ -61,6 +62,10 @@ def arguments() -> dict[str, list[Given]]:
         ],
         "gate_up_silu": [(mlp, {}), ((*mlp, random(20)), {})],
         "qkv_rope_cache": [(qkv, {}), (qkv, extras)],
+        "rope_cache": [
+            ((random(3, 64), *cached), {}),
+            ((random(3, 64), *cached), dict(q_norm=random(8), k_norm=random(8), eps=1e-5)),
+        ],
         "verify_attention": [
             (attention, {}),
             (attention, dict(tree=TREE, window=9, scale=0.5)),
