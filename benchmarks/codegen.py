@@ -30,7 +30,7 @@ import triton
 from bounds import GPUS, l2_bytes, loop_instructions, matmul
 from checkout import ROOT
 from common import Finish, run
-from kernel_cases import MODELS, OPS, STEPS
+from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
@@ -38,8 +38,6 @@ from triton.runtime.jit import JITFunction
 from mtpkern.command import Parser, at_least
 from mtpkern.outputs import output_file, writing
 
-# Steps at the tiers of rows that STEPS leaves out: 20 and 125 rows.
-OTHER_TIERS = ((4, 5), (25, 5))
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
 # Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.

@@ -28,7 +28,7 @@ import torch
 from bench_kernels import launch, milliseconds, rotating, tensors
 from bench_steps import TINY
 from common import Finish, run
-from kernel_cases import MODELS, OPS, STEPS, Case
+from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS, Case
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         (op, case)
         for model in models
         for op in args.op or TUNED
-        for B, T in STEPS
+        for B, T in (*STEPS, *OTHER_TIERS)
         if args.rows is None or B * T in args.rows
         for case in OPS[op](shapes[model], B, T)
     ]

@@ -93,3 +93,11 @@ def test_a_value_with_other_bits_is_refused(tune: ModuleType, gpu: str) -> None:
     assert not tune.try_value(knob, (), 64, checked, 1, False).refused
     trial = tune.try_value(knob, (), 32, checked, 1, False)
     assert "other bits in verify_attention 128 keys" in trial.refused and trial.ms == math.inf
+
+
+def test_the_cases_have_every_tier_of_rows(tune: ModuleType) -> None:
+    """A tier that no case has would keep its tile, whatever a device says."""
+    from mtpkern.kernels._launch import TIERS, row_tier
+
+    steps = (*tune.STEPS, *tune.OTHER_TIERS)
+    assert {row_tier(B * T) for B, T in steps} == set(TIERS)
