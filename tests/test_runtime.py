@@ -27,7 +27,8 @@ GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True)
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=2, max_position_embeddings=256)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny_checkpoint(tmp_path / "trunk", max_position_embeddings=256, **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,7 @@ def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
             torch.tensor(drafted.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=1e-4
         )
         assert undrafted.stats.steps == GREEDY.max_tokens
+        assert drafted.stats.accepted == theirs.stats.accepted
         accepted += sum(map(sum, drafted.stats.accepted.values()))
     assert accepted > 2
     assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
@@ -93,12 +95,10 @@ def test_an_eagle3_head_on_the_kernels(gpu: str, tmp_path: Path) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8, max_position_embeddings=256)
     heads = write_eagle3(tmp_path / "heads")
     options = {"heads": heads, "ngram": False, "num_speculative_tokens": 2, "max_batch": 1}
-    params = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=True)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
     (expected,) = load(trunk, "cpu", **options).generate(PROMPTS[0], params)
-    llm = load(trunk, gpu, **options)
-    (drafted,), (plain,) = (llm.generate(PROMPTS[0], params, speculate=s) for s in (True, False))
-    assert drafted.token_ids == plain.token_ids == expected.token_ids
-    assert drafted.logprobs == plain.logprobs
+    (drafted,) = load(trunk, gpu, **options).generate(PROMPTS[0], params)
+    assert drafted.token_ids == expected.token_ids
     assert drafted.stats.accepted == expected.stats.accepted
 
 
