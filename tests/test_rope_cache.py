@@ -37,13 +37,13 @@ def test_the_kernel_is_within_twice_the_error_of_the_dtype(
         return [rope(heads, k, v, *plan, **given, wide=wide), k, v]
 
     truth, in_dtype = expected(torch.float64), expected(dtype)
-    turned = (4, Hk, 64, D)  # V's pages have other strides than K's
+    by_head = (Hk, 4, 64, D)  # V's strides are all other than K's
     with (
         guarded_output((R, Hq * D), dtype, gpu) as flat,
         guarded_output(pages, dtype, gpu) as k,
-        guarded_output(turned, dtype, gpu) as turned_v,
+        guarded_output(by_head, dtype, gpu) as v_by_head,
     ):
-        out, v = flat.unflatten(1, (Hq, D)), turned_v.transpose(1, 2)
+        out, v = flat.unflatten(1, (Hq, D)), v_by_head.permute(1, 2, 0, 3)
         for cache in (k, v):
             cache.fill_(7)
         placed = [t.to(gpu) for t in (slots, positions, *tables)]
