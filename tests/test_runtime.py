@@ -90,6 +90,7 @@ def test_parallel_heads_may_read_the_vocabulary_a_second_time(
         assert mine.stats.accepted == theirs.stats.accepted
 
 
+@pytest.mark.slow
 def test_an_eagle3_head_on_the_kernels(gpu: str, tmp_path: Path) -> None:
     """It taps three layers, attends with two halves side by side, and has ids of its own."""
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8, max_position_embeddings=256)
