@@ -351,7 +351,16 @@ class LLM:
             return
         self._closed = True
         self._graphs.clear()
-        for name in ("trunk", "drafter", "ops", "_prefill_ops", "_cache", "_state", "_ring"):
+        for name in (
+            "trunk",
+            "drafter",
+            "_copier",
+            "ops",
+            "_prefill_ops",
+            "_cache",
+            "_state",
+            "_ring",
+        ):
             delattr(self, name)
         gc.collect()
         if self.device.type == "cuda":
