@@ -7,9 +7,9 @@ import torch
 from families import FAMILIES, write_family
 
 from mtpkern.config import SamplingParams
+from mtpkern.cpu_ops import CpuLogits
 from mtpkern.engine import LLM
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import TORCH, Logits
 
 PROMPT = [5, 9, 33, 7, 61, 12, 80, 2, 44]
 
@@ -35,11 +35,11 @@ def _logits(trunk: Llama, tokens: torch.Tensor, llm: LLM) -> torch.Tensor:
     cache.reset(0)
     rows = []
     for window in tokens.split(5, dim=1):
-        hidden, _ = run_trunk(trunk, window, cache, TORCH)
+        hidden, _ = run_trunk(trunk, window, cache, llm.ops)
         config = trunk.config
         eps = config.rms_norm_eps
-        _, projected = TORCH.project(hidden, trunk.norm, eps, trunk.vocabulary, None)
-        assert isinstance(projected, Logits)
-        rows.append(projected.logits[:, 0])
+        _, projected = llm.ops.project(hidden, trunk.norm, eps, trunk.vocabulary, None)
+        assert isinstance(projected, CpuLogits)
+        rows.append(projected.logits.clone())
         cache.lengths.add_(window.shape[1])
     return torch.cat(rows)
