@@ -157,7 +157,7 @@ def gate_up_silu_cases(model: Model, B: int, T: int) -> Iterator[Case]:
             in_dtype,
         )
 
-    moved = DTYPE.itemsize * (2 * N * E + E + R * E + R * N)
+    moved = DTYPE.itemsize * (2 * N * E + E + 3 * R * E + R * N)  # with the normed rows, as above
     yield Case("mlp", f"R={R} F={N} E={E}", moved, inputs)
 
 
@@ -201,7 +201,8 @@ def qkv_rope_cache_cases(model: Model, B: int, T: int) -> Iterator[Case]:
         written = (k_pages.flatten(0, 1), v_pages.flatten(0, 1))
         return Call(launch, lambda: appended(normed(x, norm_w), w.double()), in_dtype, in_dtype)
 
-    moved = DTYPE.itemsize * (N * E + E + R * E + R * N) + R * (2 * 8 + 2 * 4 * D // 2)
+    # The normed rows are written by a launch of their own, and read again.
+    moved = DTYPE.itemsize * (N * E + E + 3 * R * E + R * N) + R * (2 * 8 + 2 * 4 * D // 2)
     if model.qk_norm:
         moved += DTYPE.itemsize * (R * (Hq + Hk) * D + 2 * D)
     yield Case("qkv", f"R={R} Hq={Hq} Hk={Hk} D={D} E={E}", moved, inputs)
