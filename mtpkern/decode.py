@@ -168,7 +168,7 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     drafter.observe(step)
     drafts = drafter.guess(step, state.window.shape[1] - 1)
     only_fillers = isinstance(drafts.length, int) and drafts.length == 0
-    if not only_fillers or state.forced is not None:  # which leaves what is no token
+    if not only_fillers or state.forced is not None:  # forced drafts may be -1, which is no token
         state.window[:, 1:] = drafts.tokens
     progress = state.progress
     for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):

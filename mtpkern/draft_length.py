@@ -164,8 +164,8 @@ PRIOR_COUNT, NEWEST_DRAFT, NEWEST_GAIN = 4.0, 0.02, 0.05
 # Steps after which an option that does not pay is tried again, twice as many each time it has not
 # paid, and at most; and steps after which a plain one is timed again.
 RETRY, MOST_RETRY, REFRESH = 32, 256, 128
-# Steps before such a try in which the heads take notice again, and for which copies are looked for
-# at every step after the last one found; then at every few.
+# AWAKE: steps before such a try in which the heads observe steps again, and steps after the last
+# copy that are all searched for another one; after those, one of LOOKS steps is.
 AWAKE, LOOKS = 16, 4
 
 

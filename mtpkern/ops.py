@@ -46,8 +46,8 @@ __all__ = [
 
 HAS_TRITON = triton is not None
 
-# Row counts that prefill's matmuls take: their library's blocking follows the count.
-PREFILL_ROWS = tuple(range(64, 513, 64))
+# Row counts at which `linear_ref` multiplies a weight that was packed for the kernels.
+KERNEL_ROWS = tuple(range(64, 513, 64))
 
 
 class Withheld(NamedTuple):
@@ -208,20 +208,14 @@ def _unpadded(D: int) -> int:
     return D
 
 
-class _SameForAll:
-    """Matrices of all roles in one layout."""
-
-    def __init__(self, pack: Callable[..., Any]):
-        self.pack = pack
-
-    def of_heads(self, w: Tensor, bias: Tensor | None, head_dim: int) -> Any:
-        return self.pack(w, bias)
+def _pack_of_heads_torch(w: Tensor, bias: Tensor | None, head_dim: int) -> Any:
+    return pack_ref(w, bias)
 
 
 TORCH = Ops(
     pack=pack_ref,
-    pack_qkv=_SameForAll(pack_ref).of_heads,
-    pack_o=_SameForAll(pack_ref).of_heads,
+    pack_qkv=_pack_of_heads_torch,
+    pack_o=_pack_of_heads_torch,
     pack_gate_up=pack_ref,
     pack_heads=_pack_heads_torch,
     pack_embedding=_as_it_is,
@@ -398,8 +392,12 @@ def _parallel_heads_triton(rows: Tensor, heads: Any, pdl: bool = False) -> Tenso
 
 
 def _pack_triton(w: Tensor, bias: Tensor | None = None) -> PackedWeight:
-    """As it is; `linear_ref`, which prefill takes, is given row counts that it may use."""
-    return PackedWeight(w, bias, w.shape[0], w.shape[1], False, PREFILL_ROWS)
+    """As it is, without the probes of `pack_ref`."""
+    return PackedWeight(w, bias, w.shape[0], w.shape[1], False, KERNEL_ROWS)
+
+
+def _pack_of_heads_triton(w: Tensor, bias: Tensor | None, head_dim: int) -> PackedWeight:
+    return _pack_triton(w, bias)
 
 
 def _pack_heads_triton(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
@@ -412,8 +410,8 @@ def with_pdl(pdl: bool) -> Ops:
     """The kernels; `pdl` makes each a programmatic dependent launch (sm_90 and newer)."""
     return Ops(
         pack=_pack_triton,
-        pack_qkv=_SameForAll(_pack_triton).of_heads,
-        pack_o=_SameForAll(_pack_triton).of_heads,
+        pack_qkv=_pack_of_heads_triton,
+        pack_o=_pack_of_heads_triton,
         pack_gate_up=_pack_triton,
         pack_heads=_pack_heads_triton,
         pack_embedding=_as_it_is,

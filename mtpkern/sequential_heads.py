@@ -110,8 +110,8 @@ class CachedDrafter(ABC):
                 self._take_in(step.first + b, self._pending_of(step)[b, :count], after[b, :count])
 
     def _give_up(self, sequence: int, count: int) -> None:
-        """Leave a gap of zeros where the first `count` of a sequence's pending pairs would be: what
-        they would cost while the heads rest is not worth the better drafts of another day."""
+        """Leave a gap of zeros in place of the first `count` of a sequence's pending pairs. While
+        heads rest, computing keys and values costs more than the better drafts later bring."""
         if count <= 0:
             return
         self._leave_gap(sequence, count)

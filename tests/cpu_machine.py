@@ -92,6 +92,11 @@ def activations(format: str, x: Array) -> tuple[Array, Array]:
     return (x, np.zeros(4, np.float32)) if format in FLOATS else as_rounded(x)
 
 
+def as_floats(bits: Array) -> Array:
+    """Float32 of a column of `Program.project`'s result."""
+    return bits.astype(np.int32).view(np.float32)
+
+
 def poison(w: Weights, row: int) -> None:
     """Make all numbers of one output NaN, w in float32."""
     w.data[row // 8].view(np.float32).reshape(-1, 8)[:, row % 8] = np.nan

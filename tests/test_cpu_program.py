@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cpu_machine import floats, helpers, kernels, program, same_bits
+from cpu_machine import as_floats, floats, helpers, kernels, program, same_bits
 from paged import make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels, host_target
 from mtpkern.kernels.cpu._threads import AVERAGED, PENALTY, Helpers
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
-from mtpkern.kernels.cpu.program import Norm, Program, as_floats
+from mtpkern.kernels.cpu.program import Norm, Program
 from mtpkern.kernels.cpu.weights import interleaved, pack, rounded
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
 from mtpkern.kernels.linear import linear_ref, pack_ref

@@ -4,12 +4,12 @@ definitions in float32, and bit for bit against themselves."""
 import numpy as np
 import pytest
 import torch
-from cpu_machine import floats, helpers, kernels, program, random_quants, same_bits
+from cpu_machine import as_floats, floats, helpers, kernels, program, random_quants, same_bits
 from paged import Paged, fill, make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels
 from mtpkern.kernels.cpu._layout import SPLIT
-from mtpkern.kernels.cpu.program import Norm, Pages, Program, as_floats
+from mtpkern.kernels.cpu.program import Norm, Pages, Program
 from mtpkern.kernels.cpu.weights import interleaved, pack
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
 from mtpkern.kernels.linear import pack_ref

@@ -90,16 +90,17 @@ def test_parallel_heads_may_read_the_vocabulary_a_second_time(
         assert mine.stats.accepted == theirs.stats.accepted
 
 
-@pytest.mark.slow
 def test_an_eagle3_head_on_the_kernels(gpu: str, tmp_path: Path) -> None:
     """It taps three layers, attends with two halves side by side, and has ids of its own."""
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8, max_position_embeddings=256)
     heads = write_eagle3(tmp_path / "heads")
     options = {"heads": heads, "ngram": False, "num_speculative_tokens": 2, "max_batch": 1}
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True)
     (expected,) = load(trunk, "cpu", **options).generate(PROMPTS[0], params)
-    (drafted,) = load(trunk, gpu, **options).generate(PROMPTS[0], params)
-    assert drafted.token_ids == expected.token_ids
+    llm = load(trunk, gpu, **options)
+    (drafted,), (plain,) = (llm.generate(PROMPTS[0], params, speculate=s) for s in (True, False))
+    assert drafted.token_ids == plain.token_ids == expected.token_ids
+    assert drafted.logprobs == plain.logprobs
     assert drafted.stats.accepted == expected.stats.accepted
 
 

@@ -322,8 +322,3 @@ class Program:
 
 def float_bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
-
-
-def as_floats(bits: Array) -> Array:
-    """Float32 of a column of `project`'s result."""
-    return bits.astype(np.int32).view(np.float32)
