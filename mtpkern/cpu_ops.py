@@ -548,7 +548,8 @@ class _Numbers:
 
     def __call__(self, progress: Progress) -> Any:
         if self.of is not progress:
-            self.of, self.views = progress, Progress(*(tensor.numpy() for tensor in progress))
+            arrays: list[Any] = [tensor.numpy() for tensor in progress]
+            self.of, self.views = progress, Progress(*arrays)
         return self.views
 
 

@@ -45,7 +45,9 @@ class Trunk:
         self.device, self.dtype, self.capacity = torch.device(device), dtype, capacity
         self.fingerprint = fingerprint(directory)[:16]
         self.config, self.weights = load_model(directory, dtype=dtype, device=device)
-        c = self.config
+        c, w = self.config, self.weights
+        assert isinstance(w.embedding, Tensor) and isinstance(w.lm_head, Tensor), "no bits are kept"
+        self.embedding, self.lm_head = w.embedding, w.lm_head
         self.taps = tuple(sorted({*taps, c.num_layers}))
         frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
         angle = torch.arange(capacity)[:, None] * frequencies
@@ -89,7 +91,7 @@ class Trunk:
             causal = one.tril() & one.triu(1 - c.sliding_window)
         mask = torch.zeros(B, 1, 1, S, dtype=self.dtype, device=self.device)
         mask.masked_fill_(unseen, float("-inf"))
-        x, taps = F.embedding(tokens, self.weights.embedding), []
+        x, taps = F.embedding(tokens, self.embedding), []
         for i, layer in enumerate(self.weights.layers):
             y = F.rms_norm(x, x.shape[-1:], layer.input_norm, c.rms_norm_eps)
             qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(B, T, -1, D)
@@ -124,7 +126,7 @@ class Trunk:
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, n*E] -> the M largest logits, and their ids [B, M]."""
         final = features[:, -self.config.hidden_size :]
-        values, ids = F.linear(final, self.weights.lm_head).topk(TOP, -1)
+        values, ids = F.linear(final, self.lm_head).topk(TOP, -1)
         return values, ids
 
 
