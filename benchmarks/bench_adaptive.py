@@ -20,8 +20,8 @@ from bench_decode import PROMPTS, encode
 from common import Finish, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
-from mtpkern.command import Parser, at_least
-from mtpkern.heads import CompanionDrafter, Drafter, DraftInput, Drafts
+from mtpkern.arguments import Parser, at_least
+from mtpkern.drafters.base import CompanionDrafter, Drafter, DraftInput, Drafts
 from mtpkern.status import Phase
 
 TOGETHER = 3

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from common import Finish, environment, first_line, run
 
+from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import rotary_tables
-from mtpkern.command import Parser, at_least
 from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers

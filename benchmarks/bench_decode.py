@@ -33,7 +33,7 @@ from common import (
 )
 
 from mtpkern import LLM, SamplingParams, Stats, UserError
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
 from mtpkern.status import Phase
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")

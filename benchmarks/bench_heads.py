@@ -37,10 +37,10 @@ from common import (
 )
 
 from mtpkern import LLM, SamplingParams, UserError
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
+from mtpkern.checkpoints.default_model import model_name, resolve_model
+from mtpkern.drafters.load import find_heads
 from mtpkern.errors import printable
-from mtpkern.fetch import model_name, resolve_model
-from mtpkern.head_checkpoint import find_heads
 from mtpkern.outputs import output_file, writing
 
 SEED = 7

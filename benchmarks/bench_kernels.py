@@ -25,7 +25,7 @@ from common import Finish, gpu_environment, gpu_first_line, print_row, run
 from kernel_cases import MODELS, OPS, STEPS, Call, Case
 from torch import Tensor
 
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
 from mtpkern.errors import UserError
 from mtpkern.graph import GraphPool
 from mtpkern.kernels._launch import jit, tl

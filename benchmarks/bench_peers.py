@@ -39,10 +39,10 @@ from checkout import ROOT
 from common import Finish, environment, first_line, load, read_prompts, run
 from peer_process import Failed, Visit, visit
 
-from mtpkern.checkpoint import load_config
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
+from mtpkern.checkpoints.default_model import resolve_model
+from mtpkern.checkpoints.llama import load_config
 from mtpkern.errors import UserError, counted, printable
-from mtpkern.fetch import resolve_model
 from mtpkern.status import Phase
 from mtpkern.threads import physical_cores
 from mtpkern.tokenizer import Tokenizer

@@ -30,14 +30,14 @@ from common import Finish, environment, first_line, gpu_environment, gpu_first_l
 from kernel_cases import MODELS, Model
 from torch import Tensor
 
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
+from mtpkern.drafters.base import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
+from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.engine import LLM
 from mtpkern.graph import GraphPool
-from mtpkern.heads import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
-from mtpkern.ops import TORCH
-from mtpkern.sequential_heads import MtpDrafter, MtpWeights
+from mtpkern.ops.definitions import TORCH
 
 TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
 DRAFT_VOCABULARY = 32000

@@ -20,10 +20,10 @@ from bench_steps import TINY, write_config
 from common import Finish, environment, first_line, gpu_environment, gpu_first_line, run
 from kernel_cases import MODELS
 
-from mtpkern.command import Parser, at_least
-from mtpkern.completion import Completion
+from mtpkern.arguments import Parser, at_least
 from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
+from mtpkern.request import Completion
 
 BATCH = 4
 

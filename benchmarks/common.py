@@ -15,7 +15,7 @@ import torch
 from checkout import ROOT
 
 import mtpkern
-from mtpkern import UserError, command
+from mtpkern import UserError, arguments
 from mtpkern.diagnose import cpu_model
 from mtpkern.errors import printable
 from mtpkern.outputs import FORCE, output_file, writing
@@ -58,7 +58,7 @@ def run(
             return measure(args, finish)
 
     parser.set_defaults(run=claimed)
-    return command.run(parser, argv)
+    return arguments.run(parser, argv)
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -25,17 +25,17 @@ from unittest.mock import patch
 import torch
 import triton
 from bench_steps import TINY, medusa_heads, mtp_module, write_config
-from codegen import Device
+from check_codegen import Device
 from common import Finish, run
 from kernel_cases import MODELS, OPS, STEPS
 from predict_steps import meta_state
 from triton.runtime.jit import JITFunction
 
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
+from mtpkern.drafters.base import NgramDrafter, NoDrafter
 from mtpkern.errors import UserError
-from mtpkern.heads import NgramDrafter, NoDrafter
-from mtpkern.ops import with_pdl
+from mtpkern.ops.gpu import with_pdl
 
 SHAPES = {"tiny": TINY} | MODELS
 

@@ -33,8 +33,8 @@ import torch
 from checkout import ROOT
 from common import environment, first_line, gpu_environment, gpu_first_line, rows_printed
 
-from mtpkern import command
-from mtpkern.command import Parser
+from mtpkern import arguments
+from mtpkern.arguments import Parser
 from mtpkern.errors import UserError, printable
 from mtpkern.outputs import FORCE, run_directory
 
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     suite = parser()
     suite.set_defaults(run=measure)
-    return command.run(suite, argv)
+    return arguments.run(suite, argv)
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Every kernel at the shapes of real models: what is launched, checked, timed and compiled.
 
-`OPS` has one entry an op. `bench_kernels.py` runs the cases on a GPU, `codegen.py` compiles them
+`OPS` has one entry an op. `bench_kernels.py` runs the cases on a GPU, `check_codegen.py` compiles them
 on any machine from tensors without data (device "meta").
 """
 
@@ -27,8 +27,8 @@ from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm
 from mtpkern.kernels.rope_cache import rope_cache
 from mtpkern.kernels.sample import sample
-from mtpkern.kernels.step_plan import window_slots
 from mtpkern.kernels.verify_attention import split_size, verify_attention, workspace_size
+from mtpkern.kernels.window_slots import window_slots
 
 DTYPE = torch.bfloat16
 EPS = 1e-5

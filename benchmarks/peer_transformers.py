@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
-from mtpkern.checkpoint import load_tensors
+from mtpkern.checkpoints.default_model import resolve_model
+from mtpkern.checkpoints.llama import load_tensors
 from mtpkern.errors import UserError
-from mtpkern.fetch import resolve_model
 
 # Prompts and answers of all lengths share a cache of this size, so that one compilation serves.
 CACHE = 2048

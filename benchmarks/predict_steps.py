@@ -28,18 +28,19 @@ import torch
 import triton
 from bench_steps import TINY, medusa_heads, mtp_module, write_config
 from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, loop_instructions, matmul
-from codegen import Device, launches_compiled
+from check_codegen import Device, launches_compiled
 from common import Finish, run
 from kernel_cases import MODELS, PAGE_SIZE, Model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import KVCache
-from mtpkern.command import Parser, at_least
 from mtpkern.config import ModelConfig
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.heads import Drafter, NgramDrafter, NoDrafter
+from mtpkern.drafters.base import Drafter, NgramDrafter, NoDrafter
 from mtpkern.model import Llama
-from mtpkern.ops import TRITON, Ops
+from mtpkern.ops.base import Ops
+from mtpkern.ops.gpu import TRITON
 
 META = torch.device("meta")
 # What torch does without launching anything.

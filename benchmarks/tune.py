@@ -32,7 +32,7 @@ from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS, Case
 from torch import Tensor
 from triton.errors import TritonError
 
-from mtpkern.command import Parser, at_least
+from mtpkern.arguments import Parser, at_least
 from mtpkern.errors import UserError
 
 KERNELS = "mtpkern.kernels."

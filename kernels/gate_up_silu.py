@@ -30,7 +30,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._tiles import add_segments, multiply_rows, partial_sums, split_pairs
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs
 from .linear import PackedWeight, linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
 

@@ -31,7 +31,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._tiles import add_segments, multiply_rows, partial_sums
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums
 
 # Row counts that a probe tries; other counts are padded up to the next one. Each costs a library
 # some megabytes of generated code per shape, so they are few.

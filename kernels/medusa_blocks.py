@@ -28,7 +28,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._tiles import add_segments, multiply_rows, partial_sums
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums
 
 
 def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._order import HIGHEST, LOWEST, rank, ranked_column, ranked_value
-from ._tiles import sum_columns
+from ._ranking import HIGHEST, LOWEST, rank, ranked_column, ranked_value
+from ._skinny_matmul import sum_columns
 from .linear import PackedWeight, linear_ref
 from .rms_norm import rms_norm_ref
 

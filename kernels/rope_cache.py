@@ -3,7 +3,7 @@
     q, k normalised by head where the model wants it, rotated by position;  cache[slot] = k, v
 
 `qkv_rope_cache` does this and the projection for the few rows of a step; a prompt's many rows are
-projected by a library (mtpkern.prefill).
+projected by a library (mtpkern.ops.prefill).
 
 Bytes moved: (Hq + 2 Hk) * D of R rows read once and written once.
 """

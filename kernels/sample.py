@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._launch import check_dtype, check_shape, jit, tl, wait_for_producer
-from ._order import LOWEST, rank, ranked_column
+from ._ranking import LOWEST, rank, ranked_column
 
 # Below this temperature the likeliest token is chosen, the lowest id among equals. vLLM's bound.
 GREEDY = 1e-5

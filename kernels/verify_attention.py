@@ -49,7 +49,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from .step_plan import Segment, StepPlan, node_depth
+from .window_slots import Segment, StepPlan, node_depth
 
 # Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.

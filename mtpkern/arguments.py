@@ -1,103 +1,206 @@
-"""Arguments of the public functions: each check gives the value back, in Python's own type.
+"""What the package's command lines share: a user's mistake, or what the operating system refuses
+(a path, a permission, a full disk, a closed stream), is one line on stderr and exit code 2.
 
-Numbers of numpy and of torch (0-d tensors) are taken for what they are. UserError names the
-argument, what it must be, and what came.
+No torch is imported here, so that --help answers at once.
 """
 
-import math
-import operator
+import argparse
+import errno
+import io
 import os
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn, TypeVar
 
-import numpy as np
-
+from mtpkern import status
 from mtpkern.errors import UserError, printable
 
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
-def integer(name: str, value: Any, low: int, high: int) -> int:
-    """An integer in low..high."""
-    number = _index(value)
-    if number is None or not low <= number <= high:
-        _refuse(name, f"an integer in {low}..{high}", value)
-    return number
+Number = TypeVar("Number", int, float)
 
 
-def at_least(name: str, value: Any, low: int) -> int:
-    """An integer of `low` or more."""
-    number = _index(value)
-    if number is None or number < low:
-        _refuse(name, f"an integer of at least {low}", value)
-    return number
+class UsageError(Exception):
+    """A command line that does not parse."""
 
 
-def real(name: str, value: Any, low: float, high: float) -> float:
-    """A number in low..high."""
-    number = _float(value)
-    # Written so that NaN fails it.
-    if number is None or not low <= number <= high:
-        _refuse(name, f"a number in {low:g}..{high:g}", value)
-    return number
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that gives an option's default where it has one, and keeps an epilog's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        takes_value = action.option_strings and action.nargs != 0 and not action.required
+        if not takes_value or action.default is argparse.SUPPRESS or "default" in text:
+            return text
+        default = "none" if action.default in (None, []) else "%(default)s"
+        return f"{text} (default: {default})".lstrip()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
 
 
-def flag(name: str, value: Any) -> bool:
-    """True or False."""
-    if not isinstance(value, bool | np.bool_):
-        _refuse(name, "True or False", value)
-    return bool(value)
+class Parser(argparse.ArgumentParser):
+    """With --quiet and --verbose; raises UsageError where argparse would print its usage and exit,
+    and OSError where a help text cannot be printed."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
+        status.add_options(self)
+        # Of a command and its subcommands, the innermost one says which flags there are.
+        self.set_defaults(parser=self)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of some words."""
-    if not isinstance(value, str) or value not in choices:
-        _refuse(name, f"{', '.join(choices[:-1])} or {choices[-1]}", value)
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` (None: this process's own) and call what it sets as `run` -> exit code.
+
+    `run` takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
+    2 is a user's mistake, 130 an interrupt, 141 a reader gone away, else what `run` gives.
+    """
+    if not _open_streams():
+        return _complain(parser, UsageError("standard output is closed"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character shows a question mark instead of a traceback.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            args = _parse(parser, argv)
+            args.command_line = _command_line(parser, argv)
+            with status.from_arguments(args) as args.status:
+                code = _call(args)
+        except SystemExit as stop:  # --help and --version
+            code = stop.code if isinstance(stop.code, int) else 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return BROKEN_PIPE
+    except (UsageError, UserError) as error:
+        return _complain(parser, error)
+    except OSError as error:
+        if error.errno is None:  # a library's own, which may be a fault of the program
+            raise
+        return _complain(parser, _refusal(error))
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; UsageError for ones that are too many, most often an unquoted prompt."""
+    args, surplus = parser.parse_known_args(argv)
+    strange = [text for text in surplus if text.startswith("-")]
+    prompt = getattr(args, "prompt", None)
+    if surplus and not strange and prompt is not None:
+        whole = " ".join([prompt, *surplus])
+        raise UsageError(
+            f"the prompt is {len(surplus) + 1} words: quote it, as in "
+            f"{args.parser.prog} {shlex.quote(whole)}"
+        )
+    if surplus:
+        args.parser.error(f"unrecognized arguments: {' '.join(strange or surplus)}")
+    return args
+
+
+def _call(args: argparse.Namespace) -> int:
+    """Run what was asked for; arguments that a UserError names become flags."""
+    try:
+        code: int = args.run(args)
+    except UserError as error:
+        raise UsageError(as_flags(str(error), args.parser)) from error
+    return code
+
+
+def as_flags(message: str, parser: argparse.ArgumentParser) -> str:
+    """A message about arguments of Python's, about the flags of the command line instead.
+
+    An argument's name is taken for one at the beginning of a message, before "=", and wherever it
+    has an underscore: other names are words of English too.
+    """
+    for action in parser._actions:
+        flag = next((f for f in action.option_strings if f.startswith("--")), None)
+        if flag is None:
+            continue
+        anywhere = rf"(?<![\w/.-]){action.dest}"
+        place = anywhere if "_" in action.dest else rf"\A{action.dest}|{anywhere}(?==)"
+        message = re.sub(rf"(?:{place})(?![\w/.-])", flag, message)
+    return message
+
+
+def at_least(least: Number) -> Callable[[str], Number]:
+    """An argument's type: a number of the kind of `least`, and no smaller."""
+    kind = type(least)
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls a text that is none
+    return parse
+
+
+def above_zero(text: str) -> float:
+    """An argument's type: a finite number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 
-def location(name: str, value: Any) -> str:
-    """A name, or a path as text or as an object."""
+def _command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
+    """What a shell takes to run the same command again."""
+    if argv is None and Path(sys.argv[0]).name == "__main__.py":
+        return shlex.join(sys.orig_argv)  # python -m
+    return f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+
+def _open_streams() -> bool:
+    """Whether there is a standard output. The numbers of closed streams are taken, so that no file
+    is opened under one of them, to get what is printed; errors go nowhere without a stderr."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return sys.stdout is not None
+
+
+def _refusal(error: OSError) -> UsageError:
+    """What the operating system refused, in words."""
+    what = str(error.strerror or error)
     try:
-        text = os.fspath(value)
-    except TypeError:
-        text = None
-    if not isinstance(text, str):
-        _refuse(name, "a name or a path", value)
-    if not text:
-        raise UserError(f"{name} is empty: give a name or a path")
-    if "\0" in text:
-        raise UserError(f"{name} must not hold a null character")
-    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in text.split("/")):
-        raise UserError(f"{name} is too long for a file's name, got {shown(text)}")
-    return text
+        sys.stdout.flush()
+    except OSError as pending:
+        # What it still holds cannot be written, whatever else failed.
+        _discard(sys.stdout)
+        return UsageError(f"cannot write standard output: {pending.strerror}")
+    if error.filename is not None:
+        return UsageError(f"{printable(error.filename)}: {what}")
+    # An unbuffered standard output holds nothing. Files have names: see mtpkern.outputs.
+    unwritable = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+    return UsageError(f"cannot write standard output: {what}" if unwritable else what)
 
 
-def shown(value: Any) -> str:
-    """What came, in few words."""
+def _discard(stream: IO[str]) -> None:
+    """Let what a stream still holds go nowhere: the interpreter flushes it once more at its end."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     try:
-        text = printable(repr(value))
-    except Exception:  # a repr of the caller's own
-        text = "?"
-    return text if len(text) <= 60 else f"{text[:60]}... ({type(value).__name__})"
-
-
-def _index(value: Any) -> int | None:
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
-    try:
-        return operator.index(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-
-
-def _float(value: Any) -> float | None:
-    if isinstance(value, bool | str | bytes) or getattr(value, "shape", ()) != ():
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    return None if math.isnan(number) else number
-
-
-def _refuse(name: str, wanted: str, value: Any) -> NoReturn:
-    raise UserError(f"{name} must be {wanted}, got {shown(value)}")
+        print(f"{parser.prog}: error:", " ".join(str(error).split()), file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)  # nobody can be told
+    return USER_ERROR

@@ -15,8 +15,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mtpkern.arguments import shown
 from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
+from mtpkern.validation import shown
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18
 MAX_RENDERED_CHARACTERS = 1 << 22

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtpkern.arguments import choice, flag, integer, real, shown
 from mtpkern.errors import ModelLoadError, UserError, printable, reason
+from mtpkern.validation import choice, flag, integer, real, shown
 
 MAX_SPECULATIVE_TOKENS = 16
 MAX_COMPLETIONS = 1 << 14

@@ -24,14 +24,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtpkern.bin_checkpoint import INDEX_FILE, convert_bin, is_model, read_pickle, shards
-from mtpkern.checkpoint import load_config, load_model, load_tensors
+from mtpkern.checkpoints.gguf import convert_gguf
+from mtpkern.checkpoints.llama import load_config, load_model, load_tensors
+from mtpkern.checkpoints.meta import convert_meta
+from mtpkern.checkpoints.torch_bin import INDEX_FILE, convert_bin, is_model, read_pickle, shards
 from mtpkern.config import read_json_object, resolve_dtype
+from mtpkern.drafters.load import check_heads
+from mtpkern.drafters.published import is_eagle3, read_medusa
 from mtpkern.errors import ModelLoadError, UserError, printable
-from mtpkern.gguf_checkpoint import convert_gguf
-from mtpkern.head_checkpoint import check_heads
-from mtpkern.head_layouts import is_eagle3, read_medusa
-from mtpkern.meta_checkpoint import convert_meta
 from mtpkern.outputs import output_directory, writing
 
 MEDUSA_FILE = "medusa_lm_head.pt"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.heads import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
+from mtpkern.drafters.base import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
+from mtpkern.drafters.synthetic import force_acceptance
+from mtpkern.kernels.advance import Progress
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import Ops, Progress, Projected, SamplingRows, Withheld
-from mtpkern.synthetic import force_acceptance
+from mtpkern.ops.base import Ops, Projected, SamplingRows, Withheld
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DecodeState:
     progress: Progress  # its lengths are the cache's
     sampling: SamplingRows
     cache: KVCache
-    forced: Tensor | None = None  # counts to accept whatever was drafted (synthetic.py)
+    forced: Tensor | None = None  # counts to accept whatever was drafted (drafters/synthetic.py)
 
     @classmethod
     def empty(

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
 from mtpkern.kernels.linear import PackedWeight, linear_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
-from mtpkern.kernels.step_plan import StepPlan
+from mtpkern.kernels.window_slots import StepPlan
 
 
 def linear(

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import mtpkern
-from mtpkern.checkpoint import (
+from mtpkern.checkpoints.default_model import default_model_directory, is_complete, model_name
+from mtpkern.checkpoints.llama import (
     check_checkpoint,
     expected_tensors,
     has_weights,
@@ -23,13 +24,12 @@ from mtpkern.checkpoint import (
     load_config,
     read_entries,
 )
+from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import ModelConfig, resolve_dtype
+from mtpkern.drafters.load import find_heads
 from mtpkern.engine import LLM, resolve_device
-from mtpkern.fetch import default_model_directory, is_complete, model_name
-from mtpkern.head_checkpoint import find_heads
 from mtpkern.kernels.cpu._compile import host_target
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.tokenizer_files import has_tokenizer
 
 _MIB = 1 << 20
 _PROBE_BYTES = 64 * _MIB, 1024 * _MIB

@@ -20,24 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtpkern.arguments import at_least, choice, flag, integer, location, real, shown
 from mtpkern.cache import KVCache, PagePool, Prefix
-from mtpkern.checkpoint import load_config
-from mtpkern.completion import Completion, EncodedPrompt, Event, Request, Stats
+from mtpkern.checkpoints.default_model import model_name, resolve_model
+from mtpkern.checkpoints.llama import load_config
+from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
+from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,
     ModelConfig,
     SamplingParams,
     resolve_dtype,
 )
-from mtpkern.cpu_ops import cpu_ops, kernels
 from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
-from mtpkern.draft_length import Choice, DraftLength, FixedDraftLength, GraphDraftLength, Window
-from mtpkern.errors import UserError, counted, printable
-from mtpkern.fetch import model_name, resolve_model
-from mtpkern.graph import GraphPool, measure
-from mtpkern.head_checkpoint import find_heads, load_heads
-from mtpkern.heads import (
+from mtpkern.drafters.base import (
     HEADS,
     LEAST_CHANCE,
     NGRAM,
@@ -49,20 +44,33 @@ from mtpkern.heads import (
     NgramDrafter,
     NoDrafter,
 )
+from mtpkern.drafters.draft_length import (
+    Choice,
+    DraftLength,
+    FixedDraftLength,
+    GraphDraftLength,
+    Window,
+)
+from mtpkern.drafters.load import find_heads, load_heads
+from mtpkern.drafters.mtp import MAX_PENDING
+from mtpkern.drafters.synthetic import draw_counts
+from mtpkern.errors import UserError, counted, printable
+from mtpkern.graph import GraphPool, measure
 from mtpkern.kernels._launch import TIERS
 from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.kernels.sample import sampling_key
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import HAS_TRITON, Ops, Withheld, sampling_key, with_pdl
-from mtpkern.prefill import prefill_ops
-from mtpkern.quantised import ROUNDED_FORMATS
+from mtpkern.nvtx_ranges import span
+from mtpkern.ops.base import Ops, Withheld
+from mtpkern.ops.cpu import cpu_ops, kernels
+from mtpkern.ops.gpu import HAS_TRITON, with_pdl
+from mtpkern.ops.prefill import prefill_ops
+from mtpkern.request import Completion, EncodedPrompt, Event, Request, Stats
 from mtpkern.ring import Ring
-from mtpkern.sequential_heads import MAX_PENDING
 from mtpkern.status import SILENT, Phase, Status
-from mtpkern.synthetic import draw_counts
 from mtpkern.threads import use_threads
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.tokenizer_files import has_tokenizer
-from mtpkern.trace import span
+from mtpkern.validation import at_least, choice, flag, integer, location, real, shown
 from mtpkern.warmup import noting_kernels
 
 __all__ = ["LLM", "Completion", "Event", "Stats"]

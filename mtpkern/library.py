@@ -24,8 +24,8 @@ from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
 from mtpkern.kernels.rope_cache import rope_cache, rope_cache_ref
 from mtpkern.kernels.sample import sample
-from mtpkern.kernels.step_plan import window_slots, window_slots_ref
 from mtpkern.kernels.verify_attention import verify_attention
+from mtpkern.kernels.window_slots import window_slots, window_slots_ref
 
 _library = torch.library.Library("mtpkern", "DEF")
 

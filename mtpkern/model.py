@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoint import LayerWeights, load_config, load_model
+from mtpkern.checkpoints.llama import LayerWeights, load_config, load_model
 from mtpkern.config import ModelConfig
 from mtpkern.kernels.cpu.weights import Quants
-from mtpkern.ops import Ops
+from mtpkern.ops.base import Ops
 
 
 class DecoderLayer(NamedTuple):

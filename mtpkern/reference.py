@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mtpkern.checkpoint import final_norm
+from mtpkern.checkpoints.llama import final_norm
 from mtpkern.config import ModelConfig
 
 Tensors = Mapping[str, Tensor]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mtpkern.arguments import integer
+from mtpkern.validation import integer
 
 MAX_THREADS = 1024
 _TOPOLOGY = Path("/sys/devices/system/cpu")

@@ -16,6 +16,13 @@ import sentencepiece
 import tokenizers
 
 from mtpkern.chat_template import load_chat_templates
+from mtpkern.checkpoints.tokenizer_files import (
+    added_tokens,
+    has_tokenizer,
+    load_library_tokenizer,
+    read_settings,
+    special_tokens,
+)
 from mtpkern.config import (
     ModelConfig,
     ModelLoadError,
@@ -23,13 +30,6 @@ from mtpkern.config import (
     printable,
     read_json_object,
     reason,
-)
-from mtpkern.tokenizer_files import (
-    added_tokens,
-    has_tokenizer,
-    load_library_tokenizer,
-    read_settings,
-    special_tokens,
 )
 
 _SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -67,8 +67,8 @@ class Tokenizer:
     def from_directory(cls, path: str | Path) -> "Tokenizer":
         """Read tokenizer.json, vocab.json with merges.txt, or tokenizer.model, the first there is.
 
-        What the files beside it add is in tokenizer_files.py. Raises ModelLoadError when there is
-        none, or when it cannot be read.
+        checkpoints/tokenizer_files.py reads the files beside it. Raises ModelLoadError when there
+        is none, or when it cannot be read.
         """
         path = Path(path)
         if not has_tokenizer(path):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import rotary_tables
-from mtpkern.kernels.step_plan import StepPlan, plan_ref
+from mtpkern.kernels.window_slots import StepPlan, plan_ref
 
 
 class Paged(NamedTuple):

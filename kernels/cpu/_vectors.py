@@ -358,7 +358,7 @@ def totals(builder, *values):
     return rows[0]
 
 
-# The order of logits (`kernels/_order.py`): NaN above every number, -0 equal to 0.
+# The order of logits (`kernels/_ranking.py`): NaN above every number, -0 equal to 0.
 
 
 @_operation(I8, F8)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import mtpkern
+from mtpkern.arguments import Parser, UsageError, run
 from mtpkern.cli import chat, checkpoints, generate, machine, train
-from mtpkern.command import Parser, UsageError, run
 
 __all__ = ["main"]
 

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
+from mtpkern.arguments import UsageError
 from mtpkern.cli.generate import (
     add_answer_options,
     open_model,
@@ -17,12 +18,11 @@ from mtpkern.cli.generate import (
     shown,
     summary,
 )
-from mtpkern.command import UsageError
 
 if TYPE_CHECKING:
-    from mtpkern.completion import Event, Stats
     from mtpkern.config import SamplingParams
     from mtpkern.engine import LLM
+    from mtpkern.request import Event, Stats
 
 _log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def _history() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    from mtpkern.fetch import default_model_directory
+    from mtpkern.checkpoints.default_model import default_model_directory
 
     file = default_model_directory().parent / "chat_history"
     try:

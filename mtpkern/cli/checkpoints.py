@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mtpkern.arguments import UsageError
 from mtpkern.cli.tables import print_table
-from mtpkern.command import UsageError
 from mtpkern.outputs import FORCE
 
 
@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from mtpkern.fetch import (
+    from mtpkern.checkpoints.default_model import (
         DEFAULT_MODEL,
         default_model_directory,
         fetch_default_model,
@@ -80,8 +80,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from mtpkern.checkpoints.default_model import resolve_model
     from mtpkern.diagnose import describe_checkpoint
-    from mtpkern.fetch import resolve_model
 
     print_table(describe_checkpoint(resolve_model(args.model, status=args.status), args.dtype))
     return 0

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpkern.command import UsageError, at_least
+from mtpkern.arguments import UsageError, at_least
 from mtpkern.errors import counted, printable
 from mtpkern.status import Status, coloured
 

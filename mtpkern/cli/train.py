@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtpkern.command import above_zero, at_least
+from mtpkern.arguments import above_zero, at_least
 from mtpkern.outputs import FORCE
 from mtpkern.train import DEFAULT_MINUTES, FAMILIES
 

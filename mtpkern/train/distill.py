@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.checkpoint import fingerprint, load_model
+from mtpkern.checkpoints.llama import fingerprint, load_model
 from mtpkern.config import ModelConfig, UserError
 from mtpkern.kernels.sample import gumbel_ref, sampling_key
 from mtpkern.status import SILENT, Phase, Status

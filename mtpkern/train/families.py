@@ -20,9 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtpkern.checkpoint import final_norm, fingerprint, layer_parts, load_config, load_tensors
+from mtpkern.checkpoints.default_model import model_name
+from mtpkern.checkpoints.llama import (
+    final_norm,
+    fingerprint,
+    layer_parts,
+    load_config,
+    load_tensors,
+)
 from mtpkern.config import ModelConfig, RopeConfig, UserError, printable, read_json_object
-from mtpkern.fetch import model_name
 from mtpkern.outputs import writing
 from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead

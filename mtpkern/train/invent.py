@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpkern.command import Parser, at_least, run
+from mtpkern.arguments import Parser, at_least, run
 from mtpkern.outputs import FORCE, output_file, writing
 from mtpkern.train.prompts import OPENINGS
 
@@ -38,7 +38,7 @@ def invented_jobs(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command -> exit code, as `mtpkern.command.run` has it."""
+    """Run the command -> exit code, as `mtpkern.arguments.run` has it."""
     p = Parser(
         prog="python -m mtpkern.train.invent", description="Let a model invent prompts for itself"
     )
@@ -67,9 +67,9 @@ def _invent(a: argparse.Namespace) -> int:
 def _lines(a: argparse.Namespace) -> list[str]:
     import torch
 
-    from mtpkern.checkpoint import load_config
+    from mtpkern.checkpoints.default_model import resolve_model
+    from mtpkern.checkpoints.llama import load_config
     from mtpkern.engine import resolve_device
-    from mtpkern.fetch import resolve_model
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import fastest_dtype, measure_answers
     from mtpkern.train.distill import Trunk, generate, nucleus

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from mtpkern.command import Parser, at_least, run
+from mtpkern.arguments import Parser, at_least, run
 from mtpkern.config import UserError, printable
 from mtpkern.outputs import FORCE, output_directory, writing
 from mtpkern.status import SILENT, Status
@@ -216,7 +216,7 @@ def learn(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command -> exit code, as `mtpkern.command.run` has it."""
+    """Run the command -> exit code, as `mtpkern.arguments.run` has it."""
     p = Parser(
         prog="python -m mtpkern.train.joint",
         description="Train a tiny Llama together with its heads",

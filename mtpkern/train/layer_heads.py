@@ -39,7 +39,7 @@ class LayersHead(nn.Module):
     draft_vocab: Tensor
 
     def __init__(self, config: LayersConfig, tensors: Mapping[str, Tensor]):
-        """`tensors` are the weights to begin with, named as layers_shapes in head_layouts.py."""
+        """`tensors` are the initial weights, named as by `published.layers_shapes`."""
         super().__init__()
         self.config, eps = config, config.rms_norm_eps
         self.layers = nn.ModuleList(

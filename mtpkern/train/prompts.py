@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mtpkern.command import Parser, run
+from mtpkern.arguments import Parser, run
 from mtpkern.config import UserError, printable
 from mtpkern.outputs import FORCE, output_file, writing
 from mtpkern.status import Phase
@@ -251,7 +251,7 @@ def make(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command -> exit code, as `mtpkern.command.run` has it."""
+    """Run the command -> exit code, as `mtpkern.arguments.run` has it."""
     roots = [Path(f"/usr/share/{name}") for name in ("doc", "man/man1", "vim", "perl")]
     p = Parser(
         prog="python -m mtpkern.train.prompts",

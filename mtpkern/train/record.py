@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtpkern.command import Parser, at_least, run
+from mtpkern.arguments import Parser, at_least, run
 from mtpkern.outputs import FORCE, run_directory
 from mtpkern.train import FAMILIES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command -> exit code, as `mtpkern.command.run` has it."""
+    """Run the command -> exit code, as `mtpkern.arguments.run` has it."""
     p = Parser(
         prog="python -m mtpkern.train.record", description="Record a model's answers to prompts"
     )
@@ -43,10 +43,10 @@ def _record(a: argparse.Namespace) -> int:
 
 def _answer(a: argparse.Namespace) -> int:
     # Here, so that --help answers at once.
-    from mtpkern.checkpoint import load_config
+    from mtpkern.checkpoints.default_model import resolve_model
+    from mtpkern.checkpoints.llama import load_config
     from mtpkern.config import UserError
     from mtpkern.engine import resolve_device
-    from mtpkern.fetch import resolve_model
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import fastest_dtype, measure_answers
     from mtpkern.train.distill import Trunk, digest, read_prompts, record, slot_size

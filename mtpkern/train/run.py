@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtpkern.checkpoint import fingerprint, load_config, load_tensors
+from mtpkern.checkpoints.default_model import model_name, resolve_model
+from mtpkern.checkpoints.llama import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelConfig, UserError, printable, read_json_object
+from mtpkern.drafters.load import find_heads
 from mtpkern.engine import resolve_device
 from mtpkern.errors import counted
-from mtpkern.fetch import model_name, resolve_model
-from mtpkern.head_checkpoint import find_heads
 from mtpkern.outputs import run_directory, writing
 from mtpkern.status import SILENT, Phase, Status
 from mtpkern.tokenizer import Tokenizer

@@ -1,0 +1,407 @@
+"""The code generation gate: every kernel compiled for every supported GPU, on any machine.
+
+    python benchmarks/check_codegen.py                                  # the whole matrix
+    python benchmarks/check_codegen.py --model smollm2-135m             # what CI runs
+    python benchmarks/check_codegen.py --write-table  # results/codegen-triton-*.md anew
+
+The launchers themselves run, on tensors without data and with Triton's launch replaced by its
+compilation, so that what is compiled is what a GPU would run: same tiles, same specialisation. A
+kernel passes if it spills nothing, stays under its ceilings of registers and shared memory, copies
+16 bytes at a time, and multiplies with mma.sync m16n8k16 alone (notes in `offences`). Anything
+else: a list of offences and exit code 1.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from bounds import GPUS, l2_bytes, loop_instructions, matmul
+from checkout import ROOT
+from common import Finish, run
+from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS
+from triton.backends.compiler import GPUTarget
+from triton.errors import TritonError
+from triton.runtime.jit import JITFunction
+
+from mtpkern.arguments import Parser, at_least
+from mtpkern.outputs import output_file, writing
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
+TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
+# Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.
+MAX_SHARED = 100 * 1024
+# TB/s of weights on an H100 whose issue slots are all used: up to 64 rows, and beyond.
+MIN_ISSUE_CEILING = (6.0, 3.0)
+
+
+class Ceiling(NamedTuple):
+    """What a kernel may use at most, and what its code must show."""
+
+    registers: int
+    multiplies: bool = False  # with mma.sync m16n8k16
+    wide: bool = True  # 16 bytes a load or asynchronous copy
+    narrow: int = 15  # % of the bytes copied that may come in smaller ones
+
+
+# One line a kernel, under the name of its function without `_` and `_kernel`.
+CEILINGS = {
+    "rms_norm": Ceiling(registers=64),
+    "qkv_rope_cache": Ceiling(registers=192, multiplies=True),
+    "qkv_rope_cache_end": Ceiling(registers=128),
+    "head_norm_rope": Ceiling(registers=64, wide=False),
+    "rope_cache": Ceiling(registers=96),
+    "linear": Ceiling(registers=168, multiplies=True),
+    "linear_end": Ceiling(registers=64),
+    "partial_sums": Ceiling(registers=255, multiplies=True),
+    "gate_up_silu": Ceiling(registers=192, multiplies=True),
+    "gate_up_silu_end": Ceiling(registers=64),
+    # Triton 3.6 copies a page's number once for each piece of the page.
+    "verify_attention": Ceiling(registers=255, multiplies=True, narrow=30),
+    "merge_splits": Ceiling(registers=64, wide=False),
+    "medusa_blocks": Ceiling(registers=216, multiplies=True),
+    "medusa_blocks_end": Ceiling(registers=64),
+    "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
+    "vocabulary_merge": Ceiling(registers=96, multiplies=True),
+    "accept": Ceiling(registers=32, wide=False),
+    "advance": Ceiling(registers=64, wide=False),
+    "compact_path": Ceiling(registers=128),
+    "commit": Ceiling(registers=32, wide=False),
+    "sample": Ceiling(registers=96),
+    "latest_match": Ceiling(registers=64, wide=False),
+    "ngram": Ceiling(registers=64, wide=False),
+    "window_slots": Ceiling(registers=64, wide=False),
+}
+
+
+# A symbol, what it does, and the GPU.
+Offence = tuple[str, str, str]
+
+
+class Compiled(NamedTuple):
+    """One kernel as one launch on one GPU would have it."""
+
+    target: str
+    model: str
+    op: str
+    case: str
+    rows: int
+    kernel: str
+    symbol: str
+    binary: str  # Triton's hash of source, specialisation and target
+    registers: int
+    stack: int  # bytes a thread: spilled registers, or an array that found no registers
+    shared: int
+    wide: int  # loads and asynchronous copies of 16 bytes or more
+    narrow: int  # % of the bytes of all asynchronous copies that come in smaller ones
+    mma: dict[str, int]
+    loop: int = 0  # instructions in a pass of the loop that multiplies
+    issue_ceiling: float = 0.0  # TB of weights a second if every issue slot is used
+    rows_multiplied: int = 0
+    l2_over_weights: float = 0.0  # what the blocks ask the L2 for, over the weights' bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=MODELS, action="append", help="default: all")
+    add("--op", choices=OPS, action="append", help="default: all")
+    add("--target", choices=TARGETS, nargs="+", default=TARGETS)
+    add("--jobs", type=at_least(1), default=2, metavar="N", help="targets compiled at a time")
+    add("--write-table", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    return run(parser, compile_all, argv)
+
+
+def compile_all(args: argparse.Namespace, finish: Finish) -> int:
+    if not args.write_table:
+        return judge(args, finish, None)
+    with output_file(TABLE, force=True) as file:
+        return judge(args, finish, file)
+
+
+def judge(args: argparse.Namespace, finish: Finish, table_file: Path | None) -> int:
+    """Compile everything, say what offends, and write the table where `table_file` says."""
+    models, ops = args.model or list(MODELS), args.op or list(OPS)
+    with (
+        args.status.phase("compiling", len(args.target), "targets") as phase,
+        ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,
+    ):
+        jobs = [pool.submit(compile_target, target, models, ops) for target in args.target]
+        results = []
+        for job in jobs:
+            results.append(job.result())
+            phase.advance()
+    compiled = [kernel for kernels, _ in results for kernel in kernels]
+    wrong = [line for _, failures in results for line in failures]
+    wrong += [line for kernel in compiled for line in offences(kernel)]
+    wrong += two_binaries(compiled)
+    wrong += [(name, "has no line in CEILINGS", "") for name in kernels() - CEILINGS.keys()]
+    if not (args.model or args.op):
+        launched = {kernel.kernel for kernel in compiled}
+        wrong += [(name, "is launched by no case", "") for name in kernels() - launched]
+    found = together(wrong)
+    text = table(compiled)
+    if table_file is not None:
+        with writing(TABLE):
+            table_file.write_text(text, encoding="utf-8")
+    print(text)
+    print("\n".join(f"OFFENCE {line}" for line in found) or "no offences")
+    report = {
+        "schema": 1,
+        "triton": triton.__version__,
+        "kernels": [kernel._asdict() for kernel in compiled],
+        "offences": found,
+    }
+    binaries = len({kernel.binary for kernel in compiled})
+    line = {"schema": 1, "binaries": binaries, "offences": len(found)}
+    return finish(report, 1 if found else 0, line)
+
+
+def compile_target(
+    target: str, models: list[str], ops: list[str]
+) -> tuple[list[Compiled], list[Offence]]:
+    """Compile what every case launches for one GPU; the second list says what does not compile."""
+    arch = int(target.removeprefix("sm_"))
+    triton.runtime.driver.set_active(Device(arch))
+    compiled, failures = [], []
+    measured: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for op in ops:
+            for B, T in (*STEPS, *OTHER_TIERS):
+                for case in OPS[op](MODELS[model], B, T):
+                    with launches_compiled() as launched:
+                        try:
+                            case.inputs("meta").launch(arch >= 90)
+                        except (TritonError, RuntimeError) as error:
+                            what = f"does not compile: {first_cause(error)}"
+                            failures.append((f"{op} ({case.name}, {B * T} rows)", what, target))
+                    for kernel, binary, given, grid in launched:
+                        if binary.hash not in measured:
+                            measured[binary.hash] = measure(binary)
+                        facts = measured[binary.hash]
+                        label = (target, model, op, case.name, B * T, kernel)
+                        one = Compiled(*label, **facts)
+                        compiled.append(with_bounds(one, given, grid, binary.metadata.num_warps))
+    return compiled, failures
+
+
+def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> Compiled:
+    multiplied = matmul(given, grid)
+    if multiplied is None:
+        return one
+    ceiling = multiplied.issue_ceiling(one.loop, warps, GPUS[one.target])
+    return one._replace(
+        issue_ceiling=round(ceiling / 1e12, 2),
+        rows_multiplied=given["R"],
+        l2_over_weights=round(l2_bytes(given, grid) / multiplied.weight_bytes, 2),
+    )
+
+
+def first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[-1].strip()
+
+
+class Device:
+    """A driver for a GPU that is not there. It answers what the compiler asks."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def launches_compiled() -> Iterator[list[tuple[str, Any, dict[str, Any], Any]]]:
+    """Within it a launch is compiled and not run; yields what was: the kernel's name, its binary,
+    its arguments by name, and its grid."""
+    launched: list[tuple[str, Any, dict[str, Any], Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        # Triton 3.6 compiles elsewhere if asked to, and hands out a promise.
+        binary = binary.result() if hasattr(binary, "result") else binary
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        launched.append((op_name(self.__name__), binary, given, grid))
+
+    JITFunction.run = compile_only
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+
+
+def op_name(function: str) -> str:
+    return function.strip("_").removesuffix("_kernel")
+
+
+def measure(binary: Any) -> dict[str, Any]:
+    """What one compiled kernel uses, read off its machine code and its PTX."""
+    return {
+        "symbol": binary.metadata.name,
+        "binary": binary.hash,
+        "shared": binary.metadata.shared,
+        **resources(binary.asm["cubin"]),
+        **instructions(binary.asm["ptx"]),
+        "loop": loop_instructions(binary.asm["cubin"]),
+    }
+
+
+def instructions(ptx: str) -> dict[str, Any]:
+    """How wide the loads of a kernel are, and what it multiplies with."""
+    # An asynchronous copy names its bytes behind its addresses; a load its lanes and their width.
+    copies = re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
+    copied = [int(size, 0) for size in copies]
+    loads = re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    loaded = [int(lanes or 1) * int(bits) // 8 for lanes, bits in loads]
+    mma = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*?(\.m\d+n\d+k\d+|[\s;])", ptx)
+    kinds = ["".join(kind).strip(" \t\n;") for kind in mma]
+    return {
+        "wide": sum(size >= 16 for size in copied + loaded),
+        "narrow": 100 * sum(size for size in copied if size < 16) // max(1, sum(copied)),
+        "mma": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack, by the tool that ships with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {
+        name: int(re.findall(rf"{word}:(\d+)", text)[0])
+        for name, word in (("registers", "REG"), ("stack", "STACK"))
+    }
+
+
+def offences(kernel: Compiled) -> list[Offence]:
+    """Say what a kernel does that it must not.
+
+    A tensor-core instruction of another kind would round differently, and Triton chooses among
+    them by the shape of a tile: one kind everywhere is what keeps a row's bits. Many narrow copies
+    mean that the compiler lost the alignment of a weight or of the cache; a few are page numbers or
+    the weights of a norm.
+    """
+    ceiling = CEILINGS.get(kernel.kernel, Ceiling(255))
+    wrong = []
+    if kernel.stack:
+        wrong.append(f"spills {kernel.stack} bytes a thread")
+    if kernel.registers > ceiling.registers:
+        wrong.append(f"takes {kernel.registers} registers, at most {ceiling.registers}")
+    if kernel.shared > MAX_SHARED:
+        wrong.append(f"takes {kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
+    if ceiling.wide and not kernel.wide:
+        wrong.append("loads nothing 16 bytes at a time")
+    if ceiling.wide and kernel.narrow > ceiling.narrow:
+        wrong.append(f"copies {kernel.narrow} % in less than 16 bytes at a time")
+    if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
+        wrong.append(f"multiplies with {', '.join(kernel.mma) or 'nothing'}")
+    least = MIN_ISSUE_CEILING[kernel.rows_multiplied > 64]
+    if 0 < kernel.issue_ceiling < least and kernel.target == "sm_90":
+        wrong.append(
+            f"issues {kernel.loop} instructions a pass: {kernel.issue_ceiling} TB/s of weights "
+            f"at most, at least {least}"
+        )
+    return [(kernel.symbol, what, kernel.target) for what in wrong]
+
+
+def two_binaries(compiled: list[Compiled]) -> list[Offence]:
+    """A symbol must be one binary at every row count, else a step compiles, and may round, anew."""
+    binaries: dict[tuple[str, ...], dict[str, int]] = {}
+    for k in compiled:
+        seen = binaries.setdefault((k.symbol, k.target, k.model, k.case), {})
+        seen.setdefault(k.binary, k.rows)
+    return [
+        (symbol, f"is {len(seen)} binaries, at {', '.join(map(str, seen.values()))} rows", target)
+        for (symbol, target, _, _), seen in binaries.items()
+        if len(seen) > 1
+    ]
+
+
+def together(wrong: list[Offence]) -> list[str]:
+    """A line for each offence of a symbol, whatever the GPUs that show it."""
+    targets: dict[tuple[str, str], dict[str, None]] = {}
+    for symbol, what, target in wrong:
+        targets.setdefault((symbol, what), {})[target] = None
+    lines = [(symbol, what, " ".join(where)) for (symbol, what), where in targets.items()]
+    return sorted(
+        f"{symbol} {what}" + (f" ({where})" if where else "") for symbol, what, where in lines
+    )
+
+
+def kernels() -> set[str]:
+    """The names of all kernels of kernels/."""
+    return {
+        op_name(node.name)
+        for file in ROOT.glob("kernels/*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+
+
+def table(compiled: list[Compiled]) -> str:
+    """Markdown: a line a kernel and model, a column a GPU."""
+    targets = list(dict.fromkeys(kernel.target for kernel in compiled))
+    lines = [
+        "# What the kernels compile to",
+        "",
+        f"Triton {triton.__version__}, {date.today()}, by `python benchmarks/check_codegen.py "
+        "--write-table`. Cells: registers a thread / KB of shared memory a block / 16-byte loads "
+        "and copies in the code / tensor-core instructions in the code, and of matmuls / the "
+        "issue ceiling, TB/s of weights with every issue slot used / bytes asked of the L2 over "
+        "the weights' bytes. No kernel may spill.",
+    ]
+    for model in dict.fromkeys(kernel.model for kernel in compiled):
+        lines += ["", f"## {model}", ""]
+        lines += [
+            "| kernel | rows | " + " | ".join(targets) + " |",
+            "|---|---|" + "---|" * len(targets),
+        ]
+        kernels = [kernel for kernel in compiled if kernel.model == model]
+        for symbol in dict.fromkeys(kernel.symbol for kernel in kernels):
+            same = [kernel for kernel in kernels if kernel.symbol == symbol]
+            rows = ", ".join(str(rows) for rows in dict.fromkeys(k.rows for k in same))
+            cells = [
+                ", ".join(dict.fromkeys(cell(k) for k in same if k.target == target))
+                for target in targets
+            ]
+            lines.append(f"| `{symbol.removeprefix('mtpkern_')}` | {rows} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(kernel: Compiled) -> str:
+    shared = f"{kernel.shared / 1024:.1f}".removesuffix(".0")
+    spilled = f" / {kernel.stack} SPILLED" if kernel.stack else ""
+    mma = sum(kernel.mma.values())
+    bounds = f" / {kernel.issue_ceiling} / {kernel.l2_over_weights}" if kernel.loop else ""
+    return f"{kernel.registers} / {shared} / {kernel.wide} / {mma}{bounds}{spilled}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Files on disk -> named tensors, settings and tokenizers, and back."""

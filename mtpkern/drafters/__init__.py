@@ -1,0 +1,1 @@
+"""What proposes tokens: heads, the sequence itself, and how many of them."""

@@ -1,0 +1,1 @@
+"""The operations of a step: what they are, and their implementations."""

@@ -1,0 +1,129 @@
+"""bench_kernels: its check, its arithmetic and its last line, small and with a stopped clock."""
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from traffic import recorded_traffic
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TINY = dict(E=48, F=112, Hq=4, Hk=2, D=16, V=307, L=3)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module, where every call takes 2 ms and is made once."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_kernels
+    import kernel_cases
+
+    def two(calls: Any, repeat: int) -> float:
+        for call in calls:
+            call()
+        return 2.0
+
+    bench_kernels.measured = bench_kernels.milliseconds
+    monkeypatch.setattr(bench_kernels, "milliseconds", two)
+    monkeypatch.setattr(bench_kernels, "PROBE_BYTES", 2**18)
+    monkeypatch.setattr(bench_kernels, "MAX_SETS", 2)
+    monkeypatch.setattr(kernel_cases, "CONTEXTS", (512,))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny", kernel_cases.Model(**TINY))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", kernel_cases.Model(**TINY, qk_norm=True))
+    yield bench_kernels
+    for name in ("bench_kernels", "kernel_cases", "common", "checkout"):
+        sys.modules.pop(name, None)
+
+
+def test_without_a_gpu_it_says_so_in_one_line(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "GPU" in captured.err
+
+
+def test_every_op_is_checked_and_reported(
+    bench: ModuleType, gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--model", "tiny", "--model", "tiny qk", "--rows", "5"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert {row["op"] for row in report["rows"]} == set(bench.OPS)
+    for row in report["rows"]:
+        assert row["ratio"] == 1 and row["max_error"] >= 0
+        peak = max(report["environment"]["copy_gbps"], report["environment"]["read_gbps"])
+        assert row["percent_of_peak"] == pytest.approx(100 * row["gbps"] / peak)
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_a_wrong_value_leaves_no_number(
+    bench: ModuleType,
+    gpu: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: float,
+) -> None:
+    def spoilt(model: Any, B: int, T: int) -> Any:
+        for case in bench.OPS["linear"](model, B, T):
+            call = case.inputs("cuda")
+            yield case._replace(
+                inputs=lambda device, call=call: call._replace(
+                    launch=lambda pdl: call.launch(pdl) + wrong
+                )
+            )
+
+    monkeypatch.setattr(bench, "OPS", {"linear": bench.OPS["linear"], "spoilt": spoilt})
+    assert bench.main(["--model", "tiny", "--rows", "5"]) == 1
+    printed = capsys.readouterr().out
+    assert "RED: spoilt o" in printed and "RED: linear" not in printed
+    assert json.loads(printed.splitlines()[-1])["rows"] == []
+
+
+def test_inputs_are_ready_before_another_stream_reads_them(bench: Any) -> None:
+    pretend_gpu = pytest.importorskip("pretend_gpu").pretend_gpu
+    streams = []
+    with pretend_gpu() as gpu:
+        bench.measured([lambda: streams.append(gpu.current)], 2)
+        assert streams and all(gpu.default in stream.waited_for for stream in streams)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_what_is_timed_is_what_was_checked(bench: Any, pdl: bool) -> None:
+    launched = []
+
+    def launch(pdl: bool) -> torch.Tensor:
+        launched.append(pdl)
+        return torch.zeros(1)
+
+    zero = partial(torch.zeros, 1)
+    call = bench.Call(launch, zero, zero, zero)
+    case = bench.Case("", "", 1 << 30, lambda device: call)
+    bench.check(case, pdl)
+    bench.launch(call, pdl)()
+    assert launched == [pdl, pdl]
+
+
+def test_reading_adds_up_every_number(bench: ModuleType, gpu: str) -> None:
+    x = torch.arange(65536 // 4, device=gpu, dtype=torch.float32)
+    out = torch.empty(1, device=gpu)
+    bench.read(x, out)
+    torch.testing.assert_close(out.double().cpu(), x.double().sum()[None].cpu())
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny qk"])
+def test_the_bytes_of_a_rate_are_those_that_the_kernel_touches(
+    bench: ModuleType, gpu: str, model: str
+) -> None:
+    for op, cases in bench.OPS.items():
+        for case in cases(bench.MODELS[model], 2, 5):
+            call = case.inputs(gpu)
+            with recorded_traffic() as traffic:
+                call.launch(False)
+            assert traffic.bytes_touched() == case.bytes_moved, f"{op} {case.name} {case.shape}"

@@ -1,0 +1,202 @@
+"""check_codegen: what it reads from PTX and what it refuses; CI runs its matrix."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtpkern.kernels.linear import linear
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PTX = """
+    @%p1 ld.global.L1::evict_first.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ], %rd2;
+    ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+    cp.async.cg.shared.global [ %r18 + 0 ], [ %rd3 + 0 ], 0x10, %r19;
+    cp.async.ca.shared.global.L2::cache_hint [ %r18 + 0 ], [ %rd3 + 0 ], 0x8, %r19, %rd9;
+    cp.async.commit_group;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 };
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 { %f1 };
+    tcgen05.mma.cta_group::1.kind::f16 [ %r1 ], %rd1;
+"""
+
+
+@pytest.fixture
+def codegen(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import check_codegen
+
+    return check_codegen
+
+
+def test_loads_copies_and_multiplications_are_counted(codegen: Any) -> None:
+    assert codegen.instructions(PTX) == {
+        "wide": 2,
+        "narrow": 33,
+        "mma": {"mma.sync.m16n8k16": 1, "tcgen05.mma": 1, "wgmma.mma_async.m64n16k16": 1},
+    }
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+        /*0040*/              @!P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0050*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0060*/                   IADD3 R2, R1, 0x1, RZ ;
+        /*0070*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_the_longest_loop_that_multiplies_is_counted(codegen: Any) -> None:
+    import bounds
+
+    assert bounds.multiplying_loop(SASS) == 4
+    assert bounds.multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
+
+
+# Rows of a step, and bytes that a layer's matmuls may ask the L2 for, over those of its weights.
+@pytest.mark.parametrize(
+    ("step", "most"), [((1, 5), 1.25), ((4, 5), 1.5), ((8, 5), 2), ((32, 5), 4)]
+)
+def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
+    codegen: Any, step: tuple[int, int], most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bounds
+    from kernel_cases import MODELS, OPS
+
+    asked, weights = 0, 0
+
+    def count(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        nonlocal asked, weights
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        asked += bounds.l2_bytes(given, grid)
+        multiplied = bounds.matmul(given, grid)
+        weights += 0 if multiplied is None else multiplied.weight_bytes
+
+    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    for op in ("qkv_rope_cache", "linear", "gate_up_silu"):
+        for case in OPS[op](MODELS["llama-3.1-8b"], *step):
+            case.inputs("meta").launch(False)
+    assert weights == 2 * (6144 * 4096 + 4096 * 4096 + 3 * 4096 * 14336)
+    assert 1 < asked / weights <= most
+
+
+@pytest.mark.parametrize("rows", [5, 20, 100, 160])
+def test_the_l2_is_asked_for_what_the_formula_says(
+    gpu: str, codegen: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads and stores of a matmul whose inputs are split, but for the last output."""
+    import bounds
+    from traffic import recorded_traffic
+
+    N, K = 100, 1100
+    x, w = torch.randn(rows, K).bfloat16().to(gpu), torch.randn(N, K).bfloat16().to(gpu)
+    expected = 0
+    run = codegen.JITFunction.run
+
+    def count(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
+        nonlocal expected
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        expected += bounds.l2_bytes(given, grid)
+        return run(self, *args, grid=grid, **options)
+
+    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    with recorded_traffic() as traffic:
+        out = linear(x, w)
+    accesses = traffic.read + traffic.written
+    asked = sum(len(addresses) * size for addresses, size in accesses)
+    assert asked == expected + out.numel() * out.element_size()
+
+
+def sound(codegen: Any) -> Any:
+    label = ("sm_90", "tiny", "linear", "down", 5, "linear", "mtpkern_linear_16", "f00")
+    return codegen.Compiled(*label, 64, 0, 65536, 8, 0, {"mma.sync.m16n8k16": 8})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, []),
+        ({"stack": 8}, ["spills 8 bytes a thread"]),
+        ({"registers": 250}, ["takes 250 registers, at most 168"]),
+        ({"shared": 102401}, ["takes 102401 bytes of shared memory, at most 102400"]),
+        ({"wide": 0}, ["loads nothing 16 bytes at a time"]),
+        ({"narrow": 50}, ["copies 50 % in less than 16 bytes at a time"]),
+        ({"mma": {}}, ["multiplies with nothing"]),
+        ({"loop": 90, "issue_ceiling": 3.1, "rows_multiplied": 65}, []),
+        (
+            {"loop": 656, "issue_ceiling": 2.9, "rows_multiplied": 5},
+            ["issues 656 instructions a pass: 2.9 TB/s of weights at most, at least 6.0"],
+        ),
+        (
+            {"mma": {"mma.sync.m16n8k16": 8, "wgmma.mma_async.m64n16k16": 1}},
+            ["multiplies with mma.sync.m16n8k16, wgmma.mma_async.m64n16k16"],
+        ),
+    ],
+)
+def test_an_offence_is_named(codegen: Any, changed: dict[str, Any], said: list[str]) -> None:
+    found = codegen.offences(sound(codegen)._replace(**changed))
+    assert found == [("mtpkern_linear_16", what, "sm_90") for what in said]
+
+
+def test_row_counts_of_one_symbol_must_share_a_binary(codegen: Any) -> None:
+    five = sound(codegen)
+    assert codegen.two_binaries([five, five._replace(rows=1)]) == []
+    assert codegen.two_binaries([five, five._replace(rows=1, binary="f01")]) == [
+        ("mtpkern_linear_16", "is 2 binaries, at 5, 1 rows", "sm_90")
+    ]
+
+
+def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
+    assert codegen.kernels() == codegen.CEILINGS.keys()
+
+
+@pytest.fixture
+def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Compiles both kernels of an attention on an H100 -> their binaries."""
+    import triton
+
+    from mtpkern.kernels.verify_attention import verify_attention
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(90))
+
+    def compiled(D: int, dtype: torch.dtype, columns: int, B: int = 1, T: int = 5) -> list[Any]:
+        q = torch.empty(B, T, 8, D, dtype=dtype, device="meta")
+        pages = torch.empty(9, 64, 2, D, dtype=dtype, device="meta")
+        table = torch.empty(B, 4096, dtype=torch.int32, device="meta")[:, :columns]
+        lengths = torch.empty(B, dtype=torch.int64, device="meta")
+        with codegen.launches_compiled() as launched:
+            verify_attention(q, pages, pages, table, lengths)
+        return [binary for _, binary, _, _ in launched]
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(256, torch.bfloat16), (64, torch.float32), (128, torch.float32)]
+)
+def test_attention_spills_nothing_where_heads_or_elements_are_large(
+    codegen: Any, compiled_attention: Callable[..., list[Any]], D: int, dtype: torch.dtype
+) -> None:
+    for binary in compiled_attention(D, dtype, 512):
+        facts = codegen.measure(binary)
+        assert facts["stack"] == 0 and facts["shared"] <= codegen.MAX_SHARED
+
+
+def test_attention_is_one_binary_for_all_contexts_batches_and_windows(
+    compiled_attention: Callable[..., list[Any]],
+) -> None:
+    sizes = [(columns, B, T) for columns in (1, 17, 4096) for B in (1, 3, 8) for T in (1, 5, 64)]
+    hashes = {
+        tuple(binary.hash for binary in compiled_attention(16, torch.bfloat16, columns, B, T))
+        for columns, B, T in sizes
+    }
+    assert len(hashes) == 1

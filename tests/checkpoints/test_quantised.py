@@ -1,0 +1,372 @@
+"""Matrices in their file's own bits, or rounded at load: what they stand for, bit for bit."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CONFIG, tiny_checkpoint, tiny_tensors
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import NAMES, TOKENS
+from safetensors.torch import save_file
+
+from mtpkern.checkpoints.gguf import convert_gguf, describe_gguf
+from mtpkern.checkpoints.llama import (
+    ModelWeights,
+    check_checkpoint,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tensors,
+)
+from mtpkern.config import ModelLoadError, UserError
+from mtpkern.kernels.cpu.weights import Quants, expanded, is_held, joined, rounded, widened
+
+E, F, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
+CONFIG = TINY_CONFIG | {
+    "vocab_size": len(TOKENS),
+    "hidden_size": E,
+    "intermediate_size": F,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+}
+FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
+# Types that the gguf package expands, but does not make: bytes of a block, and where its fp16 are.
+MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2))}
+OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0", Kind.Q6_K: "q6_k"}
+OWN |= {Kind.F16: "fp16", Kind.BF16: "bf16", Kind.F32: "fp32"}
+
+
+def model_tensors(arch: str, tied: bool) -> dict[str, torch.Tensor]:
+    """Float32 tensors in Hugging Face's names, with what the architecture adds to Llama's."""
+    tensors = tiny_tensors(CONFIG | {"tie_word_embeddings": tied})
+    generator = torch.Generator().manual_seed(1)
+    for i in range(LAYERS):
+        at = f"model.layers.{i}.self_attn."
+        if arch == "qwen2":
+            for name in "qkv":
+                rows = len(tensors[f"{at}{name}_proj.weight"])
+                tensors[f"{at}{name}_proj.bias"] = torch.randn(rows, generator=generator)
+        if arch == "qwen3":
+            for name in "qk":
+                tensors[f"{at}{name}_norm.weight"] = 1 + torch.randn(E // HEADS) / 10
+    return tensors
+
+
+def stored(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """A matrix as a file holds it; random blocks where the package cannot quantise."""
+    if kind in FLOATS:
+        return values.astype(FLOATS[kind])
+    if kind not in MADE_UP:
+        return gguf.quantize(values, kind)
+    size, halves = MADE_UP[kind]
+    generator = np.random.default_rng(len(values))
+    blocks = generator.integers(0, 256, (len(values), values.shape[1] // 256, size), np.uint8)
+    for at in halves:
+        d = generator.normal(0, 1e-3, blocks.shape[:2]).astype(np.float16)
+        blocks[:, :, at : at + 2] = d[..., None].view(np.uint8).reshape(*d.shape, 2)
+    return blocks.reshape(len(values), -1)
+
+
+def write_model(
+    directory: Path,
+    kind: Kind | Callable[[str], Kind],
+    *,
+    arch: str = "llama",
+    tied: bool = True,
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    damage: Callable[[str, np.ndarray], None] = lambda name, data: None,
+) -> dict[str, torch.Tensor]:
+    """Write model.gguf with its config.json and tokenizer -> what its tensors stand for.
+
+    `kind` is the type of each matrix, by its name. `damage` may change a matrix's bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(directory / "model.gguf", arch)
+    writer.add_context_length(256)
+    writer.add_embedding_length(E)
+    writer.add_feed_forward_length(F)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(E // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_eos_token_id(2)
+    names = NAMES | {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    found = {}
+    for name, tensor in model_tensors(arch, tied).items():
+        stem, _, what = name.rpartition(".")
+        if stem in outer:
+            theirs = f"{outer[stem]}.{what}"
+        else:
+            _, _, layer, inner = stem.split(".", 3)
+            theirs = f"blk.{layer}.{names[inner]}.{what}"
+        values, own = tensor.numpy(), kind if isinstance(kind, Kind) else kind(name)
+        if tensor.ndim == 2:
+            data = stored(values, own)
+            values = data if own in FLOATS else gguf.dequantize(data, own)
+        else:
+            data = values
+        if tensor.ndim == 2:
+            damage(name, data)
+        found[name] = torch.from_numpy(values.astype(np.float32))
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(stem.rpartition(".")[2])
+        if heads and arch == "llama":
+            # Row i of the first half of a head, then row i of its second half.
+            rows = np.arange(len(data)).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+            data = data[rows]
+        quantised = tensor.ndim == 2 and own not in FLOATS
+        writer.add_tensor(theirs, data, raw_dtype=own if quantised else None)
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    describe_gguf(directory / "model.gguf", directory)
+    return found
+
+
+def load(directory: Path, weights: str | None = "auto") -> ModelWeights:
+    return load_model(directory, dtype=torch.float32, weights=weights)[1]
+
+
+def matrices(w: ModelWeights) -> dict[str, Any]:
+    """Every matrix under a name of its own."""
+    found = {f"{i}.{f}": getattr(w.layers[i], f) for i in range(LAYERS) for f in FUSED}
+    return found | {"embedding": w.embedding, "lm_head": w.lm_head}
+
+
+FUSED = {
+    "qkv": [f"self_attn.{name}_proj" for name in "qkv"],
+    "o": ["self_attn.o_proj"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+}
+
+
+def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `matrices` are to stand for."""
+    found = {
+        f"{i}.{field}": torch.cat([tensors[f"model.layers.{i}.{n}.weight"] for n in names])
+        for i in range(LAYERS)
+        for field, names in FUSED.items()
+    }
+    found["embedding"] = tensors["model.embed_tokens.weight"]
+    return found | {"lm_head": tensors.get("lm_head.weight", found["embedding"])}
+
+
+def assert_same(a: Any, b: Any, name: str) -> None:
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.name)
+def test_own_bits_stand_for_what_the_expanded_load_gives(
+    arch: str, kind: Kind, tmp_path: Path
+) -> None:
+    true = write_model(tmp_path, kind, arch=arch, tied=arch != "qwen3")
+    assert load_config(tmp_path).model_type == arch
+    kept, plain = load(tmp_path), load(tmp_path, None)
+    wanted = fused(true)
+    for name, quants in matrices(kept).items():
+        assert (quants.format, quants.q.shape) == (OWN[kind], wanted[name].shape)
+        assert_same(expanded(quants), wanted[name], name)
+        assert_same(matrices(plain)[name], wanted[name], name)
+    for name, tensor in load_tensors(tmp_path).items():
+        assert_same(tensor.float(), true[name], name)
+    for i, layer in enumerate(kept.layers):
+        at = f"model.layers.{i}."
+        assert_same(layer.input_norm, true[f"{at}input_layernorm.weight"], at)
+        if arch == "qwen2":
+            biases = [true[f"{at}self_attn.{name}_proj.bias"] for name in "qkv"]
+            assert_same(layer.qkv_bias, torch.cat(biases), at)
+        if arch == "qwen3":
+            assert_same(layer.k_norm, true[f"{at}self_attn.k_norm.weight"], at)
+    assert (kept.lm_head is kept.embedding) == (arch != "qwen3")
+    assert kept.norm.dtype == torch.float32
+
+
+def test_mistral_is_llama_with_heads_of_another_size(tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        # The same rows are twice as many heads of half the size: permuted otherwise.
+        for name, value in (("head_count", 8), ("head_count_kv", 4), ("key_length", 32)):
+            del writer.kv_data[0][f"llama.attention.{name}"]
+            writer.add_uint32(f"llama.attention.{name}", value)
+
+    true = write_model(tmp_path, Kind.Q4_0, change=change)["model.layers.0.self_attn.q_proj.weight"]
+    found = load_tensors(tmp_path)["model.layers.0.self_attn.q_proj.weight"]
+    in_file = true.view(HEADS, 2, -1, E).transpose(1, 2).reshape(8, -1, 2, E)
+    assert_same(found, in_file.transpose(1, 2).reshape(-1, E), "q")
+
+
+MIXED: list[tuple[dict[str, Kind], str, str]] = [
+    ({"q": Kind.Q4_0, "k": Kind.Q4_1, "v": Kind.Q4_0}, "q4_1", ""),
+    ({"q": Kind.Q4_0, "k": Kind.Q4_0, "v": Kind.Q8_0}, "q8_0", ""),
+    ({"q": Kind.Q8_0, "k": Kind.Q6_K, "v": Kind.F32}, "fp32", ""),
+    (
+        {"q": Kind.Q4_0, "k": Kind.Q4_0, "v": Kind.Q6_K},
+        "q8_0",
+        "Q4_0 and Q6_K that form one matrix",
+    ),
+    ({"q": Kind.F16, "k": Kind.F16, "v": Kind.Q5_0}, "q8_0", "Q5_0 has no kernel"),
+    ({"q": Kind.Q4_K, "k": Kind.Q4_K, "v": Kind.Q6_K}, "q8_0", "Q4_K has no kernel"),
+    ({"q": Kind.Q5_1, "k": Kind.Q5_1, "v": Kind.Q5_1}, "q8_0", "Q5_1 has no kernel"),
+]
+
+
+@pytest.mark.parametrize(("kinds", "format", "says"), MIXED)
+def test_parts_of_one_matrix_share_a_format(
+    kinds: dict[str, Kind],
+    format: str,
+    says: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def kind(name: str) -> Kind:
+        part = name.split(".")[-2]
+        return kinds[part[0]] if part in ("q_proj", "k_proj", "v_proj") else Kind.Q8_0
+
+    true = write_model(tmp_path, kind)
+    with caplog.at_level(logging.WARNING):
+        w = load(tmp_path)
+    for i, layer in enumerate(w.layers):
+        assert (layer.qkv.format, layer.o.format) == (format, "q8_0")
+        parts = [true[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv"]
+        exact = [is_held(OWN.get(kinds[name], ""), format) for name in "qkv"]
+        wanted = [
+            part if held else torch.from_numpy(expanded(rounded(part, format)))
+            for part, held in zip(parts, exact, strict=True)
+        ]
+        assert_same(expanded(layer.qkv), torch.cat(wanted), "qkv")
+    # Two layers, one line.
+    assert sum(says in line for line in caplog.messages) == (1 if says else len(caplog.messages))
+    assert bool(says) == bool(caplog.messages)
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q8_0", "q8", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_checkpoint_is_rounded_at_load(format: str, tied: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": 4, "tie_word_embeddings": tied}
+    tiny_checkpoint(tmp_path, dtype=torch.bfloat16, **sizes)
+    true = fused({name: t.float() for name, t in load_tensors(tmp_path).items()})
+    w = load_model(tmp_path, dtype=torch.bfloat16, weights=format)[1]
+    for name, quants in matrices(w).items():
+        outer = name in ("embedding", "lm_head") and format in ("q4_0", "q4_1")
+        assert quants.format == ("q8_0" if outer else format)
+        assert_same(expanded(quants), expanded(rounded(true[name], quants.format)), name)
+    assert (w.lm_head is w.embedding) == tied and w.norm.dtype == torch.float32
+    made_up = load_model(tmp_path, dtype=torch.bfloat16, weights=format, dummy=True)[1]
+    assert {n: m.format for n, m in matrices(made_up).items()} == {
+        n: m.format for n, m in matrices(w).items()
+    }
+
+
+def test_a_gguf_can_be_rounded_too(tmp_path: Path) -> None:
+    true = fused(write_model(tmp_path, lambda name: Kind.Q4_0 if "mlp" in name else Kind.Q6_K))
+    w = matrices(load(tmp_path, "q4_0"))
+    assert_same(expanded(w["0.down"]), true["0.down"], "kept as it is")
+    assert_same(expanded(w["0.o"]), expanded(rounded(true["0.o"], "q4_0")), "rounded")
+    assert w["embedding"].format == "q8_0"
+    assert_same(expanded(matrices(load(tmp_path, "fp32"))["0.qkv"]), true["0.qkv"], "all held")
+
+
+def test_auto_leaves_safetensors_as_they_are(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    plain, auto = (load_model(tmp_path, dtype=torch.float16, weights=w)[1] for w in (None, "auto"))
+    for name, tensor in matrices(plain).items():
+        assert_same(matrices(auto)[name], tensor, name)
+    assert auto.norm.dtype == torch.float16
+
+
+def test_a_gguf_and_its_conversion_are_the_same_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "a", Kind.Q4_1, tied=False)
+    (tmp_path / "b").mkdir()
+    convert_gguf(tmp_path / "a" / "model.gguf", tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    a, b = (load_model(tmp_path / name, dtype=torch.bfloat16)[1] for name in "ab")
+    for name, tensor in matrices(a).items():
+        assert_same(tensor, matrices(b)[name], name)
+    # One value of one matrix, if it is among those that are looked at.
+    tensors = {name: t.clone() for name, t in load_tensors(tmp_path / "b").items()}
+    tensors["model.layers.1.self_attn.k_proj.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+
+
+def test_safetensors_count_before_a_gguf_beside_them(tmp_path: Path) -> None:
+    write_model(tmp_path, Kind.Q4_1)
+    convert_gguf(tmp_path / "model.gguf", tmp_path)
+    assert "model.gguf beside it is not" in load_config(tmp_path).remarks[-1]
+    assert {entry.dtype for entry in check_checkpoint(tmp_path)[1].values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q6_K, Kind.F16, Kind.Q5_0])
+@pytest.mark.parametrize("weights", [None, "auto", "q8_0"])
+def test_what_is_not_finite_is_refused_by_name(
+    kind: Kind, weights: str | None, tmp_path: Path
+) -> None:
+    def damage(name: str, data: np.ndarray) -> None:
+        if name == "model.layers.1.mlp.down_proj.weight":
+            at = 208 if kind == Kind.Q6_K else 0
+            data.view(np.uint8)[3, at : at + 2] = np.array([np.inf], np.float16).view(np.uint8)
+
+    write_model(tmp_path, kind, damage=damage)
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(ModelLoadError, match=r"model.gguf: tensor blk.1.ffn_down.weight.*finite"),
+    ):
+        load(tmp_path, weights)
+
+
+def test_rows_that_do_not_divide_and_other_formats_are_refused(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    with pytest.raises(ModelLoadError, match="q_proj.weight: .*multiple of 32 for q4_1, got 48"):
+        load(tmp_path, "q4_1")
+    with pytest.raises(UserError, match="weights must be .*q4_0"):
+        load(tmp_path, "q6_k")
+
+
+VALUES = {
+    "q4_0": lambda w: rounded(w, "q4_0"),
+    "q4_1": lambda w: rounded(w, "q4_1"),
+    "q8_0": lambda w: rounded(w, "q8_0"),
+    "q8": lambda w: rounded(w, "q8"),
+    "bf16": lambda w: rounded(w, "bf16"),
+    "fp16": lambda w: rounded(w, "fp16"),
+    "fp32": lambda w: rounded(w, "fp32"),
+}
+
+
+@pytest.mark.parametrize("format", VALUES)
+@pytest.mark.parametrize("other", VALUES)
+def test_a_wider_format_holds_the_same_values(format: str, other: str) -> None:
+    w = VALUES[format](torch.randn(5, 64, generator=torch.Generator().manual_seed(2)))
+    if is_held(format, other):
+        wide = widened(w, other)
+        assert (wide.format, wide.q.dtype) == (other, VALUES[other](torch.zeros(1, 32)).q.dtype)
+        assert expanded(wide).tobytes() == expanded(w).tobytes()
+    else:
+        with pytest.raises(ValueError, match=f"{other} does not hold the values of {format}"):
+            widened(w, other)
+
+
+@pytest.mark.parametrize("format", VALUES)
+def test_matrices_are_joined_along_their_outputs(format: str) -> None:
+    parts = [VALUES[format](torch.randn(rows, 64)) for rows in (1, 5, 3)]
+    whole = joined(*parts)
+    assert isinstance(whole, Quants) and whole.format == format
+    assert_same(expanded(whole), np.concatenate([expanded(part) for part in parts]), format)
+    with pytest.raises(ValueError, match="K=64 like the first, got"):
+        joined(parts[0], VALUES[format](torch.zeros(1, 32)))

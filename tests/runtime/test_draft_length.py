@@ -1,0 +1,255 @@
+"""DraftLength: the K that gives the most tokens a second, found and kept, at a bounded price."""
+
+import random
+from typing import Any
+
+import pytest
+
+from mtpkern.drafters.base import HEADS, NGRAM, NONE
+from mtpkern.drafters.draft_length import (
+    AWAKE,
+    LOOKS,
+    PROBE_BUDGET,
+    RETRY,
+    DraftLength,
+    FixedDraftLength,
+    GraphDraftLength,
+    Timings,
+    Window,
+)
+
+FLAT = {0: 1.0, 1: 1.01, 2: 1.02, 4: 1.04}
+STEEP = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
+
+
+def observe(chooser: GraphDraftLength, drafted: int, accepted: int) -> None:
+    chooser.observe(4, 0.0, [(Window(HEADS, (1.0,) * drafted), accepted)], 0)
+
+
+def simulate(
+    chooser: GraphDraftLength, rates: list[float], steps: int, seed: int = 0
+) -> tuple[int, float]:
+    """Tokens and seconds of a run whose drafts stand at `rates`; the K of the step before says how
+    many of a window's drafts are meant."""
+    generator = random.Random(seed)
+    tokens, seconds, meant = 0, 0.0, 0
+    for _ in range(steps):
+        k = chooser.choose([])
+        drafted = min(meant, k)
+        accepted = 0
+        while accepted < drafted and generator.random() < rates[accepted]:
+            accepted += 1
+        observe(chooser, drafted, accepted)
+        tokens, seconds, meant = tokens + accepted + 1, seconds + chooser.seconds[k], k
+    return tokens, seconds
+
+
+@pytest.mark.parametrize(
+    ("costs", "rates", "best"),
+    [
+        (FLAT, [0.8, 0.7, 0.6, 0.5], 4),
+        (FLAT, [0.0] * 4, 0),
+        (STEEP, [0.9, 0.1, 0.1, 0.1], 1),
+        (STEEP, [0.3] * 4, 0),
+        ({0: 1.0, 1: 1.3, 2: 1.31, 4: 3.0}, [0.9, 0.8, 0.1, 0.1], 2),
+    ],
+)
+def test_the_best_k_is_found(costs: dict[int, float], rates: list[float], best: int) -> None:
+    chooser = GraphDraftLength(costs)
+    simulate(chooser, rates, 3000)
+    assert chooser.best() == best
+
+
+@pytest.mark.parametrize("costs", [FLAT, STEEP])
+def test_useless_drafts_cost_less_than_two_percent(costs: dict[int, float]) -> None:
+    tokens, seconds = simulate(GraphDraftLength(costs), [0.0] * 4, 20000)
+    assert tokens / seconds > 0.98 * 1 / costs[0]
+
+
+def test_drafts_that_become_good_are_noticed() -> None:
+    chooser = GraphDraftLength(FLAT)
+    simulate(chooser, [0.0] * 4, 3000)
+    assert chooser.best() == 0
+    simulate(chooser, [0.9] * 4, 6000, seed=1)
+    assert chooser.best() == 4
+
+
+def test_expected_tokens_are_a_sum_of_products() -> None:
+    chooser = GraphDraftLength(FLAT)
+    chooser.stands = [0.5, 0.4, 0.1, 1.0]
+    assert chooser.tokens(0) == 1
+    assert chooser.tokens(2) == pytest.approx(1 + 0.5 + 0.2)
+    assert chooser.tokens(4) == pytest.approx(1 + 0.5 + 0.2 + 0.02 + 0.02)
+    assert 0 < PROBE_BUDGET < 0.02
+
+
+def test_what_was_not_reached_is_not_counted() -> None:
+    chooser = GraphDraftLength(FLAT)
+    before = list(chooser.stands)
+    observe(chooser, 3, 1)  # the first stood, the second fell, the third was never reached
+    assert chooser.stands[0] > before[0] and chooser.stands[1] < before[1]
+    assert chooser.stands[2:] == before[2:]
+    observe(chooser, 0, 0)
+    assert chooser.stands[2:] == before[2:]
+
+
+def test_costs_without_plain_decoding_are_refused() -> None:
+    with pytest.raises(ValueError, match="seconds must hold K = 0"):
+        GraphDraftLength({1: 1.0})
+
+
+class Machine:
+    """Decoding in a model: what steps cost in plain steps, and which drafts there are and stand.
+
+    `row` is the cost of one more row, `pass_` of a token that the heads draft. Heads claim
+    `claimed` for each draft, which stands at `stands`; a share `matches` of the steps has copies,
+    which stand at `copied`. `noise` is a relative standard deviation of each timing.
+    """
+
+    def __init__(
+        self,
+        row: float,
+        pass_: float,
+        *,
+        claimed: float = 0.8,
+        stands: float = 0.8,
+        matches: float = 0.0,
+        copied: float = 0.0,
+        noise: float = 0.0,
+        batch: int = 1,
+    ):
+        self.row, self.pass_, self.noise, self.batch = row, pass_, noise, batch
+        self.claimed, self.stands, self.matches, self.copied = claimed, stands, matches, copied
+        self.generator = random.Random(3)
+
+    def step(self, k: int) -> float:
+        return (1 + self.row * (k + 1) * self.batch) * (1 + self.generator.gauss(0, self.noise))
+
+    def window(self, use_heads: bool, least: float) -> Window:
+        if self.generator.random() < self.matches:
+            return Window(NGRAM, (1.0,) * 4)
+        if not use_heads:
+            return Window(NONE, ())
+        drafts = 1
+        while drafts < 4 and self.claimed**drafts >= least:
+            drafts += 1
+        return Window(HEADS, (self.claimed,) * drafts)
+
+    def stood(self, window: Window, k: int) -> int:
+        rate = self.copied if window.source == NGRAM else self.stands
+        drafted = min(k, len(window.chances))
+        return next((i for i in range(drafted) if self.generator.random() >= rate), drafted)
+
+    def run(self, chooser: DraftLength | FixedDraftLength, tokens: int) -> float:
+        """Decode that many tokens per sequence -> the rate over that of plain decoding."""
+        seconds, emitted = 0.0, 0.0
+        windows = [Window(NONE, ())] * self.batch
+        while emitted < tokens:
+            k = chooser.choose(windows)
+            use, least = chooser.use_heads(), chooser.least_chance()
+            stood = [self.stood(window, k) for window in windows]
+            outcomes = [
+                (window._replace(chances=window.chances[:k]), accepted)
+                for window, accepted in zip(windows, stood, strict=True)
+            ]
+            windows = [self.window(use, least) for _ in windows]
+            drafted = max((len(w.chances) for w in windows if w.source == HEADS), default=0)
+            took = self.step(k) + drafted * self.pass_
+            chooser.observe(k, took, outcomes, drafted)
+            seconds += took
+            emitted += 1 + sum(stood) / self.batch
+        return emitted / seconds * (1 + self.row * self.batch)
+
+    def loaded(self) -> DraftLength:
+        """A chooser as it is after load: steps of one sequence were timed."""
+        chooser = DraftLength(4)
+        for k in range(5):
+            for _ in range(3):
+                cost = (1 + self.row * (k + 1)) * (1 + self.generator.gauss(0, self.noise))
+                chooser.seconds.observe(k + 1, cost)
+        chooser.begin(self.batch)
+        return chooser
+
+
+HOSTILE: dict[str, Any] = dict(claimed=0.95, stands=0.0, matches=0.3, copied=0.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("row", [0.02, 0.3, 1.0])
+def test_hostile_drafts_cost_less_than_two_percent(row: float, batch: int, noise: float) -> None:
+    machine = Machine(row, 0.1, batch=batch, noise=noise, **HOSTILE)
+    chooser = machine.loaded()
+    machine.run(chooser, 8)  # what starts a process may pay for what is learned
+    for _ in range(5):
+        chooser.begin(batch)
+        assert machine.run(chooser, 128) > 0.98
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("row", "stands", "least"), [(0.02, 0.8, 2.1), (0.02, 0.5, 1.35), (0.3, 0.8, 1.15)]
+)
+def test_good_drafts_are_used(row: float, stands: float, least: float, batch: int) -> None:
+    machine = Machine(row, 0.1, stands=stands, batch=batch, noise=0.02)
+    chooser = machine.loaded()
+    if batch == 1:
+        assert machine.run(chooser, 400) > least
+    assert machine.run(chooser, 4000) > 0.95 * machine.run(FixedDraftLength(4), 4000)
+
+
+def test_copies_are_used_while_heads_rest() -> None:
+    machine = Machine(0.1, 0.4, claimed=0.9, stands=0.0, matches=0.5, copied=0.9)
+    chooser = machine.loaded()
+    assert machine.run(chooser, 2000) > 1.5
+    assert not chooser.use_heads()
+
+
+def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None:
+    chooser = DraftLength(4)
+    chooser.seconds.observe(1, 0.01)
+    assert chooser.watching() == HEADS
+    chooser.gain, chooser._idle[HEADS] = -0.5, 0
+    plain = [(Window(NONE, ()), 0)]
+    seen = []
+    for _ in range(RETRY):
+        seen.append(chooser.watching())
+        chooser.observe(0, 0.01, plain, 0)
+    assert seen[:AWAKE] == [NGRAM] * AWAKE and seen[AWAKE:] == [HEADS] * (RETRY - AWAKE)
+    chooser._rest[HEADS], chooser._idle[HEADS] = 256, 0
+    seen = []
+    for _ in range(4 * LOOKS):
+        seen.append(chooser.watching())
+        chooser.observe(0, 0.01, plain, 0)
+    assert seen.count(NGRAM) == 4 and seen.count(NONE) == 4 * (LOOKS - 1)
+    chooser.observe(0, 0.01, [(Window(NGRAM, (1.0,)), 0)], 0)
+    assert chooser.watching() == NGRAM
+
+
+def test_drafts_that_become_good_are_noticed_on_a_cpu() -> None:
+    machine = Machine(0.05, 0.1, claimed=0.8, stands=0.0)
+    chooser = machine.loaded()
+    machine.run(chooser, 1000)
+    assert not chooser.use_heads()
+    machine.stands = 0.8
+    machine.run(chooser, 1500)
+    assert machine.run(chooser, 500) > 1.7
+
+
+def test_a_neighbour_that_slows_drafts_down_is_noticed() -> None:
+    machine = Machine(0.05, 0.05)
+    chooser = machine.loaded()
+    assert machine.run(chooser, 500) > 1.7
+    machine.row = 2.0
+    machine.run(chooser, 200)
+    assert machine.run(chooser, 1000) > 0.98
+
+
+def test_timings_are_medians_with_lines_in_between() -> None:
+    timings = Timings()
+    assert not timings and timings(3) == 0.0
+    for seconds in (1.0, 9.0, 1.2):
+        timings.observe(1, seconds)
+    assert timings(1) == timings(0) == 1.2 and timings(4) == pytest.approx(4.8)
+    timings.observe(5, 2.0)
+    assert timings(3) == pytest.approx(1.6) and timings(9) == pytest.approx(2.8)

@@ -1,0 +1,69 @@
+"""A GPU's prefill against the definitions: the same hidden states, taps, keys and values.
+
+On a CPU: what it launches of its own is replaced by its definition, the vendor's part is torch's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_checkpoint
+from families import write_family
+
+from mtpkern.cache import KVCache
+from mtpkern.kernels.rms_norm import rms_norm_ref
+from mtpkern.kernels.rope_cache import rope_cache_ref
+from mtpkern.model import Llama, run_trunk
+from mtpkern.ops import prefill
+from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.gpu import TRITON
+
+PAGES = [3, 1, 4, 2, 5, 8, 7, 6, 9, 12, 11, 10]
+
+
+def empty_cache(model: Llama) -> KVCache:
+    config = model.config
+    frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
+    cache = KVCache.empty(
+        layers=config.num_layers,
+        pages=len(PAGES),
+        page_size=64,
+        page_table=torch.zeros(1, len(PAGES), dtype=torch.int32),
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inverse_frequencies=frequencies,
+        rope_scaling=scaling,
+        dtype=torch.float32,
+    )
+    cache = replace(cache, k=torch.zeros_like(cache.k), v=torch.zeros_like(cache.v))
+    cache.assign(0, PAGES)
+    return cache
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral_window_7"])
+@torch.inference_mode()
+def test_chunks_are_what_the_definitions_say(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "llama":
+        tiny_checkpoint(tmp_path, max_position_embeddings=1024, attention_bias=True, mlp_bias=True)
+    else:
+        write_family(family, tmp_path)
+    monkeypatch.setattr(prefill, "rope_cache", rope_cache_ref)
+    monkeypatch.setattr(prefill, "MASKED_KEYS", 64)  # so that a window leaves out whole pages
+    ops = prefill.prefill_ops(TRITON._replace(rms_norm=rms_norm_ref))
+    model, same = (
+        Llama.load(tmp_path, dtype=torch.float32, ops=o, device="cpu") for o in (ops, TORCH)
+    )
+    mine, theirs = empty_cache(model), empty_cache(model)
+    generator = torch.Generator().manual_seed(1)
+    for begin, rows in ((0, 512), (512, 64)):
+        window = torch.randint(model.config.vocab_size, (1, rows), generator=generator)
+        at = torch.tensor([begin])
+        hidden, (tap,) = run_trunk(model, window, mine.at(at), ops, (1,))
+        expected, (other,) = run_trunk(same, window, theirs.at(at), TORCH, (1,))
+        torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(tap, other, atol=2e-4, rtol=2e-4)
+    for a, b in ((mine.k, theirs.k), (mine.v, theirs.v)):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)

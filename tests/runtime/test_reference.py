@@ -1,0 +1,84 @@
+"""The oracle against `transformers`, and what it promises by itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, write_family
+from torch.testing import assert_close
+
+from mtpkern import reference
+from mtpkern.checkpoints.llama import load_config, load_tensors
+
+PROMPT = [1, 40, 17, 5, 93, 40, 17, 66, 2, 81, 12, 7, 29]
+NEW_TOKENS = 64
+
+
+def load(directory: Path):
+    return load_config(directory), load_tensors(directory)
+
+
+def generate_by_transformers(model, prompt: list[int], max_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(family, tmp_path):
+    model = write_family(family, tmp_path)
+    config, tensors = load(tmp_path)
+    tokens = reference.generate(config, tensors, PROMPT, NEW_TOKENS)
+    assert len(tokens) == NEW_TOKENS
+    assert tokens == generate_by_transformers(model, PROMPT, NEW_TOKENS)
+
+    ids = torch.tensor(PROMPT + tokens)
+    scores = reference.logits(config, tensors, ids)
+    with torch.no_grad():
+        assert_close(scores, model(ids[None]).logits[0], rtol=0, atol=1e-4)
+
+    # A model that loops, or whose two best tokens are level, would prove little.
+    best, second = scores[len(PROMPT) - 1 : -1].topk(2).values.T
+    assert len(set(tokens)) > 8
+    assert (best - second).min() > 5e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_of_a_config_say_the_same(family, tmp_path):
+    for spelling in ("rope_scaling", "rope_parameters"):
+        write_family(family, tmp_path / spelling, spelling=spelling)
+    assert load_config(tmp_path / "rope_scaling") == load_config(tmp_path / "rope_parameters")
+
+
+def test_generation_stops_with_the_end_token_that_transformers_stops_with(tmp_path):
+    write_family("tied", tmp_path / "endless")
+    endless = reference.generate(*load(tmp_path / "endless"), PROMPT, NEW_TOKENS)
+    end = next(token for i, token in enumerate(endless) if i >= 5 and token not in endless[:i])
+    model = write_family("tied", tmp_path / "ends", eos_token_id=[130, end])
+    tokens = reference.generate(*load(tmp_path / "ends"), PROMPT, NEW_TOKENS)
+    assert tokens == endless[: endless.index(end) + 1]
+    assert tokens == generate_by_transformers(model, PROMPT, NEW_TOKENS)
+
+
+def test_no_tokens_asked_for_are_no_tokens(tmp_path):
+    write_family("tied", tmp_path)
+    assert reference.generate(*load(tmp_path), PROMPT, 0) == []
+
+
+def test_a_dtype_says_how_exactly_to_compute(tmp_path):
+    write_family("rope_yarn", tmp_path)
+    config, tensors = load(tmp_path)
+    truth = reference.logits(config, tensors, PROMPT, dtype=torch.float64)
+    errors = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        scores = reference.logits(config, tensors, PROMPT, dtype=dtype)
+        assert scores.dtype == dtype
+        errors.append((scores.double() - truth).abs().max().item())
+    assert errors[0] == 0 < errors[1] < 1e-4 < errors[2] < 0.5

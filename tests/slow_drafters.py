@@ -1,0 +1,146 @@
+"""The sequential drafters written out slowly, token by token: what the fast ones must equal."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.checkpoints.llama import load_tensors
+from mtpkern.config import ModelConfig
+from mtpkern.drafters.base import CompanionDrafter
+from mtpkern.engine import LLM
+from mtpkern.kernels.rms_norm import rms_norm_ref
+from mtpkern.ops.cpu import _Cpu
+
+# A prompt that repeats itself.
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
+
+
+class Recorder:
+    """Wraps a drafter and keeps what it drafted: known tokens -> drafts, and also their logits."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.taps, self.heads = inner, inner.taps, inner.heads
+        self.drafted: list[tuple[list[int], list[int]]] = []
+        self.seen: list[tuple[list[int], list[int], Tensor]] = []  # logits [drafts, vocabulary]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def guess(self, step: Any, count: int) -> Any:
+        batch, rows = step.tokens.shape[0], []
+
+        def kept(cpu: Any, *arguments: Any) -> Any:
+            projected = project(cpu, *arguments)
+            rows.append(projected[1].logits.clone())
+            return projected
+
+        project = _Cpu._project
+        with mock.patch.object(_Cpu, "_project", kept):  # what drafts are chosen from
+            drafts = self.inner.guess(step, count)
+        logits = torch.cat([row.view(batch, -1, row.shape[1]) for row in rows], 1)
+        for b in range(batch):
+            if step.advance[b]:
+                known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
+                length = int(torch.as_tensor(drafts.length).expand(batch)[b])
+                meant = drafts.tokens[b, :length].tolist()
+                self.drafted.append((known, meant))
+                self.seen.append((known, meant, logits[b]))
+        return drafts
+
+
+def trunk_states(directory: Path, tokens: list[int]) -> list[Tensor]:
+    """Hidden states [S, E] after each layer, the last one normed, by a slow float32 forward."""
+    config, w = ModelConfig.from_json(directory), load_tensors(directory)
+    x = w["model.embed_tokens.weight"][tokens]
+    states = []
+    for i in range(config.num_layers):
+        named = {
+            name.removeprefix(f"model.layers.{i}."): tensor
+            for name, tensor in w.items()
+            if name.startswith(f"model.layers.{i}.")
+        }
+        sizes = (config.num_heads, config.num_kv_heads, config.head_dim, config.rope.theta)
+        x = slow_layer(x, named, *sizes)
+        states.append(x)
+    states[-1] = rms_norm_ref(states[-1], w["model.norm.weight"], 1e-5)
+    return states
+
+
+def slow_layer(
+    x: Tensor, w: dict[str, Tensor], heads: int, kv_heads: int, head_dim: int, theta: float
+) -> Tensor:
+    """One Llama layer over a whole sequence x [S, E], in float32."""
+    count = x.shape[0]
+    inner = rms_norm_ref(x, w["input_layernorm.weight"], 1e-5)
+    q, k, v = (
+        (inner @ w[f"self_attn.{name}_proj.weight"].T + w.get(f"self_attn.{name}_proj.bias", 0))
+        .view(count, -1, head_dim)
+        .transpose(0, 1)
+        for name in "qkv"
+    )
+    angle = torch.arange(count)[:, None] / theta ** (torch.arange(0, head_dim, 2) / head_dim)
+    cos, sin = angle.cos(), angle.sin()
+
+    def rotate(t: Tensor) -> Tensor:
+        a, b = t.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (rotate(k), v))
+    scores = rotate(q) @ k.transpose(1, 2) / head_dim**0.5
+    scores = scores.masked_fill(torch.ones(count, count).triu(1).bool(), float("-inf"))
+    out = (scores.softmax(-1) @ v).transpose(0, 1).reshape(count, -1)
+    x = x + out @ w["self_attn.o_proj.weight"].T
+    inner = rms_norm_ref(x, w["post_attention_layernorm.weight"], 1e-5)
+    gate, up = (inner @ w[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+
+
+def eagle3_layer(
+    hidden: Tensor, token: Tensor, w: dict[str, Tensor], *, norm_first: bool = False
+) -> Tensor:
+    """The head's layer over all pairs [S, E], in float32, without a cache."""
+    count, heads, kv_heads, D = len(hidden), 4, 2, 12
+    names = ("input_layernorm", "hidden_norm")
+    halves = [
+        rms_norm_ref(half, w[f"midlayer.{name}.weight"], 1e-5)
+        for half, name in zip((token, hidden), names, strict=True)
+    ]
+    x = torch.cat(halves, -1)
+    q, k, v = (
+        (x @ w[f"midlayer.self_attn.{name}_proj.weight"].T).view(count, -1, D).transpose(0, 1)
+        for name in "qkv"
+    )
+    angle = torch.arange(count)[:, None] / 500.0 ** (torch.arange(0, D, 2) / D)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotate(t: Tensor) -> Tensor:
+        turned = torch.complex(*t.chunk(2, -1)) * turn
+        return torch.cat([turned.real, turned.imag], -1)
+
+    k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (rotate(k), v))
+    out = F.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
+    residual = halves[1] if norm_first else hidden
+    x = residual + out.transpose(0, 1).reshape(count, -1) @ w["midlayer.self_attn.o_proj.weight"].T
+    inner = rms_norm_ref(x, w["midlayer.post_attention_layernorm.weight"], 1e-5)
+    gate, up = (inner @ w[f"midlayer.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
+
+
+def watch(llm: LLM) -> Recorder:
+    """Put a recorder before an LLM's heads."""
+    if isinstance(llm.drafter, CompanionDrafter):
+        llm.drafter.drafter = recorder = Recorder(llm.drafter.drafter)
+    else:
+        llm.drafter = recorder = Recorder(llm.drafter)
+    return recorder
+
+
+def agree(draft: int, logits: Tensor, expected: Tensor, ids: Tensor | None = None) -> None:
+    """A draft and its logits [Vd] are those of a definition; row i is of token ids[i]."""
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    row = int(expected.argmax())
+    assert draft == (row if ids is None else ids[row])
