@@ -1,7 +1,7 @@
 """Every kernel at the shapes of real models: what is launched, checked, timed and compiled.
 
-`OPS` has one entry an op. `bench_kernels.py` runs the cases on a GPU, `check_codegen.py` compiles them
-on any machine from tensors without data (device "meta").
+`OPS` has one entry per op. `bench_kernels.py` runs the cases on a GPU; `check_codegen.py` compiles
+them on any machine, from tensors without data (device "meta").
 """
 
 from collections.abc import Callable, Iterator

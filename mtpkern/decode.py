@@ -133,7 +133,7 @@ def decode_step(
     are the model's own, whatever tokens are `withheld`.
     Only the first `rows` of the window are verified (None: all K + 1). heads=False drafts for the
     next window without the heads, which otherwise stop where the chance that all their drafts stand
-    is below `least_chance`; both need `ops.branches`.
+    is below `least_chance`; both need `ops.host_may_read`.
     """
     progress = state.progress
     window = state.window[:, :rows]

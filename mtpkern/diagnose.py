@@ -144,7 +144,7 @@ def describe_machine() -> Iterator[tuple[str, str]]:
         yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
     _, ops = resolve_device("auto")
     on_gpu = "runs on the GPU, on the Triton kernels, greedy only"
-    yield "generate", "runs on the CPU, on kernels compiled for it" if ops.branches else on_gpu
+    yield "generate", "runs on the CPU, on kernels compiled for it" if ops.host_may_read else on_gpu
     directory = default_model_directory()
     fetched = is_complete(directory)
     yield "default model", str(directory) if fetched else "not here yet: mtpkern fetch"

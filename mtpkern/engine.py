@@ -182,7 +182,7 @@ class LLM:
             cache_tokens = at_least("cache_tokens", cache_tokens, 1)
         rates = _checked_rates(synthetic_acceptance)
         heads = location("heads", heads)
-        if flag("prefix_caching", prefix_caching) and not self.ops.branches:
+        if flag("prefix_caching", prefix_caching) and not self.ops.host_may_read:
             # There prefill runs on other code than decoding, so that the bits of K and V differ.
             raise UserError("prefix_caching needs device cpu in this version")
         directory = resolve_model(model, status=status)
@@ -255,7 +255,7 @@ class LLM:
                             f"got {self.k}"
                         )
                     self.k = most
-                if ngram or self.ops.branches:
+                if ngram or self.ops.host_may_read:
                     drafter = CompanionDrafter(copier, drafter, self.ops)
                 self.drafter = drafter
             self._prefill_ops = prefill_ops(self.ops)
@@ -286,7 +286,7 @@ class LLM:
             self._draft_length = DraftLength(self.k)
             if graph and not on_cpu:
                 self._capture_all()
-            elif self._adaptive and self.ops.branches:
+            elif self._adaptive and self.ops.host_may_read:
                 with status.phase("timing steps"):
                     for timings in self.time_steps().items():
                         self._draft_length.seconds.observe(*timings)
@@ -522,7 +522,7 @@ class LLM:
             raise UserError(
                 "this LLM is answering already: exhaust or close the other stream first"
             )
-        if any(job.params.temperature > 0 for job in jobs) and not self.ops.branches:
+        if any(job.params.temperature > 0 for job in jobs) and not self.ops.host_may_read:
             raise UserError("temperature above 0 needs device cpu in this version")
         if any(i >= self.config.vocab_size for job in jobs for i in job.params.stop_token_ids):
             raise UserError(f"stop_token_ids must be in 0..{self.config.vocab_size - 1}")
@@ -560,7 +560,7 @@ class LLM:
             for number, job in enumerate(jobs)
         )
         if any(request.withheld for request in waiting):
-            if not self.ops.branches:
+            if not self.ops.host_may_read:
                 raise UserError("min_tokens needs device cpu in this version")
             shape = self.max_batch, self.config.vocab_size
             until = torch.zeros(self.max_batch, dtype=torch.int64)
@@ -612,7 +612,7 @@ class LLM:
             self._graphs[len(slots), k, self._graph_pages(slots)]()
         else:
             output = self._launch(state, k, lengths, logprobs)
-            if output.drafts is not None and self.ops.branches:
+            if output.drafts is not None and self.ops.host_may_read:
                 windows[:] = _windows(output.drafts, slots)
                 heads_drafted = _heads_drafted(windows)
         seconds = time.perf_counter() - started
@@ -620,7 +620,7 @@ class LLM:
 
     def _launch(self, state: DecodeState, k: int, lengths: Choice, logprobs: bool) -> StepOutput:
         """Launch a step of K = k one kernel after another, as a GPU's graphs do not."""
-        on_host, withheld, batch = self.ops.branches, self._withheld, len(state.window)
+        on_host, withheld, batch = self.ops.host_may_read, self._withheld, len(state.window)
         if withheld is not None:
             withheld = Withheld(*(tensor[:batch] for tensor in withheld))
         return decode_step(
@@ -637,7 +637,7 @@ class LLM:
 
     def _watching(self, lengths: Choice) -> Drafter:
         """What sees the next step: on a CPU, sources that rest are spared it."""
-        if not self.ops.branches:
+        if not self.ops.host_may_read:
             return self.drafter
         source = lengths.watching()
         if source == HEADS and self._asleep:
@@ -733,7 +733,7 @@ class LLM:
 
     def _choice(self, batch: int, k: int) -> Choice:
         """What chooses K for this batch, of 0..k."""
-        if k and self._adaptive and self.ops.branches:
+        if k and self._adaptive and self.ops.host_may_read:
             self._draft_length.begin(batch)
             return self._draft_length
         seconds = {k: cost for (size, k), cost in self._seconds.items() if size == batch}
@@ -792,9 +792,9 @@ class LLM:
         request.stats.prefill_seconds = request.started - started
         request.stats.cached_tokens = begin
         if not k or last is None:
-            return Window(NONE, ()) if self.ops.branches else None
+            return Window(NONE, ()) if self.ops.host_may_read else None
         drafts = self._first_drafts(slot, prompt[-1:], *last, k, lengths)
-        if not self.ops.branches:
+        if not self.ops.host_may_read:
             return None
         (window,) = _windows(drafts, [request])
         if drafted := _heads_drafted([window]):

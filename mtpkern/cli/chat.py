@@ -60,7 +60,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     _, ops = resolve_device(args.device)
     # On a CPU, a turn runs what is new in it only: the cache is kept.
-    llm = open_model(args, prefix_caching=ops.branches)
+    llm = open_model(args, prefix_caching=ops.host_may_read)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise UsageError(
             f"{llm.name} has no chat template: mtpkern generate --raw continues a text"

@@ -137,7 +137,7 @@ class NgramDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
-        if self.ops.branches and not bool(found.any()):
+        if self.ops.host_may_read and not bool(found.any()):
             return Drafts(drafts, NONE, 0)
         return Drafts(drafts, found * NGRAM, found * count)
 
@@ -228,12 +228,12 @@ class CompanionDrafter:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
-        if self.ops.branches and not step.heads:
+        if self.ops.host_may_read and not step.heads:
             self.drafter.keep_up(step)
             return copied
         source = torch.as_tensor(copied.source, device=step.accepted.device)
         found = (source == NGRAM).expand(len(step.accepted))
-        if self.ops.branches and bool((found | (step.advance == 0)).all()):
+        if self.ops.host_may_read and bool((found | (step.advance == 0)).all()):
             self.drafter.keep_up(step)
             return copied
         guessed = self.drafter.guess(step, count)

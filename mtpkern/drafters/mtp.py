@@ -47,7 +47,7 @@ class CachedDrafter(ABC):
         self.embedding = trunk.embedding
         width = len(self.taps) * trunk.config.hidden_size
         # One more, for rows that were not committed.
-        waiting = MAX_PENDING + 1 if ops.branches else 0
+        waiting = MAX_PENDING + 1 if ops.host_may_read else 0
         self.pending = torch.zeros(
             (cache.lengths.shape[0], waiting, width),
             dtype=ops.rows or trunk.dtype,
@@ -59,7 +59,7 @@ class CachedDrafter(ABC):
         self._missed: set[int] = set()
 
     def observe(self, step: DraftInput) -> None:
-        if not self.ops.branches:
+        if not self.ops.host_may_read:
             return  # every step guesses, and takes in its own pairs
         other = self._noted and (self._noted[0].first, len(self._noted[0].features))
         if other and other != (step.first, len(step.features)):
@@ -164,7 +164,7 @@ class CachedDrafter(ABC):
     def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The committed rows that the cache lacks: features [B, n, ...] and the tokens after them
         [B * n]; the slot of each sequence's first [B], and which of the n is its last [B]."""
-        if not self.ops.branches:
+        if not self.ops.host_may_read:
             # Steps without drafts leave gaps that nothing fills: poorer drafts, the same tokens.
             begin = step.lengths - step.advance
             return step.features, step.target.reshape(-1), begin, step.accepted
@@ -341,7 +341,7 @@ class ModulesDrafter(MtpDrafter):
         self.lookahead = len(modules)
         # Of each sequence's prompt, the tokens after pairs that are in `pending`.
         self.recent: dict[int, Tensor] = {}
-        if not ops.branches:  # nothing but the open pairs is put off
+        if not ops.host_may_read:  # nothing but the open pairs is put off
             slots, _, width = self.pending.shape
             self.pending = self.pending.new_zeros(slots, self.open_pairs, width)
 
@@ -350,7 +350,7 @@ class ModulesDrafter(MtpDrafter):
         known = torch.cat([self.recent.pop(sequence, tokens[:0]), tokens])
         features = torch.cat([self.pending[sequence, : len(known) - len(tokens)], features])
         rows = max(0, len(known) - self.open_pairs)
-        most = max(1, rows) if self.ops.branches else ATTENTION_ROWS
+        most = max(1, rows) if self.ops.host_may_read else ATTENTION_ROWS
         for begin in range(0, rows, most):
             some = min(most, rows - begin)
             hidden = self._hidden(features[begin : begin + some])
@@ -389,13 +389,13 @@ class ModulesDrafter(MtpDrafter):
         place = (cache.lengths - begin)[:, None] + places
         pending = self._pending_of(step)
         # On a CPU those that were committed may be fewer than stay open.
-        source = pending if self.ops.branches else features
+        source = pending if self.ops.host_may_read else features
         kept = source.gather(1, place[:, :, None].expand(-1, -1, features.shape[2]))
         pending[:, : self.open_pairs] = kept
         return Drafts(torch.stack(drafts, 1), HEADS, count)
 
     def _committed(self, step: DraftInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.ops.branches:
+        if self.ops.host_may_read:
             return super()._committed(step)
         # The open pairs and the step's own, side by side, as many as there may be: what stands
         # behind a sequence's last one counts for nothing. Steps without drafts leave gaps.

@@ -75,7 +75,7 @@ class Ops(NamedTuple):
     advance: Callable[..., tuple[Tensor, Tensor]]
     ngram: Callable[..., tuple[Tensor, Tensor]]
     # Whether the host may look at values inside a step: free on a CPU, never under a CUDA graph.
-    branches: bool
+    host_may_read: bool
     padded_dim: Callable[[int], int]  # D -> the head dimension of the cache
     rows: torch.dtype | None  # of rows; None: that of the weights
     # Whether `pack` takes Quants, weights in a file's own bits, as well as tensors.

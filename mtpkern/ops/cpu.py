@@ -640,7 +640,7 @@ def cpu_ops() -> Ops:
         choose=cpu.choose,
         advance=partial(_advance, numbers=_Numbers()),
         ngram=_ngram,
-        branches=True,
+        host_may_read=True,
         padded_dim=padded_dim,
         rows=torch.float32,
         takes_quants=True,

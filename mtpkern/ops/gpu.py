@@ -32,7 +32,7 @@ HAS_TRITON = triton is not None
 KERNEL_ROWS = tuple(range(64, 513, 64))
 
 
-class Likeliest(NamedTuple):
+class GreedyProjection(NamedTuple):
     """`Projected` that holds what a greedy step needs: no logits were written.
 
     The heads' rows stand behind the LM head's, or are projected by `later` once it is known which
@@ -151,15 +151,15 @@ def _project_triton(
     (R, E), H = normed.shape, 0 if heads is None else len(heads[0])
     project = partial(multi_head_projection, vocabulary=vocabulary.data, pdl=pdl)
     if H == 0:
-        return normed, Likeliest(project(normed), H)
+        return normed, GreedyProjection(project(normed), H)
     if R * (1 + H) <= ONE_READ_ROWS:
         rows = medusa_blocks(normed, *heads, pdl=pdl).transpose(0, 1).reshape(-1, E)
-        return normed, Likeliest(project(rows), H)
+        return normed, GreedyProjection(project(rows), H)
 
     def later(at: Tensor) -> Projection:
         return project(medusa_blocks(normed[at], *heads, pdl=pdl)[:, 1:].reshape(-1, E))
 
-    return normed, Likeliest(project(normed), H, later)
+    return normed, GreedyProjection(project(normed), H, later)
 
 
 def _choose_triton(
@@ -221,7 +221,7 @@ def with_pdl(pdl: bool) -> Ops:
         choose=partial(_choose_triton, pdl=pdl),
         advance=partial(advance, pdl=pdl),
         ngram=partial(ngram, pdl=pdl),
-        branches=False,
+        host_may_read=False,
         padded_dim=unpadded,
         rows=None,
         takes_quants=False,

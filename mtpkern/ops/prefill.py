@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
 
 def prefill_ops(ops: Ops) -> Ops:
     """What a prompt runs through, given what a step runs through."""
-    if ops.branches:
+    if ops.host_may_read:
         return ops
 
     def layers(

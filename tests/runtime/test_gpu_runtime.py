@@ -228,9 +228,9 @@ def test_modules_draft_without_the_host_what_they_draft_with_it(
     write_family("mimo", tmp_path, modules=modules)
     packs = {name: getattr(TRITON, name) for name in ("pack", "pack_qkv", "pack_o", "pack_gate_up")}
     prompts = [[9], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9] * 3, [(7 * i) % 131 for i in range(270)]]
-    monkeypatch.setattr(engine, "prefill_ops", lambda ops: ops._replace(branches=True))
+    monkeypatch.setattr(engine, "prefill_ops", lambda ops: ops._replace(host_may_read=True))
     answers = []
-    for ops in (TORCH, TORCH._replace(branches=False, **packs)):
+    for ops in (TORCH, TORCH._replace(host_may_read=False, **packs)):
         llm = LLM(
             tmp_path,
             device="cpu",

@@ -231,7 +231,7 @@ def test_what_cannot_be_done_is_refused(llm: LLM, model: Path) -> None:
     with pytest.raises(UserError, match=r"stop_token_ids must be in 0\.\.306"):
         llm.generate(TEXT, SamplingParams(stop_token_ids=(307,)))
     with pytest.raises(UserError, match="min_tokens needs device cpu"):
-        kernels = LLM(model, max_length=64, ops=TORCH._replace(branches=False))
+        kernels = LLM(model, max_length=64, ops=TORCH._replace(host_may_read=False))
         kernels.generate(TEXT, SamplingParams(8, min_tokens=3, stop_token_ids=(5,)))
     # Where there is nothing to keep out, that is no matter; one token has no prefill.
     kernels.eos_token_ids = ()
