@@ -37,7 +37,7 @@ from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.engine import LLM
 from mtpkern.graph import GraphPool
 from mtpkern.model import Llama
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 
 TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
 DRAFT_VOCABULARY = 32000
@@ -116,7 +116,7 @@ def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, 
         max_batch=max(args.batch),
         max_length=most + 64,
         graph=False,
-        ops=None if torch.cuda.is_available() else TORCH,
+        ops=None if torch.cuda.is_available() else DEFINITIONS,
         status=args.status,
     )
     parallel, sequential = medusa_heads(llm, max(args.K)), mtp_module(llm)

@@ -12,8 +12,9 @@ from mtpkern.cache import KVCache
 from mtpkern.drafters.base import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
 from mtpkern.drafters.synthetic import force_acceptance
 from mtpkern.kernels.advance import Progress
-from mtpkern.model import Llama, run_trunk
-from mtpkern.ops.base import Ops, Projected, SamplingRows, Withheld
+from mtpkern.model import Llama
+from mtpkern.ops import base as ops_base
+from mtpkern.ops.base import Ops, SamplingRows, Withheld
 
 
 @dataclass(frozen=True)
@@ -93,26 +94,8 @@ class StepOutput:
     drafts: Drafts | None  # what stands in the next window; None for a window without drafts
 
 
-def verify(
-    model: Llama, window: Tensor, cache: KVCache, drafter: Drafter, ops: Ops
-) -> tuple[Tensor, Projected]:
-    """Run a window [B, T] -> the hidden states [B*T, n*E] that the drafter taps, and what the
-    vocabulary says of the last ones. Good until the next call."""
-    if ops.forward is not None:
-        return ops.forward(model, window, cache, drafter.taps, drafter.heads)
-    config = model.config
-    inner = [tap for tap in drafter.taps if tap < config.num_layers]
-    hidden, tapped = run_trunk(model, window, cache, ops, inner)
-    normed, projected = ops.project(
-        hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
-    )
-    return join_taps(drafter, tapped, normed, config.num_layers), projected
-
-
 def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
-    """The hidden states [R, n*E] that a drafter taps; behind the last layer they are normed."""
-    parts = [*tapped, normed] if layers in drafter.taps or not tapped else tapped
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return ops_base.join_taps(drafter.taps, tapped, normed, layers)
 
 
 def decode_step(
@@ -139,7 +122,7 @@ def decode_step(
     window = state.window[:, :rows]
     batch, rows = window.shape
 
-    features, projected = verify(model, window, state.cache, drafter, ops)
+    features, projected = ops.forward(model, window, state.cache, drafter.taps, drafter.heads)
     target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
     largest = projected.largest((batch, rows))
     chances = projected.logprobs(target) if logprobs else None

@@ -62,7 +62,8 @@ from mtpkern.kernels.sample import sampling_key
 from mtpkern.model import Llama, run_trunk
 from mtpkern.nvtx_ranges import span
 from mtpkern.ops.base import Ops, Withheld
-from mtpkern.ops.cpu import cpu_ops, kernels
+from mtpkern.ops.cpu import cpu_ops
+from mtpkern.ops.cpu_programs import kernels
 from mtpkern.ops.gpu import HAS_TRITON, with_pdl
 from mtpkern.ops.prefill import prefill_ops
 from mtpkern.request import Completion, EncodedPrompt, Event, Request, Stats

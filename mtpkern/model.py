@@ -2,7 +2,7 @@
 
     x = embedding[token];  each layer: x += o(attention(qkv(norm(x)))), x += down(gate_up(norm(x)))
 
-(Touvron et al. 2023.) A layer is also what a sequential head is made of, so it stands alone here.
+(Touvron et al. 2023.) `Ops.layer` and `Ops.layers` (ops/base.py) run them.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,8 +78,8 @@ class Llama:
             pack_layer=pack,
         )
         vocabulary = ops.pack(w.lm_head)
-        shared = w.lm_head is w.embedding and ops.pack_embedding == ops.pack
-        embedding = vocabulary if shared else ops.pack_embedding(w.embedding)
+        tied = vocabulary if w.lm_head is w.embedding else None
+        embedding = ops.pack_embedding(w.embedding, tied)
         # Packed weights are copies: the pages they were read from need not stay resident.
         w.release()
         return cls(config, embedding, w.layers, w.norm, w.lm_head, vocabulary, dtype)
@@ -100,19 +100,7 @@ def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:
 
 
 def plan_window(cache: KVCache, rows: int, config: ModelConfig, ops: Ops) -> Any:
-    """What all layers share for T = `rows` rows behind the cache's committed lengths."""
-    return ops.plan(
-        cache.lengths,
-        rows,
-        k_cache=cache.k,
-        v_cache=cache.v,
-        page_table=cache.page_table,
-        cos_table=cache.cos,
-        sin_table=cache.sin,
-        group=config.num_heads // config.num_kv_heads,
-        window=config.sliding_window,
-        head_dim=config.head_dim,
-    )
+    return ops.plan(cache, rows, config)
 
 
 def decoder_layer(
@@ -126,36 +114,10 @@ def decoder_layer(
     *,
     inputs: Tensor | None = None,
 ) -> Tensor:
-    """Run one layer: x [B*T, E] -> [B*T, E]; layer `index` of the cache gets the window's K, V.
-
-    `inputs` is what Q, K and V are made of where that is not x itself (EAGLE-3).
-    """
-    k, v = cache.k[index], cache.v[index]
-    norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-    source = x if inputs is None else inputs
-    q = ops.qkv_rope_cache(source, layer.input_norm, eps, layer.qkv, k, v, plan, **norms)
-    attended = ops.verify_attention(q, k, v, cache.page_table, plan)
-    x = ops.linear(attended.view(x.shape[0], -1), layer.o, residual=x)
-    gated = ops.gate_up_silu(x, layer.post_attention_norm, eps, layer.gate_up)
-    return ops.linear(gated, layer.down, residual=x)
+    return ops.layer(x, layer, eps, cache, index, plan, inputs=inputs)
 
 
 def run_trunk(
     model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: Sequence[int] = ()
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the window behind each sequence's committed tokens: window [B, T] int64.
-
-    -> (hidden [B*T, E] before the final norm, the hidden states [B*T, E] after the layers `taps`,
-    counted from 1). K and V are written at slots lengths[b] .. lengths[b] + T - 1, not committed.
-    """
-    if ops.layers is not None:
-        return ops.layers(model, window, cache, taps)
-    config = model.config
-    plan = plan_window(cache, window.shape[1], config, ops)
-    x = ops.embed(model.embedding, window)
-    tapped = {}
-    for index, layer in enumerate(model.layers):
-        x = decoder_layer(x, layer, config.rms_norm_eps, cache, index, plan, ops)
-        if index + 1 in taps:
-            tapped[index + 1] = x
-    return x, [tapped[tap] for tap in taps]
+    return ops.layers(model, window, cache, taps)

@@ -13,7 +13,7 @@ from mtpkern.config import ModelConfig
 from mtpkern.drafters.base import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
-from mtpkern.ops.cpu import _Cpu
+from mtpkern.ops.cpu import CpuOps
 
 # A prompt that repeats itself.
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
@@ -38,8 +38,8 @@ class Recorder:
             rows.append(projected[1].logits.clone())
             return projected
 
-        project = _Cpu._project
-        with mock.patch.object(_Cpu, "_project", kept):  # what drafts are chosen from
+        project = CpuOps.project_rows
+        with mock.patch.object(CpuOps, "project_rows", kept):  # what drafts are chosen from
             drafts = self.inner.guess(step, count)
         logits = torch.cat([row.view(batch, -1, row.shape[1]) for row in rows], 1)
         for b in range(batch):

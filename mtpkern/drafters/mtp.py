@@ -50,7 +50,7 @@ class CachedDrafter(ABC):
         waiting = MAX_PENDING + 1 if ops.host_may_read else 0
         self.pending = torch.zeros(
             (cache.lengths.shape[0], waiting, width),
-            dtype=ops.rows or trunk.dtype,
+            dtype=ops.row_dtype or trunk.dtype,
             device=cache.lengths.device,
         )
         # Steps whose rows are not yet in `pending`, all of the same slots.
@@ -183,8 +183,8 @@ class CachedDrafter(ABC):
         """Write K and V of one sequence's rows x [n, ...] behind the cache's lengths, no more."""
         plan = plan_window(cache, len(x), config, self.ops)
         norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        pages, eps = (cache.k[index], cache.v[index]), config.rms_norm_eps
-        self.ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, *pages, plan, **norms)
+        k, v, eps = cache.k[index], cache.v[index], config.rms_norm_eps
+        self.ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, k, v, plan, **norms)
 
 
 def tokens_from(step: DraftInput, begin: Tensor, count: int) -> Tensor:
@@ -308,8 +308,10 @@ class MtpDrafter(CachedDrafter):
 
         `count` is `_join`'s index.
         """
-        if self.ops.pair_layer is not None and count is None:
-            return self.ops.pair_layer(w, self.embedding, hidden, tokens, cache, index, rows)
+        if count is None:
+            fused = self.ops.pair_layer(w, self.embedding, hidden, tokens, cache, index, rows)
+            if fused is not None:
+                return fused
         x, inputs = self._join(w, hidden, tokens, count)
         plan = plan_window(cache, rows, w.config, self.ops)
         eps = w.config.rms_norm_eps

@@ -8,19 +8,24 @@ A layer is twelve launches: two norms, four matmuls, of which two add to the res
 rotation and append in one, two gathers of pages, attention, and silu and its product.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mtpkern.cache import KVCache
 from mtpkern.kernels.linear import PackedWeight
 from mtpkern.kernels.rope_cache import rope_cache
-from mtpkern.model import DecoderLayer, Llama
 from mtpkern.ops.base import Ops
+
+if TYPE_CHECKING:
+    from mtpkern.cache import KVCache
+    from mtpkern.model import DecoderLayer, Llama
 
 # Keys are taken in whole multiples of this where a mask hides some, so that attention meets few
 # extents: for each new one cuDNN makes a plan, which takes longer than the chunk.
@@ -38,17 +43,9 @@ class Chunk(NamedTuple):
     mask: Tensor | None  # [R, n * page_size] bool; None: causal, the last row sees the last key
 
 
-def prefill_ops(ops: Ops) -> Ops:
-    """What a prompt runs through, given what a step runs through."""
-    if ops.host_may_read:
-        return ops
-
-    def layers(
-        model: Llama, window: Tensor, cache: KVCache, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        return run_chunk(model, window, cache, taps, ops)
-
-    return ops._replace(layers=layers)
+def prefill_ops(ops: Ops) -> Any:
+    """Until the engine calls `Ops.prefill`."""
+    return SimpleNamespace(layers=ops.prefill, rms_norm=ops.rms_norm)
 
 
 def run_chunk(

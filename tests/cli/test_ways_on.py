@@ -20,7 +20,7 @@ from mtpkern.checkpoints import default_model
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.cli import main
 from mtpkern.convert import MEDUSA_FILE, convert
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 
 PROMPT = "the quick brown fox"
 
@@ -348,7 +348,7 @@ def test_logits_that_overflow_in_another_dtype_do_not_on_a_cpu(tmp_path: Path) -
     save_file(tensors, directory / "model.safetensors")
     params = SamplingParams(max_tokens=2, logprobs=True)
     with pytest.raises(UserError, match="another dtype may hold them"):
-        LLM(directory, max_length=64, dtype="float16", ops=TORCH).generate(PROMPT, params)
+        LLM(directory, max_length=64, dtype="float16", ops=DEFINITIONS).generate(PROMPT, params)
     assert LLM(directory, max_length=64, dtype="float16").generate(PROMPT, params)
 
 

@@ -1,6 +1,7 @@
 """The CPU's operations: as defined, whatever the shapes, and the same bits for any cut of rows."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,16 +22,18 @@ from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.sample import SamplingRows
 from mtpkern.kernels.verify_attention import verify_attention_ref
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops import cpu as cpu
 from mtpkern.ops.base import Ops
+from mtpkern.ops.cpu import CpuOps
+from mtpkern.ops.cpu_programs import MAX_ROWS
+from mtpkern.ops.cpu_step import Advance, ngram
 
 EPS = 1e-5
-MANY = 2 * cpu.MAX_ROWS + 3
+MANY = 2 * MAX_ROWS + 3
 
 
 @pytest.fixture(scope="module")
 def ops() -> Ops:
-    return cpu.cpu_ops()
+    return CpuOps()
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -45,7 +48,7 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
 def bits_hold(call: Any, x: torch.Tensor) -> torch.Tensor:
     """Rows alone, all at once and in between have the same bits -> those of all."""
     whole = call(x)
-    for width in (1, 7, cpu.MAX_ROWS):
+    for width in (1, 7, MAX_ROWS):
         parts = torch.cat([call(some) for some in x[: 2 * width].split(width)])
         assert torch.equal(parts, whole[: 2 * width])
     return whole
@@ -106,16 +109,11 @@ def test_attention_with_heads_of_any_size(ops: Ops, D: int, norms: bool) -> None
     expected = linear_ref(attended.reshape(batch * T, -1), pack_ref(o))
 
     qkv, narrow = ops.pack_qkv(w, None, D), ops.pack_o(o, None, D)
-    table = {"cos_table": padded.cos, "sin_table": padded.sin, "page_table": padded.page_table}
-    mine = ops.plan(
-        lengths,
-        T,
-        k_cache=padded.k,
-        v_cache=padded.v,
-        group=heads // kv_heads,
-        head_dim=D,
-        **table,
+    cache = KVCache(
+        padded.k, padded.v, padded.page_table, lengths, padded.cos, padded.sin, ops.padded_dim
     )
+    sizes: Any = SimpleNamespace(num_heads=heads, head_dim=D, sliding_window=0)
+    mine = ops.plan(cache, T, sizes)
     pages = (padded.k[0], padded.v[0])
     q = ops.qkv_rope_cache(x, norm, EPS, qkv, *pages, mine, **options)
     attended = ops.verify_attention(q, *pages, padded.page_table, mine)
@@ -126,7 +124,7 @@ def test_attention_with_heads_of_any_size(ops: Ops, D: int, norms: bool) -> None
 @pytest.mark.parametrize("E", [48, 51])
 def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path, hidden_size=E, head_dim=10)
-    ops = cpu.cpu_ops()
+    ops = CpuOps()
     model = Llama.load(directory, dtype=torch.float32, ops=ops)
     found = {}
     window = torch.tensor([[5, 9, 33, 7], [1, 2, 3, 4]])
@@ -143,7 +141,6 @@ def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Pat
             dtype=torch.float32,
             padded_dim=ops.padded_dim,
         )
-        assert ops.forward is not None
         for _ in range(2):  # what the first leaves behind must not matter to the second
             features, projected = ops.forward(model, window, cache, taps, None)
         largest = projected.largest((2, 4)).clone()
@@ -200,7 +197,7 @@ def test_a_step_ends_as_defined(rows: int, with_logprobs: bool) -> None:
         window, target, largest, progress = make(batch, rows, seed)
         logprobs = -torch.rand(batch, rows) if with_logprobs else None
         mine, own = window.clone(), Progress(*(t.clone() for t in progress))
-        found = cpu._advance(mine, target, largest, logprobs, own, cpu._Numbers())
+        found = Advance()(mine, target, largest, logprobs, own)
         expected = advance_ref(window, target, largest, logprobs, progress)
         named = zip(Progress._fields, own, progress, strict=True)
         for name, a, b in (("accepted", found[0], expected[0]), ("window", mine, window), *named):
@@ -221,5 +218,5 @@ BYTES = st.sampled_from([0, 1, 256, 257, 65536, 2**24 + 1])
 def test_copies_are_those_of_the_definition(texts: list[list[int]], drafts: int, size: int) -> None:
     tokens = torch.tensor([(text * 48)[:48] for text in texts])
     known = torch.tensor([len(text) for text in texts])
-    found, expected = (f(tokens, known, drafts, size) for f in (cpu._ngram, ngram_ref))
+    found, expected = (f(tokens, known, drafts, size) for f in (ngram, ngram_ref))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

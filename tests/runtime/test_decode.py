@@ -23,7 +23,7 @@ from mtpkern.drafters.base import (
 )
 from mtpkern.drafters.draft_length import DraftLength, Window
 from mtpkern.engine import LLM
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 
 PROMPTS = [[5, 9, 33, 7, 7, 12], [11], [40 + i % 60 for i in range(150)]]
 
@@ -84,7 +84,7 @@ def hostile(answers: list[list[int]]) -> Drafter:
     return Scripted(script)
 
 
-DRAFTERS = [perfect, half_right, random_drafts, hostile, lambda _: NgramDrafter(TORCH, 2)]
+DRAFTERS = [perfect, half_right, random_drafts, hostile, lambda _: NgramDrafter(DEFINITIONS, 2)]
 NAMES = ["perfect", "half right", "random", "hostile", "n-gram"]
 
 
@@ -154,7 +154,7 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
     monkeypatch.setattr(DraftLength, "choose", choose)
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: generator.random() < 0.5)
     monkeypatch.setattr(DraftLength, "watching", lambda self: generator.choice([0, 1, 1, 2]))
-    llm.drafter = CompanionDrafter(NgramDrafter(TORCH, 2), make(answers), TORCH)
+    llm.drafter = CompanionDrafter(NgramDrafter(DEFINITIONS, 2), make(answers), DEFINITIONS)
     for completion, plain in zip(llm.generate(PROMPTS, params), expected, strict=True):
         assert completion.token_ids == plain.token_ids
         assert completion.logprobs == plain.logprobs
@@ -180,7 +180,7 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
             poison()
             return super().guess(step, count)
 
-    llm.drafter = Poisoner(TORCH)
+    llm.drafter = Poisoner(DEFINITIONS)
     with torch.inference_mode():
         llm._cache.k.fill_(float("nan"))
         llm._cache.v.fill_(float("nan"))
@@ -192,7 +192,7 @@ def test_rejected_tokens_leave_no_trace(tmp_path: Path) -> None:
     """After any mix of drafts, the committed part of the cache has the bits of plain decoding."""
     directory = tiny_checkpoint(tmp_path, dtype=torch.bfloat16)
     caches = []
-    for k, drafter in ((0, NoDrafter()), (4, random_drafts([])), (4, NgramDrafter(TORCH, 1))):
+    for k, drafter in ((0, NoDrafter()), (4, random_drafts([])), (4, NgramDrafter(DEFINITIONS, 1))):
         llm = LLM(directory, num_speculative_tokens=k, max_length=200, max_batch=1)
         llm.drafter = drafter
         with torch.inference_mode():

@@ -18,7 +18,7 @@ from mtpkern import engine
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.engine import LLM
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 
 TEXT = "the quick brown fox jumps over the lazy dog "
 
@@ -103,7 +103,7 @@ class Foresight(NgramDrafter):
     """Drafts what follows in `answer`, whose prompt is FRAGILE, or one token again and again."""
 
     def __init__(self, answer: list[int], instead: int | None = None):
-        super().__init__(TORCH)
+        super().__init__(DEFINITIONS)
         self.known, self.instead = torch.tensor(FRAGILE + answer + [0] * 32), instead
 
     def guess(self, step: DraftInput, count: int) -> Drafts:

@@ -20,9 +20,8 @@ from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
 from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
 from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
-from mtpkern.model import run_trunk  # noqa: E402
 from mtpkern.ops import prefill  # noqa: E402
-from mtpkern.ops.definitions import TORCH  # noqa: E402
+from mtpkern.ops.definitions import DEFINITIONS, Definitions  # noqa: E402
 from mtpkern.ops.gpu import TRITON  # noqa: E402
 from mtpkern.status import Phase  # noqa: E402
 from mtpkern.warmup import noting_kernels  # noqa: E402
@@ -35,6 +34,15 @@ HEADS = {"mtp": write_mtp, "medusa": write_medusa, "modules": None}
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16, max_position_embeddings=1280)
+
+
+class WithoutTheHost(Definitions):
+    """The definitions, of which the host reads nothing within a step."""
+
+    host_may_read = False
+
+    def pack(self, w: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        return TRITON.pack(w, bias)
 
 
 def load(directory: Path, **options: Any) -> LLM:
@@ -194,7 +202,7 @@ def prefill_launches(
     window = torch.zeros(1, 512, dtype=torch.int64, device="meta")
     with predict_steps.traced() as trace:
         at = cache.at(torch.tensor([begin]))
-        hidden, _ = run_trunk(trunk, window, at, prefill.prefill_ops(TRITON))
+        hidden, _ = TRITON.prefill(trunk, window, at)
     assert hidden.shape == (512, trunk.config.hidden_size)
     return trace.kernels + trace.others + attended, len(trunk.layers)
 
@@ -226,11 +234,9 @@ def test_modules_draft_without_the_host_what_they_draft_with_it(
     """A GPU takes in as many pairs in each step as there may be, and no value of a tensor decides
     how many: the same drafts, behind prompts of one token, of few and of several chunks."""
     write_family("mimo", tmp_path, modules=modules)
-    packs = {name: getattr(TRITON, name) for name in ("pack", "pack_qkv", "pack_o", "pack_gate_up")}
     prompts = [[9], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9] * 3, [(7 * i) % 131 for i in range(270)]]
-    monkeypatch.setattr(engine, "prefill_ops", lambda ops: ops._replace(host_may_read=True))
     answers = []
-    for ops in (TORCH, TORCH._replace(host_may_read=False, **packs)):
+    for ops in (DEFINITIONS, WithoutTheHost()):
         llm = LLM(
             tmp_path,
             device="cpu",

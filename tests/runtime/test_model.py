@@ -9,7 +9,7 @@ from families import FAMILIES, write_family
 from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
 from mtpkern.model import Llama, run_trunk
-from mtpkern.ops.cpu import CpuLogits
+from mtpkern.ops.cpu_step import CpuLogits
 
 PROMPT = [5, 9, 33, 7, 61, 12, 80, 2, 44]
 

@@ -14,9 +14,9 @@ from families import write_family
 from mtpkern.cache import KVCache
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.rope_cache import rope_cache_ref
-from mtpkern.model import Llama, run_trunk
+from mtpkern.model import Llama
 from mtpkern.ops import prefill
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 from mtpkern.ops.gpu import TRITON
 
 PAGES = [3, 1, 4, 2, 5, 8, 7, 6, 9, 12, 11, 10]
@@ -52,17 +52,18 @@ def test_chunks_are_what_the_definitions_say(
         write_family(family, tmp_path)
     monkeypatch.setattr(prefill, "rope_cache", rope_cache_ref)
     monkeypatch.setattr(prefill, "MASKED_KEYS", 64)  # so that a window leaves out whole pages
-    ops = prefill.prefill_ops(TRITON._replace(rms_norm=rms_norm_ref))
+    monkeypatch.setattr(TRITON, "rms_norm", rms_norm_ref)
+    ops = TRITON
     model, same = (
-        Llama.load(tmp_path, dtype=torch.float32, ops=o, device="cpu") for o in (ops, TORCH)
+        Llama.load(tmp_path, dtype=torch.float32, ops=o, device="cpu") for o in (ops, DEFINITIONS)
     )
     mine, theirs = empty_cache(model), empty_cache(model)
     generator = torch.Generator().manual_seed(1)
     for begin, rows in ((0, 512), (512, 64)):
         window = torch.randint(model.config.vocab_size, (1, rows), generator=generator)
         at = torch.tensor([begin])
-        hidden, (tap,) = run_trunk(model, window, mine.at(at), ops, (1,))
-        expected, (other,) = run_trunk(same, window, theirs.at(at), TORCH, (1,))
+        hidden, (tap,) = ops.prefill(model, window, mine.at(at), (1,))
+        expected, (other,) = DEFINITIONS.layers(same, window, theirs.at(at), (1,))
         torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(tap, other, atol=2e-4, rtol=2e-4)
     for a, b in ((mine.k, theirs.k), (mine.v, theirs.v)):

@@ -17,7 +17,7 @@ from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.drafters.draft_length import GraphDraftLength
 from mtpkern.engine import LLM
 from mtpkern.ops import base as ops
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 from mtpkern.ops.gpu import TRITON
 
 PROMPTS = [[5, 9, 33, 7, 7, 12, 9, 33, 7], [11], [40 + i % 60 for i in range(70)]]
@@ -43,7 +43,7 @@ def load(directory: Path, device: str, **options: Any) -> LLM:
     settings: dict[str, Any] = {"max_length": 128, "max_batch": 2}
     if torch.version.cuda is None:
         # ttsem knows neither graphs nor dependent launches.
-        settings |= {"graph": False, "ops": TRITON if device == "cuda" else TORCH}
+        settings |= {"graph": False, "ops": TRITON if device == "cuda" else DEFINITIONS}
     return LLM(directory, device=device, **settings | options)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.engine import LLM
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import Definitions
 from mtpkern.request import EncodedPrompt, Request
 from mtpkern.tokenizer import Tokenizer
 
@@ -231,7 +231,9 @@ def test_what_cannot_be_done_is_refused(llm: LLM, model: Path) -> None:
     with pytest.raises(UserError, match=r"stop_token_ids must be in 0\.\.306"):
         llm.generate(TEXT, SamplingParams(stop_token_ids=(307,)))
     with pytest.raises(UserError, match="min_tokens needs device cpu"):
-        kernels = LLM(model, max_length=64, ops=TORCH._replace(host_may_read=False))
+        ops = Definitions()
+        ops.host_may_read = False
+        kernels = LLM(model, max_length=64, ops=ops)
         kernels.generate(TEXT, SamplingParams(8, min_tokens=3, stop_token_ids=(5,)))
     # Where there is nothing to keep out, that is no matter; one token has no prefill.
     kernels.eos_token_ids = ()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mtpkern import LLM, SamplingParams, UserError
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS, vocabulary_format
 from mtpkern.kernels.cpu.weights import expanded, rounded
-from mtpkern.ops.definitions import TORCH
+from mtpkern.ops.definitions import DEFINITIONS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 PROMPTS = [[5, 9, 33, 7, 7, 12], [11, 4], [40 + i % 60 for i in range(70)]]
@@ -82,6 +82,6 @@ def test_weights_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weights must be auto, q4_0"):
         LLM(directory, weights="q3")
     with pytest.raises(UserError, match="weights q4_1 needs device cpu"):
-        LLM(directory, weights="q4_1", ops=TORCH)
+        LLM(directory, weights="q4_1", ops=DEFINITIONS)
     with pytest.raises(UserError, match="multiple of 32"):
         LLM(tiny_checkpoint(tmp_path / "odd"), weights="q4_1")

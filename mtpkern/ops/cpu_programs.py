@@ -1,0 +1,240 @@
+"""The programs of kernels/cpu that `CpuOps` runs, and how rows get into and out of them.
+
+A `Unit` is a program for given weights (and a given cache), built when it is first needed and kept.
+It holds MAX_ROWS rows; more rows take several runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtpkern.errors import UserError
+from mtpkern.kernels.cpu._compile import Kernels, default_cache
+from mtpkern.kernels.cpu._threads import Helpers
+from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
+from mtpkern.kernels.cpu.program import Norm, Program
+from mtpkern.kernels.cpu.weights import LANES, Array, Quants, Weights, padded_heads, rounded
+
+if TYPE_CHECKING:
+    from mtpkern.cache import KVCache
+    from mtpkern.config import ModelConfig
+    from mtpkern.model import DecoderLayer, Llama
+
+MAX_ROWS = 128
+# An operation on fewer bytes of weights is over before a second thread has woken up.
+ONE_THREAD_BYTES = 2**18
+FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A program with its input and output rows, [MAX_ROWS, columns] float32 each.
+
+    Its outputs are overwritten by its next run.
+    """
+
+    program: Program
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    best: Tensor | None = None  # [MAX_ROWS, 3] int64; see `Program.project`
+    _results: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def results(self, rows: int) -> tuple[Tensor, ...]:
+        """The first `rows` rows of the outputs; with `best`, then also its ids, values and
+        logarithms of sums, [rows] each."""
+        if rows not in self._results:
+            views = [out[:rows] for out in self.outputs]
+            if self.best is not None:
+                words = self.best[:rows].view(torch.float32)  # the low half of each comes first
+                views += [self.best[:rows, 0], words[:, 2], words[:, 4]]
+            self._results[rows] = tuple(views)
+        return self._results[rows]
+
+    def run_rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run x [R, K], any R, added to `residual` [R, N] -> a copy of the first output [R, N]."""
+        made = []
+        for begin in range(0, max(1, len(x)), MAX_ROWS):
+            rows = x[begin : begin + MAX_ROWS]
+            count = len(rows)
+            if count:
+                # Gates are padded to whole lanes, so that x may have more columns than w.
+                self.inputs[0][:count].copy_(rows[:, : self.inputs[0].shape[1]])
+                if residual is not None:
+                    self.inputs[1][:count].copy_(residual[begin : begin + count])
+                self.program.run(count)
+            made.append(self.results(count)[0].clone())
+        return joined(made)
+
+    def run_windows(
+        self, x: Tensor | None, ids: Tensor | None, lengths: Tensor, page_table: Tensor, T: int
+    ) -> Iterator[int]:
+        """Run T rows of each sequence, rows x [B * T, K] and ids [B * T], as many at a time as the
+        program holds; yields how many rows each run had, in order."""
+        for b, count, t, rows in parts(len(lengths), T):
+            program = self.program
+            program.lengths[:count] = lengths.numpy()[b : b + count] + t
+            pages = page_table.numpy()[b:]
+            if not np.shares_memory(pages[:1], program.page_table[:1]):
+                program.page_table = pages
+            begin, total = b * T + t, count * rows
+            if x is not None:
+                self.inputs[0][:total].copy_(x[begin : begin + total])
+            if ids is not None:
+                program.ids[:total] = ids[begin : begin + total].numpy()
+            program.run(rows, count)
+            yield total
+
+
+class Units:
+    """Units by what they are built for, named by address; each keeps that alive."""
+
+    def __init__(self) -> None:
+        self._units: dict[Hashable, Unit] = {}
+
+    def get(self, key: Hashable, build: Callable[[], Unit]) -> Unit:
+        if key not in self._units:
+            self._units[key] = build()
+        return self._units[key]
+
+
+@cache
+def kernels() -> Kernels:
+    """This process's kernels, compiled by the first run on a machine. Raises UserError where this
+    CPU cannot run them."""
+    try:
+        found = Kernels(directory=default_cache())
+    except ValueError as error:
+        raise UserError(f"device cpu: {error}") from None
+    found.run_program()
+    return found
+
+
+@cache
+def helpers(threads: int) -> Helpers:
+    """This process's threads, shared by all programs."""
+    return Helpers(threads)
+
+
+def new_program(weight_bytes: int, batch: int = 1) -> Program:
+    threads = 1 if weight_bytes < ONE_THREAD_BYTES else torch.get_num_threads()
+    return Program(kernels(), helpers(threads), max_rows=MAX_ROWS, max_batch=batch)
+
+
+def new_unit(
+    program: Program,
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *kept: object,
+    best: Array | None = None,
+) -> Unit:
+    """`kept` is what the key of the unit names by address."""
+    program.keep(*kept)
+    sources, found = (tuple(map(torch.from_numpy, arrays)) for arrays in (inputs, outputs))
+    return Unit(program, sources, found, None if best is None else torch.from_numpy(best))
+
+
+def new_rows(program: Program, columns: int) -> Array:
+    """Uninitialised rows [MAX_ROWS, columns] float32 of a program."""
+    return program.buffer(columns)[:, :columns]
+
+
+def parts(batch: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut [B, T] rows into runs: first sequence, sequences, first row, rows of each."""
+    if rows > MAX_ROWS:
+        for b in range(batch):
+            for t in range(0, rows, MAX_ROWS):
+                yield b, 1, t, min(MAX_ROWS, rows - t)
+        return
+    most = MAX_ROWS // max(1, rows)
+    for b in range(0, batch, most):
+        yield b, min(most, batch - b), 0, rows
+
+
+def joined(made: Sequence[Tensor]) -> Tensor:
+    return made[0] if len(made) == 1 else torch.cat(list(made))
+
+
+def quants_of(w: Tensor | Quants) -> Quants:
+    return w if isinstance(w, Quants) else rounded(w, FORMATS[w.dtype])
+
+
+def norm_of(w: Tensor | None, eps: float) -> Norm:
+    return Norm(None if w is None else w.float().numpy(), eps)
+
+
+def head_norm(w: Tensor | None) -> Array | None:
+    """The weights [D] of a norm per head, padded like the heads."""
+    if w is None:
+        return None
+    order = padded_heads(1, len(w))
+    return np.where(order < 0, np.float32(0), w.float().numpy()[order])
+
+
+def layer_of(layer: DecoderLayer, eps: float) -> Layer:
+    return Layer(
+        norm_of(layer.input_norm, eps),
+        layer.qkv,
+        layer.o,
+        norm_of(layer.post_attention_norm, eps),
+        layer.gate_up,
+        layer.down,
+        head_norm(layer.q_norm),
+        head_norm(layer.k_norm),
+    )
+
+
+def cache_of(cache: KVCache, config: ModelConfig, layers: slice) -> Cache:
+    tables: tuple[Any, ...] = (cache.k[layers], cache.v[layers], cache.cos, cache.sin)
+    return Cache(*tables, config.num_heads, config.sliding_window, config.head_dim)
+
+
+def add_trunk(program: Program, model: Llama, cache: KVCache, taps: Mapping[int, Array]) -> Array:
+    """Add a model's layers -> the hidden states [MAX_ROWS, E] after the last; see `add_layers`."""
+    config = model.config
+    x = new_rows(program, config.hidden_size)
+    program.embed(model.embedding, x)
+    layers = [layer_of(layer, config.rms_norm_eps) for layer in model.layers]
+    table = cache_of(cache, config, slice(None))
+    return add_layers(program, x, layers, table, taps)[:, : config.hidden_size]
+
+
+def pair_unit(w: Any, embedding: Weights, E: int, cache: KVCache, index: int) -> Unit:
+    """A pass of a sequential head: pairs of hidden state and token, one decoder layer, the norm.
+
+    With an input projection the pair is (hidden, token) and goes through it; without one (EAGLE-3)
+    it is (token, hidden), and the attention's input.
+    """
+    program, eps = new_program(ONE_THREAD_BYTES, MAX_ROWS), w.config.rms_norm_eps
+    projects = w.input_proj is not None
+    source, x, token_rows = (new_rows(program, E) for _ in range(3))
+    # A norm writes whole lanes: one that is not the last half is written before what follows it.
+    pair = program.buffer(2 * E + LANES)
+    first, second = pair[:, :E], pair[:, E : 2 * E]
+    program.embed(embedding, token_rows)
+    hidden_norm, token_norm = norm_of(w.hidden_norm, eps), norm_of(w.token_norm, eps)
+    if projects:
+        program.norm(source, hidden_norm, first)
+        program.norm(token_rows, token_norm, second)
+        program.linear(pair, w.input_proj, x)
+    else:
+        program.norm(token_rows, token_norm, first)
+        program.norm(source, hidden_norm, second)
+        if w.norm_before_residual:
+            program.norm(source, hidden_norm, x)
+        else:
+            x = source
+    table = cache_of(cache, w.config, slice(index, index + 1))
+    layer = layer_of(w.layer, eps)
+    out = add_layers(program, x, [layer], table, inputs=None if projects else pair)
+    if projects:
+        normed = new_rows(program, E)
+        program.norm(out, norm_of(w.final_norm, eps), normed)
+        out = normed
+    return new_unit(program, (source,), (out[:, :E],), w, embedding)
