@@ -191,8 +191,9 @@ def layer_of(layer: DecoderLayer, eps: float) -> Layer:
 
 
 def cache_of(cache: KVCache, config: ModelConfig, layers: slice) -> Cache:
-    tables: tuple[Any, ...] = (cache.k[layers], cache.v[layers], cache.cos, cache.sin)
-    return Cache(*tables, config.num_heads, config.sliding_window, config.head_dim)
+    heads, sliding, head_dim = config.num_heads, config.sliding_window, config.head_dim
+    k, v = cache.k[layers], cache.v[layers]
+    return Cache(k, v, cache.cos, cache.sin, heads, sliding, head_dim)
 
 
 def add_trunk(program: Program, model: Llama, cache: KVCache, taps: Mapping[int, Array]) -> Array:
