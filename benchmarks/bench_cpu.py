@@ -71,7 +71,7 @@ def measure_all(args: argparse.Namespace, finish: Finish) -> int:
     kernels = Kernels(directory=default_cache(), on_compile=compiled.append)
     facts = environment() | {"form": host_target().form, "kv_cache": "float16"}
     trunk, shape = read_gguf(args.gguf) if args.gguf else random_trunk()
-    kernels.run_program()
+    kernels.entry("run_program")
     facts |= {"compiled": compiled, "start_seconds": round(time.perf_counter() - begin, 2)}
     print(first_line(facts), f"tile {facts['form']}", flush=True)
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}

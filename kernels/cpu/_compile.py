@@ -28,7 +28,8 @@ import llvmlite.binding as llvm
 
 from ._tile import form_of, tile_ir
 
-PROGRAM = "run_program"
+# Functions (int64, int64, int64) -> int64 that Numba translates, and the files that hold them.
+ENTRIES = {"run_program": "_program", "end_step": "_step_end", "draft_ngram": "_step_end"}
 
 # The least that kernels are compiled for on x86: fused multiply-add, AVX2, half floats.
 BASELINE = {"avx2", "fma", "f16c", "bmi2"}
@@ -109,17 +110,17 @@ class Kernels:
         """Address of the matmul tile for a weight format."""
         return self._address(f"tile_{weights}", lambda: self._emit_tile(weights), weights)
 
-    def run_program(self) -> Callable[[int, int, int], int]:
-        """`_program.run_program`; a call leaves the interpreter to other threads."""
-        address = self._address(PROGRAM, self._emit_program, PROGRAM)
+    def entry(self, name: str) -> Callable[[int, int, int], int]:
+        """A function of ENTRIES; a call leaves the interpreter to other threads."""
+        address = self._address(name, lambda: self._emit_entry(name), name)
         # Numba's convention: a place for the result and one for an exception come first.
         kinds = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
         function = ctypes.CFUNCTYPE(ctypes.c_int32, *kinds)(address)
 
-        def call(head: int, epoch: int, thread: int) -> int:
+        def call(first: int, second: int, third: int) -> int:
             places = (ctypes.c_int64 * 2)()
             address = ctypes.addressof(places)
-            function(address, address + 8, head, epoch, thread)
+            function(address, address + 8, first, second, third)
             return places[0]
 
         return call
@@ -127,9 +128,11 @@ class Kernels:
     def _emit_tile(self, weights: str) -> bytes:
         return emit_object(tile_ir(weights, self.target.form), self.target, optimise=False)
 
-    def _emit_program(self) -> bytes:
-        program = importlib.import_module("._program", __package__)
-        return emit_object(program.program_ir(), self.target, optimise=True)
+    def _emit_entry(self, name: str) -> bytes:
+        module = importlib.import_module(f".{ENTRIES[name]}", __package__)
+        translate = importlib.import_module("._translate", __package__)
+        ir = translate.function_ir(getattr(module, name))
+        return emit_object(ir, self.target, optimise=True)
 
     def _address(self, symbol: str, emit: Callable[[], bytes], unit: str) -> int:
         with self._lock:
@@ -152,7 +155,7 @@ class Kernels:
         return made
 
     def _load(self, unit: str, image: bytes) -> None:
-        name = unit if unit == PROGRAM else f"tile_{unit}"
+        name = unit if unit in ENTRIES else f"tile_{unit}"
         builder = llvm.JITLibraryBuilder().add_object_img(image).add_current_process()
         builder.export_symbol(name)
         library = builder.link(_jit(), f"mtpkern_{unit}_{next(_numbers)}")

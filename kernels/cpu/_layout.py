@@ -82,3 +82,45 @@ SPLIT = 128
 KEYS = 32
 # Blocks of 8 outputs in a chunk of the vocabulary: sums of exponentials go by chunk.
 VOCABULARY_BLOCKS = 32
+
+# Words of `end_step`.
+(
+    WINDOW,  # address of [B, T] int64
+    WINDOW_STRIDE,
+    TARGET,  # address of [B, T] int64
+    TARGET_STRIDE,
+    TARGET_STEP,  # from row to row
+    LARGEST,  # address of [B, T] float32
+    LARGEST_STRIDE,
+    LARGEST_STEP,
+    LOGPROBS,  # address of [B, T] float32, contiguous, or 0
+    ACCEPTED,  # out, address of [B] int64
+    COUNT,  # out, address of [B] int64
+    TOKENS,  # from here on the fields of `Progress` (kernels/advance.py)
+    TOKENS_STRIDE,
+    COMMITTED,  # its lengths
+    ACTIVE,
+    LIMITS,
+    ENDS,
+    ENDS_STRIDE,
+    ENDS_COUNT,
+    SOURCE,
+    DRAFTED,
+    CLOCK,
+    RING,
+    RING_SLOTS,
+    RING_STRIDE,  # from slot to slot
+    RING_STEP,  # from sequence to sequence
+    END_WORDS,
+) = range(27)
+
+# Words of `draft_ngram`.
+(
+    TEXT,  # address of [B, ...] int64
+    TEXT_STRIDE,
+    KNOWN,  # address of [B] int64
+    SIZE,
+    COPIED,  # out, address of [B, K] int64, contiguous
+    FOUND,  # out, address of [B] bytes
+    NGRAM_WORDS,
+) = range(7)

@@ -7,11 +7,7 @@ anything.
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import numpy as np
-from numba import config, types
 
 from ._attention import attend_split, first_seen, merge_splits, store_row
 from ._elementary import exp, log, silu
@@ -542,19 +538,3 @@ def run_program(head, epoch, thread):
     total = ticks() - begin
     set_float_mode(mode)
     return 1000 * waited // max(total, 1)
-
-
-def program_ir() -> str:
-    """LLVM IR, not yet optimised, with the one function `run_program`, free of Numba's runtime."""
-    kinds = (types.int64,) * 3
-    level = config.OPT
-    # Numba would optimise every function again each time one is linked into its callers.
-    config.OPT = 0
-    try:
-        run_program.compile(kinds)
-    finally:
-        config.OPT = level
-    text: str = run_program.inspect_llvm(run_program.signatures[0])
-    mangled = run_program.overloads[run_program.signatures[0]].fndesc.mangled_name
-    lines: list[Any] = [line for line in text.splitlines() if "@_ZN08NumbaEnv" not in line[:16]]
-    return re.sub(rf'@"?{re.escape(mangled)}"?(?=[\s(])', "@run_program", "\n".join(lines))

@@ -155,6 +155,11 @@ def store_i64(builder, address, value):
 
 
 @_operation(types.void, types.int64, types.int64)
+def store_byte(builder, address, value):
+    _store(builder, address, builder.trunc(value, BYTE), 1)
+
+
+@_operation(types.void, types.int64, types.int64)
 def store_i32(builder, address, value):
     _store(builder, address, builder.trunc(value, I32), 4)
 

@@ -232,7 +232,7 @@ class Program:
         head[L.SCRATCH], head[L.SCRATCH_BYTES] = scratch.ctypes.data, size
         head[L.LENGTHS], head[L.IDS] = self.lengths.ctypes.data, self.ids.ctypes.data
         self._kept.append(scratch)
-        self._run, self._at = self.kernels.run_program(), head.ctypes.data
+        self._run, self._at = self.kernels.entry("run_program"), head.ctypes.data
 
     def _add(self, op: int, chunks: int, facts: dict[int, int]) -> None:
         if self._table is not None:

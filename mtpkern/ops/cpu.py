@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mtpkern.kernels.cpu.program import Pages
 from mtpkern.kernels.cpu.weights import (
-    LANES,
     Array,
     Quants,
     Weights,
@@ -33,16 +32,16 @@ from mtpkern.ops.cpu_programs import (
     Unit,
     Units,
     add_trunk,
+    forward_unit,
     head_norm,
     joined,
     new_program,
     new_rows,
-    new_unit,
     norm_of,
     pair_unit,
     quants_of,
 )
-from mtpkern.ops.cpu_step import Advance, CpuLogits, is_greedy, ngram
+from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -58,6 +57,15 @@ class CpuPlan(NamedTuple):
     config: ModelConfig
 
 
+class _Forward(NamedTuple):
+    """A unit for `CpuOps.forward` and its arguments."""
+
+    model: Llama
+    k: Tensor
+    taps: Sequence[int]
+    unit: Unit
+
+
 class CpuOps(Ops):
     """The operations; programs are kept for as long as the value lives."""
 
@@ -67,7 +75,9 @@ class CpuOps(Ops):
 
     def __init__(self) -> None:
         self._units = Units()
-        self._advance = Advance()
+        self._end = StepEnd()
+        # Of the last call of `forward`: the next step's is the same.
+        self._forward: _Forward | None = None
 
     def padded_dim(self, head_dim: int) -> int:
         return padded_dim(head_dim)
@@ -107,7 +117,7 @@ class CpuOps(Ops):
             program = new_program(0)
             out = new_rows(program, embedding.in_features)
             program.embed(embedding, out)
-            return new_unit(program, (), (out,))
+            return Unit(program, (), (out,))
 
         unit = self._units.get(("embed", id(embedding.data)), build)
         made = []
@@ -135,7 +145,7 @@ class CpuOps(Ops):
             program = new_program(0)
             source, normed = new_rows(program, K), new_rows(program, K)
             program.norm(source, norm_of(w, eps), normed)
-            return new_unit(program, (source,), (normed,), w)
+            return Unit(program, (source,), (normed,), w)
 
         normed = self._units.get(("norm", w.data_ptr(), K), build).run_rows(x)
         return normed if out is None else out.copy_(normed)
@@ -145,7 +155,7 @@ class CpuOps(Ops):
             program = new_program(w.data.nbytes)
             source, out = new_rows(program, w.in_features), new_rows(program, w.out_features)
             program.linear(source, w, out, residual=None if residual is None else out)
-            return new_unit(program, (source, out), (out,))
+            return Unit(program, (source, out), (out,))
 
         unit = self._units.get(("linear", id(w.data), residual is None), build)
         return unit.run_rows(x, residual)
@@ -157,7 +167,7 @@ class CpuOps(Ops):
             program = new_program(w.data.nbytes)
             source, out = new_rows(program, w.in_features), new_rows(program, columns)
             program.gate_up_silu(source, w, out, norm=norm_of(norm_w, eps))
-            return new_unit(program, (source,), (out,), norm_w)
+            return Unit(program, (source,), (out,), norm_w)
 
         return self._units.get(("gate_up", id(w.data)), build).run_rows(x)
 
@@ -186,7 +196,7 @@ class CpuOps(Ops):
             source, qkv = new_rows(program, w.in_features), new_rows(program, w.out_features)
             pages = _pages(k_pages, v_pages, plan, head_norm(q_norm), head_norm(k_norm))
             program.qkv_rope_cache(source, w, qkv, pages, norm=norm_of(norm_w, eps))
-            return new_unit(program, (source,), (qkv,), norm_w)
+            return Unit(program, (source,), (qkv,), norm_w)
 
         unit = self._units.get(("qkv", id(w.data), k_pages.data_ptr()), build)
         runs = unit.run_windows(x, None, plan.cache.lengths, plan.cache.page_table, plan.rows)
@@ -202,7 +212,7 @@ class CpuOps(Ops):
             program = new_program(ONE_THREAD_BYTES, MAX_ROWS)
             queries, out = new_rows(program, width), new_rows(program, width)
             program.attend(queries, out, _pages(k_pages, v_pages, plan))
-            return new_unit(program, (queries,), (out,))
+            return Unit(program, (queries,), (out,))
 
         unit = self._units.get(("attend", k_pages.data_ptr()), build)
         rows = q.reshape(-1, width)
@@ -218,7 +228,7 @@ class CpuOps(Ops):
             program = new_program(ONE_THREAD_BYTES, MAX_ROWS)
             kept = {tap: new_rows(program, model.config.hidden_size) for tap in taps}
             hidden = add_trunk(program, model, cache, kept)
-            return new_unit(program, (), (hidden, *kept.values()), model)
+            return Unit(program, (), (hidden, *kept.values()), model)
 
         unit = self._units.get(("layers", id(model), cache.k.data_ptr(), tuple(taps)), build)
         ids, T = window.reshape(-1), window.shape[1]
@@ -232,34 +242,25 @@ class CpuOps(Ops):
     def forward(
         self, model: Llama, window: Tensor, cache: KVCache, taps: Sequence[int], heads: Any
     ) -> tuple[Tensor, Projected]:
-        config = model.config
-        E, last = config.hidden_size, config.num_layers
-        wanted = tuple(taps) or (last,)
-        lanes = -(-E // LANES) * LANES
-
-        def build() -> Unit:
-            program = new_program(ONE_THREAD_BYTES, MAX_ROWS)
-            features = program.buffer(len(wanted) * lanes)
-            kept = {tap: features[:, i * lanes :][:, :E] for i, tap in enumerate(wanted)}
-            normed = kept.pop(last, None)
-            if normed is None:
-                normed = new_rows(program, E)
-            hidden = add_trunk(program, model, cache, kept)
-            program.norm(hidden, norm_of(model.norm, config.rms_norm_eps), normed)
-            logits = new_rows(program, model.vocabulary.out_features)
-            best = program.project(normed, model.vocabulary, logits=logits)
-            return new_unit(program, (), (features, normed, logits), model, best=best)
-
-        unit = self._units.get(("forward", id(model), cache.k.data_ptr(), wanted), build)
-        ids, T = window.reshape(-1), window.shape[1]
-        runs = unit.run_windows(None, ids, cache.lengths, cache.page_table, T)
-        if len(ids) <= MAX_ROWS:
-            columns = unit.results(next(runs))
+        last = self._forward
+        if last is None or not (model is last.model and cache.k is last.k and taps is last.taps):
+            wanted = tuple(taps) or (model.config.num_layers,)
+            key = ("forward", id(model), cache.k.data_ptr(), wanted)
+            unit = self._units.get(key, lambda: forward_unit(model, cache, wanted))
+            self._forward = last = _Forward(model, cache.k, taps, unit)
+        unit, (batch, T) = last.unit, window.shape
+        ids, where = window.reshape(-1), (cache.lengths, cache.page_table)
+        if batch * T <= MAX_ROWS:
+            unit.run_window(ids, *where, T)
+            columns = unit.results(batch * T)
         else:
+            runs = unit.run_windows(None, ids, *where, T)
             made = [tuple(part.clone() for part in unit.results(count)) for count in runs]
             columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
         features, normed, logits, best, values, sums = columns
-        features = features.unflatten(1, (-1, lanes))[:, :, :E].flatten(1)
+        E, padded = normed.shape[1], features.shape[1] // max(1, len(taps))
+        if padded != E:
+            features = features.unflatten(1, (-1, padded))[:, :, :E].flatten(1)
         later = self._later(normed, model.vocabulary, heads) if heads else None
         return features, CpuLogits(logits, best, values, sums, later)
 
@@ -340,7 +341,7 @@ class CpuOps(Ops):
                 program.norm(source, norm_of(*norm), normed)
             logits = new_rows(program, V)
             best = program.project(normed, vocabulary, logits=logits)
-            return new_unit(program, (source,), (normed, logits), norm, best=best)
+            return Unit(program, (source,), (normed, logits), norm, best=best)
 
         # Units of their own for the trunk and a drafter, which must not overwrite each other's.
         whose = None if norm is None else norm[0].data_ptr()
@@ -357,12 +358,12 @@ class CpuOps(Ops):
     # The end of a step.
 
     def advance(self, *step: Any) -> tuple[Tensor, Tensor]:
-        return self._advance(*step)
+        return self._end.advance(*step)
 
     def ngram(
         self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
     ) -> tuple[Tensor, Tensor]:
-        return ngram(tokens, known, drafts, size)
+        return self._end.ngram(tokens, known, drafts, size)
 
 
 def _pages(

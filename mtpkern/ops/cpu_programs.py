@@ -7,7 +7,6 @@ It holds MAX_ROWS rows; more rows take several runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +32,31 @@ ONE_THREAD_BYTES = 2**18
 FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-@dataclass(frozen=True)
 class Unit:
     """A program with its input and output rows, [MAX_ROWS, columns] float32 each.
 
-    Its outputs are overwritten by its next run.
+    Its outputs are overwritten by its next run. What a step needs again and again (views of the
+    first rows, numpy's views of a cache) is kept: after a pass over a model's weights nothing is in
+    the CPU's caches, and each call of a tensor library costs some ten microseconds.
     """
 
-    program: Program
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    best: Tensor | None = None  # [MAX_ROWS, 3] int64; see `Program.project`
-    _results: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Array],
+        outputs: Sequence[Array],
+        *kept: object,
+        best: Array | None = None,
+    ):
+        """`kept` is what the unit's key names by address; `best` [MAX_ROWS, 3] int64 is what
+        `Program.project` returns."""
+        program.keep(*kept)
+        self.program = program
+        self.inputs, self.outputs = (tuple(map(torch.from_numpy, a)) for a in (inputs, outputs))
+        self.best = None if best is None else torch.from_numpy(best)
+        self._results: dict[int, tuple[Tensor, ...]] = {}
+        self._lengths: Tensor | None = None
+        self._page_table: Tensor | None = None
 
     def results(self, rows: int) -> tuple[Tensor, ...]:
         """The first `rows` rows of the outputs; with `best`, then also its ids, values and
@@ -78,18 +90,27 @@ class Unit:
         """Run T rows of each sequence, rows x [B * T, K] and ids [B * T], as many at a time as the
         program holds; yields how many rows each run had, in order."""
         for b, count, t, rows in parts(len(lengths), T):
-            program = self.program
-            program.lengths[:count] = lengths.numpy()[b : b + count] + t
-            pages = page_table.numpy()[b:]
-            if not np.shares_memory(pages[:1], program.page_table[:1]):
-                program.page_table = pages
             begin, total = b * T + t, count * rows
             if x is not None:
                 self.inputs[0][:total].copy_(x[begin : begin + total])
-            if ids is not None:
-                program.ids[:total] = ids[begin : begin + total].numpy()
-            program.run(rows, count)
+            some = None if ids is None else ids[begin : begin + total]
+            self._run_part(some, lengths[b : b + count] + t, page_table[b:], rows)
             yield total
+
+    def run_window(self, ids: Tensor, lengths: Tensor, page_table: Tensor, T: int) -> None:
+        """Run T rows of each sequence, ids [B * T], all of which the program holds."""
+        self._run_part(ids, lengths, page_table, T)
+
+    def _run_part(self, ids: Tensor | None, lengths: Tensor, page_table: Tensor, rows: int) -> None:
+        program, batch = self.program, len(lengths)
+        if lengths is not self._lengths:
+            self._lengths, self._numbers = lengths, lengths.numpy()
+        if page_table is not self._page_table:
+            self._page_table, program.page_table = page_table, page_table.numpy()
+        program.lengths[:batch] = self._numbers
+        if ids is not None:
+            program.ids[: batch * rows] = ids.numpy()
+        program.run(rows, batch)
 
 
 class Units:
@@ -112,7 +133,7 @@ def kernels() -> Kernels:
         found = Kernels(directory=default_cache())
     except ValueError as error:
         raise UserError(f"device cpu: {error}") from None
-    found.run_program()
+    found.entry("run_program")
     return found
 
 
@@ -125,19 +146,6 @@ def helpers(threads: int) -> Helpers:
 def new_program(weight_bytes: int, batch: int = 1) -> Program:
     threads = 1 if weight_bytes < ONE_THREAD_BYTES else torch.get_num_threads()
     return Program(kernels(), helpers(threads), max_rows=MAX_ROWS, max_batch=batch)
-
-
-def new_unit(
-    program: Program,
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
-    *kept: object,
-    best: Array | None = None,
-) -> Unit:
-    """`kept` is what the key of the unit names by address."""
-    program.keep(*kept)
-    sources, found = (tuple(map(torch.from_numpy, arrays)) for arrays in (inputs, outputs))
-    return Unit(program, sources, found, None if best is None else torch.from_numpy(best))
 
 
 def new_rows(program: Program, columns: int) -> Array:
@@ -206,6 +214,28 @@ def add_trunk(program: Program, model: Llama, cache: KVCache, taps: Mapping[int,
     return add_layers(program, x, layers, table, taps)[:, : config.hidden_size]
 
 
+def forward_unit(model: Llama, cache: KVCache, taps: Sequence[int]) -> Unit:
+    """Layers, final norm and vocabulary -> features, normed rows, logits, and the best of them.
+
+    The features are the states after the layers `taps` side by side, the last layer's normed, each
+    padded to whole lanes, which a norm writes.
+    """
+    config = model.config
+    E, last = config.hidden_size, config.num_layers
+    lanes = -(-E // LANES) * LANES
+    program = new_program(ONE_THREAD_BYTES, MAX_ROWS)
+    features = program.buffer(len(taps) * lanes)
+    kept = {tap: features[:, i * lanes :][:, :E] for i, tap in enumerate(taps)}
+    normed = kept.pop(last, None)
+    if normed is None:
+        normed = new_rows(program, E)
+    hidden = add_trunk(program, model, cache, kept)
+    program.norm(hidden, norm_of(model.norm, config.rms_norm_eps), normed)
+    logits = new_rows(program, model.vocabulary.out_features)
+    best = program.project(normed, model.vocabulary, logits=logits)
+    return Unit(program, (), (features, normed, logits), model, best=best)
+
+
 def pair_unit(w: Any, embedding: Weights, E: int, cache: KVCache, index: int) -> Unit:
     """A pass of a sequential head: pairs of hidden state and token, one decoder layer, the norm.
 
@@ -238,4 +268,4 @@ def pair_unit(w: Any, embedding: Weights, E: int, cache: KVCache, index: int) ->
         normed = new_rows(program, E)
         program.norm(out, norm_of(w.final_norm, eps), normed)
         out = normed
-    return new_unit(program, (source,), (out[:, :E],), w, embedding)
+    return Unit(program, (source,), (out[:, :E],), w, embedding)

@@ -1,20 +1,21 @@
-"""A step on a CPU after its last matmul: logits, acceptance and n-gram drafts.
-
-A step has few of these numbers; plain Python handles them faster than one call of a tensor library.
-"""
+"""A step on a CPU after its last matmul: logits, acceptance and n-gram drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.advance import STEP_MASK, Progress
+from mtpkern.kernels.advance import Progress
+from mtpkern.kernels.cpu._layout import END_WORDS, NGRAM_WORDS, TOKENS
 from mtpkern.kernels.sample import GREEDY, SamplingRows, sample_ref
 from mtpkern.ops.base import Withheld, positions_of
+from mtpkern.ops.cpu_programs import kernels
+
+ENTRIES = ("end_step", "draft_ngram")
 
 
 class CpuLogits(NamedTuple):
@@ -57,14 +58,17 @@ class CpuLogits(NamedTuple):
         return chosen.view(target.shape)
 
 
-class Advance:
-    """`advance_ref` number by number, with numpy's views of the last `progress` kept."""
+class StepEnd:
+    """`advance` and `ngram`, compiled: see kernels/cpu/_step_end.py."""
 
     def __init__(self) -> None:
+        self._advance, self._ngram = (kernels().entry(name) for name in ENTRIES)
+        self._words, self._ngram_words = (
+            np.zeros(count, np.int64) for count in (END_WORDS, NGRAM_WORDS)
+        )
         self._progress: Progress | None = None
-        self._views: Any = None
 
-    def __call__(
+    def advance(
         self,
         window: Tensor,
         target: Tensor,
@@ -72,58 +76,43 @@ class Advance:
         logprobs: Tensor | None,
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
+        batch, rows = window.shape
+        ended = torch.empty(2, batch, dtype=torch.int64)
+        words = self._words
         if self._progress is not progress:
-            arrays: list[Any] = [tensor.numpy() for tensor in progress]
-            self._progress, self._views = progress, Progress(*arrays)
-        p, T = self._views, window.shape[1]
-        windows, targets = window.numpy(), target.tolist()
-        sound = [[isfinite(value) for value in row] for row in largest.tolist()]
-        reported = [[0] * T] * len(targets)
+            self._progress = progress
+            p = progress
+            words[TOKENS:] = [
+                *(p.tokens.data_ptr(), p.tokens.stride(0), p.lengths.data_ptr()),
+                *(p.active.data_ptr(), p.limits.data_ptr()),
+                *(p.ends.data_ptr(), p.ends.stride(0), p.ends.shape[1]),
+                *(p.source.data_ptr(), p.drafted.data_ptr(), p.clock.data_ptr()),
+                *(p.ring.data_ptr(), p.ring.shape[0], p.ring.stride(0), p.ring.stride(1)),
+            ]
         if logprobs is not None:
-            reported = (logprobs.view(torch.int32).long() & 0xFFFFFFFF).tolist()
-        made = []
-        for b, chosen in enumerate(targets):
-            drafts, active, length = windows[b].tolist(), int(p.active[b]), int(p.lengths[b])
-            n = 0
-            while n + 1 < T and sound[b][n] and drafts[n + 1] == chosen[n]:
-                n += 1
-            broken = active and not sound[b][n]
-            count = (n + 1) * active
-            p.clock[b] += 1
-            step = int(p.clock[b])
-            above = (step & STEP_MASK) << 32
-            facts = n | int(p.drafted[b]) << 8 | int(p.source[b]) << 16
-            words = [facts | (active + 2 * broken) << 24, *chosen, *reported[b]]
-            p.ring[step % len(p.ring), b, : 1 + 2 * T] = [above | word for word in words]
-            if active:
-                p.tokens[b, length + 1 : length + 1 + T] = chosen
-                windows[b, 0] = chosen[n]
-                ended = not set(p.ends[b].tolist()).isdisjoint(chosen[:count])
-                p.lengths[b] = length + count
-                p.active[b] = not (ended or broken or length + count + 1 >= p.limits[b])
-            p.drafted[b] = p.source[b] = 0
-            made.append((n, count))
-        accepted, counts = torch.tensor(made).unbind(1)
-        return accepted, counts
+            logprobs = logprobs.contiguous()
+        at = ended.data_ptr()
+        words[:TOKENS] = [
+            *(window.data_ptr(), window.stride(0)),
+            *(target.data_ptr(), *target.stride()),
+            *(largest.data_ptr(), *largest.stride()),
+            0 if logprobs is None else logprobs.data_ptr(),
+            *(at, at + 8 * batch),
+        ]
+        self._advance(words.ctypes.data, batch, rows)
+        accepted, count = ended.unbind()
+        return accepted, count
 
-
-def ngram(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
-    """`ngram_ref` as a search in bytes."""
-    rows = tokens.numpy()
-    copied = torch.zeros(len(rows), drafts, dtype=torch.int64)
-    found = torch.zeros(len(rows), dtype=torch.bool)
-    for b, (row, count) in enumerate(zip(rows, known.tolist(), strict=True)):
-        if count <= size:
-            continue
-        text, pattern = row[: count - 1].tobytes(), row[count - size : count].tobytes()
-        at = text.rfind(pattern)
-        while at % row.itemsize and at >= 0:  # across two tokens
-            at = text.rfind(pattern, 0, at + len(pattern) - 1)
-        if at >= 0:
-            begin = at // row.itemsize + size
-            found[b] = True
-            copied[b] = torch.tensor([int(row[begin + i % (count - begin)]) for i in range(drafts)])
-    return copied, found
+    def ngram(self, tokens: Tensor, known: Tensor, drafts: int, size: int) -> tuple[Tensor, Tensor]:
+        batch = len(tokens)
+        copied = torch.empty(batch, drafts, dtype=torch.int64)
+        found = torch.empty(batch, dtype=torch.bool)
+        self._ngram_words[:] = [
+            *(tokens.data_ptr(), tokens.stride(0), known.data_ptr(), size),
+            *(copied.data_ptr(), found.data_ptr()),
+        ]
+        self._ngram(self._ngram_words.ctypes.data, batch, drafts)
+        return copied, found
 
 
 def is_greedy(sampling: SamplingRows) -> bool:

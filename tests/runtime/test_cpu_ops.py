@@ -25,7 +25,7 @@ from mtpkern.model import Llama, run_trunk
 from mtpkern.ops.base import Ops
 from mtpkern.ops.cpu import CpuOps
 from mtpkern.ops.cpu_programs import MAX_ROWS
-from mtpkern.ops.cpu_step import Advance, ngram
+from mtpkern.ops.cpu_step import StepEnd
 
 EPS = 1e-5
 MANY = 2 * MAX_ROWS + 3
@@ -197,7 +197,7 @@ def test_a_step_ends_as_defined(rows: int, with_logprobs: bool) -> None:
         window, target, largest, progress = make(batch, rows, seed)
         logprobs = -torch.rand(batch, rows) if with_logprobs else None
         mine, own = window.clone(), Progress(*(t.clone() for t in progress))
-        found = Advance()(mine, target, largest, logprobs, own)
+        found = StepEnd().advance(mine, target, largest, logprobs, own)
         expected = advance_ref(window, target, largest, logprobs, progress)
         named = zip(Progress._fields, own, progress, strict=True)
         for name, a, b in (("accepted", found[0], expected[0]), ("window", mine, window), *named):
@@ -218,5 +218,5 @@ BYTES = st.sampled_from([0, 1, 256, 257, 65536, 2**24 + 1])
 def test_copies_are_those_of_the_definition(texts: list[list[int]], drafts: int, size: int) -> None:
     tokens = torch.tensor([(text * 48)[:48] for text in texts])
     known = torch.tensor([len(text) for text in texts])
-    found, expected = (f(tokens, known, drafts, size) for f in (ngram, ngram_ref))
+    found, expected = (f(tokens, known, drafts, size) for f in (StepEnd().ngram, ngram_ref))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
