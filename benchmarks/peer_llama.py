@@ -24,8 +24,9 @@ class Llama:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
         params.warmup, params.verbosity = job["warm_up"], -1
         # A prompt that comes again is computed again.
-        params.cache_prompt, params.cache_ram_mib = False, 0
         settings = job["settings"]
+        self.likeliest = settings.get("likeliest", 0)
+        params.cache_prompt, params.cache_ram_mib = bool(self.likeliest), 0
         params.flash_attn_type = getattr(
             xllamacpp.llama_flash_attn_type,
             f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if settings['flash_attention'] else 'DISABLED'}",
@@ -46,6 +47,10 @@ class Llama:
             timings["predicted_ms"] / 1e3,
             timings.get("draft_n", 0),
             timings.get("draft_n_accepted", 0),
+            [
+                (one["id"], one["logprob"])
+                for one in found.get("completion_probabilities", [{}])[0].get("top_logprobs", [])
+            ],
         )
 
     def prefill(self, prompt: list[int]) -> float:
@@ -60,7 +65,8 @@ class Llama:
                 "temperature": 0,
                 "samplers": ["top_k"],
                 "top_k": 1,
-                "cache_prompt": False,
+                "cache_prompt": bool(self.likeliest),  # positions of one text follow one another
+                "n_probs": self.likeliest,
                 "return_tokens": True,
                 "verbose": True,  # the server's own form of the answer, which has the tokens
             }

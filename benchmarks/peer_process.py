@@ -30,6 +30,8 @@ class Answer(NamedTuple):
     seconds: float
     drafted: int = 0
     accepted: int = 0
+    # The most likely first tokens and their log-probabilities, where the job asks for them.
+    likeliest: list[tuple[int, float]] = []
 
 
 class Engine(Protocol):

@@ -222,6 +222,13 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
             + ["--output-json", out]
         ),
     ),
+    "bench_quality": (
+        benchmark("bench_quality"),
+        lambda f, out: (
+            ["--model", f.model, "--text", f"{f.text}/a.txt", "--tokens", "10"]
+            + ["--output-json", out]
+        ),
+    ),
     "check_bits": (
         benchmark("check_bits"),
         lambda f, out: ["--model", "tiny", "--tokens", "40", "-K", "2", "--output-json", out],
