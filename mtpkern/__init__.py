@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtpkern.config import ModelLoadError, SamplingParams, UserError
+    from mtpkern.config import SamplingParams
     from mtpkern.engine import LLM, Completion, Event, Stats
+    from mtpkern.errors import ModelLoadError, UserError
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,6 @@ def __getattr__(name: str) -> Any:
     # On first use, so that `import mtpkern` and `mtpkern --help` do not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "config" if name in ("ModelLoadError", "SamplingParams", "UserError") else "engine"
+    homes = {"SamplingParams": "config", "ModelLoadError": "errors", "UserError": "errors"}
+    home = homes.get(name, "engine")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

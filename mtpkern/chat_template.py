@@ -15,7 +15,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.validation import shown
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18

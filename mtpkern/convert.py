@@ -24,11 +24,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
-from mtpkern.checkpoints.llama import load_config, load_model, load_tensors
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.meta import convert_meta
+from mtpkern.checkpoints.model_weights import load_model
 from mtpkern.checkpoints.torch_bin import INDEX_FILE, convert_bin, is_model, read_pickle, shards
-from mtpkern.config import read_json_object, resolve_dtype
+from mtpkern.config import resolve_dtype
 from mtpkern.drafters.load import check_heads
 from mtpkern.drafters.published import is_eagle3, read_medusa
 from mtpkern.errors import ModelLoadError, UserError, printable

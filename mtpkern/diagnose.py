@@ -15,15 +15,10 @@ from pathlib import Path
 import torch
 
 import mtpkern
-from mtpkern.checkpoints.default_model import default_model_directory, is_complete, model_name
-from mtpkern.checkpoints.llama import (
-    check_checkpoint,
-    expected_tensors,
-    has_weights,
-    is_gguf,
-    load_config,
-    read_entries,
-)
+from mtpkern.checkpoints.directory import has_weights, is_gguf, read_entries
+from mtpkern.checkpoints.llama import check_checkpoint, expected_tensors, load_config
+from mtpkern.checkpoints.model_cache import default_model_directory, is_complete
+from mtpkern.checkpoints.resolve import model_name
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import ModelConfig, resolve_dtype
 from mtpkern.drafters.load import find_heads

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache, PagePool, Prefix
-from mtpkern.checkpoints.default_model import model_name, resolve_model
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
+from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtpkern.config import UserError
+from mtpkern.errors import UserError
 from mtpkern.outputs import reserve
 
 # Nsight sees what lies between cudaProfilerStart and cudaProfilerStop: the answer, without loading.

@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from mtpkern.chat_template import load_chat_templates
+from mtpkern.checkpoints.json_files import read_json_object
 from mtpkern.checkpoints.tokenizer_files import (
     added_tokens,
     has_tokenizer,
@@ -23,14 +24,8 @@ from mtpkern.checkpoints.tokenizer_files import (
     read_settings,
     special_tokens,
 )
-from mtpkern.config import (
-    ModelConfig,
-    ModelLoadError,
-    UserError,
-    printable,
-    read_json_object,
-    reason,
-)
+from mtpkern.config import ModelConfig
+from mtpkern.errors import ModelLoadError, UserError, printable, reason
 
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 # Classes of transformers that write spaces their own way, and models that they are not used for.

@@ -213,9 +213,9 @@ def _history() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    from mtpkern.checkpoints.default_model import default_model_directory
+    from mtpkern.checkpoints.model_cache import cache_directory
 
-    file = default_model_directory().parent / "chat_history"
+    file = cache_directory() / "chat_history"
     try:
         readline.read_history_file(file)
     except OSError as error:

@@ -50,21 +50,18 @@ def add_commands(commands: Any) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from mtpkern.checkpoints.default_model import (
-        DEFAULT_MODEL,
-        default_model_directory,
-        fetch_default_model,
+    from mtpkern.checkpoints.model_cache import (
+        cache_directory,
         list_cached,
         megabytes,
         remove_cached,
-        resolve_model,
     )
+    from mtpkern.checkpoints.resolve import fetch_model
 
     if args.name is not None and (args.list or args.remove is not None):
         raise UsageError("NAME is fetched, and goes with neither --list nor --remove")
     if args.list:
-        place = default_model_directory().parent
-        print(f"{place}:")
+        print(f"{cache_directory()}:")
         for model in list_cached():
             print(f"{model.name:<28} {megabytes(model.size):>8}  {model.state}")
         return 0
@@ -72,15 +69,12 @@ def _fetch(args: argparse.Namespace) -> int:
         removed = remove_cached(args.remove, args.status)
         print(f"removed {removed.name}, {megabytes(removed.size)}")
         return 0
-    if args.name in (None, DEFAULT_MODEL):
-        print(fetch_default_model(status=args.status, verify=True))
-    else:
-        print(resolve_model(args.name, status=args.status))
+    print(fetch_model(args.name, status=args.status))
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mtpkern.checkpoints.default_model import resolve_model
+    from mtpkern.checkpoints.resolve import resolve_model
     from mtpkern.diagnose import describe_checkpoint
 
     print_table(describe_checkpoint(resolve_model(args.model, status=args.status), args.dtype))

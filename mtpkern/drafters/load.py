@@ -22,17 +22,11 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoints.llama import (
-    LayerWeights,
-    conversion,
-    fingerprint,
-    has_weights,
-    layer_parts,
-    load_config,
-    load_tensors,
-    read_entries,
-)
-from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
+from mtpkern.checkpoints.directory import conversion_hint, has_weights, load_tensors, read_entries
+from mtpkern.checkpoints.hf_config import read_hf_config
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.checkpoints.llama import LayerWeights, fingerprint, layer_parts, load_config
+from mtpkern.config import ModelConfig
 from mtpkern.drafters.base import Drafter, MedusaDrafter, OwnVocabularyDrafter
 from mtpkern.drafters.layers import HydraDrafter, HydraHead, LayersDrafter
 from mtpkern.drafters.mtp import Eagle3Drafter, ModulesDrafter, MtpDrafter, MtpWeights
@@ -51,6 +45,7 @@ from mtpkern.drafters.published import (
     read_mtp_llama,
     read_speculators,
 )
+from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.kernels.cpu.weights import GROUP, Quants, rounded
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
@@ -98,7 +93,7 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise UserError(f"heads {printable(name)}: not a directory; {conversion(Path(name))}")
+        raise UserError(f"heads {printable(name)}: not a directory; {conversion_hint(Path(name))}")
     raise UserError(
         f"heads {printable(name)}: no such directory; names: auto, none, {', '.join(shipped)}"
     )
@@ -269,7 +264,7 @@ def _implied_trunk(
             head_dim = math.gcd(*rows)
             queries, keys = (n // head_dim for n in rows)
             width = len(tensors["prefix.mlp.gate_proj.weight"])
-    return ModelConfig.from_json(
+    return read_hf_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "dtype": "float32",

@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtpkern.checkpoints.hf_config import read_hf_config
 from mtpkern.checkpoints.llama import layer_parts
-from mtpkern.config import ModelConfig, RopeConfig
+from mtpkern.config import ModelConfig
 from mtpkern.errors import ModelLoadError, counted, printable
+from mtpkern.rope import RopeConfig
 
 Read = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -76,7 +78,7 @@ def read_eagle3(
     given = dict(settings.get("eagle_config") or {}) | dict(settings)
     inner = settings.get("transformer_layer_config")
     sizes = dict(settings) if inner is None else _LLAMA_DEFAULTS | dict(inner)
-    layer = ModelConfig.from_json(
+    layer = read_hf_config(
         sizes
         | {"num_hidden_layers": 1, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     )

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mtpkern.arguments import Parser, at_least, run
-from mtpkern.config import UserError, printable
+from mtpkern.errors import UserError, printable
 from mtpkern.outputs import FORCE, output_directory, writing
 from mtpkern.status import SILENT, Status
 from mtpkern.tokenizer import BYTE_OF

@@ -16,8 +16,8 @@ from conftest import tiny_checkpoint, write_tiny_tokenizer
 
 from mtpkern import cli
 from mtpkern.chat_template import ChatTemplates
-from mtpkern.config import ModelLoadError, UserError
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.tokenizer import Tokenizer
 
 TEMPLATES = {

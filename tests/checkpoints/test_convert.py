@@ -13,10 +13,10 @@ from head_files import published_hydra, published_medusa, write_eagle3
 from safetensors.torch import load_file
 
 from mtpkern import cli
-from mtpkern.config import ModelLoadError, UserError
 from mtpkern.convert import MEDUSA_FILE, convert
 from mtpkern.drafters.load import load_heads
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 
 
 def test_heads_and_depth_are_counted_whatever_the_config_says(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from gguf_files import TOKENS, write_gguf
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
-from mtpkern.checkpoints.llama import check_checkpoint, load_config, load_tensors
-from mtpkern.config import ModelLoadError
+from mtpkern.checkpoints.llama import check_checkpoint, load_config
+from mtpkern.errors import ModelLoadError
 from mtpkern.tokenizer import Tokenizer
 
 STRING, BOOL = gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL

@@ -14,10 +14,12 @@ from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
 from mtpkern.checkpoints.gguf_tokenizer import write_tokenizer
-from mtpkern.checkpoints.llama import load_config, load_tensors
-from mtpkern.config import ModelLoadError, RopeConfig
+from mtpkern.checkpoints.llama import load_config
+from mtpkern.errors import ModelLoadError
+from mtpkern.rope import RopeConfig
 from mtpkern.tokenizer import Tokenizer
 
 TEXTS = [

@@ -14,16 +14,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import NAMES, TOKENS
 from safetensors.torch import save_file
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf, describe_gguf
-from mtpkern.checkpoints.llama import (
-    ModelWeights,
-    check_checkpoint,
-    fingerprint,
-    load_config,
-    load_model,
-    load_tensors,
-)
-from mtpkern.config import ModelLoadError, UserError
+from mtpkern.checkpoints.llama import check_checkpoint, fingerprint, load_config
+from mtpkern.checkpoints.model_weights import ModelWeights, load_model
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.cpu.weights import Quants, expanded, is_held, joined, rounded, widened
 
 E, F, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
@@ -308,7 +303,7 @@ def test_a_gguf_and_its_conversion_are_the_same_model(tmp_path: Path) -> None:
 def test_safetensors_count_before_a_gguf_beside_them(tmp_path: Path) -> None:
     write_model(tmp_path, Kind.Q4_1)
     convert_gguf(tmp_path / "model.gguf", tmp_path)
-    assert "model.gguf beside it is not" in load_config(tmp_path).remarks[-1]
+    assert "model.gguf beside it is ignored" in load_config(tmp_path).remarks[-1]
     assert {entry.dtype for entry in check_checkpoint(tmp_path)[1].values()} == {"BF16"}
 
 

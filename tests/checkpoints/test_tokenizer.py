@@ -15,8 +15,9 @@ from tokenizers import decoders, models, normalizers
 
 from mtpkern.chat_template import MAX_RENDERED_CHARACTERS, MAX_TEMPLATE_CHARACTERS, ChatTemplates
 from mtpkern.checkpoints.llama import load_config
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer
 
