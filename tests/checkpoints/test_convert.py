@@ -145,5 +145,5 @@ def test_the_command_names_what_it_made_and_what_it_cannot(tmp_path: Path, capsy
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
     assert f"no directory with {MEDUSA_FILE}, " in capsys.readouterr().err
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(UserError, match="is not a known kind"):
+    with pytest.raises(UserError, match="has no known suffix"):
         convert(tmp_path / "x.zip", tmp_path / "other")

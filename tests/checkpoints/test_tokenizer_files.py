@@ -234,5 +234,5 @@ def test_a_token_of_every_prompt_beyond_the_models_vocabulary_is_refused_at_load
     config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<s>", "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.from_directory(tmp_path)
-    with pytest.raises(ModelLoadError, match="puts token .* into every prompt"):
+    with pytest.raises(ModelLoadError, match="adds token .* to every prompt"):
         tokenizer.check_against(load_config(tmp_path))
