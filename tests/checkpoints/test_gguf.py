@@ -1,4 +1,4 @@
-"""GGUF metadata: what changes the computation is carried over, or refused by name."""
+"""GGUF metadata that changes the computation is converted, or refused by name."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ KINDS = {str: STRING, bool: BOOL, int: UINT32, float: FLOAT32}
 
 
 def converted(directory: Path, **metadata: Any) -> Path:
-    """Convert a small GGUF with more metadata ("__" for "."), or with less of it, where None."""
+    """Convert a small GGUF with metadata added ("__" for "."), or removed where it is None."""
 
     def change(writer: gguf.GGUFWriter) -> None:
         for key, value in metadata.items():

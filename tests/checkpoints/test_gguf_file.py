@@ -1,4 +1,4 @@
-"""A GGUF on its own: its header, and its way to a directory that loads."""
+"""A GGUF given as the model: its header, and its directory in the cache."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The files that describe one tokenizer, against what transformers makes of them."""
+"""The files that define a tokenizer, compared with transformers on the same files."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ named = st.dictionaries(st.sampled_from(("bos_token", "eos_token", "unk_token"))
 
 @st.composite
 def added(draw: Any, first: int) -> dict[str, Any]:
-    """Tokens behind the vocabulary, by id, in any order."""
+    """Tokens added after the vocabulary, by id, in any order."""
     order = draw(st.lists(st.sampled_from(OTHERS), unique=True))
     return {
         str(first + i): draw(flags) | {"content": content, "single_word": False}
@@ -53,7 +53,7 @@ def added(draw: Any, first: int) -> dict[str, Any]:
 
 @st.composite
 def descriptions(draw: Any, first: int = SIZE) -> dict[str, dict[str, Any]]:
-    """Contents of the files beside a vocabulary."""
+    """Contents of the files that accompany a vocabulary."""
     config: dict[str, Any] = draw(named) | {"clean_up_tokenization_spaces": False}
     for name in ("add_bos_token", "add_eos_token"):
         if draw(st.booleans()):
@@ -113,7 +113,7 @@ def test_tables_beside_tokenizer_json(files: dict[str, dict[str, Any]], tmp_path
 
 
 def split_vocabulary(directory: Path) -> int:
-    """Take tokenizer.json apart into vocab.json and merges.txt, without special tokens."""
+    """Split tokenizer.json into vocab.json and merges.txt, without special tokens."""
     content = json.loads((directory / "tokenizer.json").read_text())
     (directory / "tokenizer.json").unlink()
     vocabulary = content["model"]["vocab"]
@@ -140,7 +140,7 @@ def test_a_vocabulary_and_its_merges(
 
 
 def test_a_model_with_a_vocabulary_and_merges_answers(tmp_path: Path) -> None:
-    """As a fine-tune of Qwen is saved by its slow tokenizer."""
+    """As the slow tokenizer of a fine-tuned Qwen saves it."""
     tiny_checkpoint(tmp_path)
     text = "the <|im_start|>dog"
     split_vocabulary(tmp_path)

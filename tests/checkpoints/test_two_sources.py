@@ -1,4 +1,4 @@
-"""Where two files or keys of a checkpoint disagree, the one that counts in transformers counts."""
+"""Where two files or keys disagree, the one that transformers uses takes precedence."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def edit(directory: Path, file: str = "config.json", /, **values: Any) -> None:
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Replace the tensors of the single file by `change` of them."""
+    """Replace the tensors of the single file by `change(tensors)`."""
     tensors = change(load_file(directory / "model.safetensors"))
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
