@@ -218,7 +218,7 @@ def test_without_a_default_template_the_names_are_listed(tmp_path: Path) -> None
     ours, theirs = both(tmp_path, NAMED[1:])
     assert agree(ours, theirs, [user("hi")]) is None
     assert agree(ours, theirs, [user("hi")], tools=[WEATHER]) == "tools 1 hi"
-    with pytest.raises(UserError, match="no default chat template; give .*, of: rag, tool_use"):
+    with pytest.raises(UserError, match="no default chat template; give .*, one of: rag, tool_use"):
         ours.apply_chat_template([user("hi")])
 
 

@@ -143,7 +143,7 @@ def test_the_command_names_what_it_made_and_what_it_cannot(tmp_path: Path, capsy
     assert cli.main(["convert", str(tmp_path / "x.pt"), target]) == 2
     assert "holds config.json, model.safetensors already" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
-    assert f"no directory with {MEDUSA_FILE}, " in capsys.readouterr().err
+    assert f"neither a file nor a directory with {MEDUSA_FILE}, " in capsys.readouterr().err
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(UserError, match="has no known suffix"):
         convert(tmp_path / "x.zip", tmp_path / "other")
