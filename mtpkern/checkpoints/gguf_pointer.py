@@ -1,7 +1,7 @@
-"""model.gguf.json: stands in a model directory for a GGUF that lies elsewhere.
+"""model.gguf.json: a model directory's pointer to a GGUF that lies elsewhere.
 
-A user's GGUF is not copied. The cache holds a directory with its settings, its tokenizer and this
-pointer (gguf_cache.py).
+A user's GGUF is not copied into the cache: gguf_cache.py writes a directory with its settings, its
+tokenizer and this pointer.
 """
 
 from pathlib import Path
