@@ -52,25 +52,13 @@ ARROWS: dict[str, set[str]] = {
     "request": {"config", "drafters", "ring", "tokenizer"},
     "engine": STEP | {"ring", "request", "threads", "nvtx_ranges", "warmup"},
     "reference": {"config", "checkpoints"},
-    "profile": {"config", "outputs"},
     # What it converts are models and heads.
     "convert": {"config", "errors", "checkpoints", "drafters", "outputs"},
     "arguments": {"errors", "status"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "arguments", "outputs"},
     "integrations": EVERYTHING | {"mtpkern"},
-    "diagnose": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING
-    | {
-        "mtpkern",
-        "arguments",
-        "convert",
-        "diagnose",
-        "outputs",
-        "profile",
-        "train",
-        "integrations",
-    },
+    "cli": EVERYTHING | {"mtpkern", "arguments", "convert", "outputs", "train", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mtpkern import LLM
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
+from mtpkern.cli.inspect import describe_checkpoint
 from mtpkern.config import ModelLoadError, UserError
-from mtpkern.diagnose import describe_checkpoint
 from mtpkern.tokenizer import Tokenizer
 
 NAMES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1 and 2 of tokenizer.json

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mtpkern import LLM, SamplingParams
 from mtpkern.checkpoints.llama import load_config
+from mtpkern.cli.inspect import describe_checkpoint
 from mtpkern.config import ModelConfig, ModelLoadError
-from mtpkern.diagnose import describe_checkpoint
 
 PROMPT = [1, 40, 17, 5, 93, 40, 17, 66, 2, 81, 12, 7, 29]
 NEW_TOKENS = 16

@@ -14,9 +14,10 @@ from conftest import tiny_checkpoint, tiny_tensors
 from safetensors.torch import load_file, save_file
 
 import mtpkern
-from mtpkern import LLM, SamplingParams, cli
+from mtpkern import LLM, SamplingParams
 from mtpkern.arguments import Parser
 from mtpkern.cli import main
+from mtpkern.cli.main import build_parser
 
 PROMPT = "the quick brown fox jumps over the lazy dog and then the"
 STATS = {
@@ -453,7 +454,7 @@ def test_doctor_names_versions_and_the_device(capsys, monkeypatch, tmp_path):
 
 def commands() -> dict[str, Parser]:
     """Every command by name, and the whole."""
-    parser = cli._parser()
+    parser = build_parser()
     (action,) = parser._subparsers._group_actions
     return {"": parser} | action.choices
 

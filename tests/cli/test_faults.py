@@ -23,6 +23,7 @@ from head_files import published_medusa, write_medusa
 from training import record_answers
 
 from mtpkern import cli
+from mtpkern.cli.main import build_parser
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import invent, joint, prompts, record
 
@@ -294,8 +295,8 @@ def test_every_command_is_walked() -> None:
         if "\ndef main(" in path.read_text():
             assert path.stem in COMMANDS
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["--help"])
-    commands = next(a for a in cli._parser()._actions if a.choices).choices
+        build_parser().parse_args(["--help"])
+    commands = next(a for a in build_parser()._actions if a.choices).choices
     assert set(commands) <= set(COMMANDS)
 
 
