@@ -17,7 +17,10 @@ def add_command(commands: Any) -> None:
         "  mtpkern fetch --list     what is in the cache",
     )
     command.add_argument(
-        "name", nargs="?", metavar="NAME", help="a model's name or hub id (default: the default)"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="a model's name or hub id (default: the default model)",
     )
     instead = command.add_mutually_exclusive_group()
     instead.add_argument(

@@ -9,6 +9,8 @@ import mtpkern
 from mtpkern.arguments import Parser, UsageError, run
 from mtpkern.cli import chat, convert, doctor, fetch, generate, inspect, profile, train
 
+_PATHS = ("DIR", "FILE", "MODEL", "HEADS")  # metavars of arguments that a shell completes as files
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (`argv` without the program's name; None: this process's own) -> exit code.
@@ -49,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         return 0
 
     parser.set_defaults(run=show_help)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser._positionals.title = "commands"
+    commands = parser.add_subparsers(metavar="COMMAND")
     for command in (generate, chat, fetch, inspect, convert, train, profile, doctor):
         command.add_command(commands)
     return parser
@@ -72,7 +75,7 @@ class _PrintCompletion(argparse.Action):
         for action in parser._subparsers._group_actions:
             for command in dict(action.choices or ()).values():
                 for option in command._actions:
-                    if option.type is Path or option.metavar in ("DIR", "FILE"):
+                    if option.type is Path or option.metavar in _PATHS:
                         option.complete = shtab.FILE
         print(shtab.complete(parser, shell))
         parser.exit()
