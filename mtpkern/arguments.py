@@ -44,8 +44,11 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with --quiet and --verbose. It raises UsageError where argparse would print its usage
-    and exit, and OSError if a help text cannot be printed."""
+    """A parser with --quiet and --verbose.
+
+    Raises UsageError where argparse would print its usage and exit, and OSError if a help text
+    cannot be printed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)

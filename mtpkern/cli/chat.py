@@ -23,7 +23,7 @@ _HISTORY_LINES = 1000
 _HELP = """\
 /reset        start over; keep the system message
 /system TEXT  set the system message; without TEXT, show it
-/stats        show the last complete answer's statistics, and how full the context is
+/stats        show the last answer's statistics and the context in use
 /help         show this list
 /exit         leave, like Ctrl-D
 Ctrl-C stops an answer and keeps what was printed."""
@@ -77,7 +77,9 @@ def _chat(args: argparse.Namespace) -> int:
         except (UserError, UsageError) as error:
             if not terminal:
                 raise
-            print(f"error: {error} (/reset starts over)", file=sys.stderr)
+            # Only a turn, which may not fit the context, is a UserError.
+            hint = " (/reset starts over)" if isinstance(error, UserError) else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
     return 0
 
 

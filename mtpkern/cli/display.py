@@ -4,7 +4,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from mtpkern.errors import counted
 from mtpkern.status import Status, coloured
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from mtpkern import Event, Stats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
-_NAME_WIDTH, _LEAST_VALUE_WIDTH = 17, 20
+_NAME_WIDTH = 17
+_LEAST_WIDTH = 40  # of a terminal that text is wrapped for
 
 
 def print_stream(events: "Iterator[Event]", *, as_ids: bool = False) -> "Event | None":
@@ -54,7 +55,10 @@ def with_progress(events: "Iterator[Event]", status: Status, max_tokens: int) ->
 
 
 def summary(stats: "Stats", load_seconds: float | None = None) -> str:
-    """Two lines: decoding (speed, steps, acceptance, K), and what came before the first token."""
+    """Two lines: decoding (speed, steps, acceptance, K), and what came before the first token.
+
+    They are for stderr, and are wrapped if that is a terminal.
+    """
     decoding = (
         f"{stats.tokens_per_second:.1f} tok/s: {counted(stats.new_tokens, 'token')} in "
         f"{counted(stats.steps, 'step')}, {stats.mean_acceptance_length:.2f} per step"
@@ -77,23 +81,27 @@ def summary(stats: "Stats", load_seconds: float | None = None) -> str:
     before += f", at {stats.prefill_tokens_per_second:.0f} tok/s"
     if load_seconds is not None:
         before += f"; loaded in {load_seconds:.1f} s"
-    return f"{decoding}\n{before}"
+    return "\n".join(wrapped(line, sys.stderr, indent=2) for line in (decoding, before))
 
 
 def print_table(rows: Iterator[tuple[str, str]]) -> None:
-    """Print rows of (name, value) as they come, wrapped to a terminal's width."""
+    """Print rows of (name, value) as they come, wrapped if standard output is a terminal."""
     for name, value in rows:
-        lines = [value]
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - _NAME_WIDTH
-            lines = textwrap.wrap(
-                value,
-                max(width, _LEAST_VALUE_WIDTH),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        indent = "\n" + " " * _NAME_WIDTH
-        print(f"{name:<{_NAME_WIDTH - 1}} {indent.join(lines)}", flush=True)
+        line = f"{name:<{_NAME_WIDTH - 1}} {value}"
+        print(wrapped(line, sys.stdout, indent=_NAME_WIDTH), flush=True)
+
+
+def wrapped(line: str, stream: TextIO, *, indent: int = 0) -> str:
+    """A line broken at spaces to fit `stream` if that is a terminal, all but the first indented."""
+    if not stream.isatty():
+        return line
+    return textwrap.fill(
+        line,
+        max(shutil.get_terminal_size().columns, _LEAST_WIDTH),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _without_controls(text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_stream, summary, with_progress
+from mtpkern.cli.display import print_stream, summary, with_progress, wrapped
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import printable
 
@@ -118,7 +118,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(llm, args.model, completion, plain), allow_nan=False))
     elif plain is not None:
-        print(_comparison(completion, plain), file=sys.stderr)
+        print(wrapped(_comparison(completion, plain), sys.stderr, indent=2), file=sys.stderr)
     return 0 if plain is None or _identical(completion, plain) else 1
 
 

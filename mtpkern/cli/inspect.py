@@ -89,8 +89,8 @@ def describe_checkpoint(
     yield "read bandwidth", describe_bandwidth(bandwidth)
     yield (
         "roofline",
-        f"{bandwidth / step_bytes:.0f} steps/s at that bandwidth, which bounds plain decoding in "
-        "tok/s",
+        f"{bandwidth / step_bytes:.0f} steps/s at that bandwidth: the upper bound of plain "
+        "decoding in tok/s",
     )
     yield from describe_steps(directory, dtype, step_bytes, bandwidth, status)
 
