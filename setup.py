@@ -58,6 +58,7 @@ setup(
             "transformers>=5.0",
             "setuptools>=77",
             "matplotlib>=3.8",
+            "rich>=13",
             "shtab>=1.6",
         ],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "uv==0.13.9"],
