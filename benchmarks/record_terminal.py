@@ -1,7 +1,8 @@
 """Record a command on a terminal of its own, as it looks.
 
-A .txt file gets each line with the second at which it began; a bar that is redrawn counts as one
-line per second. An .svg file gets what the terminal shows at the end. POSIX only; needs rich.
+An .svg file gets what the terminal shows at the end. Any other file is a text: each line with the
+second at which it began, where a bar that is redrawn counts as one line per second. POSIX only;
+needs rich.
 """
 
 import argparse
@@ -25,8 +26,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mtpkern.arguments import Parser, at_least, run
-from mtpkern.errors import UserError
-from mtpkern.outputs import FORCE, output_file
+from mtpkern.outputs import FORCE, output_file, writing
 
 PROMPT = "> "
 Events = list[tuple[float, str]]  # seconds since the start, and what was printed then
@@ -107,20 +107,15 @@ def as_svg(title: str, events: Events, columns: int) -> str:
     return console.export_svg(title="mtpkern")
 
 
-RENDERERS = {".txt": as_text, ".svg": as_svg}
-
-
 def _record(args: argparse.Namespace) -> int:
-    for file in args.out:
-        if file.suffix not in RENDERERS:
-            raise UserError(f"--out must be .txt or .svg files, got {file}")
     with ExitStack() as claimed:
         places = [claimed.enter_context(output_file(f, force=args.force)) for f in args.out]
         events, code = record(args.command, args.columns, args.type)
         title = f"$ {shlex.join(args.command)}"
         for place, file in zip(places, args.out, strict=True):
-            picture = RENDERERS[file.suffix](title, events, args.columns)
-            place.write_text(picture, encoding="utf-8")
+            render = as_svg if file.suffix == ".svg" else as_text
+            with writing(file):
+                place.write_text(render(title, events, args.columns), encoding="utf-8")
     return code
 
 
@@ -131,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         '--type "Why is the sky blue?" --type /exit -- mtpkern chat',
     )
     add = parser.add_argument
-    add("--out", type=Path, nargs="+", required=True, metavar="FILE", help=".txt or .svg files")
+    add("--out", type=Path, nargs="+", required=True, metavar="FILE", help="texts and .svg files")
     add("--columns", type=at_least(20), default=100, metavar="N", help="width of the terminal")
     add("--type", action="append", default=[], metavar="LINE", help="typed at the next prompt")
     add("--force", action="store_true", help=FORCE)

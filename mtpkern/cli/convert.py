@@ -32,7 +32,8 @@ def add_command(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from mtpkern.convert import convert
+    with args.status.phase("starting"):  # importing torch takes a second or two
+        from mtpkern.convert import convert
 
     convert(args.source, args.target, force=args.force)
     print(args.target)

@@ -31,18 +31,19 @@ def add_command(commands: Any) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from mtpkern.checkpoints.default_model import (
-        DEFAULT_MODEL,
-        default_model_directory,
-        fetch_default_model,
-        list_cached,
-        megabytes,
-        remove_cached,
-        resolve_model,
-    )
-
     if args.name is not None and (args.list or args.remove is not None):
         raise UsageError("--list and --remove do not go with the NAME of a model to fetch")
+    with args.status.phase("starting"):  # importing torch takes a second or two
+        from mtpkern.checkpoints.default_model import (
+            DEFAULT_MODEL,
+            default_model_directory,
+            fetch_default_model,
+            list_cached,
+            megabytes,
+            remove_cached,
+            resolve_model,
+        )
+
     if args.list:
         cached = list_cached()
         print(f"{default_model_directory().parent}:{'' if cached else ' no models'}")

@@ -79,11 +79,12 @@ def _add_prompt_options(command: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from mtpkern.config import SamplingParams
-
     text = _read_prompt(args.prompt)
     if not text.strip():
         raise UsageError("the prompt is empty")
+    with args.status.phase("starting"):  # importing torch takes a second or two
+        import mtpkern.engine
+
     params = sampling_params(args, logprobs=args.json)
     llm = open_model(
         args,
@@ -94,7 +95,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompt, chat = _prompt(llm, text, args)
     if args.compare or args.cuda_profile:
         # The first steps of a process include setup, which neither side should be charged for.
-        brief = SamplingParams(max_tokens=_WARM_UP_TOKENS)
+        brief = mtpkern.SamplingParams(max_tokens=_WARM_UP_TOKENS)
         with args.status.phase("warming up"):
             for speculate in (True, False):
                 llm.generate(prompt, brief, speculate=speculate, **chat)

@@ -134,8 +134,7 @@ def _add_length_options(command: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace, **settings: Any) -> "LLM":
     """The model that `add_answer_options` describes, for one sequence at a time."""
-    with args.status.phase("starting"):  # importing torch takes a second or two
-        from mtpkern.engine import LLM
+    from mtpkern.engine import LLM
 
     return LLM(
         args.model,

@@ -138,10 +138,11 @@ def add_command(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from mtpkern.threads import use_threads
-    from mtpkern.train.fit import Recipe
-    from mtpkern.train.interrupt import terminable
-    from mtpkern.train.run import Plan, train
+    with args.status.phase("starting"):  # importing torch takes a second or two
+        from mtpkern.threads import use_threads
+        from mtpkern.train.fit import Recipe
+        from mtpkern.train.interrupt import terminable
+        from mtpkern.train.run import Plan, train
 
     use_threads(args.threads)
     plan = Plan(

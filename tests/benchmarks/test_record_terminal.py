@@ -62,14 +62,10 @@ def test_a_bar_is_shown_once_per_second_and_not_in_the_picture(
     assert picture.startswith("<svg") and "done" in picture and "bar" not in picture
 
 
-def test_what_cannot_be_recorded_is_one_line(
+def test_a_command_that_does_not_exist_is_one_line(
     record_terminal: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for file, command, words in [
-        ("a.txt", "/no/such/tool", "/no/such/tool: No such file"),
-        ("a.gif", "true", "--out must be .txt or .svg files"),
-    ]:
-        assert record_terminal.main(["--out", str(tmp_path / file), "--", command]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
+    assert record_terminal.main(["--out", str(tmp_path / "a.txt"), "--", "/no/such/tool"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/no/such/tool: No such file" in line
     assert not list(tmp_path.iterdir())

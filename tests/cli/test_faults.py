@@ -234,13 +234,17 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
         benchmark("check_bits"),
         lambda f, out: ["--model", "tiny", "--tokens", "40", "-K", "2", "--output-json", out],
     ),
+    "record_terminal": (
+        benchmark("record_terminal"),
+        lambda f, out: ["--out", out, "--", sys.executable, "-c", "pass"],
+    ),
     "gpu_suite": (
         benchmark("gpu_suite"),
         lambda f, out: ["--part", "steps", "--output", out],
     ),
 }
 # Commands that print nothing, and those that have nothing to run on here.
-SILENT = {"record", "invent", "prompts"}
+SILENT = {"record", "invent", "prompts", "record_terminal"}
 # codegen and bench_cpu run for minutes, gpu_suite's test runs bench_steps, and bench_peers needs
 # another engine.
 NO_FURTHER = {"check_codegen", "bench_kernels", "bench_steps", "bench_cpu", "bench_peers", "tune"}
@@ -249,7 +253,8 @@ if importlib.util.find_spec("triton") is None:
     for absent in TRITON:
         del COMMANDS[absent]
 # Benchmarks that report by `finish`, which need not measure to do so.
-BRIEF = {path.stem for path in BENCHMARKS.glob("*.py")} & COMMANDS.keys() - {"gpu_suite"}
+BRIEF = {path.stem for path in BENCHMARKS.glob("*.py")} & COMMANDS.keys()
+BRIEF -= {"gpu_suite", "record_terminal"}
 DIRECTORIES = {"convert", "train", "record", "joint", "gpu_suite"}
 WRITERS = [
     name
