@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 # Seconds until a phase is shown, between two updates of a bar, and between two lines.
 SHOWN_AFTER, REDRAWN_AFTER, REPEATED_AFTER = 1.0, 0.2, 30.0
+_BAR_WIDTH, _LEAST_BAR_WIDTH = 20, 5
+_COLUMNS = 80  # of a terminal whose size is unknown
 
 
 class _Bar(tqdm):
@@ -69,24 +71,24 @@ class Phase:
 
     def draw(self, stream: TextIO, around: "list[Phase]") -> None:
         """Draw or redraw the bar on a terminal, after the names of the phases `around` this one."""
-        # tqdm formats this text, so braces in a note are escaped.
-        facts = ", ".join(filter(None, [self._amount(), self.note]))
-        facts = facts.replace("{", "{{").replace("}", "}}")
-        if self.total:
-            form = "{desc} {percentage:3.0f}%|{bar:20}| " + facts + ", {elapsed}<{remaining}"
-        else:
-            form = ", ".join(filter(None, ["{desc} {elapsed}", facts]))
         if self.bar is None:
-            self.bar = _Bar(
-                desc=": ".join([*(phase.brief() for phase in around), self.what]) + ":",
-                bar_format=form,
-                total=self.total,
-                file=stream,
-                leave=False,
-                position=0,
-                dynamic_ncols=True,
-            )
+            self.bar = _Bar(bar_format=" ", file=stream, leave=False, position=0, dynamic_ncols=True)
             self.bar.start_t = self.started
+        facts = ", ".join(filter(None, [self._amount(), self.note]))
+        # On a narrow terminal the names around this phase give way first, then the bar.
+        columns = self.bar.format_dict["ncols"] or _COLUMNS
+        room = columns - len(facts) - len(": 100%|| , 00:00<00:00")
+        name = ": ".join([*(phase.brief() for phase in around), self.what])
+        if len(name) > room:
+            name = self.what
+        width = min(_BAR_WIDTH, room - len(name))
+        # tqdm formats this text, so its braces are escaped.
+        name, facts = (text.replace("{", "{{").replace("}", "}}") for text in (name, facts))
+        if self.total:
+            bar = f"|{{bar:{width}}}|" if width >= _LEAST_BAR_WIDTH else ""
+            form = f"{name}: {{percentage:3.0f}}%{bar} {facts}, {{elapsed}}<{{remaining}}"
+        else:
+            form = ", ".join(filter(None, [f"{name}: {{elapsed}}", facts]))
         self.bar.n, self.bar.total, self.bar.bar_format = self.done, self.total, form
         self.bar.refresh()
 

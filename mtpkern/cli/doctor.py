@@ -82,8 +82,8 @@ def describe_machine(status: Status = SILENT) -> Iterator[tuple[str, str]]:
         built_for = torch.version.cuda or torch.version.hip
         yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
     _, ops = resolve_device("auto")
-    on_gpu = "runs on the GPU, on the Triton kernels, greedy only"
-    yield "generate", "runs on the CPU, on kernels compiled for it" if ops.host_may_read else on_gpu
+    on_cpu, on_gpu = "the CPU, with kernels compiled for it", "the GPU, greedy decoding only"
+    yield "generate", f"runs on {on_cpu if ops.host_may_read else on_gpu}"
     directory = default_model_directory()
     fetched = is_complete(directory)
     yield "default model", str(directory) if fetched else "not fetched yet: run mtpkern fetch"
