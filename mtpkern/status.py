@@ -72,7 +72,9 @@ class Phase:
     def draw(self, stream: TextIO, around: "list[Phase]") -> None:
         """Draw or redraw the bar on a terminal, after the names of the phases `around` this one."""
         if self.bar is None:
-            self.bar = _Bar(bar_format=" ", file=stream, leave=False, position=0, dynamic_ncols=True)
+            self.bar = _Bar(
+                bar_format=" ", file=stream, leave=False, position=0, dynamic_ncols=True
+            )
             self.bar.start_t = self.started
         facts = ", ".join(filter(None, [self._amount(), self.note]))
         # On a narrow terminal the names around this phase give way first, then the bar.

@@ -154,6 +154,8 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # A shell starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Session:
