@@ -13,6 +13,7 @@ from mtpkern.arguments import UsageError
 from mtpkern.cli.display import print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import counted
+from mtpkern.status import Status
 
 if TYPE_CHECKING:
     from mtpkern import LLM, Event, SamplingParams, Stats
@@ -71,9 +72,9 @@ def _chat(args: argparse.Namespace) -> int:
             break
         try:
             if line.startswith("/"):
-                print(conversation.command(line), file=sys.stderr)
+                print(conversation.run_command(line), file=sys.stderr)
             elif line:
-                conversation.take_turn(line, args)
+                conversation.take_turn(line, args.status)
         except (UserError, UsageError) as error:
             if not terminal:
                 raise
@@ -91,32 +92,32 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.stats: Stats | None = None
 
-    def take_turn(self, text: str, args: argparse.Namespace) -> None:
+    def take_turn(self, text: str, status: Status) -> None:
         """Answer a message, and print the answer as it comes.
 
         An answer that was stopped is kept as far as it was printed. A message that was not answered
         at all is dropped.
         """
         message = {"role": "user", "content": text}
-        said: list[str] = []
+        answer: list[str] = []
         last = None
         try:
             with _stoppable() as stop, closing(self._events(message)) as events:
-                heard = _until(stop, events, said)
-                last = print_stream(with_progress(heard, args.status, self.params.max_tokens))
+                until_stopped = _until(stop, events, answer)
+                last = print_stream(with_progress(until_stopped, status, self.params.max_tokens))
         except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for the current step
             pass
-        if said:
-            self.messages += [message, {"role": "assistant", "content": "".join(said)}]
+        if answer:
+            self.messages += [message, {"role": "assistant", "content": "".join(answer)}]
         if last is None or last.completion is None:
-            print("[stopped]" if said else "[stopped before it began]", file=sys.stderr)
+            print("[stopped]" if answer else "[stopped before it began]", file=sys.stderr)
             return
         self.stats = last.completion.stats
         if last.completion.finish_reason == "length":
             print(f"[cut after {counted(self.stats.new_tokens, 'token')}]", file=sys.stderr)
 
-    def command(self, line: str) -> str:
-        """Carry out a line that begins with / -> what to tell the user."""
+    def run_command(self, line: str) -> str:
+        """Run a line that begins with / -> what to tell the user."""
         name, _, rest = line.partition(" ")
         if name == "/reset":
             self.messages = []
@@ -146,10 +147,10 @@ class Conversation:
         )
 
 
-def _until(stop: Flag, events: "Iterator[Event]", said: list[str]) -> "Iterator[Event]":
-    """The same events until `stop` is set; their texts are added to `said`."""
+def _until(stop: Flag, events: "Iterator[Event]", texts: list[str]) -> "Iterator[Event]":
+    """The same events until `stop` is set; their texts are added to `texts`."""
     for event in events:
-        said.append(event.text)
+        texts.append(event.text)
         yield event
         if stop.is_set():
             return

@@ -20,7 +20,7 @@ def add_command(commands: Any) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="its name or hub id (default: the default model)",
+        help="a model's name or hub id (default: the default model)",
     )
     instead = command.add_mutually_exclusive_group()
     instead.add_argument(

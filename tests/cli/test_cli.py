@@ -267,6 +267,19 @@ def test_help_does_not_wait_for_torch():
     )
 
 
+@pytest.mark.parametrize("command", [["generate", ""], ["generate", "x", "-K", "many"], ["train"]])
+def test_a_mistake_that_can_be_seen_at_once_does_not_wait_for_torch(command):
+    program = (
+        "import sys, mtpkern.cli as c\n"
+        f"assert c.main({command!r}) == 2 and 'torch' not in sys.modules"
+    )
+    root = str(Path(mtpkern.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, env=environment
+    )
+
+
 @pytest.mark.slow
 def test_generate_imports_neither_gguf_nor_transformers(model):
     program = (
