@@ -12,9 +12,10 @@ from mtpkern.cache import KVCache
 from mtpkern.drafters.base import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
 from mtpkern.drafters.synthetic import force_acceptance
 from mtpkern.kernels.advance import Progress
+from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import Llama
 from mtpkern.ops import base as ops_base
-from mtpkern.ops.base import Ops, SamplingRows, Withheld
+from mtpkern.ops.base import Ops, Withheld
 
 
 @dataclass(frozen=True)

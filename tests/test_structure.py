@@ -61,25 +61,13 @@ ARROWS: dict[str, set[str]] = {
     "request": {"config", "drafters", "errors", "ring", "tokenizer"},
     "engine": STEP | {"ring", "request", "threads", "nvtx_ranges", "warmup"},
     "reference": {"config", "checkpoints"},
-    "profile": {"errors", "outputs"},
     # What it converts are models and heads.
     "convert": {"config", "errors", "checkpoints", "drafters", "outputs"},
     "arguments": {"errors", "status"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "arguments", "outputs"},
     "integrations": EVERYTHING | {"mtpkern"},
-    "diagnose": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING
-    | {
-        "mtpkern",
-        "arguments",
-        "convert",
-        "diagnose",
-        "outputs",
-        "profile",
-        "train",
-        "integrations",
-    },
+    "cli": EVERYTHING | {"mtpkern", "arguments", "convert", "outputs", "train", "integrations"},
     "__main__": {"cli"},
 }
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.drafters.mtp import CachedDrafter
+from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
-from mtpkern.ops.base import Ops, SamplingRows
+from mtpkern.ops.base import Ops
 
 
 class LayersDrafter(CachedDrafter):

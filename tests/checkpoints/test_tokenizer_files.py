@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mtpkern import LLM
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
-from mtpkern.diagnose import describe_checkpoint
+from mtpkern.cli.inspect import describe_checkpoint
 from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mtpkern import LLM, SamplingParams
 from mtpkern.checkpoints.hf_config import read_hf_config
 from mtpkern.checkpoints.llama import load_config
-from mtpkern.diagnose import describe_checkpoint
+from mtpkern.cli.inspect import describe_checkpoint
 from mtpkern.errors import ModelLoadError
 
 PROMPT = [1, 40, 17, 5, 93, 40, 17, 66, 2, 81, 12, 7, 29]
