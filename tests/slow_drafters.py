@@ -23,7 +23,7 @@ class Recorder:
     """Wraps a drafter and keeps what it drafted: known tokens -> drafts, and also their logits."""
 
     def __init__(self, inner: Any):
-        self.inner, self.taps, self.heads = inner, inner.taps, inner.heads
+        self.inner, self.taps, self.parallel_heads = inner, inner.taps, inner.parallel_heads
         self.drafted: list[tuple[list[int], list[int]]] = []
         self.seen: list[tuple[list[int], list[int], Tensor]] = []  # logits [drafts, vocabulary]
 
@@ -45,10 +45,10 @@ class Recorder:
         for b in range(batch):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                length = int(torch.as_tensor(drafts.length).expand(batch)[b])
-                meant = drafts.tokens[b, :length].tolist()
-                self.drafted.append((known, meant))
-                self.seen.append((known, meant, logits[b]))
+                num_proposed = int(torch.as_tensor(drafts.num_proposed).expand(batch)[b])
+                proposed = drafts.tokens[b, :num_proposed].tolist()
+                self.drafted.append((known, proposed))
+                self.seen.append((known, proposed, logits[b]))
         return drafts
 
 

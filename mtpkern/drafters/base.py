@@ -23,7 +23,7 @@ SOURCES = ("none", "heads", "ngram")
 NONE, HEADS, NGRAM = range(3)
 
 # Where K is fixed, sequential heads draft on down to this chance that all their drafts stand.
-LEAST_CHANCE = 0.1
+MIN_PROBABILITY = 0.1
 
 
 class Tensors(Protocol):
@@ -44,32 +44,32 @@ class DraftInput(NamedTuple):
     advance: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     sampling: Any  # SamplingRows
     first: int = 0  # the slot of the first of the B sequences; the others follow
-    heads: bool = True  # False: only drafts that cost nothing are wanted
+    use_heads: bool = True  # False: only drafts that cost nothing are wanted
     # Heads stop drafting where the chance that all their drafts stand is below this.
-    least_chance: float = LEAST_CHANCE
+    min_probability: float = MIN_PROBABILITY
 
 
 class Drafts(NamedTuple):
-    """Guesses: tokens [B, K] int64, of which the first length[b] are meant, the others fillers."""
+    """Guesses: tokens [B, K] int64, of which num_proposed[b] are proposals and the rest fillers."""
 
     tokens: Tensor
     source: Tensor | int  # [B] int64, an index into SOURCES; one number: the same in all
-    length: Tensor | int  # [B] int64, 0..K
+    num_proposed: Tensor | int  # [B] int64, 0..K
     # [B, K] float32: the drafter's own estimate that a draft stands where those before it stand;
     # None where it has none.
-    chances: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 class Drafter(Protocol):
     """What a decode step needs of a drafter. `taps` are layers counted from 1; L is post-norm.
 
-    `heads` are parallel heads as `ops.pack_heads` made them, or None: they share the step's one
+    `parallel_heads` are heads as `ops.pack_heads` made them, or None: they share the step's one
     read of the vocabulary. What the caches of a drafter hold for a token may depend on `lookahead`
     tokens behind it.
     """
 
     taps: tuple[int, ...]
-    heads: Any
+    parallel_heads: Any
     lookahead: int
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
@@ -101,7 +101,7 @@ class NoDrafter:
     """Drafts nothing: plain decoding is K = 0, and fillers before there is anything better."""
 
     taps: tuple[int, ...] = ()
-    heads: Any = None
+    parallel_heads: Any = None
     lookahead = 0
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
@@ -150,7 +150,7 @@ class MedusaDrafter(NoDrafter):
 
     def __init__(self, tensors: Tensors, config: Mapping[str, Any], ops: Ops):
         heads, depth = config["num_heads"], config["num_layers"]
-        self.heads = ops.pack_heads(
+        self.parallel_heads = ops.pack_heads(
             [
                 [
                     (tensors[f"{h}.{d}.linear.weight"], tensors[f"{h}.{d}.linear.bias"])
@@ -179,7 +179,7 @@ class OwnVocabularyDrafter(NoDrafter):
     def __init__(self, tensors: Tensors, config: Mapping[str, Any], layers: int, ops: Ops):
         """`layers` is how many the trunk has: the heads take what comes out of its final norm."""
         self.ops, self.taps = ops, (layers,)
-        self.blocks = MedusaDrafter(tensors, config, ops).heads
+        self.blocks = MedusaDrafter(tensors, config, ops).parallel_heads
         self.vocabularies = [
             ops.pack(tensors[f"{h}.vocabulary.weight"]) for h in range(config["num_heads"])
         ]
@@ -212,7 +212,8 @@ class CompanionDrafter:
     def __init__(self, ngram: NoDrafter, drafter: Drafter, ops: Ops):
         """`ngram` is an NgramDrafter, or a NoDrafter where nothing is to be copied."""
         self.ngram, self.drafter, self.ops = ngram, drafter, ops
-        self.taps, self.heads, self.lookahead = drafter.taps, drafter.heads, drafter.lookahead
+        self.taps, self.lookahead = drafter.taps, drafter.lookahead
+        self.parallel_heads = drafter.parallel_heads
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:
         self.drafter.prefill(sequence, features, tokens)
@@ -228,7 +229,7 @@ class CompanionDrafter:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
-        if self.ops.host_may_read and not step.heads:
+        if self.ops.host_may_read and not step.use_heads:
             self.drafter.keep_up(step)
             return copied
         source = torch.as_tensor(copied.source, device=step.accepted.device)
@@ -237,14 +238,14 @@ class CompanionDrafter:
             self.drafter.keep_up(step)
             return copied
         guessed = self.drafter.guess(step, count)
-        chances = guessed.chances
-        if chances is not None:
-            chances = torch.where(found[:, None], 1.0, chances)
+        probabilities = guessed.probabilities
+        if probabilities is not None:
+            probabilities = torch.where(found[:, None], 1.0, probabilities)
         return Drafts(
             torch.where(found[:, None], copied.tokens, guessed.tokens),
             torch.where(found, copied.source, guessed.source),
-            torch.where(found, copied.length, guessed.length),
-            chances,
+            torch.where(found, copied.num_proposed, guessed.num_proposed),
+            probabilities,
         )
 
     def kept(self, sequence: int, length: int) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from mtpkern.drafters.base import HEADS, LEAST_CHANCE, NGRAM, NONE, SOURCES
+from mtpkern.drafters.base import HEADS, MIN_PROBABILITY, NGRAM, NONE, SOURCES
 
 # Weight of the newest observation in a running mean: it forgets in some hundred steps.
 NEWEST = 0.02
@@ -28,27 +28,27 @@ PROBE_BUDGET = 0.01
 PROBE_STEPS = 2
 
 
-class Window(NamedTuple):
+class Proposal(NamedTuple):
     """What one sequence could verify: where its drafts came from, and how sure the source was that
     each stands where those before it stand (1 where it does not say)."""
 
     source: int
-    chances: Sequence[float]
+    probabilities: Sequence[float]
 
 
-class Choice(Protocol):
+class KChooser(Protocol):
     """Chooses K, step by step."""
 
-    def choose(self, windows: Sequence[Window]) -> int:
+    def choose(self, windows: Sequence[Proposal]) -> int:
         """K of the next step, given what was drafted for each active sequence (none: unknown)."""
 
     def use_heads(self) -> bool:
         """Whether the heads should draft at the end of the next step."""
 
-    def watching(self) -> int:
+    def active_source(self) -> int:
         """Which source must see the next step at least: HEADS (all do), NGRAM, or NONE."""
 
-    def least_chance(self) -> float:
+    def min_probability(self) -> float:
         """The chance of standing from which on one more draft of the heads is worth its cost."""
 
     def spend(self, seconds: float, drafted: int) -> None:
@@ -58,7 +58,7 @@ class Choice(Protocol):
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
         """Take in a step of K = k that took `seconds`: each active sequence's window, cut to k, and
@@ -71,17 +71,17 @@ class FixedDraftLength:
     def __init__(self, k: int):
         self.k = k
 
-    def choose(self, windows: Sequence[Window]) -> int:
+    def choose(self, windows: Sequence[Proposal]) -> int:
         return self.k
 
     def use_heads(self) -> bool:
         return True
 
-    def watching(self) -> int:
+    def active_source(self) -> int:
         return HEADS
 
-    def least_chance(self) -> float:
-        return LEAST_CHANCE
+    def min_probability(self) -> float:
+        return MIN_PROBABILITY
 
     def spend(self, seconds: float, drafted: int) -> None:
         pass
@@ -90,7 +90,7 @@ class FixedDraftLength:
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
         pass
@@ -105,7 +105,7 @@ class GraphDraftLength(FixedDraftLength):
             raise ValueError(f"seconds must hold K = 0 and be positive, got {dict(seconds)}")
         super().__init__(max(seconds))
         self.seconds = dict(seconds)
-        self.stands = [PRIOR] * self.k
+        self.acceptance_rates = [PRIOR] * self.k
         self._probing = 0  # steps left of a probe
         self._since = 0  # steps since the last one
 
@@ -113,18 +113,18 @@ class GraphDraftLength(FixedDraftLength):
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
         for window, accepted in outcomes:
-            for i in range(min(len(window.chances), accepted + 1)):
-                self.stands[i] += NEWEST * ((i < accepted) - self.stands[i])
+            for i in range(min(len(window.probabilities), accepted + 1)):
+                self.acceptance_rates[i] += NEWEST * ((i < accepted) - self.acceptance_rates[i])
 
     def tokens(self, k: int) -> float:
         """Tokens that a step with K = k is expected to emit."""
         emitted, reached = 1.0, 1.0
-        for stands in self.stands[:k]:
-            reached *= stands
+        for rate in self.acceptance_rates[:k]:
+            reached *= rate
             emitted += reached
         return emitted
 
@@ -132,7 +132,7 @@ class GraphDraftLength(FixedDraftLength):
         """The K of the highest rate; the smaller one where two are level."""
         return max(sorted(self.seconds), key=lambda k: self.tokens(k) / self.seconds[k])
 
-    def choose(self, windows: Sequence[Window]) -> int:
+    def choose(self, windows: Sequence[Proposal]) -> int:
         """K of the next step: the best one, or now and then the largest, to see what that does."""
         best = self.best()
         if self._probing == 0 and best < self.k:
@@ -243,12 +243,12 @@ class DraftLength:
         """Seconds of a step without drafts."""
         return self.seconds(self._batch)
 
-    def extra(self, windows: Sequence[Window], k: int) -> float:
+    def extra(self, windows: Sequence[Proposal], k: int) -> float:
         """Tokens beyond one, of an average sequence, that windows cut to k drafts should bring."""
         total = 0.0
-        for source, chances in windows:
+        for source, probabilities in windows:
             stands = 1.0
-            for chance, trust in zip(chances[:k], self._believed(source), strict=False):
+            for chance, trust in zip(probabilities[:k], self._believed(source), strict=False):
                 stands *= min(1.0, chance * trust)
                 total += stands
         return total / max(1, len(windows))
@@ -259,8 +259,8 @@ class DraftLength:
         beyond = self.seconds(self._batch * (k + 1)) - plain
         return self.speed * max(0.0, beyond) / plain if plain else 0.0
 
-    def choose(self, windows: Sequence[Window]) -> int:
-        most = max((len(chances) for _, chances in windows), default=0)
+    def choose(self, windows: Sequence[Proposal]) -> int:
+        most = max((len(probabilities) for _, probabilities in windows), default=0)
         self._unrefreshed += 1
         if self._unrefreshed > REFRESH:
             return 0
@@ -269,7 +269,7 @@ class DraftLength:
         gains = {k: self.extra(windows, k) - self.price(k) for k in lengths}
         best = max(gains, key=gains.__getitem__, default=0)
         if best == 0 and len(gains) > 1:
-            sources = {source for source, chances in windows if chances}
+            sources = {source for source, probabilities in windows if probabilities}
             if all(self._idle[source] >= self._rest[source] for source in sources):
                 best = max(lengths[1:], key=gains.__getitem__)
         return best
@@ -279,12 +279,12 @@ class DraftLength:
             return False
         return self.gain >= 0 or self._idle[HEADS] >= self._rest[HEADS]
 
-    def watching(self) -> int:
+    def active_source(self) -> int:
         if self.gain >= 0 or self._idle[HEADS] + AWAKE >= self._rest[HEADS]:
             return HEADS
         return NGRAM if self._unmatched < AWAKE or self._unmatched % LOOKS == 0 else NONE
 
-    def least_chance(self) -> float:
+    def min_probability(self) -> float:
         plain = self.plain()
         if not plain:
             return 0.0
@@ -303,7 +303,7 @@ class DraftLength:
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
         rows = self._batch * (k + 1)
@@ -320,8 +320,8 @@ class DraftLength:
         if k == 0:
             self._unrefreshed = 0
         plain, active = self.plain(), max(1, len(outcomes))
-        for (source, chances), accepted in outcomes:
-            for i, chance in enumerate(chances[: accepted + 1]):
+        for (source, probabilities), accepted in outcomes:
+            for i, chance in enumerate(probabilities[: accepted + 1]):
                 self._believe(source, i, chance, i < accepted)
         extra = sum(accepted for _, accepted in outcomes) / active
         spent = seconds / plain
@@ -364,8 +364,8 @@ class DraftLength:
         trust[position] += (stood - chance * trust[position]) / weight[position]
         trust[position] = min(max(trust[position], 0.0), 2.0)
 
-    def _note_tries(self, k: int, outcomes: Sequence[tuple[Window, int]]) -> None:
-        tried = {source for (source, chances), _ in outcomes if k and chances}
+    def _note_tries(self, k: int, outcomes: Sequence[tuple[Proposal, int]]) -> None:
+        tried = {source for (source, probabilities), _ in outcomes if k and probabilities}
         paid = {source for (source, _), accepted in outcomes if accepted}
         for source in self._idle:
             if source in paid:

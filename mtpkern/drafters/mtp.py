@@ -38,7 +38,7 @@ class CachedDrafter(ABC):
     read.
     """
 
-    heads: Any = None
+    parallel_heads: Any = None
     lookahead = 1  # a pair's second half
 
     def __init__(self, taps: Sequence[int], trunk: Llama, cache: KVCache, ops: Ops):
@@ -100,7 +100,7 @@ class CachedDrafter(ABC):
         waiting = step.lengths - cache.lengths
         if bool(waiting.max() < MAX_PENDING // 2):
             return
-        if not step.heads:
+        if not step.use_heads:
             for b, count in enumerate(waiting):
                 self._give_up(step.first + b, int(count) - LATEST)
             return
@@ -254,7 +254,7 @@ class MtpDrafter(CachedDrafter):
         for i in range(count):
             if i > 0:
                 # A pass costs more than a draft is worth that hardly ever stands.
-                if chances and bool((torch.stack(chances).prod(0) < step.least_chance).all()):
+                if chances and bool((torch.stack(chances).prod(0) < step.min_probability).all()):
                     break
                 ahead = step.lengths if i == 1 else step.lengths + (i - 1)
                 hidden = self.run_pairs(w, hidden, drafts[-1], cache.at(ahead), 0, 1)

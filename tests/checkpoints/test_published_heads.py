@@ -542,7 +542,7 @@ def test_heads_that_rested_draft_what_heads_that_never_rested_do(
         monkeypatch.setattr(FixedDraftLength, "choose", lambda self, windows: 0)
         recorder = watch(llm)
         llm.generate(PROMPTS, SamplingParams(max_tokens=200, ignore_eos=True))
-        drafted.append({tuple(known): meant for known, meant in recorder.drafted})
+        drafted.append({tuple(known): proposed for known, proposed in recorder.drafted})
         llm.drafter.drafter = recorder.inner
     always, late = drafted
     both = always.keys() & late.keys()

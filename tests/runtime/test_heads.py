@@ -242,14 +242,14 @@ def test_heads_that_were_asleep_go_on_behind_a_gap_of_zeros(
     params = SamplingParams(max_tokens=90, ignore_eos=True, logprobs=True)
     steps = itertools.count()
 
-    def watching(self: DraftLength) -> int:
+    def active_source(self: DraftLength) -> int:
         return HEADS if next(steps) % 60 not in range(10, 40) else NONE
 
-    monkeypatch.setattr(DraftLength, "watching", watching)
+    monkeypatch.setattr(DraftLength, "active_source", active_source)
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: True)
-    monkeypatch.setattr(DraftLength, "least_chance", lambda self: 0.0)
+    monkeypatch.setattr(DraftLength, "min_probability", lambda self: 0.0)
     monkeypatch.setattr(
-        DraftLength, "choose", lambda self, w: max((len(s.chances) for s in w), default=0)
+        DraftLength, "choose", lambda self, w: max((len(s.probabilities) for s in w), default=0)
     )
     seen = {}
     for filler in (0.0, 9.0, torch.nan):

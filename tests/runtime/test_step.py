@@ -142,7 +142,7 @@ def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_pa
             decode_step(state.view(1, k), trunk, drafter, TRITON)
         read.append(trace.weight_bytes)
         assert trace.kernels["vocabulary_tiles"] == 1
-    blocks = heads.heads[0]
+    blocks = heads.parallel_heads[0]
     assert read[1] - read[0] == blocks.numel() * blocks.element_size()
 
 
