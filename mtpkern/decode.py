@@ -149,8 +149,7 @@ def decode_step(
 
 
 def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
-    """Let the drafter take in a committed step, and fill the next window with its guesses."""
-    drafter.observe(step)
+    """Give the drafter a committed step, and fill the next window with what it proposes."""
     drafts = drafter.guess(step, state.window.shape[1] - 1)
     only_fillers = isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
     if not only_fillers or state.forced is not None:  # forced drafts may be -1, which is no token

@@ -37,11 +37,9 @@ from mtpkern.drafters.base import (
     MIN_PROBABILITY,
     NGRAM,
     NONE,
-    CompanionDrafter,
     Drafter,
     DraftInput,
     Drafts,
-    NgramDrafter,
     NoDrafter,
 )
 from mtpkern.drafters.draft_length import (
@@ -52,7 +50,8 @@ from mtpkern.drafters.draft_length import (
     Proposal,
 )
 from mtpkern.drafters.load import find_heads, load_heads
-from mtpkern.drafters.mtp import MAX_PENDING
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
+from mtpkern.drafters.pairs import MAX_PENDING
 from mtpkern.drafters.synthetic import draw_counts
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.graph import GraphPool, measure
@@ -642,7 +641,7 @@ class LLM:
             return self.drafter
         source = lengths.active_source()
         if source == HEADS and self._asleep:
-            self.drafter.forget()
+            self.drafter.mark_gap()
         self._asleep = source != HEADS
         return self.drafter if source == HEADS else self._copier if source == NGRAM else NO_DRAFTER
 
@@ -807,7 +806,7 @@ class LLM:
         pairs = max(0, min(request.pairs, request.known - self.drafter.lookahead))
         # One row is run in any case: the first drafts are made of it.
         begin = max(0, min(pairs if k else request.known, len(request.prompt) - 2))
-        self.drafter.resume(slot, begin if k else pairs)
+        self.drafter.reset(slot, begin if k else pairs)
         return begin
 
     def _prefill(
@@ -929,7 +928,7 @@ class LLM:
         if self._prefix_caching:
             # A step may have committed more than the answer took, and an interrupted one less.
             tokens = (request.prompt + request.token_ids)[: int(self._cache.lengths[slot])]
-            pairs = self.drafter.kept(slot, len(tokens))
+            pairs = self.drafter.cached_length(slot, len(tokens))
             self._pool.keep(Prefix(tokens, request.pages, pairs))
         else:
             self._pool.release(request.pages)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtpkern.checkpoints.llama import load_tensors
 from mtpkern.config import ModelConfig
-from mtpkern.drafters.base import CompanionDrafter
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.ops.cpu import CpuOps

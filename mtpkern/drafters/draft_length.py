@@ -11,12 +11,11 @@ draft. `DraftLength` chooses after drafting, for a CPU, where the host knows whi
 and how sure it was.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
 from typing import NamedTuple, Protocol
 
 from mtpkern.drafters.base import HEADS, MIN_PROBABILITY, NGRAM, NONE, SOURCES
+from mtpkern.drafters.timings import Timings
 
 # Weight of the newest observation in a running mean: it forgets in some hundred steps.
 NEWEST = 0.02
@@ -150,8 +149,6 @@ class GraphDraftLength(FixedDraftLength):
         return max(16, round(PROBE_STEPS * lost / PROBE_BUDGET))
 
 
-# Timings of which the median counts, of each row count.
-TIMINGS = 7
 # A loss account in plain steps: what drafting may lose before it has earned anything, at the start
 # and then again for each prompt, where the heads have paid lately and where they have not; what it
 # may keep of earnings, and what it may lose of each token.
@@ -167,41 +164,6 @@ RETRY, MOST_RETRY, REFRESH = 32, 256, 128
 # AWAKE: steps before such a try in which the heads observe steps again, and steps after the last
 # copy that are all searched for another one; after those, one of LOOKS steps is.
 AWAKE, LOOKS = 16, 4
-
-
-class Timings:
-    """Seconds by count, as measured: the median of the latest few, and lines in between."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, deque[float]] = {}
-        self._median: dict[int, float] = {}
-
-    def observe(self, count: int, seconds: float) -> None:
-        seen = self._seen.setdefault(count, deque(maxlen=TIMINGS))
-        seen.append(seconds)
-        self._median[count] = median(seen)
-
-    def __bool__(self) -> bool:
-        return bool(self._median)
-
-    def __call__(self, count: int) -> float:
-        """Seconds for `count`: measured, or on the line through the nearest two that were.
-
-        Beyond the largest count the line goes on; below the smallest it is level.
-        """
-        known = self._median
-        if count in known:
-            return known[count]
-        if not known:
-            return 0.0
-        below = max((n for n in known if n < count), default=None)
-        above = min((n for n in known if n > count), default=None)
-        if below is None:
-            return known[min(known)]
-        if above is None:
-            below, above = max((n for n in known if n < below), default=0), below
-        low, high = known.get(below, 0.0), known[above]
-        return max(low, low + (high - low) * (count - below) / (above - below))
 
 
 class DraftLength:

@@ -33,9 +33,13 @@ from mtpkern.checkpoints.llama import (
     read_entries,
 )
 from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
-from mtpkern.drafters.base import Drafter, MedusaDrafter, OwnVocabularyDrafter
-from mtpkern.drafters.layers import HydraDrafter, HydraHead, LayersDrafter
-from mtpkern.drafters.mtp import Eagle3Drafter, ModulesDrafter, MtpDrafter, MtpWeights
+from mtpkern.drafters.base import Drafter
+from mtpkern.drafters.eagle3 import Eagle3Drafter
+from mtpkern.drafters.hydra import HydraDrafter, HydraHead
+from mtpkern.drafters.layers import LayersDrafter
+from mtpkern.drafters.medusa import MedusaDrafter, OwnVocabularyDrafter
+from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
+from mtpkern.drafters.mtp_modules import ModulesDrafter
 from mtpkern.drafters.published import (
     eagle3_shapes,
     hydra_shapes,

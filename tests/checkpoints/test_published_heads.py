@@ -34,9 +34,9 @@ from mtpkern import reference
 from mtpkern.checkpoints.llama import fingerprint, load_config, load_tensors
 from mtpkern.config import ModelLoadError, SamplingParams, UserError
 from mtpkern.convert import convert
-from mtpkern.drafters.base import NgramDrafter
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.drafters.load import PRETRAINED, find_heads
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 

@@ -12,16 +12,9 @@ from families import write_family
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.drafters.base import (
-    HEADS,
-    CompanionDrafter,
-    Drafter,
-    DraftInput,
-    Drafts,
-    NgramDrafter,
-    NoDrafter,
-)
+from mtpkern.drafters.base import HEADS, Drafter, DraftInput, Drafts, NoDrafter
 from mtpkern.drafters.draft_length import DraftLength, Proposal
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.ops.definitions import DEFINITIONS
 

@@ -15,8 +15,8 @@ from mtpkern.drafters.draft_length import (
     FixedDraftLength,
     GraphDraftLength,
     Proposal,
-    Timings,
 )
+from mtpkern.drafters.timings import Timings
 
 FLAT = {0: 1.0, 1: 1.01, 2: 1.02, 4: 1.04}
 STEEP = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from mtpkern.checkpoints.llama import load_tensors
 from mtpkern.config import ModelLoadError, SamplingParams, UserError
-from mtpkern.drafters.base import HEADS, NGRAM, NONE, CompanionDrafter, Drafts, NoDrafter
+from mtpkern.drafters.base import HEADS, NGRAM, NONE, Drafts, NoDrafter
 from mtpkern.drafters.draft_length import DraftLength
 from mtpkern.drafters.mtp import MtpDrafter
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 

@@ -9,15 +9,9 @@ from conftest import TINY_CONFIG, tiny_checkpoint
 from head_files import write_hydra, write_medusa, write_mtp, write_published
 
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.drafters.base import (
-    CompanionDrafter,
-    Drafter,
-    DraftInput,
-    Drafts,
-    NgramDrafter,
-    NoDrafter,
-)
+from mtpkern.drafters.base import Drafter, DraftInput, Drafts, NoDrafter
 from mtpkern.drafters.load import load_heads
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.model import Llama
 from mtpkern.ops.gpu import TRITON
 
