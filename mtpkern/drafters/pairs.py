@@ -118,8 +118,8 @@ class PendingPairs:
         """Note a step -> pairs to be written without drafting, since the buffer is half full: the
         slot, features [n, W] and the token [n] after each."""
         # The next step overwrites both.
-        copies = {"lengths": step.lengths.clone(), "features": step.features.clone()}
-        self._note(step._replace(**copies))
+        lengths, features = step.lengths.clone(), step.features.clone()
+        self._note(step._replace(lengths=lengths, features=features))
         # Noted rows may take half of the buffer: a quarter of it, and one more step.
         if len(self._noted) * step.features.shape[1] < MAX_PENDING // 4:
             return ()
