@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mtpkern.ops.base import Projected, SamplingRows
+from mtpkern.ops.base import Packed, Projected, SamplingRows
 
 # Where a step's drafts came from; statistics are kept per source.
 SOURCES = ("none", "heads", "ngram")
@@ -81,7 +81,7 @@ class Drafter(Protocol):
     # Layers whose output the drafter reads, counted from 1; the last one is read after its norm.
     taps: tuple[int, ...]
     # Heads from `ops.pack_heads` that share the step's one read of the vocabulary matrix, or None.
-    parallel_heads: Any
+    parallel_heads: Packed | None
     # A cache entry of the drafter may depend on this many tokens after its own.
     lookahead: int
 
@@ -108,7 +108,7 @@ class NoDrafter:
     """Proposes nothing: plain decoding, and the base class of drafters without a cache."""
 
     taps: tuple[int, ...] = ()
-    parallel_heads: Any = None
+    parallel_heads: Packed | None = None
     lookahead = 0
 
     def prefill(self, sequence: int, features: Tensor, tokens: Tensor) -> None:

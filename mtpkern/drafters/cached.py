@@ -6,7 +6,6 @@ own drafts after them; the next call overwrites the latter.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -14,14 +13,14 @@ from mtpkern.cache import KVCache
 from mtpkern.config import ModelConfig
 from mtpkern.drafters.base import DraftInput, Drafts
 from mtpkern.drafters.pairs import PendingPairs, StepPairs
-from mtpkern.model import DecoderLayer, Llama, plan_window
-from mtpkern.ops.base import Ops
+from mtpkern.model import DecoderLayer, Llama
+from mtpkern.ops.base import Ops, Packed
 
 
 class CachedDrafter(ABC):
     """A drafter that appends pairs to a cache, and takes those that are missing when it drafts."""
 
-    parallel_heads: Any = None
+    parallel_heads: Packed | None = None
     lookahead = 1  # a pair has the token after its own
 
     def __init__(
@@ -69,7 +68,7 @@ class CachedDrafter(ABC):
     ) -> None:
         """Write K and V of one sequence's rows x [n, ...] at the cache's length, layer `index`,
         and compute nothing else."""
-        plan = plan_window(cache, len(x), config, self.ops)
+        plan = self.ops.plan(cache, len(x), config)
         norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
         k, v, eps = cache.k[index], cache.v[index], config.rms_norm_eps
         self.ops.qkv_rope_cache(x, layer.input_norm, eps, layer.qkv, k, v, plan, **norms)

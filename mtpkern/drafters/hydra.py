@@ -8,7 +8,6 @@ h is the final hidden state, or in Hydra++ the output of one more decoder layer 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,17 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.drafters.cached import CachedDrafter
-from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
-from mtpkern.ops.base import Ops
+from mtpkern.model import DecoderLayer, Llama
+from mtpkern.ops.base import Ops, Packed
 
 
 @dataclass(frozen=True)
 class HydraHead:
     """Head i, counted from 0, whose input is the hidden state and i + 1 embeddings."""
 
-    residual: Any  # [E, (i + 2) * E], beside the first block
-    blocks: Sequence[Any]  # [E, (i + 2) * E], then [E, E] each
-    vocabulary: Any  # [V, E]
+    residual: Packed  # [E, (i + 2) * E], beside the first block
+    blocks: Sequence[Packed]  # [E, (i + 2) * E], then [E, E] each
+    vocabulary: Packed  # [V, E]
 
 
 class HydraDrafter(CachedDrafter):
@@ -60,9 +59,9 @@ class HydraDrafter(CachedDrafter):
         if self.prefix is not None:
             (layer, norm), eps = self.prefix, self.config.rms_norm_eps
             cache = self.cache_of(step).at(begin)
-            plan = plan_window(cache, rows, self.config, self.ops)
+            plan = self.ops.plan(cache, rows, self.config)
             x = features.reshape(batch * rows, -1)
-            x = decoder_layer(x, layer, eps, cache, 0, plan, self.ops)
+            x = self.ops.layer(x, layer, eps, cache, 0, plan)
             features = self.ops.rms_norm(x, norm, eps).view(batch, rows, -1)
         bonus = tokens.gather(1, last[:, None])[:, 0]
         inputs = [rows_at(features, last), self.ops.embed(self.embedding, bonus)]

@@ -7,7 +7,6 @@ vocabulary matrix or some of its rows.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.drafters.cached import CachedDrafter
-from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
-from mtpkern.ops.base import Ops, SamplingRows
+from mtpkern.model import DecoderLayer, Llama
+from mtpkern.ops.base import Ops, Packed, SamplingRows
 
 
 class LayersDrafter(CachedDrafter):
@@ -26,7 +25,7 @@ class LayersDrafter(CachedDrafter):
         self,
         layers: Sequence[DecoderLayer],
         norms: Sequence[Tensor],
-        vocabulary: Any,
+        vocabulary: Packed,
         token_ids: Tensor,
         trunk: Llama,
         cache: KVCache,
@@ -49,11 +48,11 @@ class LayersDrafter(CachedDrafter):
         batch, rows = features.shape[:2]
         x, eps = features.reshape(batch * rows, -1), self.config.rms_norm_eps
         cache = self.cache_of(step).at(begin)
-        plan = plan_window(cache, rows, self.config, self.ops)
+        plan = self.ops.plan(cache, rows, self.config)
         outputs = []
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             # All layers run, also beyond `count`: their caches must not have gaps.
-            out = decoder_layer(x, layer, eps, cache, i, plan, self.ops)
+            out = self.ops.layer(x, layer, eps, cache, i, plan)
             if i < count:
                 out = rows_at(out.view(batch, rows, -1), last)
                 outputs.append(self.ops.rms_norm(out, norm, eps))

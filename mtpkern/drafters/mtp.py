@@ -8,7 +8,6 @@ et al. 2025.)
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from mtpkern.cache import KVCache
 from mtpkern.config import ModelConfig
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.drafters.cached import CachedDrafter
-from mtpkern.model import DecoderLayer, Llama, decoder_layer, plan_window
-from mtpkern.ops.base import Ops
+from mtpkern.model import DecoderLayer, Llama
+from mtpkern.ops.base import Ops, Packed
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,15 @@ class MtpWeights:
     """
 
     taps: tuple[int, ...]
-    fc: Any | None  # [E, n*E]; None if one layer is tapped
+    fc: Packed | None  # [E, n*E]; None if one layer is tapped
     hidden_norm: Tensor  # [E]
     token_norm: Tensor  # [E]
-    input_proj: Any | None  # [E, 2E], for (hidden state, embedding) in this order; None in EAGLE-3
+    input_proj: (
+        Packed | None
+    )  # [E, 2E], for (hidden state, embedding) in this order; None in EAGLE-3
     layer: DecoderLayer
     final_norm: Tensor  # [E]
-    vocabulary: Any  # [Vd, E]
+    vocabulary: Packed  # [Vd, E]
     token_ids: Tensor  # [Vd] int64
     config: ModelConfig  # the trunk's, with the layer's head counts and sizes
     zero_first: bool = False  # the first pair of a sequence has an embedding of zeros (MiMo)
@@ -127,9 +128,9 @@ class MtpDrafter(CachedDrafter):
             if fused is not None:
                 return fused
         x, inputs = self._join(w, hidden, tokens, index)
-        plan = plan_window(cache, rows, w.config, self.ops)
+        plan = self.ops.plan(cache, rows, w.config)
         eps = w.config.rms_norm_eps
-        x = decoder_layer(x, w.layer, eps, cache, layer, plan, self.ops, inputs=inputs)
+        x = self.ops.layer(x, w.layer, eps, cache, layer, plan, inputs=inputs)
         return self._output(w, x)
 
     def _join(
