@@ -1,4 +1,4 @@
-"""The sequential drafters written out slowly, token by token: what the fast ones must equal."""
+"""Slow definitions of the sequential drafters, and a recorder of what the fast ones draft."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 
 
 class Recorder:
-    """Wraps a drafter and keeps what it drafted: known tokens -> drafts, and also their logits."""
+    """Wraps a drafter and records known tokens -> drafts, and the drafts' logits."""
 
     def __init__(self, inner: Any):
         self.inner, self.taps, self.parallel_heads = inner, inner.taps, inner.parallel_heads
@@ -140,7 +140,7 @@ def watch(llm: LLM) -> Recorder:
 
 
 def agree(draft: int, logits: Tensor, expected: Tensor, ids: Tensor | None = None) -> None:
-    """A draft and its logits [Vd] are those of a definition; row i is of token ids[i]."""
+    """Assert that a draft and its logits [Vd] are as expected; row i is of token ids[i]."""
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     row = int(expected.argmax())
     assert draft == (row if ids is None else ids[row])

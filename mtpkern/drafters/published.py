@@ -121,17 +121,17 @@ def read_eagle3(
     }
 
 
-def _eagle3_taps(given: Mapping[str, Any], L: int, counted: bool, path: Path) -> list[int]:
+def _eagle3_taps(given: Mapping[str, Any], L: int, from_one: bool, path: Path) -> list[int]:
     """The three layers of the trunk's L that are tapped, counted from 1.
 
-    Speculators counts them so (`counted`). Other configs count from 1 or from 0, so that only the
-    usual three can be told.
+    Speculators counts `from_one` too. Other configs count from 1 or from 0, so that only the usual
+    three are unambiguous.
     """
     name = "eagle_aux_hidden_state_layer_ids"
     usual, ids = [2, L // 2, L - 3], given.get(name)
-    if ids is None or (not counted and ids in (usual, [1, L // 2 - 1, L - 4])):
+    if ids is None or (not from_one and ids in (usual, [1, L // 2 - 1, L - 4])):
         return usual
-    if counted and isinstance(ids, list) and all(type(i) is int and 0 < i < L for i in ids):
+    if from_one and isinstance(ids, list) and all(type(i) is int and 0 < i < L for i in ids):
         return ids
     raise ModelLoadError(
         f"{printable(path)}: {name}={printable(ids)} is not supported in EAGLE-3 heads for a model "
@@ -217,13 +217,13 @@ def read_mimo(
             f"{printable(path)}: num_nextn_predict_layers must be 1 or more, "
             f"got {printable(modules)}"
         )
-    # The names of a single module have no number.
+    # A single module's tensors have no number in our layout.
     prefix = "model.mtp_layers.0." if modules == 1 else "model.mtp_layers."
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not own:
         raise ModelLoadError(
-            f"{printable(path)} names MTP layers, but there are no tensors model.mtp_layers: heads "
-            "none does without"
+            f"{printable(path)} names MTP layers, but has no tensors model.mtp_layers.*; with "
+            "heads none the model runs without them"
         )
     return own, {
         "tap_layers": [trunk.num_layers],

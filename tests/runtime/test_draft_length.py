@@ -1,4 +1,4 @@
-"""DraftLength: the K that gives the most tokens a second, found and kept, at a bounded price."""
+"""DraftLength finds the K with the most tokens per second, at a bounded cost."""
 
 import random
 from typing import Any
