@@ -222,6 +222,16 @@ def _read(directory: Path, trunk: ModelConfig) -> tuple[_Kind, dict[str, Tensor]
         raise ModelLoadError(f"{printable(path)} is not complete: {printable(error)}") from None
     if name in _OWN_EMBEDDING and "embed_tokens.weight" in tensors:
         shapes["embed_tokens.weight"] = (trunk.vocab_size, trunk.hidden_size)
+    _check(directory, tensors, shapes, trunk.vocab_size)
+    most = settings.get("num_heads")
+    if most is not None and most < 1:
+        raise ModelLoadError(f"{printable(path)} names {most} heads")
+    return kind, tensors, settings
+
+
+def _check(directory: Path, tensors: Mapping[str, Tensor], shapes: Shapes, vocab_size: int) -> None:
+    """Raise ModelLoadError unless the tensors are those that `shapes` lists, of floats, and the
+    draft vocabulary's ids are in 0..vocab_size - 1."""
     for tensor, shape in shapes.items():
         if tensor not in tensors:
             raise ModelLoadError(f"{printable(directory)}: tensor {tensor} is missing")
@@ -240,15 +250,11 @@ def _read(directory: Path, trunk: ModelConfig) -> tuple[_Kind, dict[str, Tensor]
             f"{printable(directory)}: tensor {printable(strange[0])} has no place in such heads"
         )
     ids = tensors.get("draft_vocab", torch.zeros(1))
-    if ids.min() < 0 or ids.max() >= trunk.vocab_size:
+    if ids.min() < 0 or ids.max() >= vocab_size:
         raise ModelLoadError(
             f"{printable(directory)} drafts tokens that the model's vocabulary of "
-            f"{trunk.vocab_size} does not have"
+            f"{vocab_size} does not have"
         )
-    most = settings.get("num_heads")
-    if most is not None and most < 1:
-        raise ModelLoadError(f"{printable(path)} names {most} heads")
-    return kind, tensors, settings
 
 
 def _implied_trunk(
