@@ -81,8 +81,8 @@ class StepPairs:
 class PendingPairs:
     """Pairs that wait in a buffer, in order, for as long as the head does not draft.
 
-    A step that is only observed is noted as it is; its rows are copied to the buffer together with
-    those of other steps when somebody reads them.
+    A step that is only observed is noted as it is, and its rows are copied to the buffer later,
+    together with those of other steps: observing must cost next to nothing.
     """
 
     def __init__(self, cache: KVCache, width: int, dtype: torch.dtype, open_pairs: int):
@@ -117,9 +117,8 @@ class PendingPairs:
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Note a step -> pairs to be written without drafting, since the buffer is half full: the
         slot, features [n, W] and the token [n] after each."""
-        # The next step overwrites both.
-        lengths, features = step.lengths.clone(), step.features.clone()
-        self._note(step._replace(lengths=lengths, features=features))
+        # The next step overwrites lengths and features.
+        self._note(step._replace(lengths=step.lengths.clone(), features=step.features.clone()))
         # Noted rows may take half of the buffer: a quarter of it, and one more step.
         if len(self._noted) * step.features.shape[1] < MAX_PENDING // 4:
             return ()
