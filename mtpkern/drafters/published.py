@@ -222,8 +222,8 @@ def read_mimo(
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not own:
         raise ModelLoadError(
-            f"{printable(path)} names MTP layers, but has no tensors model.mtp_layers.*; with "
-            "heads none the model runs without them"
+            f"{printable(path)} names MTP layers, but there are no tensors model.mtp_layers: heads "
+            "none runs the model without them"
         )
     return own, {
         "tap_layers": [trunk.num_layers],
