@@ -100,24 +100,6 @@ def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:
     )
 
 
-def plan_window(cache: KVCache, rows: int, config: ModelConfig, ops: Ops) -> Any:
-    return ops.plan(cache, rows, config)
-
-
-def decoder_layer(
-    x: Tensor,
-    layer: DecoderLayer,
-    eps: float,
-    cache: KVCache,
-    index: int,
-    plan: Any,
-    ops: Ops,
-    *,
-    inputs: Tensor | None = None,
-) -> Tensor:
-    return ops.layer(x, layer, eps, cache, index, plan, inputs=inputs)
-
-
 def run_trunk(
     model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: Sequence[int] = ()
 ) -> tuple[Tensor, list[Tensor]]:
