@@ -60,7 +60,7 @@ def test_the_command_line_says_that_the_text_means_nothing(tmp_path: Path, capsy
     arguments = ["generate", "the dog", "--model", model, "--max-tokens", "20", "--raw"]
     made_up = [*arguments, "-K", "2", "--synthetic-acceptance", "1,0.5"]
     assert cli.main(made_up) == 0
-    assert "the text and its tokens are not" in capsys.readouterr().err
+    assert "the speed is meaningful, the text is not" in capsys.readouterr().err
     assert cli.main([*made_up, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["synthetic_acceptance"] == [1.0, 0.5]
     assert cli.main([*arguments, "--synthetic-acceptance", "1,x"]) == 2
