@@ -13,7 +13,6 @@ from mtpkern.drafters.base import LEAST_CHANCE, NONE, Drafter, DraftInput, Draft
 from mtpkern.drafters.synthetic import force_acceptance
 from mtpkern.kernels.advance import Progress
 from mtpkern.model import Llama
-from mtpkern.ops import base as ops_base
 from mtpkern.ops.base import Ops, SamplingRows, Withheld
 
 
@@ -92,10 +91,6 @@ class StepOutput:
     accepted: Tensor  # [B] int64, 0..K
     count: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     drafts: Drafts | None  # what stands in the next window; None for a window without drafts
-
-
-def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
-    return ops_base.join_taps(drafter.taps, tapped, normed, layers)
 
 
 def decode_step(

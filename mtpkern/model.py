@@ -5,7 +5,7 @@
 (Touvron et al. 2023.) `Ops.layer` and `Ops.layers` (ops/base.py) run them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,9 +115,3 @@ def decoder_layer(
     inputs: Tensor | None = None,
 ) -> Tensor:
     return ops.layer(x, layer, eps, cache, index, plan, inputs=inputs)
-
-
-def run_trunk(
-    model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: Sequence[int] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    return ops.layers(model, window, cache, taps)

@@ -36,9 +36,9 @@ def test_a_sequence_waits_for_pages_and_gets_what_it_would_have_got(llm: LLM) ->
     prompts = [[3 + i, 20, 30 + i] * (1 + i) for i in range(6)]
     params = SamplingParams(max_tokens=30)
     alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
-    assert len(llm._pool.free) == 2
+    assert len(llm.scheduler.pool.free) == 2
     assert [c.token_ids for c in llm.generate(prompts, params)] == alone
-    assert sorted(llm._pool.free) == [1, 2]
+    assert sorted(llm.scheduler.pool.free) == [1, 2]
 
 
 def test_no_page_leaks_when_a_stream_is_given_up(llm: LLM) -> None:
@@ -48,9 +48,9 @@ def test_no_page_leaks_when_a_stream_is_given_up(llm: LLM) -> None:
         for _ in range(count):
             next(stream)
         stream.close()  # type: ignore[attr-defined]
-        assert sorted(llm._pool.free) == [1, 2]
-        assert bool((llm._cache.page_table == SCRATCH).all())
-        assert not llm._state.progress.active.any()
+        assert sorted(llm.scheduler.pool.free) == [1, 2]
+        assert bool((llm.runner.cache.page_table == SCRATCH).all())
+        assert not llm.runner.state.progress.active.any()
     assert llm.generate([7, 8, 9], SamplingParams(max_tokens=20))[0].token_ids == whole
 
 
@@ -59,8 +59,8 @@ def test_a_sequence_reads_no_other_ones_pages(llm: LLM) -> None:
     params = SamplingParams(max_tokens=40)
     expected = llm.generate([7, 8, 9], params)[0].token_ids
     with torch.inference_mode():
-        llm._cache.k.fill_(float("nan"))
-        llm._cache.v.fill_(float("nan"))
+        llm.runner.cache.k.fill_(float("nan"))
+        llm.runner.cache.v.fill_(float("nan"))
     assert llm.generate([7, 8, 9], params)[0].token_ids == expected
 
 
@@ -77,7 +77,7 @@ llm = LLM({str(directory)!r}, max_batch=1, max_length=128)
 before = peak()
 llm = LLM({str(directory)!r}, max_batch=16, max_length=2**17)
 llm.generate([5, 6, 7], SamplingParams(max_tokens=5))
-print(llm._cache.k.nbytes // 2**20, peak() - before)
+print(llm.runner.cache.k.nbytes // 2**20, peak() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

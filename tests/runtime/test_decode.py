@@ -171,8 +171,8 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
     @torch.inference_mode()
     def poison() -> None:
         for b in range(2):
-            live, page = int(llm._cache.lengths[b]), int(llm._cache.page_table[b, 0])
-            for cache in (llm._cache.k, llm._cache.v):
+            live, page = int(llm.runner.cache.lengths[b]), int(llm.runner.cache.page_table[b, 0])
+            for cache in (llm.runner.cache.k, llm.runner.cache.v):
                 cache[:, page, live:] = float("nan")
 
     class Poisoner(NgramDrafter):
@@ -182,8 +182,8 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
 
     llm.drafter = Poisoner(DEFINITIONS)
     with torch.inference_mode():
-        llm._cache.k.fill_(float("nan"))
-        llm._cache.v.fill_(float("nan"))
+        llm.runner.cache.k.fill_(float("nan"))
+        llm.runner.cache.v.fill_(float("nan"))
     got = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 
@@ -196,13 +196,13 @@ def test_rejected_tokens_leave_no_trace(tmp_path: Path) -> None:
         llm = LLM(directory, num_speculative_tokens=k, max_length=200, max_batch=1)
         llm.drafter = drafter
         with torch.inference_mode():
-            state = DecodeState.empty(llm._cache, llm.max_length, k)
+            state = DecodeState.empty(llm.runner.cache, llm.max_length, k)
             state.window[0, 0] = state.progress.tokens[0, 0] = 9
             state.progress.active[0] = 1
             state.cache.assign(0, [1])
             while state.cache.lengths[0] < 100:
                 decode_step(state, llm.trunk, drafter, llm.ops)
-            caches.append([c[:, 1, :100].clone() for c in (llm._cache.k, llm._cache.v)])
+            caches.append([c[:, 1, :100].clone() for c in (llm.runner.cache.k, llm.runner.cache.v)])
             caches[-1].append(state.progress.tokens[:, :101].clone())
     for other in caches[1:]:
         for mine, theirs in zip(caches[0], other, strict=True):

@@ -14,8 +14,10 @@ from conftest import tiny_checkpoint
 from cpu_machine import poison
 from safetensors.torch import load_file, save_file
 
-from mtpkern import engine
+from mtpkern import device
+from mtpkern.cache import KVCache
 from mtpkern.config import SamplingParams, UserError
+from mtpkern.device import resolve_device
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.ops.definitions import DEFINITIONS
@@ -384,7 +386,7 @@ def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: An
     def pretend(found: bool, capability: tuple[int, int], triton: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(engine, "HAS_TRITON", triton)
+        monkeypatch.setattr(device, "HAS_TRITON", triton)
 
     for found, capability, triton, message in (
         (False, (9, 0), True, "needs an NVIDIA GPU of compute capability 8.0"),
@@ -393,11 +395,11 @@ def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: An
     ):
         pretend(found, capability, triton)
         with pytest.raises(UserError, match=message):
-            engine.resolve_device("cuda")
-        assert engine.resolve_device("auto")[0].type == "cpu"
+            resolve_device("cuda")
+        assert resolve_device("auto")[0].type == "cpu"
     pretend(True, (8, 0), True)
-    assert engine.resolve_device("auto")[0].type == "cuda"
-    assert engine.resolve_device("cpu")[1].layers is not None
+    assert resolve_device("auto")[0].type == "cuda"
+    assert resolve_device("cpu")[1].layers is not None
 
 
 def test_a_conversation_is_answered_and_goes_on(llm: LLM) -> None:
@@ -442,7 +444,10 @@ def test_what_goes_wrong_inside_a_template_is_the_messages_fault(tmp_path: Path)
 def test_a_closed_model_gives_its_memory_back_and_refuses_to_go_on(tmp_path: Path) -> None:
     with LLM(tiny_checkpoint(tmp_path), max_length=64) as llm:
         assert llm.generate(TEXT, SamplingParams(max_tokens=3))
-        kept = [weakref.ref(t) for t in (llm.trunk.embedding.data, llm._cache.k, llm._state.window)]
+        kept = [
+            weakref.ref(t)
+            for t in (llm.trunk.embedding.data, llm.runner.cache.k, llm.runner.state.window)
+        ]
         unfinished = llm.stream(TEXT, SamplingParams(max_tokens=20))
         next(unfinished)
     with pytest.raises(UserError, match="this LLM is closed: load it again"):
@@ -479,18 +484,18 @@ def test_another_gpu_than_the_current_one_is_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(engine, "HAS_TRITON", True)
-    assert engine.resolve_device(torch.device("cuda:0"))[0].type == "cuda"
+    monkeypatch.setattr(device, "HAS_TRITON", True)
+    assert resolve_device(torch.device("cuda:0"))[0].type == "cuda"
     with pytest.raises(UserError, match=r"call torch\.cuda\.set_device\(1\) first"):
-        engine.resolve_device(torch.device("cuda:1"))
+        resolve_device(torch.device("cuda:1"))
     with pytest.raises(UserError, match="device must be auto, cpu or cuda, got 'mps'"):
-        engine.resolve_device(torch.device("mps"))
+        resolve_device(torch.device("mps"))
 
 
 def test_a_cache_that_does_not_fit_says_what_to_lower(tmp_path: Path, monkeypatch: Any) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("not enough memory: you tried to allocate 99 bytes.\nMore")
 
-    monkeypatch.setattr(engine.KVCache, "empty", refuse)
+    monkeypatch.setattr(KVCache, "empty", refuse)
     with pytest.raises(UserError, match=r"max_batch=8 .* max_length=512 .*99 bytes.* lower one"):
         LLM(tiny_checkpoint(tmp_path))

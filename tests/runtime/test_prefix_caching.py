@@ -56,11 +56,11 @@ def conversation(answer: Callable[[list[int], int], Completion]) -> list[list[in
 
 def held(llm: LLM) -> tuple[list[torch.Tensor], Prefix]:
     """K and V of the sequence that was kept last: the trunk's, and a drafter's own."""
-    prefix = llm._pool.prefixes[-1]
+    prefix = llm.scheduler.pool.prefixes[-1]
     (page,) = prefix.pages
     drafter = llm.drafter
     drafter = drafter.drafter if isinstance(drafter, CompanionDrafter) else drafter
-    caches = [(llm._cache, len(prefix.tokens))]
+    caches = [(llm.runner.cache, len(prefix.tokens))]
     if hasattr(drafter, "cache"):
         caches.append((drafter.cache, prefix.pairs))
     return [t[:, page, :count] for cache, count in caches for t in (cache.k, cache.v)], prefix
@@ -93,10 +93,10 @@ def test_a_conversation_has_the_bits_of_fresh_prompts(
 
     def both(prompt: list[int], count: int) -> Completion:
         params = SamplingParams(max_tokens=count, temperature=temperature, seed=0, logprobs=True)
-        before = held(llm)[1].tokens if llm._pool.prefixes else []
+        before = held(llm)[1].tokens if llm.scheduler.pool.prefixes else []
         mine = llm.generate(prompt, params, speculate=speculate)[0]
-        while fresh_llm._pool.prefixes:
-            fresh_llm._pool.release(fresh_llm._pool.prefixes.pop().pages)
+        while fresh_llm.scheduler.pool.prefixes:
+            fresh_llm.scheduler.pool.release(fresh_llm.scheduler.pool.prefixes.pop().pages)
         fresh = fresh_llm.generate(prompt, params, speculate=speculate)[0]
         assert (mine.token_ids, mine.logprobs) == (fresh.token_ids, fresh.logprobs)
         assert (mine.stats.steps, mine.drafted) == (fresh.stats.steps, fresh.drafted)
@@ -168,9 +168,9 @@ def test_a_stop_string_keeps_no_more_than_was_answered(tmp_path: Path) -> None:
         stop = SamplingParams(max_tokens=50, stop=(whole.text[begin : begin + 2],), ignore_eos=True)
         said = llm.generate(text, stop)[0].token_ids
         prompt = llm.encode(text)
-        assert llm._pool.prefixes[-1].tokens == [*prompt, *said][: len(prompt) + len(said) - 1] or (
-            llm._pool.prefixes[-1].tokens == [*prompt, *said]
-        )
+        assert llm.scheduler.pool.prefixes[-1].tokens == [*prompt, *said][
+            : len(prompt) + len(said) - 1
+        ] or (llm.scheduler.pool.prefixes[-1].tokens == [*prompt, *said])
         after = [*prompt, *said, 40, 41]
         params = SamplingParams(max_tokens=20, logprobs=True, ignore_eos=True)
         mine, other = (m.generate(after, params)[0] for m in (llm, fresh))
@@ -191,7 +191,9 @@ def test_sequences_side_by_side_each_find_their_own(tmp_path: Path) -> None:
         # In another order: pages are found wherever they were used before.
         prompts = [[*p, *c.token_ids, 44] for p, c in zip(prompts, mine, strict=True)][::-1]
     assert len(llm.generate([[9, 8, i] for i in range(5)], params)) == 5
-    assert len(llm._pool.free) + sum(len(p.pages) for p in llm._pool.prefixes) == 3
+    assert (
+        len(llm.scheduler.pool.free) + sum(len(p.pages) for p in llm.scheduler.pool.prefixes) == 3
+    )
 
 
 def test_what_is_kept_gives_way_to_what_runs() -> None:

@@ -11,7 +11,7 @@ from conftest import tiny_checkpoint
 from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
 
-from mtpkern import engine
+from mtpkern import device, warmup
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
 from mtpkern.drafters.draft_length import GraphDraftLength
@@ -73,7 +73,7 @@ def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
         assert drafted.stats.accepted == theirs.stats.accepted
         accepted += sum(map(sum, drafted.stats.accepted.values()))
     assert accepted > 2
-    assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
+    assert len(llm.scheduler.pool.free) == llm.runner.cache.k.shape[1] - 1, "every page came back"
 
 
 def test_parallel_heads_may_read_the_vocabulary_a_second_time(
@@ -177,7 +177,7 @@ def test_a_chosen_number_of_drafts_changes_no_token(
     llm = load(directory, gpu, num_speculative_tokens=3, max_batch=1)
     params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=True)
     (plain,) = llm.generate(PROMPTS[0], params, speculate=False)
-    llm._seconds, order = {(1, k): 1.0 for k in (0, 1, 3)}, cycle((3, 1, 0, 3, 0, 0, 1))
+    llm.runner.graph_seconds, order = {(1, k): 1.0 for k in (0, 1, 3)}, cycle((3, 1, 0, 3, 0, 0, 1))
     monkeypatch.setattr(GraphDraftLength, "choose", lambda self, windows: next(order))
     (completion,) = llm.generate(PROMPTS[0], params)
     assert completion.token_ids == plain.token_ids
@@ -196,21 +196,21 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
                 step()
                 return step
 
-        monkeypatch.setattr(engine, "GraphPool", RunsOnce)
-        monkeypatch.setattr(engine, "measure", lambda replay: float(bool(replay())) + 1.0)
+        monkeypatch.setattr(warmup, "GraphPool", RunsOnce)
+        monkeypatch.setattr(warmup, "measure", lambda replay: float(bool(replay())) + 1.0)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         # Each look finds 3 MiB less than the one before.
         free = iter(range(1 << 30, 0, -(3 << 20)))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1 << 30))
     with monkeypatch.context() as low:
-        low.setattr(engine, "GRAPH_CEILING", (1 << 20) - 1)
+        low.setattr(device, "GPU", replace(device.GPU, graph_memory=(1 << 20) - 1))
         with pytest.raises(UserError, match=r"4 graphs take \d+ MiB, more than 0 MiB: lower"):
             load(directory, gpu, graph=True, max_batch=1)
     llm = load(directory, gpu, graph=True)
     shapes = {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
-    assert {(b, k) for b, k, _ in llm._graphs} == set(llm._seconds) == shapes
+    assert {(b, k) for b, k, _ in llm.runner.graphs} == set(llm.runner.graph_seconds) == shapes
     # A word that lies in the ring already must not be taken for one of a later step.
-    assert llm._clock >= int((llm._ring.words >> 32).max()) > 0
+    assert llm.runner.clock >= int((llm.runner.ring.words >> 32).max()) > 0
     (completion,) = llm.generate(PROMPTS[0], GREEDY)
     assert completion.token_ids == expected.token_ids
     assert completion.logprobs == expected.logprobs

@@ -1,0 +1,315 @@
+"""Runner: a model and its state on a device. Prefill, steps, and their CUDA graphs.
+
+It decodes whatever the scheduler has put into its slots; which sequences those are, with which
+pages and which K, is not decided here.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtpkern.cache import KVCache
+from mtpkern.decode import DecodeState, StepOutput, decode_step
+from mtpkern.device import settings_for
+from mtpkern.drafters.base import (
+    HEADS,
+    LEAST_CHANCE,
+    NGRAM,
+    NONE,
+    Drafter,
+    Drafts,
+    NoDrafter,
+)
+from mtpkern.drafters.draft_length import Choice, Window
+from mtpkern.drafters.mtp import MAX_PENDING
+from mtpkern.drafters.synthetic import draw_counts
+from mtpkern.kernels.sample import sampling_key
+from mtpkern.model import Llama
+from mtpkern.ops.base import Ops, Withheld
+from mtpkern.prefill import first_drafts, run_prompt
+from mtpkern.request import Request
+from mtpkern.ring import Ring
+from mtpkern.status import SILENT, Status
+
+NO_DRAFTER = NoDrafter()
+# A sequence's slots in the cache come in multiples of this.
+CAPACITY_MULTIPLE = 128
+
+
+def capacity(tokens: int, k: int) -> int:
+    """Cache slots for a sequence of at most `tokens` tokens, decoded with up to `k` drafts.
+
+    The last windows may overhang, and so may pairs that a sequential head has put off.
+    """
+    return -(-(tokens + 2 * (k + 1) + MAX_PENDING) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+
+
+@dataclass
+class Batch:
+    """The sequences that one run decodes together: slots[b] is row b of `state`."""
+
+    state: DecodeState  # a view of the runner's, for these slots and the run's K
+    k_chooser: Choice
+    logprobs: bool = False  # whether steps write log-probabilities
+    withheld: Withheld | None = None  # for `min_tokens`; None in a run without
+
+    def __post_init__(self) -> None:
+        self.k = self.state.window.shape[1] - 1
+        self.slots: list[Request | None] = [None] * len(self.state.window)
+        # What was drafted for each slot's next step, where the host can read it.
+        self.windows: list[Window | None] = [None] * len(self.slots)
+
+
+class StepInFlight(NamedTuple):
+    """A step that was started and not yet read."""
+
+    number: int
+    k: int
+    slots: tuple[Request | None, ...]  # as they were when it started
+    windows: tuple[Window | None, ...]  # what it verifies, where the host knows
+    seconds: float  # that the host spent on it: the step's own duration on a CPU
+    heads_drafted: int  # tokens that the heads drafted at its end, where the host knows
+
+
+class Runner:
+    """The trunk, the drafter, and the state of max_batch slots; launches whatever runs on them."""
+
+    def __init__(
+        self,
+        trunk: Llama,
+        drafter: Drafter,
+        cache: KVCache,
+        ops: Ops,
+        *,
+        ngram: NoDrafter,
+        k: int,
+        max_length: int,
+        ends: int,
+        synthetic_acceptance: Sequence[float] | None,
+        device: torch.device,
+        status: Status = SILENT,
+    ):
+        """`ngram` drafts alone in steps that the heads need not see. `k` is the most drafts per
+        step, `ends` the most end tokens of a sequence; synthetic_acceptance as in `LLM`."""
+        self.trunk, self.drafter, self.ngram, self.cache = trunk, drafter, ngram, cache
+        self.ops = ops
+        self.k, self.max_batch, self.max_length = k, len(cache.lengths), max_length
+        self.device, self.status = device, status
+        self.settings = settings = settings_for(device)
+        self.page_size = cache.k.shape[2]
+        # The columns of the page table that a graph may read, ascending, up to all of them.
+        max_pages = cache.page_table.shape[1]
+        columns = [context // self.page_size for context in settings.graph_contexts]
+        self.page_buckets = [*(pages for pages in columns if pages < max_pages), max_pages]
+        steps, pinned = 2 * settings.steps_ahead, settings.uses_graphs
+        self.ring = Ring(steps, self.max_batch, k + 1, pinned=pinned)
+        rates = synthetic_acceptance
+        self.state = DecodeState.empty(
+            cache,
+            max_length,
+            k,
+            ends=ends,
+            ring=self.ring.words,
+            forced=draw_counts(rates[:k]).to(device) if rates and k else None,
+        )
+        self.clock = 0  # the number of the latest step
+        # Replays of steps by (batch, K, columns of the page table); empty without graphs.
+        self.graphs: dict[tuple[int, int, int], Callable[[], object]] = {}
+        self.graph_bytes = 0
+        # The duration of a graph by (batch, K), where K is chosen while running.
+        self.graph_seconds: dict[tuple[int, int], float] = {}
+        self._heads_rest = False  # whether the heads were spared the latest step
+
+    def pages_for(self, request: Request) -> int:
+        """The most pages that a request can need."""
+        tokens = capacity(len(request.prompt) + request.room, self.k)
+        return -(-tokens // self.page_size)
+
+    def new_batch(
+        self,
+        count: int,
+        k: int,
+        k_chooser: Choice,
+        *,
+        logprobs: bool = False,
+        min_tokens: bool = False,
+    ) -> Batch:
+        """The first `count` slots, all free, for a run of at most `k` drafts per step."""
+        state = self.state.view(count, k)
+        state.progress.clock.fill_(self.clock)
+        withheld = None
+        if min_tokens:
+            tokens = torch.zeros(count, self.trunk.config.vocab_size, dtype=torch.bool)
+            withheld = Withheld(tokens, torch.zeros(count, dtype=torch.int64))
+        return Batch(state, k_chooser, logprobs, withheld)
+
+    def admit(self, batch: Batch, slot: int, request: Request) -> None:
+        """Fill a slot: settings, known tokens, and the cache for all of the prompt but its last
+        token; where there are heads, they draft the first window."""
+        started = time.perf_counter()
+        prompt = torch.tensor(request.prompt)
+        self._write_slot(batch, slot, request, prompt)
+        begin = self._cached_tokens(slot, request, speculate=batch.k > 0)
+        drafter = self.drafter if batch.k else NO_DRAFTER
+        with self.status.phase("reading the prompt", len(prompt) - 1 - begin, "tokens") as phase:
+            last = run_prompt(
+                self.trunk,
+                prompt,
+                begin,
+                self.cache.rows(slot, slot + 1),
+                self.ops,
+                drafter,
+                slot=slot,
+                settings=self.settings,
+                on_tokens=phase.advance,
+            )
+        self.state.progress.active[slot] = 1
+        request.started = time.perf_counter()
+        request.stats.prefill_seconds = request.started - started
+        request.stats.cached_tokens = begin
+        drafts = None
+        if batch.k and last is not None:
+            drafts = first_drafts(
+                self.state.view(1, batch.k, slot),
+                self.trunk,
+                last,
+                self.drafter,
+                self.ops,
+                slot=slot,
+                heads=batch.k_chooser.use_heads(),
+                least_chance=batch.k_chooser.least_chance(),
+            )
+        if self.ops.host_may_read:
+            window = Window(NONE, ()) if drafts is None else _windows(drafts, [request])[0]
+            batch.windows[slot] = window
+            if drafted := _heads_drafted([window]):
+                batch.k_chooser.spend(time.perf_counter() - request.started, drafted)
+
+    def _write_slot(self, batch: Batch, slot: int, request: Request, prompt: Tensor) -> None:
+        """Write a request's tokens, limits, sampling parameters and pages into a slot."""
+        state, progress, params = self.state, self.state.progress, request.params
+        progress.tokens[slot, : len(prompt)] = prompt.to(self.device)
+        state.window[slot] = 0
+        state.window[slot, 0] = request.prompt[-1]
+        seed = params.seed or 0
+        for tensor, value in (
+            (progress.limits, len(prompt) + request.room),
+            (progress.source, 0),
+            (progress.drafted, 0),
+            (state.sampling.temperature, params.temperature),
+            (state.sampling.top_k, params.top_k),
+            (state.sampling.top_p, params.top_p),
+            (state.sampling.min_p, params.min_p),
+            (state.sampling.key, sampling_key(seed, request.completion_index, request.prompt)),
+        ):
+            tensor[slot] = value
+        if batch.withheld is not None:
+            batch.withheld.tokens[slot] = False
+            batch.withheld.tokens[slot, list(request.withheld)] = True
+            batch.withheld.until[slot] = len(prompt) + params.min_tokens
+        ends = progress.ends[slot].fill_(-1)
+        known = request.ends[: len(ends)]  # the host checks for all of them
+        ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
+        self.cache.assign(slot, request.pages)
+
+    def _cached_tokens(self, slot: int, request: Request, *, speculate: bool) -> int:
+        """How many tokens of its prompt a request's pages hold, and prefill can leave out."""
+        pairs = max(0, min(request.pairs, request.known - self.drafter.lookahead))
+        # One row is run in any case, since the first window is drafted from it.
+        begin = max(0, min(pairs if speculate else request.known, len(request.prompt) - 2))
+        self.drafter.resume(slot, begin if speculate else pairs)
+        return begin
+
+    def release(self, slot: int) -> None:
+        """Free a slot. The device does so in stream order, after the steps in flight."""
+        self.state.progress.active[slot] = 0
+        self.cache.reset(slot)
+        self.drafter.reset(slot)
+
+    def start_step(self, batch: Batch, k: int) -> StepInFlight:
+        """Start a step that verifies `k` drafts; batch.windows then hold what it drafted."""
+        verified = tuple(batch.windows)
+        self.clock += 1
+        heads_drafted = 0
+        started = time.perf_counter()
+        if self.graphs:
+            self.graphs[len(batch.slots), k, self._graph_pages(batch.slots)]()
+        else:
+            output = self.launch(batch, k)
+            if output.drafts is not None and self.ops.host_may_read:
+                batch.windows[:] = _windows(output.drafts, batch.slots)
+                heads_drafted = _heads_drafted(batch.windows)
+        seconds = time.perf_counter() - started
+        return StepInFlight(self.clock, k, tuple(batch.slots), verified, seconds, heads_drafted)
+
+    def launch(self, batch: Batch, k: int) -> StepOutput:
+        """Run a step kernel by kernel: on a CPU, under capture, and on a GPU without graphs."""
+        on_host, state, k_chooser = self.ops.host_may_read, batch.state, batch.k_chooser
+        drafter = self._drafter_for(k_chooser) if batch.k else NO_DRAFTER
+        if not on_host:
+            state = replace(self.state.view(len(batch.slots), k), cache=state.cache)
+        return decode_step(
+            state,
+            self.trunk,
+            drafter,
+            self.ops,
+            logprobs=batch.logprobs,
+            rows=k + 1,
+            heads=k_chooser.use_heads() if on_host else True,
+            least_chance=k_chooser.least_chance() if on_host else LEAST_CHANCE,
+            withheld=batch.withheld,
+        )
+
+    def _drafter_for(self, k_chooser: Choice) -> Drafter:
+        """The drafter that observes the next step: on a CPU, a resting source need not."""
+        if not self.ops.host_may_read:
+            return self.drafter
+        source = k_chooser.watching()
+        if source == HEADS and self._heads_rest:
+            self.drafter.forget()
+        self._heads_rest = source != HEADS
+        return self.drafter if source == HEADS else self.ngram if source == NGRAM else NO_DRAFTER
+
+    def skip_used_numbers(self) -> None:
+        """Continue the numbering after steps that were not read: the ring holds their words, and no
+        later step may have the number of one."""
+        self.clock = int(self.state.progress.clock.max())
+
+    def check_device(self) -> None:
+        """Raise the device's error, if it has failed."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().query()
+
+    def _graph_pages(self, slots: Sequence[Request | None]) -> int:
+        """The page bucket of the next step, from the most tokens that any sequence can have."""
+        known = max(len(r.prompt) + len(r.token_ids) for r in slots if r is not None)
+        tokens = known + (self.settings.steps_ahead + 1) * (self.k + 1)
+        pages = -(-tokens // self.page_size)
+        *some, whole = self.page_buckets
+        return next((most for most in some if pages <= most), whole)
+
+
+def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
+    """What was drafted for each occupied slot, as the host of a CPU can read it."""
+    if isinstance(drafts.length, int) and drafts.length == 0:
+        return [None if slot is None else Window(NONE, ()) for slot in slots]
+    count = len(slots)
+    sources, lengths = (
+        torch.as_tensor(value).expand(count).tolist() for value in (drafts.source, drafts.length)
+    )
+    certain = [[1.0] * drafts.tokens.shape[1]] * count
+    chances = certain if drafts.chances is None else drafts.chances.tolist()
+    rows = zip(slots, sources, chances, lengths, strict=True)
+    return [
+        None if slot is None else Window(source, tuple(row[:length]))
+        for slot, source, row, length in rows
+    ]
+
+
+def _heads_drafted(windows: Sequence[Window | None]) -> int:
+    """How many tokens the heads drafted: the longest of their windows."""
+    return max((len(w.chances) for w in windows if w and w.source == HEADS), default=0)
