@@ -159,7 +159,8 @@ def test_a_stream_that_was_given_up_leaves_what_it_had(tmp_path: Path) -> None:
 
 def test_a_stop_string_keeps_no_more_than_was_answered(tmp_path: Path) -> None:
     """A step may commit tokens behind the place where the host cut."""
-    setting = model_with("ngram", tmp_path) | dict(max_batch=1, max_length=LENGTH)
+    setting = model_with("ngram", tmp_path)
+    setting |= dict(num_speculative_tokens=4, max_batch=1, max_length=LENGTH)
     llm, fresh = LLM(**setting, prefix_caching=True), LLM(**setting)
     text = "the quick brown fox jumps over the lazy dog "
     whole = fresh.generate(text, SamplingParams(max_tokens=50, ignore_eos=True))[0]
