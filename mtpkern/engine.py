@@ -19,7 +19,6 @@ from mtpkern.errors import UserError, counted
 from mtpkern.loading import load_runner, load_tokenizer, resolve_length, weights_format
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
-from mtpkern.ops.cpu_programs import kernels
 from mtpkern.prompts import Job, Message, Prompt, as_list, encode_prompt, is_chat, plan_jobs
 from mtpkern.request import Completion, EncodedPrompt, Event, Request, Stats
 from mtpkern.scheduler import Scheduler
@@ -40,8 +39,8 @@ class LLM:
 
     `model` is a name, a directory or a hub id (None: the default model); `heads` "auto" (the ones
     that ship for the model, if any), "none", a name or a directory; `ngram` adds drafts copied from
-    the sequence itself. num_speculative_tokens is K in 0..16; with None, K is chosen while running
-    from measured costs: 0 where drafts do not pay, and at most 4.
+    the sequence itself. num_speculative_tokens is K in 0..16; None chooses K while running, from
+    measured costs: at most 4, and 0 where drafts do not pay.
 
     `max_batch` sequences of up to `max_length` tokens (None: the model's limit, at most 8192) share
     a cache of `cache_tokens` (None: room for all of them). A request waits until there are pages
@@ -57,11 +56,9 @@ class LLM:
 
     For measurements only, with meaningless answers: load_format "dummy" makes up weights for a
     directory that holds config.json alone, and `synthetic_acceptance` accepts drafts at these rates
-    by position, whatever they are. `graph=False` launches a GPU's kernels one by one, for
-    profilers.
+    by position. `graph=False` launches a GPU's kernels one by one, for profilers.
 
-    A context manager: `close` frees the memory. Every mistake that a caller can correct raises
-    UserError.
+    A context manager: `close` frees the memory. What a caller can correct raises UserError.
     """
 
     def __init__(
@@ -110,9 +107,6 @@ class LLM:
         heads_directory = find_heads(heads, self.name, directory)
         self.heads_name = None if heads_directory is None else heads_directory.name
         use_threads(threads)
-        if self.device.type == "cpu" and ops is None:
-            with status.phase("compiling kernels for this CPU, which happens once"):
-                kernels()
         self.max_length = resolve_length(max_length, self.config)
         self._default_length = max_length is None
         self.tokenizer = load_tokenizer(directory, self.config)
@@ -144,9 +138,7 @@ class LLM:
             self.weights = weights_format(self.runner.trunk)
             _log.info("loaded %s as %s from %s", self.name, self.weights, directory)
             adaptive = num_speculative_tokens is None and self.k > 0
-            self.scheduler = Scheduler(
-                self.runner, adaptive=adaptive, prefix_caching=prefix_caching
-            )
+            self.scheduler = Scheduler(self.runner, adaptive, prefix_caching)
             if graph and self.runner.settings.uses_graphs:
                 capture_graphs(self.runner, adaptive=adaptive)
             elif self.scheduler.draft_length is not None:

@@ -17,6 +17,8 @@ from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu.weights import Quants
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
+from mtpkern.ops.cpu import CpuOps
+from mtpkern.ops.cpu_programs import kernels
 from mtpkern.runner import Runner, capacity
 from mtpkern.status import Status
 from mtpkern.tokenizer import Tokenizer
@@ -71,26 +73,37 @@ def load_runner(
     in `LLM`. Raises UserError.
     """
     k = _resolve_k(num_speculative_tokens, has_drafter=heads is not None or ngram)
-    trunk, cache_dtype = _load_trunk(
-        directory,
-        config,
-        dtype=dtype,
-        weights=weights,
-        ops=ops,
-        device=device,
-        dummy=dummy,
-        status=status,
-    )
-    cache = _make_cache(
-        config,
-        ops,
-        k=k,
-        max_batch=max_batch,
-        max_length=max_length,
-        cache_tokens=cache_tokens,
-        dtype=cache_dtype,
-        device=device,
-    )
+    choice("weights", weights, ("auto", *ROUNDED_FORMATS))
+    if weights != "auto" and not ops.takes_quants:
+        raise UserError(f"weights {weights} needs device cpu")
+    weights_dtype = cache_dtype = resolve_dtype(dtype, config)
+    # A dtype that the caller gave is what a quantised checkpoint is expanded to.
+    keep_format = weights != "auto" or (dtype == "auto" and ops.takes_quants)
+    if isinstance(ops, CpuOps):
+        with status.phase("compiling kernels for this CPU, which happens once"):
+            kernels()
+    with status.phase("loading the model", config.num_layers, "layers") as phase:
+        trunk = Llama.load(
+            directory,
+            dtype=weights_dtype,
+            ops=ops,
+            device=device,
+            dummy=dummy,
+            weights=weights if keep_format else None,
+            on_layer=phase.advance,
+        )
+    if isinstance(trunk.lm_head, Quants) and dtype == "auto":
+        cache_dtype = torch.float16
+    try:
+        cache = _make_cache(
+            config, ops, k, max_batch, max_length, cache_tokens, dtype=cache_dtype, device=device
+        )
+    except (MemoryError, RuntimeError) as error:
+        raise UserError(
+            f"no memory for a cache of max_batch={max_batch} sequences of "
+            f"max_length={max_length} ({printable(str(error).splitlines()[0])}): "
+            "lower one of them, or cache_tokens"
+        ) from None
     drafter: Drafter
     drafter = copier = NgramDrafter(ops) if ngram else NoDrafter()
     if heads is not None and k:
@@ -137,46 +150,14 @@ def _resolve_k(k: int | None, *, has_drafter: bool) -> int:
     return k
 
 
-def _load_trunk(
-    directory: Path,
-    config: ModelConfig,
-    *,
-    dtype: str | torch.dtype,
-    weights: str,
-    ops: Ops,
-    device: torch.device,
-    dummy: bool,
-    status: Status,
-) -> tuple[Llama, torch.dtype]:
-    """-> the model, and the dtype of its keys and values."""
-    choice("weights", weights, ("auto", *ROUNDED_FORMATS))
-    if weights != "auto" and not ops.takes_quants:
-        raise UserError(f"weights {weights} needs device cpu")
-    resolved = resolve_dtype(dtype, config)
-    # A dtype that the caller gave is what a quantised checkpoint is expanded to.
-    keep = weights != "auto" or (dtype == "auto" and ops.takes_quants)
-    with status.phase("loading the model", config.num_layers, "layers") as phase:
-        trunk = Llama.load(
-            directory,
-            dtype=resolved,
-            ops=ops,
-            device=device,
-            dummy=dummy,
-            weights=weights if keep else None,
-            on_layer=phase.advance,
-        )
-    quantised = isinstance(trunk.lm_head, Quants)
-    return trunk, torch.float16 if quantised and dtype == "auto" else resolved
-
-
 def _make_cache(
     config: ModelConfig,
     ops: Ops,
-    *,
     k: int,
     max_batch: int,
     max_length: int,
     cache_tokens: int | None,
+    *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
@@ -193,22 +174,15 @@ def _make_cache(
             f"max_length={max_length}, got {cache_tokens}"
         )
     inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
-    try:
-        return KVCache.empty(
-            layers=config.num_layers,
-            pages=pages,
-            page_size=page_size,
-            page_table=torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device),
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            inverse_frequencies=inverse_frequencies,
-            rope_scaling=scaling,
-            dtype=dtype,
-            padded_dim=ops.padded_dim,
-        )
-    except (MemoryError, RuntimeError) as error:
-        raise UserError(
-            f"no memory for a cache of max_batch={max_batch} sequences of "
-            f"max_length={max_length} ({printable(str(error).splitlines()[0])}): "
-            "lower one of them, or cache_tokens"
-        ) from None
+    return KVCache.empty(
+        layers=config.num_layers,
+        pages=pages,
+        page_size=page_size,
+        page_table=torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device),
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inverse_frequencies=inverse_frequencies,
+        rope_scaling=scaling,
+        dtype=dtype,
+        padded_dim=ops.padded_dim,
+    )

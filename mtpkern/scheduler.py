@@ -26,7 +26,7 @@ class Scheduler:
     This is the only place that waits for the device: it reads from the ring what a step emitted.
     """
 
-    def __init__(self, runner: Runner, *, adaptive: bool, prefix_caching: bool):
+    def __init__(self, runner: Runner, adaptive: bool, prefix_caching: bool):
         """`adaptive` chooses K while running; prefix_caching keeps finished sequences' pages."""
         self.runner = runner
         self.pool = PagePool(runner.cache.k.shape[1] - 1)  # without the scratch page
