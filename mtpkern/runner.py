@@ -1,7 +1,6 @@
-"""Runner: a model and its state on a device. Prefill, steps, and their CUDA graphs.
+"""Runner: a model and its decode state on a device. It fills slots with prompts and starts steps.
 
-It decodes whatever the scheduler has put into its slots; which sequences those are, with which
-pages and which K, is not decided here.
+The scheduler decides which sequences those are, and their pages and K.
 """
 
 import time
@@ -60,8 +59,8 @@ class Batch:
     def __post_init__(self) -> None:
         self.k = self.state.window.shape[1] - 1
         self.slots: list[Request | None] = [None] * len(self.state.window)
-        # What was drafted for each slot's next step, where the host can read it.
-        self.windows: list[Window | None] = [None] * len(self.slots)
+        # The drafts of each slot's next step, where the host may read them.
+        self.proposals: list[Window | None] = [None] * len(self.slots)
 
 
 class StepInFlight(NamedTuple):
@@ -70,13 +69,13 @@ class StepInFlight(NamedTuple):
     number: int
     k: int
     slots: tuple[Request | None, ...]  # as they were when it started
-    windows: tuple[Window | None, ...]  # what it verifies, where the host knows
-    seconds: float  # that the host spent on it: the step's own duration on a CPU
-    heads_drafted: int  # tokens that the heads drafted at its end, where the host knows
+    proposals: tuple[Window | None, ...]  # the drafts that it verifies, where the host may read
+    seconds: float  # host time: on a CPU, the step's duration
+    heads_drafted: int  # tokens that the heads drafted at its end, where the host may read
 
 
 class Runner:
-    """The trunk, the drafter, and the state of max_batch slots; launches whatever runs on them."""
+    """The trunk, the drafter, and the state of max_batch slots."""
 
     def __init__(
         self,
@@ -93,15 +92,15 @@ class Runner:
         device: torch.device,
         status: Status = SILENT,
     ):
-        """`ngram` drafts alone in steps that the heads need not see. `k` is the most drafts per
-        step, `ends` the most end tokens of a sequence; synthetic_acceptance as in `LLM`."""
+        """`ngram` drafts alone while the heads rest. `k` is the most drafts per step, `ends` the
+        most end tokens of a sequence; synthetic_acceptance is as in `LLM`."""
         self.trunk, self.drafter, self.ngram, self.cache = trunk, drafter, ngram, cache
         self.ops = ops
         self.k, self.max_batch, self.max_length = k, len(cache.lengths), max_length
         self.device, self.status = device, status
         self.settings = settings = settings_for(device)
         self.page_size = cache.k.shape[2]
-        # The columns of the page table that a graph may read, ascending, up to all of them.
+        # Columns of the page table that graphs span, ascending; the last spans all.
         max_pages = cache.page_table.shape[1]
         columns = [context // self.page_size for context in settings.graph_contexts]
         self.page_buckets = [*(pages for pages in columns if pages < max_pages), max_pages]
@@ -122,7 +121,7 @@ class Runner:
         self.graph_bytes = 0
         # The duration of a graph by (batch, K), where K is chosen while running.
         self.graph_seconds: dict[tuple[int, int], float] = {}
-        self._heads_rest = False  # whether the heads were spared the latest step
+        self._heads_rested = False  # whether they did not observe the latest step
 
     def pages_for(self, request: Request) -> int:
         """The most pages that a request can need."""
@@ -148,8 +147,8 @@ class Runner:
         return Batch(state, k_chooser, logprobs, withheld)
 
     def admit(self, batch: Batch, slot: int, request: Request) -> None:
-        """Fill a slot: settings, known tokens, and the cache for all of the prompt but its last
-        token; where there are heads, they draft the first window."""
+        """Fill a slot with a request whose pages are set: run its prompt but for the last token,
+        and draft the first window."""
         started = time.perf_counter()
         prompt = torch.tensor(request.prompt)
         self._write_slot(batch, slot, request, prompt)
@@ -184,9 +183,9 @@ class Runner:
                 least_chance=batch.k_chooser.least_chance(),
             )
         if self.ops.host_may_read:
-            window = Window(NONE, ()) if drafts is None else _windows(drafts, [request])[0]
-            batch.windows[slot] = window
-            if drafted := _heads_drafted([window]):
+            proposal = Window(NONE, ()) if drafts is None else _proposals(drafts, [request])[0]
+            batch.proposals[slot] = proposal
+            if drafted := _heads_drafted([proposal]):
                 batch.k_chooser.spend(time.perf_counter() - request.started, drafted)
 
     def _write_slot(self, batch: Batch, slot: int, request: Request, prompt: Tensor) -> None:
@@ -231,8 +230,8 @@ class Runner:
         self.drafter.reset(slot)
 
     def start_step(self, batch: Batch, k: int) -> StepInFlight:
-        """Start a step that verifies `k` drafts; batch.windows then hold what it drafted."""
-        verified = tuple(batch.windows)
+        """Start a step that verifies `k` drafts; batch.proposals are then those of the next."""
+        verified = tuple(batch.proposals)
         self.clock += 1
         heads_drafted = 0
         started = time.perf_counter()
@@ -241,8 +240,8 @@ class Runner:
         else:
             output = self.launch(batch, k)
             if output.drafts is not None and self.ops.host_may_read:
-                batch.windows[:] = _windows(output.drafts, batch.slots)
-                heads_drafted = _heads_drafted(batch.windows)
+                batch.proposals[:] = _proposals(output.drafts, batch.slots)
+                heads_drafted = _heads_drafted(batch.proposals)
         seconds = time.perf_counter() - started
         return StepInFlight(self.clock, k, tuple(batch.slots), verified, seconds, heads_drafted)
 
@@ -265,27 +264,28 @@ class Runner:
         )
 
     def _drafter_for(self, k_chooser: Choice) -> Drafter:
-        """The drafter that observes the next step: on a CPU, a resting source need not."""
+        """The drafter that observes the next step: on a CPU, without the sources that rest."""
         if not self.ops.host_may_read:
             return self.drafter
         source = k_chooser.watching()
-        if source == HEADS and self._heads_rest:
+        if source == HEADS and self._heads_rested:
             self.drafter.forget()
-        self._heads_rest = source != HEADS
+        self._heads_rested = source != HEADS
         return self.drafter if source == HEADS else self.ngram if source == NGRAM else NO_DRAFTER
 
     def skip_used_numbers(self) -> None:
-        """Continue the numbering after steps that were not read: the ring holds their words, and no
-        later step may have the number of one."""
+        """Continue the numbering after steps that were not read. The ring still holds their words,
+        so that no later step may have one of their numbers."""
         self.clock = int(self.state.progress.clock.max())
 
     def check_device(self) -> None:
-        """Raise the device's error, if it has failed."""
+        """Raise the device's error if it has failed."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().query()
 
     def _graph_pages(self, slots: Sequence[Request | None]) -> int:
-        """The page bucket of the next step, from the most tokens that any sequence can have."""
+        """The page bucket of the next step, from the most tokens that a sequence can have by then:
+        the host has not yet read the steps in flight."""
         known = max(len(r.prompt) + len(r.token_ids) for r in slots if r is not None)
         tokens = known + (self.settings.steps_ahead + 1) * (self.k + 1)
         pages = -(-tokens // self.page_size)
@@ -293,8 +293,8 @@ class Runner:
         return next((most for most in some if pages <= most), whole)
 
 
-def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
-    """What was drafted for each occupied slot, as the host of a CPU can read it."""
+def _proposals(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
+    """The drafts of each occupied slot, read by the host of a CPU."""
     if isinstance(drafts.length, int) and drafts.length == 0:
         return [None if slot is None else Window(NONE, ()) for slot in slots]
     count = len(slots)
@@ -310,6 +310,6 @@ def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | N
     ]
 
 
-def _heads_drafted(windows: Sequence[Window | None]) -> int:
-    """How many tokens the heads drafted: the longest of their windows."""
-    return max((len(w.chances) for w in windows if w and w.source == HEADS), default=0)
+def _heads_drafted(proposals: Sequence[Window | None]) -> int:
+    """How many tokens the heads drafted: the length of their longest proposal."""
+    return max((len(p.chances) for p in proposals if p and p.source == HEADS), default=0)

@@ -1,4 +1,4 @@
-"""Scheduler: which sequences decode now. Slots, pages, kept prefixes, and K."""
+"""Scheduler: which sequences decode now, in which slots and pages, and with which K."""
 
 import time
 from collections import deque
@@ -21,27 +21,28 @@ _ADMIT, _STEP, _READ = span("admit"), span("step"), span("read")
 
 
 class Scheduler:
-    """Decodes requests on a runner, as many at a time as there are slots and pages for.
+    """Decodes requests on a runner, as many at a time as it has slots and pages for.
 
-    This is the only place that waits for the device: it reads from the ring what a step emitted.
+    No other code waits for the device: what a step emitted is read from the ring here.
     """
 
     def __init__(self, runner: Runner, adaptive: bool, prefix_caching: bool):
-        """`adaptive` chooses K while running; prefix_caching keeps finished sequences' pages."""
+        """`adaptive` chooses K while running; prefix_caching reuses finished sequences' pages."""
         self.runner = runner
         self.pool = PagePool(runner.cache.k.shape[1] - 1)  # without the scratch page
         self.prefix_caching = prefix_caching
-        # Learns from every run; where the host reads nothing inside a step, K follows the graphs'
-        # durations instead.
+        # The K chooser of all runs where the host may read drafts; None if K is fixed, and on a
+        # GPU, where each run has one of its own.
         self.draft_length: DraftLength | None = None
         if adaptive and runner.ops.host_may_read:
             self.draft_length = DraftLength(runner.k)
 
     def run(self, requests: Sequence[Request], k: int) -> Generator[tuple[int, Event], None, None]:
         """Decode all requests with up to `k` drafts per step -> each token, with its request's
-        index. A slot is refilled as soon as its sequence has finished.
+        index.
 
-        One run at a time; closing the generator releases all slots.
+        A slot is refilled as soon as its sequence has finished. Only one run may be under way;
+        closing the generator ends it and frees all slots.
         """
         self._check(requests)
         runner, steps_ahead = self.runner, self.runner.settings.steps_ahead
@@ -54,7 +55,7 @@ class Scheduler:
             logprobs=any(request.params.logprobs for request in requests),
             min_tokens=any(request.withheld for request in requests),
         )
-        slots, windows, k_chooser = batch.slots, batch.windows, batch.k_chooser
+        slots, proposals, k_chooser = batch.slots, batch.proposals, batch.k_chooser
         waiting, in_flight = deque(requests), deque[StepInFlight]()
         try:
             while waiting or any(slots):
@@ -67,24 +68,24 @@ class Scheduler:
                         request.pages, request.known, request.pairs = claim
                         with _ADMIT:
                             runner.admit(batch, slot, request)
-                # Each step emits a token at least: more steps than that would be thrown away.
-                wanted = max(request.left for request in slots if request is not None)
-                while len(in_flight) < min(steps_ahead, wanted):
+                # A step emits at least one token, so that more steps than this would be wasted.
+                needed = max(request.left for request in slots if request is not None)
+                while len(in_flight) < min(steps_ahead, needed):
                     with _STEP:
-                        chosen = k_chooser.choose([w for w in windows if w is not None])
+                        chosen = k_chooser.choose([p for p in proposals if p is not None])
                         in_flight.append(runner.start_step(batch, chosen))
                 yield from self._collect(in_flight.popleft(), batch)
                 for slot, occupant in enumerate(slots):
                     if occupant is not None and occupant.finish_reason:
                         self._release(slot, occupant)
-                        slots[slot] = windows[slot] = None
+                        slots[slot] = proposals[slot] = None
         finally:
             for slot, occupant in enumerate(slots):
                 if occupant is not None:
                     self._release(slot, occupant)
 
     def _check(self, requests: Sequence[Request]) -> None:
-        """Raise UserError for what the model or the device cannot do."""
+        """Raise UserError for requests that the model or the device does not support."""
         if not self.runner.ops.host_may_read:
             if any(request.params.temperature > 0 for request in requests):
                 raise UserError("temperature above 0 needs device cpu in this version")
@@ -95,7 +96,7 @@ class Scheduler:
             raise UserError(f"stop_token_ids must be in 0..{vocab_size - 1}")
 
     def _k_chooser(self, batch: int, k: int) -> Choice:
-        """What chooses K in 0..k for a run of `batch` slots."""
+        """The K chooser, up to k, of a run with `batch` slots."""
         if k and self.draft_length is not None:
             self.draft_length.begin(batch)
             return self.draft_length
@@ -104,8 +105,7 @@ class Scheduler:
         return GraphDraftLength(seconds) if k and seconds else FixedDraftLength(k)
 
     def _collect(self, step: StepInFlight, batch: Batch) -> Iterator[tuple[int, Event]]:
-        """Wait for a step, and hand its tokens to their requests, each of which stops where it
-        must."""
+        """Wait for a step and pass its tokens to their requests, which stop where they must."""
         with _READ:
             records = self.runner.ring.read(
                 step.number,
@@ -116,25 +116,26 @@ class Scheduler:
             )
         now, k = time.perf_counter(), step.k
         outcomes, taken = [], []
-        for request, window, record in zip(step.slots, step.windows, records, strict=True):
+        for request, proposal, record in zip(step.slots, step.proposals, records, strict=True):
             if request is not None and not request.finish_reason:
                 record = record._replace(drafted=min(record.drafted, k))
-                if window is None:
-                    window = Window(record.source, (1.0,) * record.drafted)
-                window = window._replace(chances=window.chances[:k])
-                outcomes.append((window, min(record.accepted, record.drafted)))
+                if proposal is None:
+                    proposal = Window(record.source, (1.0,) * record.drafted)
+                proposal = proposal._replace(chances=proposal.chances[:k])
+                outcomes.append((proposal, min(record.accepted, record.drafted)))
                 taken.append((request, record))
         batch.k_chooser.observe(k, step.seconds, outcomes, step.heads_drafted)
         for request, record in taken:
             for event in request.take(record, k, now):
                 yield request.index, event
             if record.broken and not request.finish_reason:
-                raise UserError("the model's logits are no numbers: another dtype may hold them")
+                raise UserError("the model's logits are not finite: another dtype may help")
 
     def _release(self, slot: int, request: Request) -> None:
-        """Free a slot and its pages, which with prefix_caching keep what they hold."""
+        """Free a slot and its pages; with prefix_caching, later prompts can reuse the pages."""
         if self.prefix_caching:
-            # A step may have committed more than the answer took, and an interrupted one less.
+            # The last step may have committed more tokens than the answer has; an interrupted run
+            # may have committed fewer.
             committed = int(self.runner.cache.lengths[slot])
             tokens = (request.prompt + request.token_ids)[:committed]
             pairs = self.runner.drafter.kept(slot, len(tokens))

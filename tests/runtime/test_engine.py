@@ -78,7 +78,7 @@ def test_an_end_token_leaves_no_text_whatever_the_tokenizer_calls_it(llm: LLM) -
     assert answer.text == llm.tokenizer.decode(answer.token_ids[:-1])
 
 
-NO_NUMBERS = "logits are no numbers: another dtype may hold them"
+NOT_FINITE = "logits are not finite: another dtype may help"
 FRAGILE = [5, 9, 33, 7, 40]
 
 
@@ -95,9 +95,9 @@ def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
     params = SamplingParams(max_tokens=4, logprobs=logprobs, **sampling)
     for prompts in (TEXT, [TEXT, "dog"]):
         for speculate in (True, False):
-            with pytest.raises(UserError, match=NO_NUMBERS):
+            with pytest.raises(UserError, match=NOT_FINITE):
                 broken.generate(prompts, params, speculate=speculate)
-    with pytest.raises(UserError, match=NO_NUMBERS):
+    with pytest.raises(UserError, match=NOT_FINITE):
         list(broken.stream(TEXT, params))
 
 
@@ -133,7 +133,7 @@ def until_the_error(llm: LLM, speculate: bool) -> list[int]:
     """The tokens that are streamed before the error."""
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     found = []
-    with pytest.raises(UserError, match=NO_NUMBERS):
+    with pytest.raises(UserError, match=NOT_FINITE):
         for event in llm.stream(FRAGILE, params, speculate=speculate):
             found.append(event.token_id)
     return found

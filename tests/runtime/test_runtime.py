@@ -155,7 +155,7 @@ def test_logits_that_are_no_numbers_are_an_error_at_the_same_token(
         llm.trunk.embedding[answer[at]] = torch.nan
     for speculate in (True, False):
         found, params = [], replace(GREEDY, logprobs=speculate)
-        with pytest.raises(UserError, match="logits are no numbers"):
+        with pytest.raises(UserError, match="logits are not finite"):
             for event in llm.stream(PROMPTS[1], params, speculate=speculate):
                 found.append(event.token_id)
         assert found == answer[: at + 1]
