@@ -46,7 +46,7 @@ class Scripted(NoDrafter):
 
 
 def perfect(answers: list[list[int]]) -> Drafter:
-    """Knows the answers, up to their end."""
+    """Drafts the answers, up to their end."""
 
     def script(known: list[int], count: int) -> list[int]:
         whole = next((a for a in answers if a[: len(known)] == known), known)
@@ -74,7 +74,7 @@ def random_drafts(_: list[list[int]]) -> Drafter:
 
 
 def hostile(answers: list[list[int]]) -> Drafter:
-    """Always wrong from the first draft on, and repeats the last token, as caches hate it."""
+    """Wrong from the first draft on, and repeats the last token where it can."""
 
     def script(known: list[int], count: int) -> list[int]:
         whole = next((a for a in answers if a[: len(known)] == known), known)
@@ -139,7 +139,8 @@ def test_drafts_never_change_a_token_or_a_logprob(
 def test_a_k_that_changes_from_step_to_step_changes_no_token(
     checkpoint: tuple[Path, str], make: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a CPU, where windows are cut and heads rest as the clock says: here at random."""
+    """As on a CPU, where timings decide how many drafts are verified and when heads rest: here at
+    random."""
     directory, dtype = checkpoint
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=7, logprobs=True)
     llm = LLM(directory, dtype=dtype, max_length=300, max_batch=len(PROMPTS))
@@ -163,7 +164,7 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
 
 
 def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
-    """What lies in slots behind the committed ones must not count, not even as 0 x NaN."""
+    """The contents of uncommitted slots must have no effect, not even as 0 x NaN."""
     llm = LLM(tiny_checkpoint(tmp_path), num_speculative_tokens=3, max_length=256, max_batch=2)
     prompts = [[5, 6, 7, 8] * 5, [9, 10, 11]]
     expected = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))

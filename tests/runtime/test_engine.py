@@ -1,4 +1,4 @@
-"""LLM: stops exactly where plain decoding would, counts honestly, refuses clearly."""
+"""LLM: where completions stop, their statistics, and the errors for wrong arguments."""
 
 import gc
 import json
@@ -84,7 +84,7 @@ FRAGILE = [5, 9, 33, 7, 40]
 
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
-def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
+def test_logits_that_are_not_finite_are_an_error_not_an_answer(
     tmp_path: Path, logprobs: bool, sampling: dict[str, Any]
 ) -> None:
     directory = tiny_checkpoint(tmp_path, dtype=torch.float32)
@@ -102,7 +102,7 @@ def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
 
 
 class Foresight(NgramDrafter):
-    """Drafts what follows in `answer`, whose prompt is FRAGILE, or one token again and again."""
+    """Drafts the continuation in `answer`, whose prompt is FRAGILE, or always the same token."""
 
     def __init__(self, answer: list[int], instead: int | None = None):
         super().__init__(DEFINITIONS)
@@ -117,7 +117,7 @@ class Foresight(NgramDrafter):
 
 @pytest.fixture
 def fragile(tmp_path: Path) -> tuple[LLM, list[int]]:
-    """A model whose embedding is its own, and its answer to FRAGILE."""
+    """A model whose embedding is not tied, and its answer to FRAGILE."""
     directory = tiny_checkpoint(tmp_path, tie_word_embeddings=False, eos_token_id=None)
     llm = LLM(directory, num_speculative_tokens=4, max_batch=2, max_length=128)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -125,7 +125,7 @@ def fragile(tmp_path: Path) -> tuple[LLM, list[int]]:
 
 
 def break_at(llm: LLM, token: int) -> None:
-    """Whatever follows `token` has logits that are NaN."""
+    """Make the logits after `token` NaN."""
     poison(llm.trunk.embedding, token)
 
 
@@ -156,7 +156,9 @@ def test_an_answer_breaks_off_at_the_same_token_with_and_without_drafts(
             assert np.isfinite(whole[0].logprobs).all()
 
 
-def test_a_rejected_draft_may_be_no_number(fragile: tuple[LLM, list[int]]) -> None:
+def test_a_rejected_draft_may_have_logits_that_are_not_finite(
+    fragile: tuple[LLM, list[int]],
+) -> None:
     llm, answer = fragile
     params = SamplingParams(max_tokens=40, logprobs=True, ignore_eos=True)
     expected = llm.generate([FRAGILE], params)[0]
@@ -168,7 +170,9 @@ def test_a_rejected_draft_may_be_no_number(fragile: tuple[LLM, list[int]]) -> No
     assert sum(found.stats.drafted["heads"]) > 100 and not any(found.stats.accepted["heads"])
 
 
-def test_a_prompt_whose_states_are_no_numbers_is_an_error(fragile: tuple[LLM, list[int]]) -> None:
+def test_a_prompt_whose_hidden_states_are_not_finite_is_an_error(
+    fragile: tuple[LLM, list[int]],
+) -> None:
     llm, answer = fragile
     break_at(llm, FRAGILE[1])
     for speculate in (True, False):
@@ -217,7 +221,7 @@ def test_statistics_add_up(llm: LLM) -> None:
 
 
 def test_accepted_drafts_are_the_tokens_gained(llm: LLM) -> None:
-    """Drafts behind the last token, or in its place, are neither drafted nor accepted."""
+    """Drafts after the last token, or in its place, do not count as drafted or accepted."""
     whole = run(llm, max_tokens=60)
     for count in range(1, 30):
         stats = run(llm, max_tokens=count).stats
@@ -295,7 +299,8 @@ def share(a: list[int], b: list[int]) -> float:
 
 
 def test_prompts_of_one_seed_draw_unlike_noise(llm: LLM) -> None:
-    """At this temperature the 307 tokens are nearly equally likely: like noise, like tokens."""
+    """At this temperature the 307 tokens are nearly equally likely: equal noise would give equal
+    tokens."""
     torch.manual_seed(0)
     prompts = torch.randint(3, 300, (6, 10)).tolist()
     for seed in (3, None):
@@ -432,7 +437,7 @@ def test_a_content_may_be_a_list_of_texts_and_other_types_are_refused_by_name(ll
             chat(content)
 
 
-def test_what_goes_wrong_inside_a_template_is_the_messages_fault(tmp_path: Path) -> None:
+def test_an_error_inside_a_template_is_blamed_on_the_messages(tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path)
     template = "{{ messages[0].content.index('</think>') }}"
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
@@ -441,7 +446,7 @@ def test_what_goes_wrong_inside_a_template_is_the_messages_fault(tmp_path: Path)
         broken.chat([{"role": "user", "content": "the fox"}])
 
 
-def test_a_closed_model_gives_its_memory_back_and_refuses_to_go_on(tmp_path: Path) -> None:
+def test_a_closed_model_frees_its_memory_and_refuses_every_call(tmp_path: Path) -> None:
     with LLM(tiny_checkpoint(tmp_path), max_length=64) as llm:
         assert llm.generate(TEXT, SamplingParams(max_tokens=3))
         kept = [

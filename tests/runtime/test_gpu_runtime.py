@@ -1,4 +1,4 @@
-"""What LLM does on a GPU beside computing, on one that is not there."""
+"""What LLM does on a GPU besides computing, shown without a GPU (pretend_gpu.py)."""
 
 from collections import Counter
 from dataclasses import replace

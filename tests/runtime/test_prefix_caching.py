@@ -1,4 +1,4 @@
-"""What the cache holds of a finished sequence serves a later prompt, with a fresh run's bits."""
+"""Prompts that reuse a finished sequence's cache have the bits of a fresh run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def model_with(kind: str, directory: Path) -> dict[str, Any]:
 
 
 def conversation(answer: Callable[[list[int], int], Completion]) -> list[list[int]]:
-    """Turns of growing, repeated, shortened and changed prompts; -> the prompts, as they came."""
+    """Answer growing, repeated, shortened and changed prompts -> those prompts, in order."""
     torch.manual_seed(3)
     known = torch.randint(6, 96, (7,)).tolist()
     prompts = []
@@ -55,7 +55,7 @@ def conversation(answer: Callable[[list[int], int], Completion]) -> list[list[in
 
 
 def held(llm: LLM) -> tuple[list[torch.Tensor], Prefix]:
-    """K and V of the sequence that was kept last: the trunk's, and a drafter's own."""
+    """K and V of the prefix that was kept last: the trunk's, and a drafter's own."""
     prefix = llm.scheduler.pool.prefixes[-1]
     (page,) = prefix.pages
     drafter = llm.drafter
@@ -142,7 +142,7 @@ def test_runs_with_and_without_drafts_share_what_they_can(tmp_path: Path) -> Non
     assert cached[4] > cached[2]
 
 
-def test_a_stream_that_was_given_up_leaves_what_it_had(tmp_path: Path) -> None:
+def test_a_stream_that_was_closed_early_leaves_its_prefix(tmp_path: Path) -> None:
     setting = model_with("mtp", tmp_path) | dict(max_batch=1, max_length=LENGTH)
     llm, fresh = LLM(**setting, prefix_caching=True), LLM(**setting)
     params = SamplingParams(max_tokens=60, logprobs=True, ignore_eos=True)
@@ -158,7 +158,7 @@ def test_a_stream_that_was_given_up_leaves_what_it_had(tmp_path: Path) -> None:
 
 
 def test_a_stop_string_keeps_no_more_than_was_answered(tmp_path: Path) -> None:
-    """A step may commit tokens behind the place where the host cut."""
+    """A step may commit tokens past the point where the host cuts the answer."""
     setting = model_with("ngram", tmp_path)
     setting |= dict(num_speculative_tokens=4, max_batch=1, max_length=LENGTH)
     llm, fresh = LLM(**setting, prefix_caching=True), LLM(**setting)
@@ -197,7 +197,7 @@ def test_sequences_side_by_side_each_find_their_own(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_kept_gives_way_to_what_runs() -> None:
+def test_prefixes_are_dropped_when_a_request_needs_their_pages() -> None:
     pool = PagePool(4)
     first, second = pool.claim(2), pool.claim(2)
     assert first is not None and second is not None
@@ -213,7 +213,7 @@ def test_what_is_kept_gives_way_to_what_runs() -> None:
     assert sorted(pool.free) == [1, 2, 3, 4]
 
 
-def test_a_sequence_is_not_given_up_for_a_first_word_in_common() -> None:
+def test_a_prefix_is_not_dropped_for_one_common_token() -> None:
     pool = PagePool(2)
     kept = pool.claim(1)
     assert kept is not None

@@ -1,4 +1,4 @@
-"""The whole runtime on the kernels: what LLM does on a GPU, which ttsem shows on a CPU."""
+"""The whole runtime on the kernels: LLM on a GPU, or on one that ttsem emulates on a CPU."""
 
 from dataclasses import replace
 from itertools import cycle
@@ -34,7 +34,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def pinnable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ttsem shows a GPU, all memory is the host's."""
+    """Under ttsem all memory is the host's."""
     if torch.version.cuda is None:
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
@@ -133,7 +133,7 @@ def test_every_trunk_is_on_the_kernels_what_it_is_on_the_references(
     assert drafted.logprobs == plain.logprobs
 
 
-def test_logits_that_are_no_numbers_are_an_error_at_the_same_token(
+def test_logits_that_are_not_finite_are_an_error_at_the_same_token(
     gpu: str, tmp_path: Path
 ) -> None:
     """A token's embedding is NaN: chosen, it ends the answer; drafted and rejected, it does not."""
@@ -209,7 +209,7 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
     llm = load(directory, gpu, graph=True)
     shapes = {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
     assert {(b, k) for b, k, _ in llm.runner.graphs} == set(llm.runner.graph_seconds) == shapes
-    # A word that lies in the ring already must not be taken for one of a later step.
+    # A word that is already in the ring must not be mistaken for one of a later step.
     assert llm.runner.clock >= int((llm.runner.ring.words >> 32).max()) > 0
     (completion,) = llm.generate(PROMPTS[0], GREEDY)
     assert completion.token_ids == expected.token_ids
