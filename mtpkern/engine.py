@@ -27,7 +27,7 @@ from mtpkern.threads import use_threads
 from mtpkern.validation import at_least, choice, flag, integer, location, rates, shown
 from mtpkern.warmup import capture_graphs, time_steps
 
-__all__ = ["LLM", "Completion", "Event", "Stats", "resolve_device"]
+__all__ = ["LLM", "Completion", "Event", "Stats"]
 
 MAX_BATCH = 4096
 
