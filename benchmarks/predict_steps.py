@@ -37,7 +37,8 @@ from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import KVCache
 from mtpkern.config import ModelConfig
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.drafters.base import Drafter, NgramDrafter, NoDrafter
+from mtpkern.drafters.base import Drafter, NoDrafter
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.ops.gpu import TRITON

@@ -11,8 +11,9 @@ from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import ModelConfig, resolve_dtype
 from mtpkern.device import settings_for
-from mtpkern.drafters.base import CompanionDrafter, Drafter, NgramDrafter, NoDrafter
+from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.load import load_heads
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu.weights import Quants
 from mtpkern.model import Llama

@@ -75,17 +75,17 @@ def first_drafts(
     ops: Ops,
     *,
     slot: int,
-    heads: bool,
-    least_chance: float,
+    use_heads: bool,
+    min_probability: float,
 ) -> Drafts:
     """Draft the first window of the one sequence of `state`, which is in `slot`.
 
     For the drafter, the prompt's last row is a committed step whose bonus token is window[0].
-    `heads` and `least_chance` are as in `decode_step`.
+    `use_heads` and `min_probability` are as in `decode_step`.
     """
     config = model.config
     normed, projected = ops.project(
-        last.hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.heads
+        last.hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.parallel_heads
     )
     one = torch.ones(1, dtype=torch.int64, device=state.window.device)
     step = DraftInput(
@@ -98,7 +98,7 @@ def first_drafts(
         advance=one,
         sampling=state.sampling,
         first=slot,
-        heads=heads,
-        least_chance=least_chance,
+        use_heads=use_heads,
+        min_probability=min_probability,
     )
     return draft(state, drafter, step)

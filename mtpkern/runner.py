@@ -14,17 +14,9 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.decode import DecodeState, StepOutput, decode_step
 from mtpkern.device import settings_for
-from mtpkern.drafters.base import (
-    HEADS,
-    LEAST_CHANCE,
-    NGRAM,
-    NONE,
-    Drafter,
-    Drafts,
-    NoDrafter,
-)
-from mtpkern.drafters.draft_length import Choice, Window
-from mtpkern.drafters.mtp import MAX_PENDING
+from mtpkern.drafters.base import HEADS, MIN_PROBABILITY, NGRAM, NONE, Drafter, Drafts, NoDrafter
+from mtpkern.drafters.draft_length import KChooser, Proposal
+from mtpkern.drafters.pairs import MAX_PENDING
 from mtpkern.drafters.synthetic import draw_counts
 from mtpkern.kernels.sample import sampling_key
 from mtpkern.model import Llama
@@ -52,7 +44,7 @@ class Batch:
     """The sequences that one run decodes together: slots[b] is row b of `state`."""
 
     state: DecodeState  # a view of the runner's, for these slots and the run's K
-    k_chooser: Choice
+    k_chooser: KChooser
     logprobs: bool = False  # whether steps write log-probabilities
     withheld: Withheld | None = None  # for `min_tokens`; None in a run without
 
@@ -60,7 +52,7 @@ class Batch:
         self.k = self.state.window.shape[1] - 1
         self.slots: list[Request | None] = [None] * len(self.state.window)
         # The drafts of each slot's next step, where the host may read them.
-        self.proposals: list[Window | None] = [None] * len(self.slots)
+        self.proposals: list[Proposal | None] = [None] * len(self.slots)
 
 
 class StepInFlight(NamedTuple):
@@ -69,7 +61,7 @@ class StepInFlight(NamedTuple):
     number: int
     k: int
     slots: tuple[Request | None, ...]  # as they were when it started
-    proposals: tuple[Window | None, ...]  # the drafts that it verifies, where the host may read
+    proposals: tuple[Proposal | None, ...]  # the drafts that it verifies, where the host may read
     seconds: float  # host time: on a CPU, the step's duration
     heads_drafted: int  # tokens that the heads drafted at its end, where the host may read
 
@@ -132,7 +124,7 @@ class Runner:
         self,
         count: int,
         k: int,
-        k_chooser: Choice,
+        k_chooser: KChooser,
         *,
         logprobs: bool = False,
         min_tokens: bool = False,
@@ -179,11 +171,11 @@ class Runner:
                 self.drafter,
                 self.ops,
                 slot=slot,
-                heads=batch.k_chooser.use_heads(),
-                least_chance=batch.k_chooser.least_chance(),
+                use_heads=batch.k_chooser.use_heads(),
+                min_probability=batch.k_chooser.min_probability(),
             )
         if self.ops.host_may_read:
-            proposal = Window(NONE, ()) if drafts is None else _proposals(drafts, [request])[0]
+            proposal = Proposal(NONE, ()) if drafts is None else _proposals(drafts, [request])[0]
             batch.proposals[slot] = proposal
             if drafted := _heads_drafted([proposal]):
                 batch.k_chooser.spend(time.perf_counter() - request.started, drafted)
@@ -220,7 +212,7 @@ class Runner:
         pairs = max(0, min(request.pairs, request.known - self.drafter.lookahead))
         # One row is run in any case, since the first window is drafted from it.
         begin = max(0, min(pairs if speculate else request.known, len(request.prompt) - 2))
-        self.drafter.resume(slot, begin if speculate else pairs)
+        self.drafter.reset(slot, begin if speculate else pairs)
         return begin
 
     def release(self, slot: int) -> None:
@@ -258,18 +250,18 @@ class Runner:
             self.ops,
             logprobs=batch.logprobs,
             rows=k + 1,
-            heads=k_chooser.use_heads() if on_host else True,
-            least_chance=k_chooser.least_chance() if on_host else LEAST_CHANCE,
+            use_heads=k_chooser.use_heads() if on_host else True,
+            min_probability=k_chooser.min_probability() if on_host else MIN_PROBABILITY,
             withheld=batch.withheld,
         )
 
-    def _drafter_for(self, k_chooser: Choice) -> Drafter:
+    def _drafter_for(self, k_chooser: KChooser) -> Drafter:
         """The drafter that observes the next step: on a CPU, without the sources that rest."""
         if not self.ops.host_may_read:
             return self.drafter
-        source = k_chooser.watching()
+        source = k_chooser.active_source()
         if source == HEADS and self._heads_rested:
-            self.drafter.forget()
+            self.drafter.mark_gap()
         self._heads_rested = source != HEADS
         return self.drafter if source == HEADS else self.ngram if source == NGRAM else NO_DRAFTER
 
@@ -293,23 +285,24 @@ class Runner:
         return next((most for most in some if pages <= most), whole)
 
 
-def _proposals(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
+def _proposals(drafts: Drafts, slots: Sequence[Request | None]) -> list[Proposal | None]:
     """The drafts of each occupied slot, read by the host of a CPU."""
-    if isinstance(drafts.length, int) and drafts.length == 0:
-        return [None if slot is None else Window(NONE, ()) for slot in slots]
+    if isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0:
+        return [None if slot is None else Proposal(NONE, ()) for slot in slots]
     count = len(slots)
     sources, lengths = (
-        torch.as_tensor(value).expand(count).tolist() for value in (drafts.source, drafts.length)
+        torch.as_tensor(value).expand(count).tolist()
+        for value in (drafts.source, drafts.num_proposed)
     )
     certain = [[1.0] * drafts.tokens.shape[1]] * count
-    chances = certain if drafts.chances is None else drafts.chances.tolist()
-    rows = zip(slots, sources, chances, lengths, strict=True)
+    probabilities = certain if drafts.probabilities is None else drafts.probabilities.tolist()
+    rows = zip(slots, sources, probabilities, lengths, strict=True)
     return [
-        None if slot is None else Window(source, tuple(row[:length]))
+        None if slot is None else Proposal(source, tuple(row[:length]))
         for slot, source, row, length in rows
     ]
 
 
-def _heads_drafted(proposals: Sequence[Window | None]) -> int:
+def _heads_drafted(proposals: Sequence[Proposal | None]) -> int:
     """How many tokens the heads drafted: the length of their longest proposal."""
-    return max((len(p.chances) for p in proposals if p and p.source == HEADS), default=0)
+    return max((len(p.probabilities) for p in proposals if p and p.source == HEADS), default=0)

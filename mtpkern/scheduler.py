@@ -6,11 +6,11 @@ from collections.abc import Generator, Iterator, Sequence
 
 from mtpkern.cache import PagePool, Prefix
 from mtpkern.drafters.draft_length import (
-    Choice,
     DraftLength,
     FixedDraftLength,
     GraphDraftLength,
-    Window,
+    KChooser,
+    Proposal,
 )
 from mtpkern.errors import UserError
 from mtpkern.nvtx_ranges import span
@@ -95,7 +95,7 @@ class Scheduler:
         if any(i >= vocab_size for request in requests for i in request.params.stop_token_ids):
             raise UserError(f"stop_token_ids must be in 0..{vocab_size - 1}")
 
-    def _k_chooser(self, batch: int, k: int) -> Choice:
+    def _k_chooser(self, batch: int, k: int) -> KChooser:
         """The K chooser, up to k, of a run with `batch` slots."""
         if k and self.draft_length is not None:
             self.draft_length.begin(batch)
@@ -120,8 +120,8 @@ class Scheduler:
             if request is not None and not request.finish_reason:
                 record = record._replace(drafted=min(record.drafted, k))
                 if proposal is None:
-                    proposal = Window(record.source, (1.0,) * record.drafted)
-                proposal = proposal._replace(chances=proposal.chances[:k])
+                    proposal = Proposal(record.source, (1.0,) * record.drafted)
+                proposal = proposal._replace(probabilities=proposal.probabilities[:k])
                 outcomes.append((proposal, min(record.accepted, record.drafted)))
                 taken.append((request, record))
         batch.k_chooser.observe(k, step.seconds, outcomes, step.heads_drafted)
@@ -138,7 +138,7 @@ class Scheduler:
             # may have committed fewer.
             committed = int(self.runner.cache.lengths[slot])
             tokens = (request.prompt + request.token_ids)[:committed]
-            pairs = self.runner.drafter.kept(slot, len(tokens))
+            pairs = self.runner.drafter.cached_length(slot, len(tokens))
             self.pool.keep(Prefix(tokens, request.pages, pairs))
         else:
             self.pool.release(request.pages)

@@ -1,4 +1,4 @@
-"""The sequential drafters written out slowly, token by token: what the fast ones must equal."""
+"""Slow definitions of the sequential drafters, and a recorder of what the fast ones draft."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtpkern.checkpoints.llama import load_tensors
 from mtpkern.config import ModelConfig
-from mtpkern.drafters.base import CompanionDrafter
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.ops.cpu import CpuOps
@@ -20,10 +20,10 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 
 
 class Recorder:
-    """Wraps a drafter and keeps what it drafted: known tokens -> drafts, and also their logits."""
+    """Wraps a drafter and records known tokens -> drafts, and the drafts' logits."""
 
     def __init__(self, inner: Any):
-        self.inner, self.taps, self.heads = inner, inner.taps, inner.heads
+        self.inner, self.taps, self.parallel_heads = inner, inner.taps, inner.parallel_heads
         self.drafted: list[tuple[list[int], list[int]]] = []
         self.seen: list[tuple[list[int], list[int], Tensor]] = []  # logits [drafts, vocabulary]
 
@@ -45,10 +45,10 @@ class Recorder:
         for b in range(batch):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                length = int(torch.as_tensor(drafts.length).expand(batch)[b])
-                meant = drafts.tokens[b, :length].tolist()
-                self.drafted.append((known, meant))
-                self.seen.append((known, meant, logits[b]))
+                num_proposed = int(torch.as_tensor(drafts.num_proposed).expand(batch)[b])
+                proposed = drafts.tokens[b, :num_proposed].tolist()
+                self.drafted.append((known, proposed))
+                self.seen.append((known, proposed, logits[b]))
         return drafts
 
 
@@ -140,7 +140,7 @@ def watch(llm: LLM) -> Recorder:
 
 
 def agree(draft: int, logits: Tensor, expected: Tensor, ids: Tensor | None = None) -> None:
-    """A draft and its logits [Vd] are those of a definition; row i is of token ids[i]."""
+    """Assert that a draft and its logits [Vd] are as expected; row i is of token ids[i]."""
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     row = int(expected.argmax())
     assert draft == (row if ids is None else ids[row])

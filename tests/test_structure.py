@@ -104,9 +104,8 @@ STEP_FILES = (
     "model",
     "cache",
     "graph",
-    "drafters/base",
-    "drafters/mtp",
-    "drafters/layers",
+    *(f"drafters/{name}" for name in ("base", "cached", "pairs", "ngram", "medusa", "hydra")),
+    *(f"drafters/{name}" for name in ("layers", "mtp", "mtp_modules", "eagle3", "synthetic")),
 )
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 

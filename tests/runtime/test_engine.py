@@ -18,7 +18,8 @@ from mtpkern import device
 from mtpkern.cache import KVCache
 from mtpkern.config import SamplingParams, UserError
 from mtpkern.device import resolve_device
-from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
+from mtpkern.drafters.base import HEADS, DraftInput, Drafts
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.ops.definitions import DEFINITIONS
 

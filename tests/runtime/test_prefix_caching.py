@@ -12,7 +12,7 @@ from head_files import write_eagle3, write_hydra, write_layers, write_medusa, wr
 
 from mtpkern.cache import PagePool, Prefix
 from mtpkern.config import SamplingParams, UserError
-from mtpkern.drafters.base import CompanionDrafter
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM, Completion
 from mtpkern.ops.gpu import TRITON
 

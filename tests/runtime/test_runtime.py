@@ -13,8 +13,9 @@ from head_files import write_eagle3, write_hydra, write_layers, write_medusa, wr
 
 from mtpkern import device, warmup
 from mtpkern.config import SamplingParams, UserError
-from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
+from mtpkern.drafters.base import HEADS, DraftInput, Drafts
 from mtpkern.drafters.draft_length import GraphDraftLength
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.ops import base as ops
 from mtpkern.ops.definitions import DEFINITIONS
