@@ -12,8 +12,9 @@ from mtpkern.cache import KVCache
 from mtpkern.drafters.base import MIN_PROBABILITY, NONE, Drafter, DraftInput, Drafts
 from mtpkern.drafters.synthetic import force_acceptance
 from mtpkern.kernels.advance import Progress
+from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import Llama
-from mtpkern.ops.base import Ops, SamplingRows, Withheld
+from mtpkern.ops.base import Ops, Withheld
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mtpkern.checkpoints.default_model import model_name, resolve_model
 from mtpkern.checkpoints.llama import load_config
+from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.config import MAX_SPECULATIVE_TOKENS, SamplingParams
 from mtpkern.device import resolve_device
 from mtpkern.drafters.base import Drafter

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.checkpoints.llama import load_tensors
-from mtpkern.config import ModelConfig
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.hf_config import read_hf_config
 from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
@@ -54,7 +54,7 @@ class Recorder:
 
 def trunk_states(directory: Path, tokens: list[int]) -> list[Tensor]:
     """Hidden states [S, E] after each layer, the last one normed, by a slow float32 forward."""
-    config, w = ModelConfig.from_json(directory), load_tensors(directory)
+    config, w = read_hf_config(directory), load_tensors(directory)
     x = w["model.embed_tokens.weight"][tokens]
     states = []
     for i in range(config.num_layers):

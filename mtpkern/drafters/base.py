@@ -28,7 +28,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mtpkern.ops.base import Packed, Projected, SamplingRows
+from mtpkern.kernels.sample import SamplingRows
+from mtpkern.ops.base import Packed, Projected
 
 # Where a step's drafts came from; statistics are kept per source.
 SOURCES = ("none", "heads", "ngram")

@@ -17,7 +17,8 @@ from mtpkern.drafters.medusa import MedusaDrafter, OwnVocabularyDrafter
 from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.drafters.mtp_modules import ModulesDrafter
 from mtpkern.drafters.shapes import mtp_layer_config
-from mtpkern.kernels.cpu.weights import GROUP, Quants, rounded
+from mtpkern.kernels.cpu._tile import GROUP
+from mtpkern.kernels.cpu.weights import Quants, rounded
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts, rows_at
 from mtpkern.drafters.cached import CachedDrafter
+from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import DecoderLayer, Llama
-from mtpkern.ops.base import Ops, Packed, SamplingRows
+from mtpkern.ops.base import Ops, Packed
 
 
 class LayersDrafter(CachedDrafter):

@@ -23,23 +23,16 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
+from mtpkern.checkpoints.directory import conversion_hint, has_weights, load_tensors, read_entries
+from mtpkern.checkpoints.hf_config import read_hf_config
+from mtpkern.checkpoints.json_files import read_json_object
 from mtpkern.checkpoints.llama import (
-    conversion,
     fingerprint,
-    has_weights,
     load_config,
-    load_tensors,
-    read_entries,
 )
-from mtpkern.config import ModelConfig, ModelLoadError, UserError, printable, read_json_object
+from mtpkern.config import ModelConfig
 from mtpkern.drafters.base import Drafter
-from mtpkern.drafters.build import (
-    HeadTensors,
-    build_hydra,
-    build_layers,
-    build_medusa,
-    build_mtp,
-)
+from mtpkern.drafters.build import HeadTensors, build_hydra, build_layers, build_medusa, build_mtp
 from mtpkern.drafters.published import (
     is_eagle3,
     is_medusa,
@@ -57,6 +50,7 @@ from mtpkern.drafters.shapes import (
     medusa_shapes,
     mtp_shapes,
 )
+from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 
@@ -103,7 +97,7 @@ def find_heads(name: str, model: str, directory: Path | None = None) -> Path | N
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise UserError(f"heads {printable(name)}: not a directory; {conversion(Path(name))}")
+        raise UserError(f"heads {printable(name)}: not a directory; {conversion_hint(Path(name))}")
     raise UserError(
         f"heads {printable(name)}: no such directory; names: auto, none, {', '.join(shipped)}"
     )
@@ -280,7 +274,7 @@ def _implied_trunk(
             head_dim = math.gcd(*rows)
             queries, keys = (n // head_dim for n in rows)
             width = len(tensors["prefix.mlp.gate_proj.weight"])
-    return ModelConfig.from_json(
+    return read_hf_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "dtype": "float32",

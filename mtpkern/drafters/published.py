@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtpkern.checkpoints.hf_config import read_hf_config
 from mtpkern.config import ModelConfig
 from mtpkern.errors import ModelLoadError, counted, printable
 
@@ -73,7 +74,7 @@ def read_eagle3(
     given = dict(settings.get("eagle_config") or {}) | dict(settings)
     inner = settings.get("transformer_layer_config")
     sizes = dict(settings) if inner is None else _LLAMA_DEFAULTS | dict(inner)
-    layer = ModelConfig.from_json(
+    layer = read_hf_config(
         sizes
         | {"num_hidden_layers": 1, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     )

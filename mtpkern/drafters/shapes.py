@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from mtpkern.checkpoints.llama import layer_parts
-from mtpkern.config import ModelConfig, RopeConfig
+from mtpkern.config import ModelConfig
+from mtpkern.rope import RopeConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

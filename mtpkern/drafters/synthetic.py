@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtpkern.config import UserError
+from mtpkern.errors import UserError
 
 # Counts are drawn once; each step takes the next one, STRIDE further on for each slot.
 PERIOD, STRIDE = 1024, 37

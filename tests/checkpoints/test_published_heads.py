@@ -31,13 +31,15 @@ from slow_drafters import PROMPT, agree, slow_layer, trunk_states, watch
 from torch import Tensor
 
 from mtpkern import reference
-from mtpkern.checkpoints.llama import fingerprint, load_config, load_tensors
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.llama import fingerprint, load_config
+from mtpkern.config import SamplingParams
 from mtpkern.convert import convert
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.drafters.load import PRETRAINED, find_heads
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 PROMPTS = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
@@ -125,7 +127,7 @@ def test_metas_models_convert_and_draft_with_the_heads_they_bring_along(tmp_path
 def test_metas_models_without_their_sizes_are_refused(tmp_path: Path) -> None:
     write_meta(tmp_path / "meta")
     (tmp_path / "meta" / "params.json").write_text("{}")
-    with pytest.raises(ModelLoadError, match="are no model of Meta's: 'n_heads'"):
+    with pytest.raises(ModelLoadError, match="are not a model of Meta's: 'n_heads'"):
         convert(tmp_path / "meta", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from mtpkern import device
 from mtpkern.cache import KVCache
-from mtpkern.config import SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.device import resolve_device
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import UserError
 from mtpkern.ops.definitions import DEFINITIONS
 
 TEXT = "the quick brown fox jumps over the lazy dog "

@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from slow_drafters import PROMPT, agree, eagle3_layer, slow_layer, trunk_states, watch
 from torch import Tensor
 
-from mtpkern.checkpoints.llama import load_tensors
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.config import SamplingParams
 from mtpkern.drafters.base import HEADS, NGRAM, NONE, Drafts, NoDrafter
 from mtpkern.drafters.draft_length import DraftLength
 from mtpkern.drafters.mtp import MtpDrafter
 from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 
