@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mtpkern.config import SamplingParams, UserError
-from mtpkern.errors import counted
+from mtpkern.config import SamplingParams
+from mtpkern.errors import UserError, counted
 from mtpkern.request import EncodedPrompt
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.validation import integer, shown
