@@ -33,24 +33,25 @@ def add_command(commands: Any) -> None:
 def _fetch(args: argparse.Namespace) -> int:
     if args.name is not None and (args.list or args.remove is not None):
         raise UsageError("--list and --remove do not go with the NAME of a model to fetch")
+    if args.list:
+        return _list()
     with args.status.phase("starting"):  # importing torch takes a second or two
-        from mtpkern.checkpoints.model_cache import (
-            cache_directory,
-            list_cached,
-            megabytes,
-            remove_cached,
-        )
+        from mtpkern.checkpoints.model_cache import megabytes, remove_cached
         from mtpkern.checkpoints.resolve import fetch_model
 
-    if args.list:
-        cached = list_cached()
-        print(f"{cache_directory()}:{'' if cached else ' no models'}")
-        for model in cached:
-            print(f"{model.name:<28} {megabytes(model.size):>8}  {model.state}")
-        return 0
     if args.remove is not None:
         removed = remove_cached(args.remove, args.status)
         print(f"removed {removed.name}, {megabytes(removed.size)}")
-        return 0
-    print(fetch_model(args.name, status=args.status))
+    else:
+        print(fetch_model(args.name, status=args.status))
+    return 0
+
+
+def _list() -> int:
+    from mtpkern.checkpoints.model_cache import cache_directory, list_cached, megabytes
+
+    models = list_cached()
+    print(f"{cache_directory()}:{'' if models else ' no models'}")
+    for model in models:
+        print(f"{model.name:<28} {megabytes(model.size):>8}  {model.state}")
     return 0
