@@ -179,7 +179,7 @@ def mtp_module(llm: LLM) -> MtpDrafter:
         token_ids=ids,
         config=replace(c, num_layers=1),
     )
-    cache = llm._cache.beside(
+    cache = llm.runner.cache.beside(
         kv_heads=c.num_kv_heads,
         head_dim=c.head_dim,
         inverse_frequencies=inverse_frequencies,
@@ -202,12 +202,12 @@ def bytes_read(llm: LLM, batch: int, context: int) -> int:
 
 def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Callable[[], object]:
     """One step of mtpkern at a context; no sequence is active, so that it can be repeated."""
-    state = llm._state.view(batch, k)
-    pages = -(-(context + 64) // llm._cache.k.shape[2])
+    state = llm.runner.state.view(batch, k)
+    pages = -(-(context + 64) // llm.runner.cache.k.shape[2])
     for slot in range(batch):
         # Contents do not matter: all sequences may lie in pages of their own or share them.
-        first = 1 + slot * pages % max(1, llm._cache.k.shape[1] - pages)
-        llm._cache.assign(slot, list(range(first, first + pages)))
+        first = 1 + slot * pages % max(1, llm.runner.cache.k.shape[1] - pages)
+        llm.runner.cache.assign(slot, list(range(first, first + pages)))
     state.cache.lengths.fill_(context)
     # A grid spans the table's columns: those of longer contexts are not this one's.
     state = replace(state, cache=state.cache.columns(pages))

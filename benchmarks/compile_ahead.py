@@ -36,7 +36,7 @@ from mtpkern.decode import decode_step
 from mtpkern.drafters.base import NoDrafter
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.errors import UserError
-from mtpkern.ops.gpu import with_pdl
+from mtpkern.ops.gpu import GpuOps
 
 SHAPES = {"tiny": TINY} | MODELS
 
@@ -166,11 +166,12 @@ def launch(job: Job, pdl: bool, on_launch: Launch) -> None:
                 if job.first:
                     break
             return
-        k, ops = job.rows - 1, with_pdl(pdl)
+        k, ops = job.rows - 1, GpuOps(pdl)
         # One layer launches what all of them do.
         directory = write_config(SHAPES[job.model]._replace(L=1), Path(work) / "model")
         trunk, state = meta_state(directory, job.batch, k, ops)
-        llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=ops, _cache=state.cache)
+        runner = SimpleNamespace(cache=state.cache)
+        llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=ops, runner=runner)
         drafters = [NgramDrafter(ops), medusa_heads(llm, k), mtp_module(llm)] if k else []
         for drafter in drafters or [NoDrafter()]:
             decode_step(state, trunk, drafter, ops, logprobs=True)

@@ -171,7 +171,8 @@ def predict(
     """Rows of one model and batch: plain, and each kind of drafter at K."""
     trunk, state = meta_state(directory, batch, args.k)
     # What bench_steps needs of an LLM to make heads up.
-    llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=TRITON, _cache=state.cache)
+    runner = SimpleNamespace(cache=state.cache)
+    llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=TRITON, runner=runner)
     drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
     if args.k:
         drafters += [

@@ -1,8 +1,8 @@
-"""The paged KV cache: what was computed for committed tokens, and how it forgets the rest.
+"""The paged KV cache, and the pool of its pages.
 
-A step writes K and V for its whole window behind the committed length, and then commits a part of
-it by advancing `lengths`. Rejected rows stay where they are and count for nothing: rolling back is
-not advancing.
+A step writes K and V for its whole window after the committed length, and then commits part of the
+window by advancing `lengths`. Rejected rows stay where they are until they are overwritten: rolling
+back is not advancing.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The page that entries of a page table name where a sequence has none: written, never believed.
+# The page of table entries where a sequence has no page. It may be written, and is never read.
 SCRATCH = 0
 
 
@@ -21,8 +21,8 @@ SCRATCH = 0
 class KVCache:
     """K and V of L layers for B sequences, in pages; page 0 is a scratch page.
 
-    `lengths[b]` counts the committed tokens; slots behind it are free to write and never read as
-    they are. One long page per sequence is a contiguous cache.
+    `lengths[b]` counts the committed tokens. Slots past it are free to be written, and are not read
+    before that. One long page per sequence is a contiguous cache.
     """
 
     k: Tensor  # [L, pages, page_size, Hk, D]
@@ -48,12 +48,12 @@ class KVCache:
         dtype: torch.dtype,
         padded_dim: Callable[[int], int] = lambda head_dim: head_dim,
     ) -> "KVCache":
-        """`pages` pages beside the scratch page, of page_size slots, a multiple of 64.
+        """A cache of `pages` pages of page_size slots, a multiple of 64, besides the scratch page.
 
-        page_table [B, max_pages] int32 may be shared with another cache: a head's keys then lie in
+        page_table [B, max_pages] int32 may be shared with another cache: a head's keys are then in
         the same pages as the trunk's. inverse_frequencies [D/2] are radians per position;
-        rope_scaling multiplies cos and sin. Heads take padded_dim(head_dim) numbers: zeros stand
-        behind either half, which turn by no angle.
+        rope_scaling multiplies cos and sin. A head has padded_dim(head_dim) numbers: each half ends
+        in zeros, which are not rotated.
         """
         if page_size % 64:
             raise ValueError(f"page_size must be a multiple of 64, got {page_size}")
@@ -62,8 +62,8 @@ class KVCache:
         missing = padded_dim(head_dim) // 2 - len(inverse_frequencies)
         inverse_frequencies = F.pad(inverse_frequencies, (0, missing))
         cos, sin = rotary_tables(inverse_frequencies, rope_scaling, page_table.shape[1] * page_size)
-        # On a CPU untouched pages cost nothing, and the references clear what they may meet. On a
-        # GPU whole pages are read where prefill masks most of them: all must be numbers.
+        # On a CPU, untouched pages take no memory, and attention skips slots past a row's position.
+        # On a GPU, prefill reads whole pages under a mask: what they hold must be finite.
         make = torch.empty if device.type == "cpu" else torch.zeros
         return cls(
             k=make(shape, dtype=dtype, device=device),
@@ -84,7 +84,7 @@ class KVCache:
         rope_scaling: float,
         layers: int = 1,
     ) -> "KVCache":
-        """A cache for heads that attend: the same pages, lengths of its own."""
+        """A cache for heads that attend: the same page table, with lengths of its own."""
         return KVCache.empty(
             layers=layers,
             pages=self.k.shape[1] - 1,
@@ -99,7 +99,7 @@ class KVCache:
         )
 
     def rows(self, begin: int, end: int) -> "KVCache":
-        """The same storage seen for the sequences begin..end-1 only."""
+        """A view of the sequences begin..end-1."""
         return KVCache(
             self.k,
             self.v,
@@ -111,53 +111,53 @@ class KVCache:
         )
 
     def columns(self, pages: int) -> "KVCache":
-        """The same storage seen for sequences of at most `pages` pages."""
+        """A view for sequences of at most `pages` pages."""
         return replace(self, page_table=self.page_table[:, :pages])
 
     def at(self, lengths: Tensor) -> "KVCache":
-        """The same storage seen at other lengths [B]; committing through this view is lost."""
+        """A view with other lengths [B], through which nothing can be committed."""
         return replace(self, lengths=lengths)
 
     def assign(self, sequence: int, pages: Sequence[int]) -> None:
-        """Give one sequence these pages, in order, and nothing behind them."""
+        """Set one sequence's pages, in order."""
         row = torch.full(self.page_table.shape[1:], SCRATCH, dtype=torch.int32)
         row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
         self.page_table[sequence].copy_(row)
 
     def reset(self, sequence: int) -> None:
-        """Forget one sequence: its slot can serve another; what it still writes goes nowhere."""
+        """Free one sequence's slot for another; later writes land in the scratch page."""
         self.page_table[sequence].fill_(SCRATCH)
         self.lengths[sequence].zero_()
 
 
 class Prefix(NamedTuple):
-    """Pages in which a finished sequence left K and V of its first tokens."""
+    """A finished sequence's pages, which hold K and V of its tokens."""
 
     tokens: list[int]
     pages: list[int]
-    pairs: int  # a drafter's caches hold what they need of so many of the tokens
+    pairs: int  # of how many of the tokens the drafter's own caches hold K and V
 
 
 class Claim(NamedTuple):
-    """Pages for a sequence, and how many tokens of its prompt they hold already."""
+    """Pages for a sequence, and how many tokens of its prompt they already hold."""
 
     pages: list[int]
-    known: int  # tokens whose K and V are there
+    known: int  # tokens whose K and V they hold
     pairs: int  # see Prefix; may exceed `known`
 
 
 class PagePool:
-    """Which pages are free. A page belongs to one running sequence, to a prefix, or is free."""
+    """The pages of a cache, each of which is free, or belongs to a running sequence or a prefix."""
 
     def __init__(self, pages: int):
         self.free = list(range(pages, 0, -1))
-        self.prefixes: list[Prefix] = []  # the one least recently used first
+        self.prefixes: list[Prefix] = []  # the least recently used first
 
     def claim(self, count: int, prompt: Sequence[int] = ()) -> Claim | None:
-        """Take `count` pages, or None where so many are not to be had.
+        """Take `count` pages; None if there are not enough.
 
-        A kept prefix gives its pages to a prompt that begins with half of it or more; the others
-        are dropped when pages run out, the least recently used first.
+        A prompt that begins with at least half of a kept prefix gets that one's pages. Others are
+        dropped when pages run out, the least recently used first.
         """
         if count > len(self.free) + sum(len(prefix.pages) for prefix in self.prefixes):
             return None
@@ -177,15 +177,16 @@ class PagePool:
         return claim
 
     def keep(self, prefix: Prefix) -> None:
-        """Take back a sequence's pages with what is in them."""
+        """Take back a sequence's pages, and keep their contents for later prompts."""
         self.prefixes.append(prefix)
 
     def release(self, pages: Sequence[int]) -> None:
+        """Take back a sequence's pages."""
         self.free.extend(reversed(pages))
 
 
 def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from their beginning on."""
+    """The length of the longest common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 

@@ -14,7 +14,6 @@ from mtpkern.drafters.synthetic import force_acceptance
 from mtpkern.kernels.advance import Progress
 from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import Llama
-from mtpkern.ops import base as ops_base
 from mtpkern.ops.base import Ops, Withheld
 
 
@@ -22,15 +21,15 @@ from mtpkern.ops.base import Ops, Withheld
 class DecodeState:
     """Everything a step reads and changes, for B sequences with K drafts each.
 
-    `progress.tokens[b, : lengths[b] + 1]` are known; the last of them is `window[b, 0]`, which has
-    no K/V yet. What tokens holds behind them is garbage.
+    `progress.tokens[b, : lengths[b] + 1]` are known, and entries past them are undefined. The last
+    known token is `window[b, 0]`, which has no K and V yet.
     """
 
     window: Tensor  # [B, K + 1] int64
     progress: Progress  # its lengths are the cache's
     sampling: SamplingRows
     cache: KVCache
-    forced: Tensor | None = None  # counts to accept whatever was drafted (drafters/synthetic.py)
+    forced: Tensor | None = None  # acceptance counts of drafters/synthetic.py
 
     @classmethod
     def empty(
@@ -43,15 +42,15 @@ class DecodeState:
         ring: Tensor | None = None,
         forced: Tensor | None = None,
     ) -> "DecodeState":
-        """No sequence active, sampling greedy; `ends` end tokens a sequence at most.
+        """A state without active sequences, each with room for `ends` end tokens; greedy sampling.
 
-        ring [slots, B, 1 + 2 (K + 1)] int64 lies where the host can read it.
+        ring [slots, B, 1 + 2 (K + 1)] int64 is in memory that the host can read.
         """
         batch, k = cache.lengths.shape[0], num_speculative_tokens
         device = cache.lengths.device
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         progress = Progress(
-            # A finished sequence may stand K tokens behind its limit, and the last window behind.
+            # A sequence may end K tokens past its limit, and its last window starts there.
             tokens=torch.zeros(batch, max_length + 2 * (k + 1), dtype=torch.int64, device=device),
             lengths=cache.lengths,
             active=zeros.clone(),
@@ -72,7 +71,7 @@ class DecodeState:
         )
 
     def view(self, batch: int, num_speculative_tokens: int, first: int = 0) -> "DecodeState":
-        """The same state seen for `batch` sequences from slot `first` on, and the first drafts."""
+        """A view of `batch` sequences from slot `first` on, with num_speculative_tokens drafts."""
         p, some = self.progress, slice(first, first + batch)
         parts = {name: tensor[some] for name, tensor in zip(p._fields, p, strict=True)}
         progress = p._replace(**parts | {"ring": p.ring[:, some]})
@@ -92,11 +91,7 @@ class StepOutput:
     target: Tensor  # [B, T] int64
     accepted: Tensor  # [B] int64, 0..K
     count: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
-    drafts: Drafts | None  # what stands in the next window; None for a window without drafts
-
-
-def join_taps(drafter: Drafter, tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
-    return ops_base.join_taps(drafter.taps, tapped, normed, layers)
+    drafts: Drafts | None  # those of the next window; None for K = 0
 
 
 def decode_step(
@@ -113,8 +108,8 @@ def decode_step(
 ) -> StepOutput:
     """Advance every active sequence of `state` by 1 to K + 1 tokens, in place.
 
-    The host finds them in the ring, with their log-probabilities where those are asked for, which
-    are the model's own, whatever tokens are `withheld`.
+    The host reads them from the ring. With `logprobs`, their log-probabilities are there too: the
+    model's own, whichever tokens are `withheld`.
     Only the first `rows` of the window are verified (None: all K + 1). use_heads=False drafts the
     next window without the heads, which otherwise stop where the probability that all their drafts
     are accepted is below `min_probability`; both need `ops.host_may_read`.
@@ -127,10 +122,10 @@ def decode_step(
     features, projected = ops.forward(model, window, state.cache, drafter.taps, heads)
     target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
     largest = projected.largest((batch, rows))
-    chances = projected.logprobs(target) if logprobs else None
+    target_logprobs = projected.logprobs(target) if logprobs else None
     if state.forced is not None:
         force_acceptance(window, target, state.forced, progress.clock)
-    accepted, count = ops.advance(window, target, largest, chances, progress)
+    accepted, count = ops.advance(window, target, largest, target_logprobs, progress)
     drafts = None
     if state.window.shape[1] > 1:
         step = DraftInput(
@@ -156,6 +151,7 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     if not only_fillers or state.forced is not None:  # forced drafts may be -1, which is no token
         state.window[:, 1:] = drafts.tokens
     progress = state.progress
-    for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.num_proposed)):
-        kept.fill_(said) if isinstance(said, int) else kept.copy_(said)
+    proposed = drafts.num_proposed
+    for tensor, value in ((progress.source, drafts.source), (progress.drafted, proposed)):
+        tensor.fill_(value) if isinstance(value, int) else tensor.copy_(value)
     return drafts

@@ -7,10 +7,10 @@ import torch
 
 
 class GraphPool:
-    """Captures CUDA graphs that share the memory of what lives within a step.
+    """Captures CUDA graphs that share the memory of their intermediate tensors.
 
-    They must not run at the same time. All are captured on one stream: torch reuses a pool's memory
-    only on the stream that it was allocated on.
+    No two of them may run at the same time. All are captured on one stream, because torch reuses a
+    pool's memory only on the stream that allocated it.
     """
 
     def __init__(self) -> None:
@@ -18,10 +18,10 @@ class GraphPool:
         self._stream = torch.cuda.Stream()
 
     def capture(self, step: Callable[[], Any]) -> Callable[[], None]:
-        """Capture `step`, which reads and writes tensors that stay where they are -> its replay.
+        """Capture `step`, which reads and writes tensors at fixed addresses -> its replay.
 
-        It runs twice before, which compiles kernels and sets up libraries: neither may happen under
-        capture.
+        `step` runs twice first, to compile kernels and set up libraries, which must not happen
+        during capture.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -35,7 +35,7 @@ class GraphPool:
 
 
 def measure(replay: Callable[[], object], repeat: int = 10) -> float:
-    """Seconds of one replay, of `repeat` one behind the other; the first of all is not counted."""
+    """Seconds per replay: the mean of `repeat` in a row, after an untimed one."""
     replay()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -5,7 +5,7 @@
 (Touvron et al. 2023.) `Ops.layer` and `Ops.layers` (ops/base.py) run them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtpkern.cache import KVCache
 from mtpkern.checkpoints.llama import LayerWeights, load_config
 from mtpkern.checkpoints.model_weights import load_model
 from mtpkern.config import ModelConfig
@@ -24,7 +23,7 @@ from mtpkern.ops.base import Ops
 class DecoderLayer(NamedTuple):
     """One layer's weights, packed by `ops.pack`."""
 
-    input_norm: Tensor | None  # [E]; None where the attention's input is normed already
+    input_norm: Tensor | None  # [E]; None if the attention's input is already normed
     qkv: Any  # [(Hq + 2 Hk) * D, E]
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None  # [D]
@@ -44,7 +43,7 @@ class Llama:
     norm: Tensor  # [E]
     lm_head: Tensor | Quants  # [V, E], as loaded
     vocabulary: Any  # [V, E], the LM head packed
-    dtype: torch.dtype  # of weights that are no quants
+    dtype: torch.dtype  # of the weights that are not quantised
 
     @classmethod
     def load(
@@ -58,10 +57,11 @@ class Llama:
         weights: str | None = None,
         on_layer: Callable[[], object] = lambda: None,
     ) -> "Llama":
-        """Load a checkpoint in `dtype` and pack it, layer by layer: no weight is held twice.
+        """Load a checkpoint in `dtype` and pack it layer by layer, so that no weight is in memory
+        twice.
 
-        `dummy` makes up weights of the shapes that config.json names; `weights` is as in
-        `load_model`, and needs `ops.takes_quants`; `on_layer` is called after each layer.
+        `dummy` makes up weights of the shapes in config.json; `weights` is as in `load_model`, and
+        needs `ops.takes_quants`; `on_layer` is called after each layer.
         """
 
         def pack(layer: LayerWeights) -> DecoderLayer:
@@ -81,13 +81,13 @@ class Llama:
         vocabulary = ops.pack(w.lm_head)
         tied = vocabulary if w.lm_head is w.embedding else None
         embedding = ops.pack_embedding(w.embedding, tied)
-        # Packed weights are copies: the pages they were read from need not stay resident.
+        # Packed weights are copies: the file's pages need not stay resident.
         w.release()
         return cls(config, embedding, w.layers, w.norm, w.lm_head, vocabulary, dtype)
 
 
 def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:
-    """Bring one layer's weights into the layout of `ops`."""
+    """Pack one layer's weights into the layout of `ops`."""
     return DecoderLayer(
         layer.input_norm,
         ops.pack_qkv(layer.qkv, layer.qkv_bias, head_dim),
@@ -98,9 +98,3 @@ def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:
         ops.pack_gate_up(layer.gate_up, layer.gate_up_bias),
         ops.pack(layer.down, layer.down_bias),
     )
-
-
-def run_trunk(
-    model: Llama, window: Tensor, cache: KVCache, ops: Ops, taps: Sequence[int] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    return ops.layers(model, window, cache, taps)

@@ -1,4 +1,4 @@
-"""What a request becomes: its tokens so far, where it stops, its text, and what it cost."""
+"""A request while it runs: its tokens, its text, where it stops, and its statistics."""
 
 import re
 import time
@@ -14,29 +14,29 @@ from mtpkern.tokenizer import Tokenizer
 
 @dataclass
 class Stats:
-    """What one completion cost. Drafts are counted by where they came from and by position."""
+    """Statistics of one completion. Drafts are counted by source and by position."""
 
     num_speculative_tokens: int
     prompt_tokens: int
     new_tokens: int = 0
     steps: int = 0
-    cached_tokens: int = 0  # of the prompt: their K and V were there from an earlier request
+    cached_tokens: int = 0  # of the prompt, whose K and V an earlier request left
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    # From when the request was made, while it waited for a slot too.
+    # Since the request was made, including the time it waited for a slot.
     time_to_first_token_seconds: float = 0.0
     # source -> [K] counts
     drafted: dict[str, list[int]] = field(default_factory=dict)
     accepted: dict[str, list[int]] = field(default_factory=dict)
-    # source -> steps whose drafts came from it, and tokens that those steps emitted
+    # source -> steps with drafts from it, and tokens that those steps emitted
     source_steps: dict[str, int] = field(default_factory=dict)
     source_tokens: dict[str, int] = field(default_factory=dict)
-    # K -> steps that verified so many drafts: one K where it is fixed
+    # K -> steps that verified K drafts
     steps_by_k: dict[int, int] = field(default_factory=dict)
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens emitted per step, the corrected or bonus token included; plain decoding has 1."""
+        """Tokens emitted per step, including the corrected or bonus token; 1 without drafts."""
         return self.new_tokens / self.steps if self.steps else 0.0
 
     @property
@@ -45,7 +45,7 @@ class Stats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Tokens of the prompt that were computed, per second."""
+        """Computed tokens of the prompt per second, without the cached ones."""
         computed = self.prompt_tokens - self.cached_tokens
         return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
@@ -58,12 +58,12 @@ class Stats:
         return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
 
     def count_step(self, k: int, source: str, drafts: int, accepted: int, emitted: int) -> None:
-        """Count a step of K = k that emitted `emitted` tokens, and whose first `accepted` drafts of
-        `drafts` stood.
+        """Count a step of K = k that accepted the first `accepted` of `drafts` drafts and emitted
+        `emitted` tokens.
 
-        In the last step only the drafts before its last token count: those behind it could not be
-        emitted, and it would have come without drafts too. So accepted drafts are tokens gained:
-        new_tokens is steps + accepted drafts.
+        For a completion's last step the caller passes only the drafts before its last token: later
+        ones could not be emitted, and one token comes without drafts. Thus every accepted draft is
+        a token gained: new_tokens = steps + accepted drafts.
         """
         self.steps += 1
         self.new_tokens += emitted
@@ -72,10 +72,10 @@ class Stats:
         self.source_steps[source] = self.source_steps.get(source, 0) + 1
         self.source_tokens[source] = self.source_tokens.get(source, 0) + emitted
         drafted = self.drafted.setdefault(source, [0] * k)
-        stood = self.accepted.setdefault(source, [0] * k)
+        agreed = self.accepted.setdefault(source, [0] * k)
         for i in range(drafts):
             drafted[i] += 1
-            stood[i] += i < accepted
+            agreed[i] += i < accepted
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -98,8 +98,8 @@ class Stats:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `token_ids` includes a final end-of-text id, `text` does not show it; `drafted`
-    says of each token whether it was guessed and accepted, rather than computed by the model."""
+    """One answer. `token_ids` include a final end-of-text id, which `text` omits; `drafted` tells
+    for each token whether it is an accepted draft rather than the model's own."""
 
     text: str
     token_ids: list[int]
@@ -107,30 +107,31 @@ class Completion:
     logprobs: list[float] | None
     finish_reason: str  # "stop" or "length"
     stats: Stats
-    index: int = 0  # which of its prompt's `n` completions this is
-    seed: int | None = None  # what repeats it: the one given, or a fresh one; None if greedy
+    index: int = 0  # among its prompt's `n` completions
+    seed: int | None = None  # the given one, or the one drawn; None if greedy
 
 
 @dataclass(frozen=True)
 class Event:
-    """One token of a stream. The text may lag behind: no half character, no half stop string."""
+    """One token of a stream. Its text may come with a later token: incomplete characters and
+    possible beginnings of stop strings are held back."""
 
     text: str
     token_id: int
-    drafted: bool  # guessed by a drafter and accepted, rather than computed by the model itself
+    drafted: bool  # an accepted draft, rather than the model's own
     completion: Completion | None  # with the last token
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's token ids, and whether the answer goes on in the prompt's own text, or is one of
-    its own, as a turn in a chat is."""
+    """A prompt's token ids, and whether the answer continues the prompt's text or, as in a chat, is
+    a text of its own."""
 
     ids: list[int]
     continued: bool = True
 
 
 class Request:
-    """One prompt on its way: its tokens so far, and whether they are enough."""
+    """One completion while it is decoded."""
 
     def __init__(
         self,
@@ -144,13 +145,14 @@ class Request:
         ends: tuple[int, ...],
         tokenizer: Tokenizer | None,
     ):
-        """`index` counts the run's requests, completion_index those of one prompt; `room` is how
-        many tokens the context can still take, `ends` are the tokens that end."""
+        """`index` counts the run's requests, completion_index those of one prompt. `k` is the most
+        drafts per step, `room` how many tokens the context can still hold, `ends` are the model's
+        end tokens."""
         self.index, self.prompt, self.params = index, prompt.ids, params
         self.completion_index = completion_index
         self.stats = Stats(k, len(prompt.ids))
         self.pages: list[int] = []
-        self.known = self.pairs = 0  # what they hold of the prompt: see cache.Claim
+        self.known = self.pairs = 0  # what the pages hold of the prompt: see cache.Claim
         self.created = time.perf_counter()
         self.token_ids: list[int] = []
         self.drafted: list[bool] = []
@@ -158,25 +160,25 @@ class Request:
         self.finish_reason: str | None = None
         self.started = 0.0
         self.ends = (() if params.ignore_eos else ends) + params.stop_token_ids
-        # Tokens that are not to be chosen among the first `min_tokens`.
+        # Tokens that may not be among the first `min_tokens`.
         self.withheld = ends + params.stop_token_ids if params.min_tokens else ()
         self.room = min(params.max_tokens, room)
         if params.stop and tokenizer is None:
-            raise UserError("stop needs a tokenizer, which this model has none of")
+            raise UserError("stop needs a tokenizer, and this model has none")
         before = prompt.ids if prompt.continued else []
         self._detokenizer = tokenizer.stream(before) if tokenizer else None
-        # With a mark for each special token of a stop string: see `_stop_patterns`.
+        # It has a mark for each special token of a stop string: see `_stop_patterns`.
         self._text = ""
         self._stop, self._marks = _stop_patterns(params.stop, tokenizer)
-        self._printed = 0
+        self._shown = 0  # characters of the text
 
     @property
     def left(self) -> int:
-        """How many tokens may still come; one step brings at least one."""
+        """How many more tokens may be emitted."""
         return 0 if self.finish_reason else self.room - len(self.token_ids)
 
     def take(self, record: StepRecord, k: int, now: float) -> list[Event]:
-        """Take the tokens that a step of K = k emitted, up to where the completion ends."""
+        """Take the tokens that a step of K = k emitted, up to the end of the completion."""
         self.stats.decode_seconds = now - self.started
         if not self.token_ids:
             self.stats.time_to_first_token_seconds = now - self.created
@@ -191,16 +193,16 @@ class Request:
         if self.finish_reason:
             drafts = min(drafts, len(pieces) - 1)
         self.stats.count_step(k, SOURCES[record.source], drafts, record.accepted, len(pieces))
-        guessed = min(record.accepted, record.drafted)
-        drafted = [i < guessed for i in range(len(pieces))]
+        accepted = min(record.accepted, record.drafted)
+        drafted = [i < accepted for i in range(len(pieces))]
         self.drafted += drafted
-        events = [Event(*piece, guess, None) for piece, guess in zip(pieces, drafted, strict=True)]
+        events = [Event(*piece, draft, None) for piece, draft in zip(pieces, drafted, strict=True)]
         if self.finish_reason:
             events[-1] = replace(events[-1], completion=self.completion())
         return events
 
     def push(self, token_id: int) -> str:
-        """Take one token; -> the text that is certain now. Sets `finish_reason` at the end."""
+        """Take one token -> the text that can now be shown. Sets `finish_reason` at the end."""
         self.token_ids.append(token_id)
         text = ""
         ended = token_id in self.ends
@@ -213,11 +215,14 @@ class Request:
         if self.finish_reason and self._detokenizer:
             text += self._detokenizer.flush()
         self._text += text
-        return self._release(len(text))
+        return self._showable(len(text))
 
-    def _release(self, fresh: int) -> str:
-        """Cut at a stop string, and hold back what could become one."""
-        # A match must end in the fresh text, or it would have been found before.
+    def _showable(self, fresh: int) -> str:
+        """Cut at a stop string -> the text that was not shown yet, up to what could become one.
+
+        The last `fresh` characters are new.
+        """
+        # A match ends in the new text, or it would have been found before.
         old = len(self._text) - fresh
         found = []
         if len(self.token_ids) > self.params.min_tokens:
@@ -233,13 +238,14 @@ class Request:
         if not self.finish_reason:
             held = (n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n]))
             end -= max(held, default=0)
-        released = self._text[self._printed : end]
-        self._printed = max(self._printed, end)
-        return _without_marks(released)
+        text = self._text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return _without_marks(text)
 
     def completion(self) -> Completion:
+        """The answer of a finished request."""
         logprobs = self.logprobs if self.params.logprobs else None
-        assert self.finish_reason is not None, "a completion is made when the request has finished"
+        assert self.finish_reason is not None, "the request has not finished"
         return Completion(
             _without_marks(self._text),
             self.token_ids,
@@ -255,10 +261,10 @@ class Request:
 def _stop_patterns(
     stop: tuple[str, ...], tokenizer: Tokenizer | None
 ) -> tuple[list[str], dict[int, str]]:
-    """What to look for in a text that marks special tokens, and the mark of each by its id.
+    """Strings to search for in a text with marks for special tokens, and the mark of each token id.
 
-    A mark is a lone surrogate, which no decoded text holds. A stop string is looked for as it is,
-    since other tokens may spell the same, and with marks for the special tokens in it.
+    A mark is a lone surrogate, which no decoded text contains. Each stop string is searched for in
+    two forms: as it is, since ordinary tokens may spell it, and with marks for its special tokens.
     """
     if tokenizer is None:
         return list(stop), {}

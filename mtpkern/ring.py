@@ -1,7 +1,7 @@
-"""What steps emitted, read by the host while the device runs ahead.
+"""The ring through which the host reads what steps emitted, while the device runs ahead.
 
-The device writes (kernels/advance.py); the host polls memory that both see, and waits for nothing
-but the words it wants: each carries the number of its step.
+The device writes its words (kernels/advance.py) to memory that the host polls. Each word carries
+the number of its step, so that the host waits for no more than the words of the step it reads.
 """
 
 import time
@@ -13,8 +13,8 @@ import torch
 
 from mtpkern.kernels.advance import STEP_MASK
 
-# How long the host sleeps between two looks, and after how long it asks whether the device lives.
-_PAUSE, _DOUBT = 20e-6, 1.0
+# Seconds between two polls, and between two checks that the device has not failed.
+_POLL_INTERVAL, _CHECK_INTERVAL = 20e-6, 1.0
 
 
 class StepRecord(NamedTuple):
@@ -24,8 +24,8 @@ class StepRecord(NamedTuple):
     drafted: int
     source: int
     target: list[int]  # T tokens, of which accepted + 1 were emitted
-    logprobs: list[float]  # of the targets, where the step wrote them
-    broken: bool  # the last of those emitted is no token: its logits were NaN or infinite
+    logprobs: list[float]  # of the targets, if the step wrote them
+    broken: bool  # the last emitted target is invalid: its logits were NaN or infinite
 
 
 class Ring:
@@ -47,22 +47,22 @@ class Ring:
     ) -> list[StepRecord]:
         """Wait for step number `step`, counted from 1, of the first `batch` sequences.
 
-        `check` is called now and then while waiting; it raises where the device has failed.
+        `check` is called about once per second while waiting, and raises if the device has failed.
         """
         count = 1 + rows * (2 if logprobs else 1)
         place = self._seen[step % len(self._seen), :batch, :count]
-        doubt = time.monotonic() + _DOUBT
+        next_check = time.monotonic() + _CHECK_INTERVAL
         words = place.tolist()
         while any(word >> 32 != step & STEP_MASK for sequence in words for word in sequence):
-            time.sleep(_PAUSE)
-            if time.monotonic() > doubt:
+            time.sleep(_POLL_INTERVAL)
+            if time.monotonic() > next_check:
                 check()
-                doubt += _DOUBT
+                next_check += _CHECK_INTERVAL
             words = place.tolist()
         records = []
         for sequence in words:
             word, *low = (word & 0xFFFFFFFF for word in sequence)
-            chances = numpy.array(low[rows:], numpy.uint32).view(numpy.float32).tolist()
+            floats = numpy.array(low[rows:], numpy.uint32).view(numpy.float32).tolist()
             parts = (word & 0xFF, word >> 8 & 0xFF, word >> 16 & 0xFF)
-            records.append(StepRecord(*parts, low[:rows], chances, bool(word >> 24 & 2)))
+            records.append(StepRecord(*parts, low[:rows], floats, bool(word >> 24 & 2)))
         return records

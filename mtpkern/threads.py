@@ -13,10 +13,10 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def use_threads(count: int | None) -> int:
-    """Set how many threads torch computes with, in the whole process -> that count.
+    """Set the number of torch's threads for the whole process -> that number.
 
-    None keeps what torch or OMP_NUM_THREADS chose, but for more threads than there are physical
-    cores: those would wait for each other.
+    None keeps the number that torch or OMP_NUM_THREADS chose, up to the number of physical cores:
+    two threads of one core slow each other down.
     """
     if count is None:
         count = min(torch.get_num_threads(), physical_cores())
@@ -28,9 +28,9 @@ def use_threads(count: int | None) -> int:
 
 
 def physical_cores() -> int:
-    """Cores that this process may run on, two threads of one core counted once.
+    """The number of physical cores that this process may use.
 
-    A container's quota of CPU time counts as so many cores.
+    A container's quota of CPU time is a limit too.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
@@ -41,7 +41,7 @@ def physical_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """The threads of a CPU's core, as the system lists them; its own number where it does not."""
+    """The threads of a CPU's core as the system lists them, or the CPU's number if it does not."""
     try:
         return (_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text()
     except OSError:
@@ -49,7 +49,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> int | None:
-    """The container's limit in whole cores, rounded up; None where there is none."""
+    """The container's limit in whole cores, rounded up; None without a limit."""
     try:
         quota, period = _QUOTA.read_text().split()
     except (OSError, ValueError):

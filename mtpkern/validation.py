@@ -40,6 +40,14 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     return number
 
 
+def rates(name: str, value: Any) -> tuple[float, ...]:
+    """One number or more in 0..1."""
+    value = getattr(value, "tolist", lambda: value)()  # of an array or a tensor
+    if not isinstance(value, list | tuple) or not value:
+        raise UserError(f"{name} must be one rate or more, got {shown(value)}")
+    return tuple(real(name, rate, 0.0, 1.0) for rate in value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool | np.bool_):

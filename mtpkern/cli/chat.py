@@ -53,7 +53,7 @@ def _chat(args: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise UsageError("standard input is closed")
     with args.status.phase("starting"):  # importing torch takes a second or two
-        from mtpkern.engine import resolve_device
+        from mtpkern.device import resolve_device
         from mtpkern.errors import UserError
 
     _, ops = resolve_device(args.device)

@@ -65,7 +65,7 @@ def describe_machine(status: Status = SILENT) -> Iterator[tuple[str, str]]:
         from mtpkern.checkpoints.llama import load_config
         from mtpkern.checkpoints.model_cache import default_model_directory, is_complete
         from mtpkern.cli import machine
-        from mtpkern.engine import resolve_device
+        from mtpkern.device import resolve_device
 
     cores = counted(os.cpu_count() or 1, "core")
     yield "cpu", f"{machine.cpu_model()}, {cores}, torch uses {machine.describe_threads()}"

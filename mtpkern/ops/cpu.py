@@ -376,8 +376,3 @@ def _pages(
     cache, config = plan.cache, plan.config
     settings = (config.num_heads, config.sliding_window, q_norm, k_norm, config.head_dim)
     return Pages(k_pages, v_pages, cache.cos, cache.sin, *settings)
-
-
-def cpu_ops() -> CpuOps:
-    """Until the engine calls CpuOps."""
-    return CpuOps()

@@ -236,8 +236,3 @@ class GpuOps(Ops):
 
 
 TRITON = GpuOps()
-
-
-def with_pdl(pdl: bool) -> GpuOps:
-    """Until the engine calls GpuOps."""
-    return GpuOps(pdl)

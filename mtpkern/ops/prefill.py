@@ -11,8 +11,7 @@ rotation and append in one, two gathers of pages, attention, and silu and its pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +42,10 @@ class Chunk(NamedTuple):
     mask: Tensor | None  # [R, n * page_size] bool; None: causal, the last row sees the last key
 
 
-def prefill_ops(ops: Ops) -> Any:
-    """Until the engine calls `Ops.prefill`."""
-    return SimpleNamespace(layers=ops.prefill, rms_norm=ops.rms_norm)
-
-
 def run_chunk(
     model: Llama, window: Tensor, cache: KVCache, taps: Sequence[int], ops: Ops
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the rows [1, R] of a prompt behind its first cache.lengths tokens, as `run_trunk` does;
+    """Run the rows [1, R] of a prompt behind its first cache.lengths tokens, as `Ops.layers` does;
     cache.lengths [1] lies on the host."""
     chunk = plan_chunk(int(cache.lengths[0]), window.shape[1], cache, model.config.sliding_window)
     x = ops.embed(model.embedding, window)

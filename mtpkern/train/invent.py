@@ -69,7 +69,7 @@ def _lines(a: argparse.Namespace) -> list[str]:
 
     from mtpkern.checkpoints.llama import load_config
     from mtpkern.checkpoints.resolve import resolve_model
-    from mtpkern.engine import resolve_device
+    from mtpkern.device import resolve_device
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import fastest_dtype, measure_answers
     from mtpkern.train.distill import Trunk, generate, nucleus

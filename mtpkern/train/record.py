@@ -45,7 +45,7 @@ def _answer(a: argparse.Namespace) -> int:
     # Here, so that --help answers at once.
     from mtpkern.checkpoints.llama import load_config
     from mtpkern.checkpoints.resolve import resolve_model
-    from mtpkern.engine import resolve_device
+    from mtpkern.device import resolve_device
     from mtpkern.errors import UserError
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import fastest_dtype, measure_answers

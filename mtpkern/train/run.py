@@ -27,8 +27,8 @@ from mtpkern.checkpoints.json_files import read_json_object
 from mtpkern.checkpoints.llama import fingerprint, load_config
 from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.config import ModelConfig
+from mtpkern.device import resolve_device
 from mtpkern.drafters.load import find_heads
-from mtpkern.engine import resolve_device
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.outputs import run_directory, writing
 from mtpkern.status import SILENT, Phase, Status

@@ -129,7 +129,7 @@ def test_logits_that_are_no_numbers_are_one_line_and_exit_2(tmp_path, capsys, mo
     code = main(["generate", PROMPT, "--model", str(directory), *mode])
     captured = capsys.readouterr()
     assert captured.out.strip() == ""
-    assert_one_line_of_blame(code, captured, "logits are no numbers")
+    assert_one_line_of_blame(code, captured, "logits are not finite")
 
 
 def test_without_compare_the_json_object_says_null(generate):

@@ -1,4 +1,4 @@
-"""Pages: each is in one sequence's hands or free, whatever comes and goes."""
+"""Pages: each is free or belongs to one sequence, whichever requests come and go."""
 
 import subprocess
 import sys
@@ -32,40 +32,40 @@ def llm(tmp_path: Path) -> LLM:
     return LLM(directory, num_speculative_tokens=2, max_batch=3, max_length=200, cache_tokens=768)
 
 
-def test_a_sequence_waits_for_pages_and_gets_what_it_would_have_got(llm: LLM) -> None:
+def test_a_sequence_waits_for_pages_and_gets_the_same_tokens(llm: LLM) -> None:
     prompts = [[3 + i, 20, 30 + i] * (1 + i) for i in range(6)]
     params = SamplingParams(max_tokens=30)
     alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
-    assert len(llm._pool.free) == 2
+    assert len(llm.scheduler.pool.free) == 2
     assert [c.token_ids for c in llm.generate(prompts, params)] == alone
-    assert sorted(llm._pool.free) == [1, 2]
+    assert sorted(llm.scheduler.pool.free) == [1, 2]
 
 
-def test_no_page_leaks_when_a_stream_is_given_up(llm: LLM) -> None:
+def test_no_page_leaks_when_a_stream_is_closed_early(llm: LLM) -> None:
     whole = llm.generate([7, 8, 9], SamplingParams(max_tokens=20))[0].token_ids
     for count in (1, 3, 8):
         stream = llm.stream([5, 6], SamplingParams(max_tokens=100))
         for _ in range(count):
             next(stream)
         stream.close()  # type: ignore[attr-defined]
-        assert sorted(llm._pool.free) == [1, 2]
-        assert bool((llm._cache.page_table == SCRATCH).all())
-        assert not llm._state.progress.active.any()
+        assert sorted(llm.scheduler.pool.free) == [1, 2]
+        assert bool((llm.runner.cache.page_table == SCRATCH).all())
+        assert not llm.runner.state.progress.active.any()
     assert llm.generate([7, 8, 9], SamplingParams(max_tokens=20))[0].token_ids == whole
 
 
-def test_a_sequence_reads_no_other_ones_pages(llm: LLM) -> None:
-    """All that is not its own is NaN, which would poison whatever saw it."""
+def test_a_sequence_reads_no_pages_but_its_own(llm: LLM) -> None:
+    """Every other slot is NaN, which would propagate to whatever reads it."""
     params = SamplingParams(max_tokens=40)
     expected = llm.generate([7, 8, 9], params)[0].token_ids
     with torch.inference_mode():
-        llm._cache.k.fill_(float("nan"))
-        llm._cache.v.fill_(float("nan"))
+        llm.runner.cache.k.fill_(float("nan"))
+        llm.runner.cache.v.fill_(float("nan"))
     assert llm.generate([7, 8, 9], params)[0].token_ids == expected
 
 
-def test_pages_that_nobody_has_touched_take_no_memory(tmp_path: Path) -> None:
-    """Room for many long sequences costs nothing before they come."""
+def test_untouched_pages_take_no_memory(tmp_path: Path) -> None:
+    """A cache for many long sequences takes memory only as they are decoded."""
     directory = tiny_checkpoint(tmp_path, max_position_embeddings=2**20)
     program = f"""
 import resource
@@ -77,7 +77,7 @@ llm = LLM({str(directory)!r}, max_batch=1, max_length=128)
 before = peak()
 llm = LLM({str(directory)!r}, max_batch=16, max_length=2**17)
 llm.generate([5, 6, 7], SamplingParams(max_tokens=5))
-print(llm._cache.k.nbytes // 2**20, peak() - before)
+print(llm.runner.cache.k.nbytes // 2**20, peak() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

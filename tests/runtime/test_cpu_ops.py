@@ -21,7 +21,7 @@ from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.sample import SamplingRows
 from mtpkern.kernels.verify_attention import verify_attention_ref
-from mtpkern.model import Llama, run_trunk
+from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.ops.cpu import CpuOps
 from mtpkern.ops.cpu_programs import MAX_ROWS
@@ -144,7 +144,7 @@ def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Pat
         for _ in range(2):  # what the first leaves behind must not matter to the second
             features, projected = ops.forward(model, window, cache, taps, None)
         largest = projected.largest((2, 4)).clone()
-        hidden, tapped = run_trunk(model, window, cache, ops, [t for t in taps if t < 3])
+        hidden, tapped = ops.layers(model, window, cache, [t for t in taps if t < 3])
         normed = ops.rms_norm(hidden, model.norm, model.config.rms_norm_eps)
         expected = [*tapped, normed] if 3 in taps or not taps else tapped
         assert torch.equal(features, torch.cat(expected, 1))

@@ -39,7 +39,7 @@ class Scripted(NoDrafter):
 
 
 def perfect(answers: list[list[int]]) -> Drafter:
-    """Knows the answers, up to their end."""
+    """Drafts the answers, up to their end."""
 
     def script(known: list[int], count: int) -> list[int]:
         whole = next((a for a in answers if a[: len(known)] == known), known)
@@ -67,7 +67,7 @@ def random_drafts(_: list[list[int]]) -> Drafter:
 
 
 def hostile(answers: list[list[int]]) -> Drafter:
-    """Always wrong from the first draft on, and repeats the last token, as caches hate it."""
+    """Wrong from the first draft on, and repeats the last token where it can."""
 
     def script(known: list[int], count: int) -> list[int]:
         whole = next((a for a in answers if a[: len(known)] == known), known)
@@ -132,7 +132,8 @@ def test_drafts_never_change_a_token_or_a_logprob(
 def test_a_k_that_changes_from_step_to_step_changes_no_token(
     checkpoint: tuple[Path, str], make: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a CPU, where windows are cut and heads rest as the clock says: here at random."""
+    """As on a CPU, where timings decide how many drafts are verified and when heads rest: here at
+    random."""
     directory, dtype = checkpoint
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=7, logprobs=True)
     llm = LLM(directory, dtype=dtype, max_length=300, max_batch=len(PROMPTS))
@@ -156,7 +157,7 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
 
 
 def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
-    """What lies in slots behind the committed ones must not count, not even as 0 x NaN."""
+    """The contents of uncommitted slots must have no effect, not even as 0 x NaN."""
     llm = LLM(tiny_checkpoint(tmp_path), num_speculative_tokens=3, max_length=256, max_batch=2)
     prompts = [[5, 6, 7, 8] * 5, [9, 10, 11]]
     expected = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
@@ -164,8 +165,8 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
     @torch.inference_mode()
     def poison() -> None:
         for b in range(2):
-            live, page = int(llm._cache.lengths[b]), int(llm._cache.page_table[b, 0])
-            for cache in (llm._cache.k, llm._cache.v):
+            live, page = int(llm.runner.cache.lengths[b]), int(llm.runner.cache.page_table[b, 0])
+            for cache in (llm.runner.cache.k, llm.runner.cache.v):
                 cache[:, page, live:] = float("nan")
 
     class Poisoner(NgramDrafter):
@@ -175,8 +176,8 @@ def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:
 
     llm.drafter = Poisoner(DEFINITIONS)
     with torch.inference_mode():
-        llm._cache.k.fill_(float("nan"))
-        llm._cache.v.fill_(float("nan"))
+        llm.runner.cache.k.fill_(float("nan"))
+        llm.runner.cache.v.fill_(float("nan"))
     got = llm.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 
@@ -189,13 +190,13 @@ def test_rejected_tokens_leave_no_trace(tmp_path: Path) -> None:
         llm = LLM(directory, num_speculative_tokens=k, max_length=200, max_batch=1)
         llm.drafter = drafter
         with torch.inference_mode():
-            state = DecodeState.empty(llm._cache, llm.max_length, k)
+            state = DecodeState.empty(llm.runner.cache, llm.max_length, k)
             state.window[0, 0] = state.progress.tokens[0, 0] = 9
             state.progress.active[0] = 1
             state.cache.assign(0, [1])
             while state.cache.lengths[0] < 100:
                 decode_step(state, llm.trunk, drafter, llm.ops)
-            caches.append([c[:, 1, :100].clone() for c in (llm._cache.k, llm._cache.v)])
+            caches.append([c[:, 1, :100].clone() for c in (llm.runner.cache.k, llm.runner.cache.v)])
             caches[-1].append(state.progress.tokens[:, :101].clone())
     for other in caches[1:]:
         for mine, theirs in zip(caches[0], other, strict=True):

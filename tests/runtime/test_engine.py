@@ -1,4 +1,4 @@
-"""LLM: stops exactly where plain decoding would, counts honestly, refuses clearly."""
+"""LLM: where completions stop, their statistics, and the errors for wrong arguments."""
 
 import gc
 import json
@@ -14,8 +14,10 @@ from conftest import tiny_checkpoint
 from cpu_machine import poison
 from safetensors.torch import load_file, save_file
 
-from mtpkern import engine
+from mtpkern import device
+from mtpkern.cache import KVCache
 from mtpkern.config import SamplingParams
+from mtpkern.device import resolve_device
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
@@ -78,13 +80,13 @@ def test_an_end_token_leaves_no_text_whatever_the_tokenizer_calls_it(llm: LLM) -
     assert answer.text == llm.tokenizer.decode(answer.token_ids[:-1])
 
 
-NO_NUMBERS = "logits are no numbers: another dtype may hold them"
+NOT_FINITE = "logits are not finite: another dtype may help"
 FRAGILE = [5, 9, 33, 7, 40]
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
-def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
+def test_logits_that_are_not_finite_are_an_error_not_an_answer(
     tmp_path: Path, logprobs: bool, sampling: dict[str, Any]
 ) -> None:
     directory = tiny_checkpoint(tmp_path, dtype=torch.float32)
@@ -95,14 +97,14 @@ def test_logits_that_are_no_numbers_are_an_error_not_an_answer(
     params = SamplingParams(max_tokens=4, logprobs=logprobs, **sampling)
     for prompts in (TEXT, [TEXT, "dog"]):
         for speculate in (True, False):
-            with pytest.raises(UserError, match=NO_NUMBERS):
+            with pytest.raises(UserError, match=NOT_FINITE):
                 broken.generate(prompts, params, speculate=speculate)
-    with pytest.raises(UserError, match=NO_NUMBERS):
+    with pytest.raises(UserError, match=NOT_FINITE):
         list(broken.stream(TEXT, params))
 
 
 class Foresight(NgramDrafter):
-    """Drafts what follows in `answer`, whose prompt is FRAGILE, or one token again and again."""
+    """Drafts the continuation in `answer`, whose prompt is FRAGILE, or always the same token."""
 
     def __init__(self, answer: list[int], instead: int | None = None):
         super().__init__(DEFINITIONS)
@@ -117,7 +119,7 @@ class Foresight(NgramDrafter):
 
 @pytest.fixture
 def fragile(tmp_path: Path) -> tuple[LLM, list[int]]:
-    """A model whose embedding is its own, and its answer to FRAGILE."""
+    """A model whose embedding is not tied, and its answer to FRAGILE."""
     directory = tiny_checkpoint(tmp_path, tie_word_embeddings=False, eos_token_id=None)
     llm = LLM(directory, num_speculative_tokens=4, max_batch=2, max_length=128)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -125,7 +127,7 @@ def fragile(tmp_path: Path) -> tuple[LLM, list[int]]:
 
 
 def break_at(llm: LLM, token: int) -> None:
-    """Whatever follows `token` has logits that are NaN."""
+    """Make the logits after `token` NaN."""
     poison(llm.trunk.embedding, token)
 
 
@@ -133,7 +135,7 @@ def until_the_error(llm: LLM, speculate: bool) -> list[int]:
     """The tokens that are streamed before the error."""
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     found = []
-    with pytest.raises(UserError, match=NO_NUMBERS):
+    with pytest.raises(UserError, match=NOT_FINITE):
         for event in llm.stream(FRAGILE, params, speculate=speculate):
             found.append(event.token_id)
     return found
@@ -156,7 +158,9 @@ def test_an_answer_breaks_off_at_the_same_token_with_and_without_drafts(
             assert np.isfinite(whole[0].logprobs).all()
 
 
-def test_a_rejected_draft_may_be_no_number(fragile: tuple[LLM, list[int]]) -> None:
+def test_a_rejected_draft_may_have_logits_that_are_not_finite(
+    fragile: tuple[LLM, list[int]],
+) -> None:
     llm, answer = fragile
     params = SamplingParams(max_tokens=40, logprobs=True, ignore_eos=True)
     expected = llm.generate([FRAGILE], params)[0]
@@ -168,7 +172,9 @@ def test_a_rejected_draft_may_be_no_number(fragile: tuple[LLM, list[int]]) -> No
     assert sum(found.stats.drafted["heads"]) > 100 and not any(found.stats.accepted["heads"])
 
 
-def test_a_prompt_whose_states_are_no_numbers_is_an_error(fragile: tuple[LLM, list[int]]) -> None:
+def test_a_prompt_whose_hidden_states_are_not_finite_is_an_error(
+    fragile: tuple[LLM, list[int]],
+) -> None:
     llm, answer = fragile
     break_at(llm, FRAGILE[1])
     for speculate in (True, False):
@@ -217,7 +223,7 @@ def test_statistics_add_up(llm: LLM) -> None:
 
 
 def test_accepted_drafts_are_the_tokens_gained(llm: LLM) -> None:
-    """Drafts behind the last token, or in its place, are neither drafted nor accepted."""
+    """Drafts after the last token, or in its place, do not count as drafted or accepted."""
     whole = run(llm, max_tokens=60)
     for count in range(1, 30):
         stats = run(llm, max_tokens=count).stats
@@ -295,7 +301,8 @@ def share(a: list[int], b: list[int]) -> float:
 
 
 def test_prompts_of_one_seed_draw_unlike_noise(llm: LLM) -> None:
-    """At this temperature the 307 tokens are nearly equally likely: like noise, like tokens."""
+    """At this temperature the 307 tokens are nearly equally likely: equal noise would give equal
+    tokens."""
     torch.manual_seed(0)
     prompts = torch.randint(3, 300, (6, 10)).tolist()
     for seed in (3, None):
@@ -386,7 +393,7 @@ def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: An
     def pretend(found: bool, capability: tuple[int, int], triton: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(engine, "HAS_TRITON", triton)
+        monkeypatch.setattr(device, "HAS_TRITON", triton)
 
     for found, capability, triton, message in (
         (False, (9, 0), True, "needs an NVIDIA GPU of compute capability 8.0"),
@@ -395,11 +402,11 @@ def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: An
     ):
         pretend(found, capability, triton)
         with pytest.raises(UserError, match=message):
-            engine.resolve_device("cuda")
-        assert engine.resolve_device("auto")[0].type == "cpu"
+            resolve_device("cuda")
+        assert resolve_device("auto")[0].type == "cpu"
     pretend(True, (8, 0), True)
-    assert engine.resolve_device("auto")[0].type == "cuda"
-    assert engine.resolve_device("cpu")[1].layers is not None
+    assert resolve_device("auto")[0].type == "cuda"
+    assert resolve_device("cpu")[1].layers is not None
 
 
 def test_a_conversation_is_answered_and_goes_on(llm: LLM) -> None:
@@ -432,7 +439,7 @@ def test_a_content_may_be_a_list_of_texts_and_other_types_are_refused_by_name(ll
             chat(content)
 
 
-def test_what_goes_wrong_inside_a_template_is_the_messages_fault(tmp_path: Path) -> None:
+def test_an_error_inside_a_template_is_blamed_on_the_messages(tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path)
     template = "{{ messages[0].content.index('</think>') }}"
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
@@ -441,10 +448,13 @@ def test_what_goes_wrong_inside_a_template_is_the_messages_fault(tmp_path: Path)
         broken.chat([{"role": "user", "content": "the fox"}])
 
 
-def test_a_closed_model_gives_its_memory_back_and_refuses_to_go_on(tmp_path: Path) -> None:
+def test_a_closed_model_frees_its_memory_and_refuses_every_call(tmp_path: Path) -> None:
     with LLM(tiny_checkpoint(tmp_path), max_length=64) as llm:
         assert llm.generate(TEXT, SamplingParams(max_tokens=3))
-        kept = [weakref.ref(t) for t in (llm.trunk.embedding.data, llm._cache.k, llm._state.window)]
+        kept = [
+            weakref.ref(t)
+            for t in (llm.trunk.embedding.data, llm.runner.cache.k, llm.runner.state.window)
+        ]
         unfinished = llm.stream(TEXT, SamplingParams(max_tokens=20))
         next(unfinished)
     with pytest.raises(UserError, match="this LLM is closed: load it again"):
@@ -481,18 +491,18 @@ def test_another_gpu_than_the_current_one_is_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(engine, "HAS_TRITON", True)
-    assert engine.resolve_device(torch.device("cuda:0"))[0].type == "cuda"
+    monkeypatch.setattr(device, "HAS_TRITON", True)
+    assert resolve_device(torch.device("cuda:0"))[0].type == "cuda"
     with pytest.raises(UserError, match=r"call torch\.cuda\.set_device\(1\) first"):
-        engine.resolve_device(torch.device("cuda:1"))
+        resolve_device(torch.device("cuda:1"))
     with pytest.raises(UserError, match="device must be auto, cpu or cuda, got 'mps'"):
-        engine.resolve_device(torch.device("mps"))
+        resolve_device(torch.device("mps"))
 
 
 def test_a_cache_that_does_not_fit_says_what_to_lower(tmp_path: Path, monkeypatch: Any) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("not enough memory: you tried to allocate 99 bytes.\nMore")
 
-    monkeypatch.setattr(engine.KVCache, "empty", refuse)
+    monkeypatch.setattr(KVCache, "empty", refuse)
     with pytest.raises(UserError, match=r"max_batch=8 .* max_length=512 .*99 bytes.* lower one"):
         LLM(tiny_checkpoint(tmp_path))

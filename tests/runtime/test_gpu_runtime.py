@@ -1,4 +1,4 @@
-"""What LLM does on a GPU beside computing, on one that is not there."""
+"""What LLM does on a GPU besides computing, shown without a GPU (pretend_gpu.py)."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from pretend_gpu import pretend_gpu  # noqa: E402
 
-from mtpkern import engine  # noqa: E402
+from mtpkern import device  # noqa: E402
 from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
 from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
@@ -23,6 +23,7 @@ from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
 from mtpkern.ops import prefill  # noqa: E402
 from mtpkern.ops.definitions import DEFINITIONS, Definitions  # noqa: E402
 from mtpkern.ops.gpu import TRITON  # noqa: E402
+from mtpkern.runner import Runner  # noqa: E402
 from mtpkern.status import Phase  # noqa: E402
 from mtpkern.warmup import noting_kernels  # noqa: E402
 
@@ -53,7 +54,7 @@ def test_graphs_share_one_pool_and_only_their_memory_is_counted(directory: Path)
     with pretend_gpu() as gpu:
         gpu.cached = 1 << 30  # what loading left
         llm = load(directory, num_speculative_tokens=3)
-        assert len(gpu.graphs) == len(llm._graphs) == 6
+        assert len(gpu.graphs) == len(llm.runner.graphs) == 6
         assert len(set(gpu.graphs)) > 1
         assert llm.graph_bytes == max(gpu.graphs), "the largest, not the sum"
         assert gpu.cached == 0
@@ -74,7 +75,7 @@ def test_loading_says_which_kernel_is_compiled_and_how_much_remains(
     with pretend_gpu() as gpu:
         llm = load(directory, num_speculative_tokens=3)
         binaries = len(gpu.binaries)
-    whole = len(TIERS) + len(llm._graphs)
+    whole = len(TIERS) + len(llm.runner.graphs)
     start = "compiling kernels and capturing graphs: "
     # A prompt's first drafts are the first to need kernels.
     assert lines[0].startswith(f"{start}0/{whole} shapes, kernel 1: ")
@@ -137,13 +138,13 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
     with pretend_gpu() as gpu:
         llm = load(directory, max_length=1210, **options)
         loaded = set(gpu.binaries)
-        ladder = sorted({k for _, k in llm._seconds})
+        ladder = sorted({k for _, k in llm.runner.graph_seconds})
         assert ladder == sorted({0, 1, 2, llm.k}) and llm.k > 2
         params = [SamplingParams(max_tokens=2 + i % 7, ignore_eos=True) for i in range(len(MIXED))]
         prompts = [[7 + j % 100 for j in range(n)] for n in MIXED]
         for best in ladder:
-            for shape in llm._seconds:
-                llm._seconds[shape] = 1.0 if shape[1] == best else 9.0
+            for shape in llm.runner.graph_seconds:
+                llm.runner.graph_seconds[shape] = 1.0 if shape[1] == best else 9.0
             for count in (1, 2, 3):
                 llm.generate(prompts[best : best + count], params[:count])
         llm.generate(prompts, params)
@@ -155,7 +156,7 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
 def test_a_graph_reads_no_more_of_a_long_page_table_than_it_must(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "GRAPH_CONTEXTS", (128, 448))
+    monkeypatch.setattr(device, "GPU", replace(device.GPU, graph_contexts=(128, 448)))
     with pretend_gpu():
         llm = load(directory, num_speculative_tokens=3, max_length=900)
         used = Counter()
@@ -164,17 +165,17 @@ def test_a_graph_reads_no_more_of_a_long_page_table_than_it_must(
             batch, k, pages = shape
 
             def run() -> None:
-                needed = int(llm._cache.lengths[:batch].max()) + k + 1
+                needed = int(llm.runner.cache.lengths[:batch].max()) + k + 1
                 assert needed <= 64 * pages
                 used[pages, min(most for most in buckets if needed <= 64 * most)] += 1
                 replay()
 
             return run
 
-        buckets = sorted({pages for _, _, pages in llm._graphs})
+        buckets = sorted({pages for _, _, pages in llm.runner.graphs})
         assert buckets[:2] == [2, 7] and len(buckets) == 3
-        llm._graphs.update({s: checked(s, replay) for s, replay in llm._graphs.items()})
-        monkeypatch.setattr(LLM, "_launch", None)
+        llm.runner.graphs.update({s: checked(s, replay) for s, replay in llm.runner.graphs.items()})
+        monkeypatch.setattr(Runner, "launch", None)
         params = SamplingParams(max_tokens=440, ignore_eos=True)
         for speculate in (True, False):
             llm.generate([[5] * 9, [7] * 200, [8] * 460], params, speculate=speculate)

@@ -8,7 +8,7 @@ from families import FAMILIES, write_family
 
 from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
-from mtpkern.model import Llama, run_trunk
+from mtpkern.model import Llama
 from mtpkern.ops.cpu_step import CpuLogits
 
 PROMPT = [5, 9, 33, 7, 61, 12, 80, 2, 44]
@@ -31,11 +31,11 @@ def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
 
 def _logits(trunk: Llama, tokens: torch.Tensor, llm: LLM) -> torch.Tensor:
     """Logits of a whole sequence through the step's own ops, in windows of five."""
-    cache = llm._cache.rows(0, 1)
+    cache = llm.runner.cache.rows(0, 1)
     cache.reset(0)
     rows = []
     for window in tokens.split(5, dim=1):
-        hidden, _ = run_trunk(trunk, window, cache, llm.ops)
+        hidden, _ = llm.ops.layers(trunk, window, cache)
         config = trunk.config
         eps = config.rms_norm_eps
         _, projected = llm.ops.project(hidden, trunk.norm, eps, trunk.vocabulary, None)

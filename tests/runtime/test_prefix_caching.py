@@ -1,4 +1,4 @@
-"""What the cache holds of a finished sequence serves a later prompt, with a fresh run's bits."""
+"""Prompts that reuse a finished sequence's cache have the bits of a fresh run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def model_with(kind: str, directory: Path) -> dict[str, Any]:
 
 
 def conversation(answer: Callable[[list[int], int], Completion]) -> list[list[int]]:
-    """Turns of growing, repeated, shortened and changed prompts; -> the prompts, as they came."""
+    """Answer growing, repeated, shortened and changed prompts -> those prompts, in order."""
     torch.manual_seed(3)
     known = torch.randint(6, 96, (7,)).tolist()
     prompts = []
@@ -57,12 +57,12 @@ def conversation(answer: Callable[[list[int], int], Completion]) -> list[list[in
 
 
 def held(llm: LLM) -> tuple[list[torch.Tensor], Prefix]:
-    """K and V of the sequence that was kept last: the trunk's, and a drafter's own."""
-    prefix = llm._pool.prefixes[-1]
+    """K and V of the prefix that was kept last: the trunk's, and a drafter's own."""
+    prefix = llm.scheduler.pool.prefixes[-1]
     (page,) = prefix.pages
     drafter = llm.drafter
     drafter = drafter.drafter if isinstance(drafter, CompanionDrafter) else drafter
-    caches = [(llm._cache, len(prefix.tokens))]
+    caches = [(llm.runner.cache, len(prefix.tokens))]
     if hasattr(drafter, "cache"):
         caches.append((drafter.cache, prefix.pairs))
     return [t[:, page, :count] for cache, count in caches for t in (cache.k, cache.v)], prefix
@@ -95,10 +95,10 @@ def test_a_conversation_has_the_bits_of_fresh_prompts(
 
     def both(prompt: list[int], count: int) -> Completion:
         params = SamplingParams(max_tokens=count, temperature=temperature, seed=0, logprobs=True)
-        before = held(llm)[1].tokens if llm._pool.prefixes else []
+        before = held(llm)[1].tokens if llm.scheduler.pool.prefixes else []
         mine = llm.generate(prompt, params, speculate=speculate)[0]
-        while fresh_llm._pool.prefixes:
-            fresh_llm._pool.release(fresh_llm._pool.prefixes.pop().pages)
+        while fresh_llm.scheduler.pool.prefixes:
+            fresh_llm.scheduler.pool.release(fresh_llm.scheduler.pool.prefixes.pop().pages)
         fresh = fresh_llm.generate(prompt, params, speculate=speculate)[0]
         assert (mine.token_ids, mine.logprobs) == (fresh.token_ids, fresh.logprobs)
         assert (mine.stats.steps, mine.drafted) == (fresh.stats.steps, fresh.drafted)
@@ -144,7 +144,7 @@ def test_runs_with_and_without_drafts_share_what_they_can(tmp_path: Path) -> Non
     assert cached[4] > cached[2]
 
 
-def test_a_stream_that_was_given_up_leaves_what_it_had(tmp_path: Path) -> None:
+def test_a_stream_that_was_closed_early_leaves_its_prefix(tmp_path: Path) -> None:
     setting = model_with("mtp", tmp_path) | dict(max_batch=1, max_length=LENGTH)
     llm, fresh = LLM(**setting, prefix_caching=True), LLM(**setting)
     params = SamplingParams(max_tokens=60, logprobs=True, ignore_eos=True)
@@ -160,8 +160,9 @@ def test_a_stream_that_was_given_up_leaves_what_it_had(tmp_path: Path) -> None:
 
 
 def test_a_stop_string_keeps_no_more_than_was_answered(tmp_path: Path) -> None:
-    """A step may commit tokens behind the place where the host cut."""
-    setting = model_with("ngram", tmp_path) | dict(max_batch=1, max_length=LENGTH)
+    """A step may commit tokens past the point where the host cuts the answer."""
+    setting = model_with("ngram", tmp_path)
+    setting |= dict(num_speculative_tokens=4, max_batch=1, max_length=LENGTH)
     llm, fresh = LLM(**setting, prefix_caching=True), LLM(**setting)
     text = "the quick brown fox jumps over the lazy dog "
     whole = fresh.generate(text, SamplingParams(max_tokens=50, ignore_eos=True))[0]
@@ -170,9 +171,9 @@ def test_a_stop_string_keeps_no_more_than_was_answered(tmp_path: Path) -> None:
         stop = SamplingParams(max_tokens=50, stop=(whole.text[begin : begin + 2],), ignore_eos=True)
         said = llm.generate(text, stop)[0].token_ids
         prompt = llm.encode(text)
-        assert llm._pool.prefixes[-1].tokens == [*prompt, *said][: len(prompt) + len(said) - 1] or (
-            llm._pool.prefixes[-1].tokens == [*prompt, *said]
-        )
+        assert llm.scheduler.pool.prefixes[-1].tokens == [*prompt, *said][
+            : len(prompt) + len(said) - 1
+        ] or (llm.scheduler.pool.prefixes[-1].tokens == [*prompt, *said])
         after = [*prompt, *said, 40, 41]
         params = SamplingParams(max_tokens=20, logprobs=True, ignore_eos=True)
         mine, other = (m.generate(after, params)[0] for m in (llm, fresh))
@@ -193,10 +194,12 @@ def test_sequences_side_by_side_each_find_their_own(tmp_path: Path) -> None:
         # In another order: pages are found wherever they were used before.
         prompts = [[*p, *c.token_ids, 44] for p, c in zip(prompts, mine, strict=True)][::-1]
     assert len(llm.generate([[9, 8, i] for i in range(5)], params)) == 5
-    assert len(llm._pool.free) + sum(len(p.pages) for p in llm._pool.prefixes) == 3
+    assert (
+        len(llm.scheduler.pool.free) + sum(len(p.pages) for p in llm.scheduler.pool.prefixes) == 3
+    )
 
 
-def test_what_is_kept_gives_way_to_what_runs() -> None:
+def test_prefixes_are_dropped_when_a_request_needs_their_pages() -> None:
     pool = PagePool(4)
     first, second = pool.claim(2), pool.claim(2)
     assert first is not None and second is not None
@@ -212,7 +215,7 @@ def test_what_is_kept_gives_way_to_what_runs() -> None:
     assert sorted(pool.free) == [1, 2, 3, 4]
 
 
-def test_a_sequence_is_not_given_up_for_a_first_word_in_common() -> None:
+def test_a_prefix_is_not_dropped_for_one_common_token() -> None:
     pool = PagePool(2)
     kept = pool.claim(1)
     assert kept is not None

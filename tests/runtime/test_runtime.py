@@ -1,4 +1,4 @@
-"""The whole runtime on the kernels: what LLM does on a GPU, which ttsem shows on a CPU."""
+"""The whole runtime on the kernels: LLM on a GPU, or on one that ttsem emulates on a CPU."""
 
 from dataclasses import replace
 from itertools import cycle
@@ -11,7 +11,7 @@ from conftest import tiny_checkpoint
 from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
 
-from mtpkern import engine
+from mtpkern import device, warmup
 from mtpkern.config import SamplingParams
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts
 from mtpkern.drafters.draft_length import GraphDraftLength
@@ -36,7 +36,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def pinnable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ttsem shows a GPU, all memory is the host's."""
+    """Under ttsem all memory is the host's."""
     if torch.version.cuda is None:
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
@@ -75,7 +75,7 @@ def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
         assert drafted.stats.accepted == theirs.stats.accepted
         accepted += sum(map(sum, drafted.stats.accepted.values()))
     assert accepted > 2
-    assert len(llm._pool.free) == llm._cache.k.shape[1] - 1, "every page came back"
+    assert len(llm.scheduler.pool.free) == llm.runner.cache.k.shape[1] - 1, "every page came back"
 
 
 def test_parallel_heads_may_read_the_vocabulary_a_second_time(
@@ -135,7 +135,7 @@ def test_every_trunk_is_on_the_kernels_what_it_is_on_the_references(
     assert drafted.logprobs == plain.logprobs
 
 
-def test_logits_that_are_no_numbers_are_an_error_at_the_same_token(
+def test_logits_that_are_not_finite_are_an_error_at_the_same_token(
     gpu: str, tmp_path: Path
 ) -> None:
     """A token's embedding is NaN: chosen, it ends the answer; drafted and rejected, it does not."""
@@ -157,7 +157,7 @@ def test_logits_that_are_no_numbers_are_an_error_at_the_same_token(
         llm.trunk.embedding[answer[at]] = torch.nan
     for speculate in (True, False):
         found, params = [], replace(GREEDY, logprobs=speculate)
-        with pytest.raises(UserError, match="logits are no numbers"):
+        with pytest.raises(UserError, match="logits are not finite"):
             for event in llm.stream(PROMPTS[1], params, speculate=speculate):
                 found.append(event.token_id)
         assert found == answer[: at + 1]
@@ -179,7 +179,7 @@ def test_a_chosen_number_of_drafts_changes_no_token(
     llm = load(directory, gpu, num_speculative_tokens=3, max_batch=1)
     params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=True)
     (plain,) = llm.generate(PROMPTS[0], params, speculate=False)
-    llm._seconds, order = {(1, k): 1.0 for k in (0, 1, 3)}, cycle((3, 1, 0, 3, 0, 0, 1))
+    llm.runner.graph_seconds, order = {(1, k): 1.0 for k in (0, 1, 3)}, cycle((3, 1, 0, 3, 0, 0, 1))
     monkeypatch.setattr(GraphDraftLength, "choose", lambda self, windows: next(order))
     (completion,) = llm.generate(PROMPTS[0], params)
     assert completion.token_ids == plain.token_ids
@@ -198,21 +198,21 @@ def test_every_shape_is_captured_beforehand_and_leaves_no_trace(
                 step()
                 return step
 
-        monkeypatch.setattr(engine, "GraphPool", RunsOnce)
-        monkeypatch.setattr(engine, "measure", lambda replay: float(bool(replay())) + 1.0)
+        monkeypatch.setattr(warmup, "GraphPool", RunsOnce)
+        monkeypatch.setattr(warmup, "measure", lambda replay: float(bool(replay())) + 1.0)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         # Each look finds 3 MiB less than the one before.
         free = iter(range(1 << 30, 0, -(3 << 20)))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1 << 30))
     with monkeypatch.context() as low:
-        low.setattr(engine, "GRAPH_CEILING", (1 << 20) - 1)
+        low.setattr(device, "GPU", replace(device.GPU, graph_memory=(1 << 20) - 1))
         with pytest.raises(UserError, match=r"4 graphs take \d+ MiB, more than 0 MiB: lower"):
             load(directory, gpu, graph=True, max_batch=1)
     llm = load(directory, gpu, graph=True)
     shapes = {(b, k) for b in (1, 2) for k in (0, 1, 2, 4)}
-    assert {(b, k) for b, k, _ in llm._graphs} == set(llm._seconds) == shapes
-    # A word that lies in the ring already must not be taken for one of a later step.
-    assert llm._clock >= int((llm._ring.words >> 32).max()) > 0
+    assert {(b, k) for b, k, _ in llm.runner.graphs} == set(llm.runner.graph_seconds) == shapes
+    # A word that is already in the ring must not be mistaken for one of a later step.
+    assert llm.runner.clock >= int((llm.runner.ring.words >> 32).max()) > 0
     (completion,) = llm.generate(PROMPTS[0], GREEDY)
     assert completion.token_ids == expected.token_ids
     assert completion.logprobs == expected.logprobs

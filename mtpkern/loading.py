@@ -1,0 +1,189 @@
+"""What LLM loads: tokenizer, trunk, drafter and cache, and the defaults that depend on them."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mtpkern.cache import KVCache
+from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
+from mtpkern.checkpoints.tokenizer_files import has_tokenizer
+from mtpkern.config import ModelConfig, resolve_dtype
+from mtpkern.device import settings_for
+from mtpkern.drafters.base import Drafter, NoDrafter
+from mtpkern.drafters.load import load_heads
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
+from mtpkern.errors import UserError, printable
+from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.model import Llama
+from mtpkern.ops.base import Ops
+from mtpkern.ops.cpu import CpuOps
+from mtpkern.ops.cpu_programs import kernels
+from mtpkern.runner import Runner, capacity
+from mtpkern.status import Status
+from mtpkern.tokenizer import Tokenizer
+from mtpkern.validation import choice, integer
+
+DEFAULT_SPECULATIVE_TOKENS = 4
+# The default of max_length for models that take more, so that the cache stays small.
+DEFAULT_MAX_LENGTH = 8192
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_length(length: int | None, config: ModelConfig) -> int:
+    """max_length, where `length` is the caller's."""
+    limit = config.max_position_embeddings
+    if length is None:
+        return min(limit, DEFAULT_MAX_LENGTH)
+    return integer("max_length", length, 2, limit)
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None if it has none, and prompts must be token ids."""
+    if not has_tokenizer(directory):
+        return None
+    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.check_against(config)
+    return tokenizer
+
+
+def load_runner(
+    directory: Path,
+    config: ModelConfig,
+    heads: Path | None,
+    *,
+    ops: Ops,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    weights: str,
+    dummy: bool,
+    ngram: bool,
+    num_speculative_tokens: int | None,
+    synthetic_acceptance: Sequence[float] | None,
+    ends: int,
+    max_batch: int,
+    max_length: int,
+    cache_tokens: int | None,
+    status: Status,
+) -> Runner:
+    """Load the checkpoint in `directory` and the heads in `heads` (None: no heads).
+
+    `ends` is the most end tokens of a sequence, `dummy` is load_format "dummy"; the others are as
+    in `LLM`. Raises UserError.
+    """
+    k = _resolve_k(num_speculative_tokens, has_drafter=heads is not None or ngram)
+    choice("weights", weights, ("auto", *ROUNDED_FORMATS))
+    if weights != "auto" and not ops.takes_quants:
+        raise UserError(f"weights {weights} needs device cpu")
+    weights_dtype = cache_dtype = resolve_dtype(dtype, config)
+    # A dtype that the caller gave is what a quantised checkpoint is expanded to.
+    keep_format = weights != "auto" or (dtype == "auto" and ops.takes_quants)
+    if isinstance(ops, CpuOps):
+        with status.phase("compiling kernels for this CPU, which happens once"):
+            kernels()
+    with status.phase("loading the model", config.num_layers, "layers") as phase:
+        trunk = Llama.load(
+            directory,
+            dtype=weights_dtype,
+            ops=ops,
+            device=device,
+            dummy=dummy,
+            weights=weights if keep_format else None,
+            on_layer=phase.advance,
+        )
+    if isinstance(trunk.lm_head, Quants) and dtype == "auto":
+        cache_dtype = torch.float16
+    try:
+        cache = _make_cache(
+            config, ops, k, max_batch, max_length, cache_tokens, dtype=cache_dtype, device=device
+        )
+    except (MemoryError, RuntimeError) as error:
+        raise UserError(
+            f"no memory for a cache of max_batch={max_batch} sequences of "
+            f"max_length={max_length} ({printable(str(error).splitlines()[0])}): "
+            "lower one of them, or cache_tokens"
+        ) from None
+    drafter: Drafter
+    drafter = copier = NgramDrafter(ops) if ngram else NoDrafter()
+    if heads is not None and k:
+        with status.phase("loading the heads"):
+            base = None if dummy else directory
+            drafter, most = load_heads(heads, trunk, cache, ops=ops, base=base)
+        _log.info("loaded heads from %s", heads)
+        if most is not None and k > most:
+            if num_speculative_tokens is not None:
+                raise UserError(
+                    f"num_speculative_tokens must be at most {most}, the number of heads, got {k}"
+                )
+            k = most
+        if ngram or ops.host_may_read:
+            drafter = CompanionDrafter(copier, drafter, ops)
+    return Runner(
+        trunk,
+        drafter,
+        cache,
+        ops,
+        ngram=copier,
+        k=k,
+        max_length=max_length,
+        ends=ends,
+        synthetic_acceptance=synthetic_acceptance,
+        device=device,
+        status=status,
+    )
+
+
+def weights_format(trunk: Llama) -> str:
+    """The format of a model's weights: a quantised one's, or its dtype's name."""
+    if isinstance(trunk.lm_head, Quants):
+        return trunk.layers[0].down.format
+    return str(trunk.dtype).removeprefix("torch.")
+
+
+def _resolve_k(k: int | None, *, has_drafter: bool) -> int:
+    """The largest K, where `k` is the caller's."""
+    if k is None:
+        return DEFAULT_SPECULATIVE_TOKENS if has_drafter else 0
+    if k and not has_drafter:
+        raise UserError(f"num_speculative_tokens is {k}, but there is nothing to draft with")
+    return k
+
+
+def _make_cache(
+    config: ModelConfig,
+    ops: Ops,
+    k: int,
+    max_batch: int,
+    max_length: int,
+    cache_tokens: int | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """A cache for max_batch sequences of max_length tokens, or for cache_tokens in all."""
+    most = capacity(max_length, k)
+    page_size = settings_for(device).page_size or most
+    max_pages = -(-most // page_size)
+    pages = max_pages * max_batch
+    if cache_tokens is not None:
+        pages = min(pages, cache_tokens // page_size)
+    if pages < max_pages:
+        raise UserError(
+            f"cache_tokens must be at least {max_pages * page_size} to hold one sequence of "
+            f"max_length={max_length}, got {cache_tokens}"
+        )
+    inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
+    return KVCache.empty(
+        layers=config.num_layers,
+        pages=pages,
+        page_size=page_size,
+        page_table=torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device),
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inverse_frequencies=inverse_frequencies,
+        rope_scaling=scaling,
+        dtype=dtype,
+        padded_dim=ops.padded_dim,
+    )
