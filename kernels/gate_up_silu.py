@@ -12,7 +12,6 @@ for each of 2 * F * R and each segment of E (`_tiles`), are written and read by 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,23 +30,20 @@ from ._launch import (
     wait_for_producer,
 )
 from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs
-from .linear import PackedWeight, linear_ref
+from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
 
 
-def gate_up_silu_ref(x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
-    """Gated hidden rows: x [R, E], norm_w [E], w [2F, E] (gate above up) -> [R, F]."""
-    gate, up = linear_ref(rms_norm_ref(x, norm_w, eps), w).chunk(2, dim=-1)
-    return _silu(gate).mul_(up)
-
-
-def _silu(gate: Tensor) -> Tensor:
-    """silu of rows [R, F], few at a time: torch cuts more than 32,768 elements among its threads
-    wherever that falls, and what is left of a row behind its last whole vector rounds otherwise."""
-    rows = max(1, 32768 // gate.shape[1])
-    if len(gate) <= rows:
-        return F.silu(gate)
-    return torch.cat([F.silu(some) for some in gate.split(rows)])
+def gate_up_silu_ref(
+    x: Tensor, norm_w: Tensor, eps: float, w: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Gated hidden rows: x [R, E], w [2F, E] -> [R, F] in x's dtype; see `gate_up_silu`."""
+    both = linear_ref(rms_norm_ref(x, norm_w, eps).float(), w, bias)
+    out = x.new_empty(len(x), len(w) // 2)
+    for r, row in enumerate(both):  # one at a time, as in `linear_ref`
+        gate, up = row.chunk(2)
+        out[r] = F.silu(gate) * up
+    return out
 
 
 @jit("F", "E")

@@ -29,18 +29,20 @@ from ._launch import (
     wait_for_producer,
 )
 from ._skinny_matmul import add_segments, multiply_rows, partial_sums
+from .linear import linear_ref
 
 
 def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
-    [R, 1 + H, E]; see `medusa_blocks`."""
-    rows = [normed]
-    for blocks, biases in zip(w, bias, strict=True):
-        x = normed
+    [R, 1 + H, E] in normed's dtype, which rows have between the blocks, too; see `medusa_blocks`.
+    """
+    out = normed.new_empty(1 + len(w), *normed.shape)
+    out[:] = normed
+    for rows, blocks, biases in zip(out[1:], w, bias, strict=True):
         for w_d, bias_d in zip(blocks, biases, strict=True):
-            x = x + F.silu(F.linear(x, w_d, bias_d))
-        rows.append(x)
-    return torch.stack(rows).transpose(0, 1)
+            for row, gate in zip(rows, linear_ref(rows.float(), w_d, bias_d), strict=True):
+                row += F.silu(gate)  # one row at a time, as in `linear_ref`
+    return out.transpose(0, 1)
 
 
 @jit("HEADS", "E")

@@ -22,11 +22,9 @@ of few rows take 0.67 w: one read is for what one pass takes, `ONE_READ_ROWS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
@@ -40,40 +38,12 @@ from ._launch import (
 )
 from ._ranking import HIGHEST, LOWEST, rank, ranked_column, ranked_value
 from ._skinny_matmul import sum_columns
-from .linear import PackedWeight, linear_ref
-from .rms_norm import rms_norm_ref
+from .linear import linear_ref
 
 # Columns of a vocabulary tile: the same for every row count, as sums of exponentials go by tile.
 BLOCK_V = 64
 # Partial results that a step of the merge reads.
 BLOCK_MERGE = 1024
-
-
-def multi_head_projection_ref(
-    x: Tensor,
-    norm_w: Tensor,
-    eps: float,
-    vocabulary: PackedWeight,
-    blocks: Sequence[Sequence[PackedWeight]] = (),
-) -> tuple[Tensor, Tensor]:
-    """Project rows: x [R, E], norm_w [E], vocabulary [V, E] -> (normed [R, E], logits [R, 1+H, V]).
-
-    blocks[h] is head h's stack of residual blocks, each [E, E] with a bias. logits[:, 0] are the
-    language model's own.
-    """
-    normed = rms_norm_ref(x, norm_w, eps)
-    heads = [normed]
-    heads += [residual_blocks_ref(normed, stack) for stack in blocks]
-    rows = torch.stack(heads, 1)
-    logits = linear_ref(rows.flatten(0, 1), vocabulary)
-    return normed, logits.view(x.shape[0], len(heads), -1)
-
-
-def residual_blocks_ref(hidden: Tensor, stack: Sequence[PackedWeight]) -> Tensor:
-    """Apply one head's residual blocks: hidden [R, E] -> [R, E]."""
-    for block in stack:
-        hidden = hidden + F.silu(linear_ref(hidden, block))
-    return hidden
 
 
 class Projection(NamedTuple):
@@ -84,6 +54,30 @@ class Projection(NamedTuple):
     logsumexp: Tensor  # [R] float32
     given: Tensor | None  # [R, n] float32
     logits: Tensor | None  # [logits_rows, V]
+
+
+def multi_head_projection_ref(
+    hidden: Tensor,
+    vocabulary: Tensor,
+    *,
+    top_k: int = 1,
+    given: Tensor | None = None,
+    logits_rows: int = 0,
+    token_ids: Tensor | None = None,
+) -> Projection:
+    """Project normed rows: hidden [R, E], vocabulary [V, E] -> what `Projection` lists, float32;
+    see `multi_head_projection`."""
+    logits = linear_ref(hidden.float(), vocabulary)
+    # Stable: between equal logits the lowest column comes first.
+    values, columns = logits.sort(dim=-1, descending=True, stable=True)
+    values, columns = values[:, :top_k].contiguous(), columns[:, :top_k].contiguous()
+    names = torch.arange(len(vocabulary)) if token_ids is None else token_ids
+    asked = None
+    if given is not None:
+        hits = given[:, :, None] == names
+        asked = logits[:, None].where(hits, float("-inf")).amax(-1)
+    kept = logits[:logits_rows] if logits_rows else None
+    return Projection(values, names[columns], logits.logsumexp(-1), asked, kept)
 
 
 @jit("CHUNK", "CHUNKS", "TOP_K", "V", "E", do_not_specialize=("logits_rows", "given_count"))

@@ -12,7 +12,6 @@ written and read by a further launch. With norms of q and k those are read and w
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ._launch import (
@@ -31,45 +30,34 @@ from ._launch import (
     wait_for_producer,
 )
 from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs
-from .linear import PackedWeight, linear_ref
+from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
-from .window_slots import StepPlan
+from .rope_cache import rope_cache_ref
 
 
 def qkv_rope_cache_ref(
     x: Tensor,
     norm_w: Tensor | None,
     eps: float,
-    w: PackedWeight,
+    w: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    plan: StepPlan,
+    slots: Tensor,
+    positions: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
     *,
+    bias: Tensor | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
 ) -> Tensor:
-    """Project, rotate and cache: x [B*T, E] -> q [B, T, Hq, D]; K, V written at the plan's slots.
-
-    norm_w [E], or None where x is normed already; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size,
-    Hk, D], written in place. q_norm and k_norm [D] normalise each head before it is rotated.
-    """
-    batch, rows = plan.cos.shape[:2]
-    heads, head_dim = k_pages.shape[-2:]
-    x = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
-    qkv = linear_ref(x, w).view(batch, rows, -1, head_dim)
-    if q_norm is not None and k_norm is not None:
-        q, k, v = qkv.split([qkv.shape[2] - 2 * heads, heads, heads], 2)
-        qkv = torch.cat([rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps), v], 2)
-    rotated = qkv[:, :, :-heads].float()
-    turned = torch.roll(rotated, head_dim // 2, -1)
-    rotated = torch.addcmul(rotated * plan.cos, turned, plan.sin).to(x.dtype)
-    k_pages.view(-1, heads, head_dim).index_copy_(
-        0, plan.slots, rotated[:, :, -heads:].reshape(-1, heads, head_dim)
-    )
-    v_pages.view(-1, heads, head_dim).index_copy_(
-        0, plan.slots, qkv[:, :, -heads:].reshape(-1, heads, head_dim)
-    )
-    return rotated[:, :, :-heads]
+    """Project, rotate and cache: x [R, E] -> q [R, Hq, D] in x's dtype, float32 inside; see
+    `qkv_rope_cache`."""
+    normed = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
+    qkv, pages = linear_ref(normed.float(), w, bias), (k_pages, v_pages)
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+    q = rope_cache_ref(qkv, *pages, slots, positions, cos_table, sin_table, **norms)
+    return q.to(x.dtype)
 
 
 @jit("HEADS", "KV_HEADS", "D", "E")

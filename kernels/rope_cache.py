@@ -30,20 +30,20 @@ def rope_cache_ref(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Rotate and cache: qkv [R, (Hq + 2 Hk) * D] -> q [R, Hq, D]; see `rope_cache`."""
-    Hk, D = k_pages.shape[2:]
-    heads = qkv.view(len(qkv), -1, D)
+    """Rotate and cache: qkv [R, (Hq + 2 Hk) * D] -> q [R, Hq, D] in qkv's dtype, float32 inside;
+    see `rope_cache`."""
+    _, page_size, Hk, D = k_pages.shape
+    heads = qkv.float().unflatten(1, (-1, D))
     q, k, v = heads.split([heads.shape[1] - 2 * Hk, Hk, Hk], 1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm_ref(q.float(), q_norm, eps), rms_norm_ref(k.float(), k_norm, eps)
-    wide = torch.cat([q, k], 1).float()
+        q, k = rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps)
     cos, sin = cos_table[positions, None], sin_table[positions, None]
-    rotated = (wide * cos + wide.roll(D // 2, -1) * sin).to(qkv.dtype)
+    q, k = (x * cos + x.roll(D // 2, -1) * sin for x in (q, k))
     live = slots >= 0
-    page, offset = slots[live] // k_pages.shape[1], slots[live] % k_pages.shape[1]
-    k_pages[page, offset] = rotated[live, -Hk:]
-    v_pages[page, offset] = v[live]
-    return rotated[:, :-Hk].contiguous()
+    page, offset = slots[live] // page_size, slots[live] % page_size
+    k_pages[page, offset] = k[live].to(k_pages.dtype)
+    v_pages[page, offset] = v[live].to(v_pages.dtype)
+    return q.to(qkv.dtype)
 
 
 @jit("HEADS", "KV_HEADS", "D")

@@ -65,22 +65,23 @@ def gumbel_ref(key: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def sample_ref(
+def sample_ref(logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
+    """Choose the likeliest tokens: logits [R, n] -> [R] int64; see `sample`."""
+    columns = logits.max(-1).indices  # between equal logits the lowest; twice as fast as argmax
+    return columns if token_ids is None else token_ids[columns]
+
+
+def gumbel_sample(
     logits: Tensor, position: Tensor, rows: SamplingRows, token_ids: Tensor | None = None
 ) -> Tensor:
-    """Choose tokens: logits [B, T, n], position [B, T] of the token to choose -> [B, T] int64.
+    """Sample tokens: logits [B, T, n], position [B, T] of the token to choose -> [B, T] int64.
 
     token_ids [n] names the columns where they are not 0..V-1 (a reduced draft vocabulary); the
     result is an id either way. Ties go to the lowest column.
     """
     greedy = bool((rows.temperature < GREEDY).all())
-    columns = _largest(logits.float()) if greedy else _sampled(logits, position, rows, token_ids)
+    columns = sample_ref(logits) if greedy else _sampled(logits, position, rows, token_ids)
     return columns if token_ids is None else token_ids[columns]
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The lowest column of each row's maximum; twice as fast as argmax, which is defined alike."""
-    return values.max(-1).indices
 
 
 def _sampled(
@@ -92,14 +93,14 @@ def _sampled(
     for b in range(batch):
         temperature = rows.temperature[b]
         if temperature < GREEDY:
-            chosen.append(_largest(logits[b].float()))
+            chosen.append(sample_ref(logits[b]))
             continue
         # From the largest down: neither overflows nor loses the likely tokens' low bits.
         scaled = logits[b].float()
         scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature
         noise = gumbel_ref(rows.key[b].expand(width), position[b], ids)
         noise.masked_fill_(_filtered_out(scaled, rows, b), float("-inf"))
-        chosen.append(_largest(scaled + noise))
+        chosen.append(sample_ref(scaled + noise))
     return torch.stack(chosen)
 
 

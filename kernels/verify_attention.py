@@ -35,7 +35,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
@@ -49,7 +48,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from .window_slots import Segment, StepPlan, node_depth
+from .window_slots import node_depth
 
 # Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.
@@ -67,77 +66,33 @@ def verify_attention_ref(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    plan: StepPlan,
+    lengths: Tensor,
     *,
+    tree: Tensor | None = None,
+    window: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend: q [B, T, Hq, D], pages [pages, page_size, Hk, D], page_table [B, max_pages] int32.
+    """Attend to a paged cache: q [B, T, Hq, D] -> [B, T, Hq, D] in q's dtype, float32 inside; see
+    `verify_attention`.
 
-    -> [B, T, Hq, D]. `scale` is 1 / sqrt(D) unless given.
+    One row at a time, over the keys that it sees, so that its bits depend on nothing else.
     """
-    heads, kv_heads = q.shape[2], k_pages.shape[2]
-    if heads != kv_heads * plan.group:
-        raise ValueError(
-            f"q must have Hq = Hk * group = {kv_heads * plan.group} heads, got {heads}"
-        )
-    return torch.stack(
-        [
-            torch.cat(
-                [
-                    _attend(q[b, part.begin : part.end], k_pages, v_pages, table, part, scale)
-                    for part in plan.segments[b]
-                ]
-            )
-            for b, table in enumerate(page_table)
-        ]
-    )
-
-
-def _attend(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-    part: Segment,
-    scale: float | None,
-) -> Tensor:
-    """Attend with the rows of one segment: q [rows, Hq, D] -> [rows, Hq, D]."""
-    (rows, heads, head_dim), kv_heads = q.shape, k_pages.shape[2]
-    group, (tiles, _, tile, _) = heads // kv_heads, part.mask.shape
-    packed = q.new_zeros(kv_heads, tiles * tile, head_dim)
-    live = packed[:, : rows * group].view(kv_heads, rows, group, head_dim)
-    live.copy_(q.view(rows, kv_heads, group, head_dim).transpose(0, 1))
-
-    def attended(k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            packed.view(kv_heads, tiles, tile, head_dim).transpose(0, 1),
-            k.expand(tiles, -1, -1, -1),
-            v.expand(tiles, -1, -1, -1),
-            attn_mask=part.mask.expand(-1, kv_heads, -1, -1),
-            scale=scale,
-        )
-        return out.transpose(0, 1).reshape(kv_heads, tiles * tile, head_dim)
-
-    k, v = (_keys(pages, table, part.extent) for pages in (k_pages, v_pages))
-    out = attended(k, v)
-    if rows > 1 and not math.isfinite(out.sum()):
-        # Zero times NaN is NaN: what is hidden from a row is cleared for it.
-        for begin in range(0, rows * group, group):
-            hidden = part.mask.view(-1, part.extent, 1)[begin] != 0
-            alone = attended(k.masked_fill(hidden, 0), v.masked_fill(hidden, 0))
-            out[:, begin : begin + group] = alone[:, begin : begin + group]
-    live = out[:, : rows * group].view(kv_heads, rows, group, head_dim)
-    return live.transpose(0, 1).reshape(rows, heads, head_dim)
-
-
-def _keys(pages: Tensor, table: Tensor, extent: int) -> Tensor:
-    """One sequence's keys or values [Hk, extent, D]; a view where they lie in one page."""
-    page_size = pages.shape[1]
-    if extent <= page_size:
-        keys = pages[int(table[0])]
-    else:
-        keys = pages[table[: -(-extent // page_size)].long()].flatten(0, 1)
-    return keys[:extent].transpose(0, 1)
+    (_, T, Hq, D), (_, page_size, Hk, _) = q.shape, k_pages.shape
+    if Hq % Hk:
+        raise ValueError(f"q must have a multiple of Hk={Hk} heads, got {Hq}")
+    out, node = torch.empty_like(q), torch.arange(T)
+    for b, length in enumerate(lengths.tolist()):
+        for t in range(T):
+            ancestors = node[node <= t] if tree is None else node[tree[b, t] >> node & 1 != 0]
+            # Positions follow depth, so that the i-th key that is seen is at position i.
+            seen = torch.cat([torch.arange(length), length + ancestors])
+            if window:
+                seen = seen[max(0, length + max(len(ancestors), 1) - window) :]
+            at = page_table[b].long()[seen // page_size], seen % page_size
+            k, v = (p[at].float().repeat_interleave(Hq // Hk, 1) for p in (k_pages, v_pages))
+            scores = (k * q[b, t].float()).sum(-1) * (D**-0.5 if scale is None else scale)
+            out[b, t] = (v * scores.softmax(0)[:, :, None]).sum(0)  # zero where nothing is seen
+    return out
 
 
 @device

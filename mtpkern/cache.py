@@ -62,8 +62,8 @@ class KVCache:
         missing = padded_dim(head_dim) // 2 - len(inverse_frequencies)
         inverse_frequencies = F.pad(inverse_frequencies, (0, missing))
         cos, sin = rotary_tables(inverse_frequencies, rope_scaling, page_table.shape[1] * page_size)
-        # On a CPU untouched pages cost nothing, and the references clear what they may meet. On a
-        # GPU whole pages are read where prefill masks most of them: all must be numbers.
+        # On a CPU untouched pages cost nothing, and only keys that a row sees are read. On a GPU
+        # whole pages are read where prefill masks most of them: all must be numbers.
         make = torch.empty if device.type == "cpu" else torch.zeros
         return cls(
             k=make(shape, dtype=dtype, device=device),

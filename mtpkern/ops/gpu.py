@@ -107,10 +107,8 @@ class GpuOps(Ops):
     def pack(self, w: Tensor, bias: Tensor | None = None) -> PackedWeight:
         return PackedWeight(w, bias, w.shape[0], w.shape[1], False, KERNEL_ROWS)
 
-    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, ...]:
-        """(w [H, depth, E, E], bias [H, depth, E])"""
-        stacked = ([torch.stack([block[i] for block in stack]) for stack in heads] for i in (0, 1))
-        return tuple(torch.stack(tensors) for tensors in stacked)
+    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+        return stacked(heads)
 
     def rms_norm(
         self,
@@ -233,6 +231,14 @@ class GpuOps(Ops):
         self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
     ) -> tuple[Tensor, Tensor]:
         return ngram(tokens, known, drafts, size, pdl=self.pdl)
+
+
+def stacked(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """H heads of `depth` blocks (w [E, E], bias [E]) -> (w [H, depth, E, E], bias [H, depth, E])"""
+    w, bias = (
+        torch.stack([torch.stack([block[i] for block in head]) for head in heads]) for i in (0, 1)
+    )
+    return w, bias
 
 
 TRITON = GpuOps()

@@ -8,38 +8,47 @@ import torch.nn.functional as F
 from launches import assert_within_budget, guarded_output
 from torch import Tensor
 
-from mtpkern.kernels.linear import pack_ref
+from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import (
     Projection,
     multi_head_projection,
     multi_head_projection_ref,
 )
+from mtpkern.kernels.rms_norm import rms_norm_ref
+
+
+def defined_logits(rows: Tensor, head: Tensor) -> Tensor:
+    """rows [R, n, E], head [V, E] -> [R, n, V], as the definition writes them out."""
+    flat = rows.flatten(0, 1)
+    logits = multi_head_projection_ref(flat, head, logits_rows=len(flat)).logits
+    assert logits is not None
+    return logits.view(*rows.shape[:2], -1)
 
 
 def test_each_head_is_its_stack_of_residual_blocks_through_the_same_vocabulary() -> None:
     torch.manual_seed(0)
     width, vocabulary, rows = 24, 101, 5
     x, norm, head = torch.randn(rows, width), torch.randn(width), torch.randn(vocabulary, width)
-    raw = [[(torch.randn(width, width), torch.randn(width)) for _ in range(2)] for _ in range(3)]
-    blocks = [[pack_ref(w, b) for w, b in stack] for stack in raw]
-    normed, logits = multi_head_projection_ref(x, norm, 1e-5, pack_ref(head), blocks)
+    w, bias = torch.randn(3, 2, width, width), torch.randn(3, 2, width)
+    normed = rms_norm_ref(x, norm, 1e-5)
+    logits = defined_logits(medusa_blocks_ref(normed, w, bias), head)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm
     torch.testing.assert_close(normed, expected)
     torch.testing.assert_close(logits[:, 0], expected @ head.T, atol=1e-4, rtol=1e-4)
-    for h, stack in enumerate(raw):
+    for h in range(3):
         hidden = expected
-        for w, b in stack:
-            hidden = hidden + F.silu(hidden @ w.T + b)
+        for w_d, b in zip(w[h], bias[h], strict=True):
+            hidden = hidden + F.silu(hidden @ w_d.T + b)
         torch.testing.assert_close(logits[:, 1 + h], hidden @ head.T, atol=1e-2, rtol=1e-4)
 
 
 def test_heads_beside_it_do_not_move_the_language_models_bits() -> None:
     torch.manual_seed(0)
-    x, norm, head = torch.randn(5, 24).bfloat16(), torch.ones(24).bfloat16(), torch.randn(101, 24)
-    vocabulary = pack_ref(head.bfloat16())
-    blocks = [[pack_ref(torch.randn(24, 24).bfloat16(), torch.randn(24).bfloat16())]] * 4
-    alone = multi_head_projection_ref(x[2:3], norm, 1e-5, vocabulary)[1]
-    beside = multi_head_projection_ref(x, norm, 1e-5, vocabulary, blocks)[1]
+    x, norm, head = (torch.randn(shape).bfloat16() for shape in ((5, 24), 24, (101, 24)))
+    w, bias = torch.randn(4, 1, 24, 24).bfloat16(), torch.randn(4, 1, 24).bfloat16()
+    normed = rms_norm_ref(x, norm, 1e-5)
+    alone = defined_logits(normed[2:3, None], head)
+    beside = defined_logits(medusa_blocks_ref(normed, w, bias), head)
     torch.testing.assert_close(beside[2, 0], alone[0, 0], atol=0, rtol=0)
 
 

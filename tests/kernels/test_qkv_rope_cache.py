@@ -10,7 +10,6 @@ from torch import Tensor
 from traffic import recorded_traffic
 
 from mtpkern.cache import rotary_tables
-from mtpkern.kernels.linear import pack_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache, qkv_rope_cache_ref
 
 LENGTHS = [0, 62, 127]
@@ -25,9 +24,10 @@ def test_projects_rotates_and_writes_in_place(biased: bool, dtype: torch.dtype) 
     x, norm = torch.randn(3 * rows, width).to(dtype), torch.randn(width).to(dtype)
     w = (torch.randn((heads + 2 * kv_heads) * head_dim, width) / width**0.5).to(dtype)
     bias = torch.randn(w.shape[0]).to(dtype) if biased else None
-    plan = paged.plan(LENGTHS, rows, heads // kv_heads)
-    cleared = paged.k.isnan(), paged.v.isnan()
-    q = qkv_rope_cache_ref(x, norm, 1e-5, pack_ref(w, bias), paged.k[0], paged.v[0], plan)
+    slots, *_ = placed = paged.placed(LENGTHS, rows)
+    pages = paged.k[0], paged.v[0]
+    q = qkv_rope_cache_ref(x, norm, 1e-5, w, *pages, *placed, bias=bias)
+    q = q.view(3, rows, heads, head_dim)
 
     wide = x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()
@@ -45,13 +45,12 @@ def test_projects_rotates_and_writes_in_place(biased: bool, dtype: torch.dtype) 
             v = gathered(paged, paged.v, b, length + t + 1)[-1]
             torch.testing.assert_close(k, rotated[heads:], **tolerance)
             torch.testing.assert_close(v, qkv[b, t, heads + kv_heads :], **tolerance)
-    # Every other slot is as it was: still NaN, but for what the plan had cleared.
-    flat = torch.zeros(paged.k[0].shape[:2], dtype=torch.bool).view(-1)
-    flat[plan.slots] = True
-    for was_nan, cache in zip(cleared, (paged.k, paged.v), strict=True):
-        others = ~flat.view(paged.k[0].shape[:2])
-        assert torch.equal(cache[0].isnan()[others], was_nan[0][others])
-        assert not cache[0][~others].isnan().any()
+    # Every other slot is as it was: still NaN.
+    written = torch.zeros(9 * 64 + 128, dtype=torch.bool)
+    written[slots] = True
+    for cache in pages:
+        assert not cache.flatten(0, 1)[written].isnan().any()
+        assert cache.flatten(0, 1)[~written].isnan().all()
 
 
 class Launch(NamedTuple):
