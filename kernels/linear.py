@@ -9,8 +9,6 @@ A row's bits do not depend on how many rows share the launch (`_skinny_matmul`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -29,17 +27,6 @@ from ._launch import (
     wait_for_producer,
 )
 from ._skinny_matmul import add_segments, multiply_rows, partial_sums
-
-
-class PackedWeight(NamedTuple):
-    """A weight with its bias."""
-
-    data: Tensor
-    bias: Tensor | None
-    out_features: int
-    in_features: int
-    blocked: bool
-    rows: tuple[int, ...]
 
 
 def linear_ref(

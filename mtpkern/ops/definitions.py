@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtpkern.kernels.advance import Progress, advance_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
-from mtpkern.kernels.linear import PackedWeight, linear_ref
+from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import multi_head_projection_ref
 from mtpkern.kernels.ngram import ngram_ref
@@ -19,7 +19,7 @@ from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.kernels.verify_attention import verify_attention_ref
 from mtpkern.kernels.window_slots import window_slots_ref
-from mtpkern.ops.base import Ops, Projected, Withheld, positions_of
+from mtpkern.ops.base import Ops, PackedWeight, Projected, Withheld, positions_of
 from mtpkern.ops.gpu import DevicePlan, stacked
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Definitions(Ops):
     row_dtype = None
 
     def pack(self, w: Tensor, bias: Tensor | None = None) -> PackedWeight:
-        return PackedWeight(w, bias, *w.shape, False, ())
+        return PackedWeight(w, bias)
 
     def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
         return stacked(heads)

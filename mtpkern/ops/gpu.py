@@ -12,7 +12,7 @@ from torch import Tensor
 from mtpkern.kernels._launch import triton
 from mtpkern.kernels.advance import Progress, advance
 from mtpkern.kernels.gate_up_silu import gate_up_silu
-from mtpkern.kernels.linear import PackedWeight, linear
+from mtpkern.kernels.linear import linear
 from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.multi_head_projection import (
     ONE_READ_ROWS,
@@ -25,7 +25,7 @@ from mtpkern.kernels.rms_norm import rms_norm
 from mtpkern.kernels.sample import SamplingRows
 from mtpkern.kernels.verify_attention import verify_attention
 from mtpkern.kernels.window_slots import window_slots
-from mtpkern.ops.base import Ops, Projected, Withheld
+from mtpkern.ops.base import Ops, PackedWeight, Projected, Withheld
 from mtpkern.ops.prefill import run_chunk
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from mtpkern.model import Llama
 
 HAS_TRITON = triton is not None
-
-# Row counts at which `linear_ref` multiplies a weight that was packed for the kernels.
-KERNEL_ROWS = tuple(range(64, 513, 64))
 
 
 class GreedyProjection(NamedTuple):
@@ -105,7 +102,7 @@ class GpuOps(Ops):
         self.pdl = pdl
 
     def pack(self, w: Tensor, bias: Tensor | None = None) -> PackedWeight:
-        return PackedWeight(w, bias, w.shape[0], w.shape[1], False, KERNEL_ROWS)
+        return PackedWeight(w, bias)
 
     def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
         return stacked(heads)
