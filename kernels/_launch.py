@@ -81,9 +81,12 @@ class _Kernel:
         self.arguments = fn.__code__.co_varnames
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
+        """A launch over `grid`: the kernel's arguments, `num_warps`, `pdl` and further options."""
+
+        def launch(*args: Any, num_warps: int, pdl: bool, **options: Any) -> None:
             self.check(**dict(zip(self.arguments, args, strict=False)))
-            self.compiled[grid](*args, **options)
+            options |= {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": True}
+            self.compiled[grid](*args, num_warps=num_warps, **options)
 
         return launch
 
@@ -195,12 +198,12 @@ def wait_for_producer():
 
 
 @device
-def prefetch_l2(w_ptr, n, stride_wn, N, K, LINES: tl.constexpr = 16):
-    """Ask for the beginnings of the rows n of w [N, K], LINES of 64 elements, while waiting."""
+def prefetch_l2(w_ptr, n, in_n, stride_wn, K, LINES: tl.constexpr = 16):
+    """Prefetch the first LINES times 64 elements of the rows n of w [N, K], of which in_n exist."""
     k = tl.arange(0, LINES) * 64  # 128 bytes of a 16-bit weight
     ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]
-    # A row or column too far is as good as any other address in w.
-    ptrs = tl.where((n < N)[:, None] & (k < K)[None, :], ptrs, w_ptr)
+    # For a row or column that does not exist, any address in w will do.
+    ptrs = tl.where(in_n[:, None] & (k < K)[None, :], ptrs, w_ptr)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

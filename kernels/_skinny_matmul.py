@@ -31,21 +31,20 @@ from ._launch import (
 
 @device
 def multiply_rows(
-    w_ptrs,
-    in_n,
-    x_ptr,
-    stride_xr,
-    r,
-    R,
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """w [BLOCK_N, K] times the rows r [16] of x [R, K] -> float32 sums [BLOCK_N, 16].
+    x_ptr, w_ptr, n, in_n,  # [R, K] [N, K] [BLOCK_N] [BLOCK_N]
+    R, stride_xr, stride_wn,
+    K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows n of w, of which in_n exist, times R <= 16 rows of x -> float32 sums [BLOCK_N, 16].
 
-    w_ptrs [BLOCK_N] point at the beginnings of the weights' rows, of which in_n exist.
+    The first thing that a kernel does: it also waits for the producer of x.
     """
+    if PDL:
+        prefetch_l2(w_ptr, n, in_n, stride_wn, K)
+        wait_for_producer()
+    r = tl.arange(0, 16)
+    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
     total = tl.zeros([BLOCK_N, 16], tl.float32)
     acc = tl.zeros([BLOCK_N, 16], tl.float32)
@@ -70,34 +69,22 @@ def multiply_rows(
 
 @jit("ROWS", "TAIL", "N", "K", "SEGMENTS", definition="linear_ref")
 def _partial_sums_kernel(
-    x_ptr,
-    w_ptr,
-    partial_ptr,
+    x_ptr, w_ptr, partial_ptr,  # [H, R, K] [H, N, K] [SEGMENTS, R, H * N]
     R,
-    stride_xr,
-    stride_xh,
-    stride_wh,
-    stride_wn,
-    stride_ps,
-    stride_pr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_xh, stride_wh, stride_wn, stride_ps, stride_pr,
+    N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: the sums of ROWS + TAIL rows and BLOCK_N columns over one segment of K."""
     first_n = tl.program_id(1) * BLOCK_N
     segment, h = tl.program_id(2) % SEGMENTS, (tl.program_id(2) // SEGMENTS).to(tl.int64)
     begin = segment * SEGMENT
     w_ptr += h * stride_wh + begin
     if PDL:
         all_n = first_n + tl.arange(0, BLOCK_N)
-        prefetch_l2(w_ptr, all_n, stride_wn, N, K - begin)
+        prefetch_l2(w_ptr, all_n, all_n < N, stride_wn, K - begin)
         wait_for_producer()
     x_ptr += h * stride_xh + begin
     r = tl.program_id(0) * (ROWS + TAIL) + tl.arange(0, ROWS)
@@ -165,34 +152,25 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     partial = torch.empty(segments, R, H * N, dtype=torch.float32, device=x.device)
     # The passes over one tile are neighbours, so that they find it in the L2.
     _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), segments * H)](
-        x,
-        w,
-        partial,
-        R,
-        x.stride(-2),
-        x.stride(0) if x.dim() == 3 else 0,
-        w.stride(0),
-        w.stride(1),
-        partial.stride(0),
-        partial.stride(1),
-        N=N,
-        K=K,
-        SEGMENT=length,
-        SEGMENTS=segments,
-        ROWS=rows,
-        TAIL=tier - rows,
-        CHUNK=min(32, rows // 2),
-        BLOCK_N=block_n,
-        BLOCK_K=depth // w.element_size(),
-        PDL=pdl,
+        x, w, partial, R,
+        x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
+        N=N, K=K, SEGMENT=length, SEGMENTS=segments,
+        ROWS=rows, TAIL=tier - rows, CHUNK=min(32, rows // 2),
+        BLOCK_N=block_n, BLOCK_K=depth // w.element_size(),
         num_warps=4 if tier <= 64 else 8,
-        # Left to itself, ptxas spills a little at these tiles, and at no other.
+        # Without a limit, ptxas spills a little at these tiles, and at no other.
         maxnreg={(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n)),
         num_stages=stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        pdl=pdl,
+    )  # fmt: skip
     return partial
+
+
+def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int]]:
+    """Columns of a block for up to 16 rows, and how `multiply_rows` reads w with N * K elements."""
+    depth, stages = depth_tile(16)
+    read = {"SEGMENT": segment(N, K), "BLOCK_K": depth // w.element_size()}
+    return column_tile(N, K, 16), read | {"num_warps": 4, "num_stages": stages}
 
 
 @device

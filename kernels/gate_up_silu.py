@@ -19,17 +19,13 @@ from ._launch import (
     BLOCK_END,
     ceil_div,
     check_shape,
-    column_tile,
-    depth_tile,
     device,
     jit,
-    prefetch_l2,
     row_tier,
-    segment,
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_16
 from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
 
@@ -48,51 +44,35 @@ def gate_up_silu_ref(
 
 @jit("F", "E")
 def _gate_up_silu_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
+    x_ptr, w_ptr, bias_ptr, out_ptr,  # [R, E] normed, [2F, E] [2F] [R, F]
     R,
-    stride_xr,
-    stride_wn,
-    stride_or,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_wn, stride_or,
+    F: tl.constexpr, E: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_F columns of R <= 16 rows."""
     # The tile's weights alternate: a gate's row, the row of its up, the next gate's.
     i = tl.arange(0, 2 * BLOCK_F)
     column = tl.program_id(0) * BLOCK_F + i // 2
     n = column + (i % 2) * F
-    in_n = column < F
-    if PDL:
-        prefetch_l2(w_ptr, tl.where(in_n, n, 0), stride_wn, 2 * F, E)
-        wait_for_producer()
-    r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    acc = multiply_rows(w_ptrs, in_n, x_ptr, stride_xr, r, R, E, SEGMENT, 2 * BLOCK_F, BLOCK_K)
+    acc = multiply_rows(
+        x_ptr, w_ptr, n, column < F, R, stride_xr, stride_wn, E, SEGMENT, 2 * BLOCK_F, BLOCK_K, PDL
+    )
     gate, up = split_pairs(acc)
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    r, f = tl.arange(0, 16), tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F)
 
 
 @jit("F", "SEGMENTS")
 def _gate_up_silu_end_kernel(
-    partial_ptr,
-    bias_ptr,
-    out_ptr,
+    partial_ptr, bias_ptr, out_ptr,  # [SEGMENTS, R, 2F] [2F] [R, F]
     R,
-    stride_ps,
-    stride_pr,
-    stride_or,
-    F: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    stride_ps, stride_pr, stride_or,
+    F: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_F columns of a row, of any number of rows."""
     if PDL:
         wait_for_producer()
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -141,43 +121,20 @@ def gate_up_silu(
         return out
     _gate_up_silu_kernel.check(x=x)
     x = rms_norm(x, norm_w, eps, pdl=pdl)
+    given = (bias, out, R)
     if row_tier(R) > 16:
         partial = partial_sums(x, w[None], pdl=pdl)
         _gate_up_silu_end_kernel[(ceil_div(F, BLOCK_END), R)](
-            partial,
-            bias,
-            out,
-            R,
-            *partial.stride()[:2],
-            out.stride(0),
-            F=F,
-            SEGMENTS=len(partial),
-            BLOCK_F=BLOCK_END,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            partial, *given,
+            *partial.stride()[:2], out.stride(0),
+            F=F, SEGMENTS=len(partial), BLOCK_F=BLOCK_END,
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
         return out
-    block_f, (depth, stages) = column_tile(2 * F, E, 16) // 2, depth_tile(16)
-    _gate_up_silu_kernel[(ceil_div(F, block_f),)](
-        x,
-        w,
-        bias,
-        out,
-        R,
-        x.stride(0),
-        w.stride(0),
-        out.stride(0),
-        F=F,
-        E=E,
-        SEGMENT=segment(2 * F, E),
-        BLOCK_F=block_f,
-        BLOCK_K=depth // w.element_size(),
-        PDL=pdl,
-        num_warps=4,
-        num_stages=stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+    block_n, read = tile_of_16(w, 2 * F, E)
+    _gate_up_silu_kernel[(ceil_div(F, block_n // 2),)](
+        x, w, *given,
+        x.stride(0), w.stride(0), out.stride(0),
+        F=F, E=E, BLOCK_F=block_n // 2, **read, pdl=pdl,
+    )  # fmt: skip
     return out

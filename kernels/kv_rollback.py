@@ -1,11 +1,15 @@
-"""Commit what was accepted of a window and forget the rest, in place, counts read on the device.
+"""Commit the accepted rows of a window in place; the rejected ones are past the new length.
 
     lengths[b] += (accepted[b] + 1) * active[b]
+    of a tree, before: cache[lengths[b] + j] = cache[lengths[b] + path[b, j]], j = 0..accepted[b]
 
-For a chain that is all: rejected rows lie behind the new length, where the next window overwrites
-them. The accepted path of a tree may have gaps, so its keys and values first move together: that of
-path[b, j] to the j-th slot of the window, for all layers in one launch. Positions followed depth
-when keys were rotated, so none is rotated again.
+The next window overwrites rejected rows, so that a chain is rolled back by not advancing. The
+accepted path of a tree may have gaps, so its keys and values move together first, for all layers in
+one launch. Positions followed depth when keys were rotated, so none is rotated again. Counts are
+read on the device.
+
+For engines with trees or with their own lengths; the step of this package drafts chains and commits
+in `advance`.
 
 Bytes moved, with s bytes an element: 4 s L Hk D for each row that changes its place (K and V, read
 and written); 24 B of counts, and of a path its ids and 4 for each page that it touches.
@@ -45,31 +49,17 @@ def kv_rollback_ref(
 
 @jit("KV_HEADS", "D", "BLOCK_T")
 def _compact_path_kernel(
-    k_ptr,
-    v_ptr,
-    page_table_ptr,
-    lengths_ptr,
-    accepted_ptr,
-    active_ptr,
-    path_ptr,
+    k_ptr, v_ptr,  # [L, pages, page_size, Hk, D]
+    page_table_ptr, lengths_ptr, accepted_ptr,  # [B, max_pages] [B] [B]
+    active_ptr, path_ptr,  # [B] [B, T]
     T,
-    stride_kl,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vl,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    stride_pb,
-    stride_tb,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stride_kl, stride_kp, stride_ks, stride_kh, stride_vl, stride_vp, stride_vs, stride_vh,
+    stride_pb, stride_tb,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a sequence's path, of one layer and one KV head."""
     if PDL:
         wait_for_producer()
     head, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -105,8 +95,12 @@ def _compact_path_kernel(
 
 @jit("BLOCK_B")
 def _commit_kernel(
-    lengths_ptr, accepted_ptr, active_ptr, B, BLOCK_B: tl.constexpr, PDL: tl.constexpr
-):
+    lengths_ptr, accepted_ptr, active_ptr,  # [B]
+    B,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_B sequences."""
     if PDL:
         wait_for_producer()
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -158,36 +152,12 @@ def kv_rollback(
         return
     if path is not None:
         _compact_path_kernel[(Hk, L, B)](
-            k_cache,
-            v_cache,
-            page_table,
-            lengths,
-            accepted,
-            active,
-            path,
-            path.shape[1],
-            *k_cache.stride()[:4],
-            *v_cache.stride()[:4],
-            page_table.stride(0),
-            path.stride(0),
-            KV_HEADS=Hk,
-            D=D,
-            PAGE_SIZE=page_size,
-            BLOCK_T=power_of_two(path.shape[1]),
-            BLOCK_D=power_of_two(D),
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            k_cache, v_cache, page_table, lengths, accepted, active, path, path.shape[1],
+            *k_cache.stride()[:4], *v_cache.stride()[:4], page_table.stride(0), path.stride(0),
+            KV_HEADS=Hk, D=D, PAGE_SIZE=page_size,
+            BLOCK_T=power_of_two(path.shape[1]), BLOCK_D=power_of_two(D),
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
     _commit_kernel[(ceil_div(B, 128),)](
-        lengths,
-        accepted,
-        active,
-        B,
-        BLOCK_B=128,
-        PDL=pdl,
-        num_warps=4,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
+        lengths, accepted, active, B, BLOCK_B=128, num_warps=4, pdl=pdl
     )

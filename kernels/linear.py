@@ -16,17 +16,13 @@ from ._launch import (
     BLOCK_END,
     ceil_div,
     check_shape,
-    column_tile,
-    depth_tile,
     device,
     jit,
-    prefetch_l2,
     row_tier,
-    segment,
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_16
 
 
 def linear_ref(
@@ -47,49 +43,31 @@ def linear_ref(
 
 @jit("N", "K")
 def _linear_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,  # [R, K] [N, K] [N] [R, N] [R, N]
     R,
-    stride_xr,
-    stride_wn,
-    stride_rr,
-    stride_or,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_wn, stride_rr, stride_or,
+    N: tl.constexpr, K: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_N columns of R <= 16 rows."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if PDL:
-        prefetch_l2(w_ptr, n, stride_wn, N, K)
-        wait_for_producer()
+    acc = multiply_rows(
+        x_ptr, w_ptr, n, n < N, R, stride_xr, stride_wn, K, SEGMENT, BLOCK_N, BLOCK_K, PDL
+    )
     r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    acc = multiply_rows(w_ptrs, n < N, x_ptr, stride_xr, r, R, K, SEGMENT, BLOCK_N, BLOCK_K)
     _store_rows(acc, r, n, bias_ptr, residual_ptr, out_ptr, R, stride_rr, stride_or, N)
 
 
 @jit("N", "SEGMENTS")
 def _linear_end_kernel(
-    partial_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
+    partial_ptr, bias_ptr, residual_ptr, out_ptr,  # [SEGMENTS, R, N] [N] [R, N] [R, N]
     R,
-    stride_ps,
-    stride_pr,
-    stride_rr,
-    stride_or,
-    N: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_ps, stride_pr, stride_rr, stride_or,
+    N: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_N columns of a row, of any number of rows."""
     if PDL:
         wait_for_producer()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -145,43 +123,21 @@ def linear(
     if R == 0:
         return out
     _linear_kernel.check(x=x, w=w)
-    given = (bias, residual, out, R)
     stride_rr = residual.stride(0) if residual is not None else 0
+    given = (bias, residual, out, R)
     if row_tier(R) > 16:
         partial = partial_sums(x, w[None], pdl=pdl)
         _linear_end_kernel[(ceil_div(N, BLOCK_END), R)](
-            partial,
-            *given,
-            *partial.stride()[:2],
-            stride_rr,
-            out.stride(0),
-            N=N,
-            SEGMENTS=len(partial),
-            BLOCK_N=BLOCK_END,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            partial, *given,
+            *partial.stride()[:2], stride_rr, out.stride(0),
+            N=N, SEGMENTS=len(partial), BLOCK_N=BLOCK_END,
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
         return out
-    block_n, (depth, stages) = column_tile(N, K, 16), depth_tile(16)
+    block_n, read = tile_of_16(w, N, K)
     _linear_kernel[(ceil_div(N, block_n),)](
-        x,
-        w,
-        *given,
-        x.stride(0),
-        w.stride(0),
-        stride_rr,
-        out.stride(0),
-        N=N,
-        K=K,
-        SEGMENT=segment(N, K),
-        BLOCK_N=block_n,
-        BLOCK_K=depth // w.element_size(),
-        PDL=pdl,
-        num_warps=4,
-        num_stages=stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        x, w, *given,
+        x.stride(0), w.stride(0), stride_rr, out.stride(0),
+        N=N, K=K, BLOCK_N=block_n, **read, pdl=pdl,
+    )  # fmt: skip
     return out

@@ -18,17 +18,13 @@ from ._launch import (
     BLOCK_END,
     ceil_div,
     check_shape,
-    column_tile,
-    depth_tile,
     device,
     jit,
-    prefetch_l2,
     row_tier,
-    segment,
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_16
 from .linear import linear_ref
 
 
@@ -47,60 +43,36 @@ def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
 
 @jit("HEADS", "E")
 def _medusa_blocks_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
+    x_ptr, w_ptr, bias_ptr, out_ptr,  # [HEADS, R, E] [HEADS, E, E] [HEADS, E] [HEADS, R, E]
     R,
-    stride_xr,
-    stride_xh,
-    stride_wh,
-    stride_wn,
-    stride_bh,
-    stride_or,
-    stride_oh,
-    HEADS: tl.constexpr,
-    E: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_xh, stride_wh, stride_wn, stride_bh, stride_or, stride_oh,
+    HEADS: tl.constexpr, E: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_N columns of a head's block, for R <= 16 rows."""
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_ptr += h * stride_wh
-    if PDL:
-        prefetch_l2(w_ptr, n, stride_wn, E, E)
-        wait_for_producer()
     x_ptr += h * stride_xh
-    r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    acc = multiply_rows(w_ptrs, n < E, x_ptr, stride_xr, r, R, E, SEGMENT, BLOCK_N, BLOCK_K)
+    acc = multiply_rows(
+        x_ptr, w_ptr, n, n < E, R, stride_xr, stride_wn, E, SEGMENT, BLOCK_N, BLOCK_K, PDL
+    )
     bias_ptr += h * stride_bh
     out_ptr += h * stride_oh
+    r = tl.arange(0, 16)
     _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E)
 
 
 @jit("HEADS", "E", "SEGMENTS")
 def _medusa_blocks_end_kernel(
-    partial_ptr,
-    x_ptr,
-    bias_ptr,
-    out_ptr,
+    partial_ptr, x_ptr, bias_ptr, out_ptr,  # [SEGMENTS, R, HEADS * E], the others as above
     R,
-    stride_ps,
-    stride_pr,
-    stride_xr,
-    stride_xh,
-    stride_bh,
-    stride_or,
-    stride_oh,
-    HEADS: tl.constexpr,
-    E: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_ps, stride_pr, stride_xr, stride_xh, stride_bh, stride_or, stride_oh,
+    HEADS: tl.constexpr, E: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_N columns of a row of a head's block, for any number of rows."""
     if PDL:
         wait_for_producer()
     h = tl.program_id(2).to(tl.int64)
@@ -161,49 +133,17 @@ def medusa_blocks(
             rows = x if d == 0 else x.transpose(0, 1)
             partial = partial_sums(rows, w[:, d], pdl=pdl)
             _medusa_blocks_end_kernel[(ceil_div(E, BLOCK_END), R, H)](
-                partial,
-                x,
-                bias[:, d],
-                y,
-                R,
-                *partial.stride()[:2],
-                x.stride(0),
-                stride_xh,
-                bias.stride(0),
-                *y.stride()[:2],
-                HEADS=H,
-                E=E,
-                SEGMENTS=len(partial),
-                BLOCK_N=BLOCK_END,
-                PDL=pdl,
-                num_warps=4,
-                enable_fp_fusion=True,
-                launch_pdl=pdl,
-            )
+                partial, x, bias[:, d], y, R,
+                *partial.stride()[:2], x.stride(0), stride_xh, bias.stride(0), *y.stride()[:2],
+                HEADS=H, E=E, SEGMENTS=len(partial), BLOCK_N=BLOCK_END,
+                num_warps=4, pdl=pdl,
+            )  # fmt: skip
         else:
-            block_n, (step, stages) = column_tile(H * E, E, 16), depth_tile(16)
+            block_n, read = tile_of_16(w, H * E, E)
             _medusa_blocks_kernel[(ceil_div(E, block_n), H)](
-                x,
-                w[:, d],
-                bias[:, d],
-                y,
-                R,
-                x.stride(0),
-                stride_xh,
-                w.stride(0),
-                w.stride(2),
-                bias.stride(0),
-                *y.stride()[:2],
-                HEADS=H,
-                E=E,
-                SEGMENT=segment(H * E, E),
-                BLOCK_N=block_n,
-                BLOCK_K=step // w.element_size(),
-                PDL=pdl,
-                num_warps=4,
-                num_stages=stages,
-                enable_fp_fusion=True,
-                launch_pdl=pdl,
-            )
+                x, w[:, d], bias[:, d], y, R,
+                x.stride(0), stride_xh, w.stride(0), w.stride(2), bias.stride(0), *y.stride()[:2],
+                HEADS=H, E=E, BLOCK_N=block_n, **read, pdl=pdl,
+            )  # fmt: skip
         x, stride_xh = y, y.stride(1)
     return out

@@ -82,37 +82,22 @@ def multi_head_projection_ref(
 
 @jit("CHUNK", "CHUNKS", "TOP_K", "V", "E", do_not_specialize=("logits_rows", "given_count"))
 def _vocabulary_tiles_kernel(
-    x_ptr,
-    w_ptr,
-    token_ids_ptr,
-    wanted_ptr,
-    best_ptr,
-    sum_ptr,
-    given_ptr,
-    logits_ptr,
-    R,
-    logits_rows,
-    given_count,
-    stride_xr,
-    stride_wv,
-    stride_wanted,
-    stride_given,
-    stride_lr,
-    V: tl.constexpr,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_GIVEN: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    x_ptr, w_ptr, token_ids_ptr, wanted_ptr,  # [R, E] [V, E] [V] [R, n]
+    best_ptr, sum_ptr,  # [R, tiles, TOP_K] [R, tiles]
+    given_ptr, logits_ptr,  # [R, n] [logits_rows, V]
+    R, logits_rows, given_count,
+    stride_xr, stride_wv, stride_wanted, stride_given, stride_lr,
+    V: tl.constexpr, E: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_GIVEN: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: the logits of CHUNK times CHUNKS rows over a tile of BLOCK_V columns, of which
+    it stores the ranks of the TOP_K largest, the sum of exponentials, and what was asked for."""
     tile = tl.program_id(1)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
-        prefetch_l2(w_ptr, v, stride_wv, V, E, 4)
+        prefetch_l2(w_ptr, v, v < V, stride_wv, E, 4)
         wait_for_producer()
     first = tl.program_id(0) * (CHUNK * CHUNKS)
     rows = tl.arange(0, CHUNK)
@@ -169,19 +154,13 @@ def _finite(largest):
 
 @jit("TOP_K", "TILES")
 def _vocabulary_merge_kernel(
-    best_ptr,
-    sum_ptr,
-    token_ids_ptr,
-    value_ptr,
-    id_ptr,
-    logsumexp_ptr,
-    stride_vr,
-    stride_ir,
-    TOP_K: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    best_ptr, sum_ptr, token_ids_ptr,  # [R, TILES, TOP_K] [R, TILES] [V]
+    value_ptr, id_ptr, logsumexp_ptr,  # [R, TOP_K] [R, TOP_K] [R]
+    stride_vr, stride_ir,
+    TOP_K: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a row, over all tiles."""
     if PDL:
         wait_for_producer()
     r = tl.program_id(0).to(tl.int64)
@@ -304,53 +283,24 @@ def multi_head_projection(
     sums = torch.empty(R, tiles, dtype=torch.float32, device=hidden.device)
     # The passes over one tile are neighbours, so that they find it in the L2.
     _vocabulary_tiles_kernel[(ceil_div(R, tier.rows), tiles)](
-        hidden,
-        vocabulary,
-        token_ids,
-        given,
-        best,
-        sums,
-        out.given,
-        out.logits,
-        R,
-        logits_rows,
-        n,
-        hidden.stride(0),
-        vocabulary.stride(0),
+        hidden, vocabulary, token_ids, given, best, sums, out.given, out.logits,
+        R, logits_rows, n,
+        hidden.stride(0), vocabulary.stride(0),
         0 if given is None else given.stride(0),
         0 if out.given is None else out.given.stride(0),
         0 if out.logits is None else out.logits.stride(0),
-        V=V,
-        E=E,
-        TOP_K=top_k,
-        HAS_GIVEN=n > 0,
-        HAS_LOGITS=logits_rows > 0,
-        CHUNK=tier.chunk,
-        CHUNKS=tier.chunks,
-        BLOCK_V=BLOCK_V,
-        BLOCK_E=tier.depth // hidden.element_size(),
-        PDL=pdl,
+        V=V, E=E, TOP_K=top_k, HAS_GIVEN=n > 0, HAS_LOGITS=logits_rows > 0,
+        CHUNK=tier.chunk, CHUNKS=tier.chunks,
+        BLOCK_V=BLOCK_V, BLOCK_E=tier.depth // hidden.element_size(),
         num_warps=tier.num_warps,
-        maxnreg=200,  # left to itself, ptxas spills a little to fit a further block
+        maxnreg=200,  # without a limit, ptxas spills a little to fit a further block
         num_stages=tier.stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        pdl=pdl,
+    )  # fmt: skip
     _vocabulary_merge_kernel[(R,)](
-        best,
-        sums,
-        token_ids,
-        out.values,
-        out.ids,
-        out.logsumexp,
-        out.values.stride(0),
-        out.ids.stride(0),
-        TOP_K=top_k,
-        TILES=tiles,
-        BLOCK=BLOCK_MERGE,
-        PDL=pdl,
-        num_warps=4,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        best, sums, token_ids, out.values, out.ids, out.logsumexp,
+        out.values.stride(0), out.ids.stride(0),
+        TOP_K=top_k, TILES=tiles, BLOCK=BLOCK_MERGE,
+        num_warps=4, pdl=pdl,
+    )  # fmt: skip
     return out

@@ -45,15 +45,13 @@ def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tupl
 
 @jit("SIZE", do_not_specialize=("blocks",))
 def _latest_match_kernel(
-    tokens_ptr,
-    known_ptr,
-    latest_ptr,
+    tokens_ptr, known_ptr, latest_ptr,  # [B, max_length] [B] [B, blocks]
     blocks,
     stride_tb,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: the latest match among BLOCK starts of a sequence, or -1."""
     if PDL:
         wait_for_producer()
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -72,20 +70,14 @@ def _latest_match_kernel(
 
 @jit("SIZE", "BLOCK_K", do_not_specialize=("K", "blocks", "stride_db"))
 def _ngram_kernel(
-    tokens_ptr,
-    known_ptr,
-    latest_ptr,
-    drafts_ptr,
-    found_ptr,
-    K,
-    blocks,
-    stride_tb,
-    stride_db,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tokens_ptr, known_ptr, latest_ptr,  # [B, max_length] [B] [B, blocks]
+    drafts_ptr, found_ptr,  # [B, K] [B]
+    K, blocks,
+    stride_tb, stride_db,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a sequence's drafts, from the latest match of all blocks."""
     if PDL:
         wait_for_producer()
     b = tl.program_id(0).to(tl.int64)
@@ -137,34 +129,14 @@ def ngram(
         blocks = ceil_div(length, BLOCK)
         latest = tokens.new_empty(B, blocks)
         _latest_match_kernel[(blocks, B)](
-            tokens,
-            known,
-            latest,
-            blocks,
-            tokens.stride(0),
-            SIZE=size,
-            BLOCK=BLOCK,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            tokens, known, latest, blocks, tokens.stride(0),
+            SIZE=size, BLOCK=BLOCK,
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
         _ngram_kernel[(B,)](
-            tokens,
-            known,
-            latest,
-            drafted,
-            found,
-            drafts,
-            blocks,
-            tokens.stride(0),
-            drafted.stride(0),
-            SIZE=size,
-            BLOCK=BLOCK,
-            BLOCK_K=power_of_two(max(drafts, 1)),
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            tokens, known, latest, drafted, found, drafts, blocks,
+            tokens.stride(0), drafted.stride(0),
+            SIZE=size, BLOCK=BLOCK, BLOCK_K=power_of_two(max(drafts, 1)),
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
     return drafted, found

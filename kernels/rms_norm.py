@@ -27,17 +27,13 @@ def rms_norm_ref(
 
 @jit("E")
 def _rms_norm_kernel(
-    x_ptr,
-    w_ptr,
-    ids_ptr,
-    out_ptr,
+    x_ptr, w_ptr, ids_ptr, out_ptr,  # [R, E] or [V, E], [E] [R] [R, E]
     eps,
-    stride_xr,
-    stride_or,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    stride_xr, stride_or,
+    E: tl.constexpr, BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a row."""
     r = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     w = tl.load(w_ptr + e, mask=e < E, other=0.0).to(tl.float32)
@@ -75,18 +71,8 @@ def rms_norm(
     check_shape("out", out, "[R, E]", R, E)
     if R:
         _rms_norm_kernel[(R,)](
-            x,
-            w,
-            ids,
-            out,
-            eps,
-            x.stride(0),
-            out.stride(0),
-            E=E,
-            BLOCK_E=power_of_two(E),
-            PDL=pdl,
-            num_warps=4 if E <= 4096 else 8,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            x, w, ids, out, eps, x.stride(0), out.stride(0),
+            E=E, BLOCK_E=power_of_two(E),
+            num_warps=4 if E <= 4096 else 8, pdl=pdl,
+        )  # fmt: skip
     return out

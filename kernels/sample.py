@@ -132,14 +132,13 @@ def _mix(x: Tensor) -> Tensor:
 
 @jit("BLOCK")
 def _sample_kernel(
-    logits_ptr,
-    token_ids_ptr,
-    out_ptr,
+    logits_ptr, token_ids_ptr, out_ptr,  # [R, columns] [columns] [R]
     columns,
     stride_lr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a row."""
     if PDL:
         wait_for_producer()
     r = tl.program_id(0).to(tl.int64)
@@ -179,15 +178,6 @@ def sample(
     check_dtype("out", out, torch.int64)
     if R:
         _sample_kernel[(R,)](
-            logits,
-            token_ids,
-            out,
-            n,
-            logits.stride(0),
-            BLOCK=4096,
-            PDL=pdl,
-            num_warps=8,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
+            logits, token_ids, out, n, logits.stride(0), BLOCK=4096, num_warps=8, pdl=pdl
         )
     return out

@@ -5,13 +5,7 @@ tree, those of its ancestors. The query heads that share a KV head are packed wi
 into tiles of a fixed height, and keys are read in whole tiles, so that a row's bits depend neither
 on the width of the window nor on where it ends.
 
-A granule of KEYS keys has a softmax of its own (Milakov and Gimelshein 2018), and granules are
-merged in a tree that is fixed by the absolute key index: FAN of them in ascending order, FAN of the
-results likewise, and once more; beyond TOP keys the results form a chain. The keys are split
-between blocks (split-KV, as in Flash-Decoding, Dao et al. 2023) at nodes of that tree, so that a
-row's bits do not depend on how large the splits are: each sequence takes the largest, of 1, FAN or
-FAN^2 granules, of which it has W or more. A second kernel goes on up the tree; each of its
-iterations loads FAN splits before it merges them.
+The keys of a sequence are split between blocks, and a second launch merges the parts (`_split_kv`).
 
 With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL / (B Hk tiles)) and
 n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 17):
@@ -48,17 +42,12 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
+from ._split_kv import FAN, KEYS, merge_splits, merged, nothing, split_layout
 from .window_slots import node_depth
 
 # Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.
 ROWS = 32
-# Keys that are multiplied at a time.
-KEYS = 64
-# FAN granules of KEYS keys are merged in ascending order, FAN of what that gives likewise, up to
-# TOP keys; the rest is a chain. A split is a granule, FAN, or FAN times FAN of them.
-FAN = 4
-TOP = FAN**3 * KEYS
 
 
 def verify_attention_ref(
@@ -95,76 +84,21 @@ def verify_attention_ref(
     return out
 
 
-@device
-def _split_size(length, T, fill, WINDOW: tl.constexpr, KEYS: tl.constexpr, FAN: tl.constexpr):
-    """The first key that some row of a sequence sees, and the keys of its splits: as many as leave
-    `fill` splits, so that short sequences occupy the device and long ones leave few partials.
-    """
-    first = tl.maximum(length + 1 - WINDOW, 0) if WINDOW else 0
-    granules = tl.cdiv(length + T, KEYS) - first // KEYS
-    size = tl.where(granules >= FAN * fill, FAN * KEYS, KEYS)
-    return first, tl.where(granules >= FAN * FAN * fill, FAN * FAN * KEYS, size)
-
-
-@device
-def _merged(m, z, acc, m_next, z_next, acc_next):
-    """Join two softmaxes over different keys: m, z [rows], acc [rows, D]. One that saw no key is
-    m = -inf, z = 0, acc = 0, and leaves the other's bits. Which product is fused is spelled out:
-    the two kernels must round alike.
-    """
-    m_new = tl.maximum(m, m_next)
-    # Where nothing was seen so far, -inf - -inf would be NaN.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    decay, weight = tl.exp2(m - shift), tl.exp2(m_next - shift)
-    z = tl.fma(z_next, weight, z * decay)
-    acc = tl.fma(acc_next, tl.broadcast_to(weight[:, None], acc.shape), acc * decay[:, None])
-    return m_new, z, acc
-
-
-@device
-def _nothing(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    return m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
-
-
 @jit("HEADS", "KV_HEADS", "D", "WINDOW", do_not_specialize=("T", "splits", "fill"))
 def _verify_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    page_table_ptr,
-    lengths_ptr,
-    tree_ptr,
-    acc_ptr,
-    m_ptr,
-    z_ptr,
-    T,
-    splits,
-    fill,
-    scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    stride_pb,
-    stride_tb,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_TREE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    FAN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr,  # [B, T, Hq, D], [pages, page_size, Hk, D] twice
+    page_table_ptr, lengths_ptr, tree_ptr,  # [B, max_pages] [B] [B, T]
+    acc_ptr, m_ptr, z_ptr,  # [B, T, Hq, splits, D] [B, T, Hq, splits] [B, T, Hq, splits]
+    T, splits, fill, scale,
+    stride_qb, stride_qt, stride_qh,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+    stride_pb, stride_tb,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_TREE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, FAN: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a tile of ROWS packed rows of a KV head over a split of its sequence's keys."""
     if PDL:
         wait_for_producer()
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -179,7 +113,7 @@ def _verify_attention_kernel(
     length = tl.load(lengths_ptr + b).to(tl.int32)
     last_t = T - 1 if HAS_TREE else tl.minimum((tile * ROWS + ROWS - 1) // GROUP, T - 1)
     end = length + last_t + 1
-    first, split_size = _split_size(length, T, fill, WINDOW, KEYS, FAN)
+    first, split_size = split_layout(length, T, fill, WINDOW, KEYS, FAN)
     begin_of_split = (first // split_size + split) * split_size
     begin = tl.maximum(begin_of_split, first // KEYS * KEYS)
     end_of_split = tl.minimum(begin_of_split + split_size, end)
@@ -201,8 +135,8 @@ def _verify_attention_kernel(
     v_ptr += kv_head * stride_vh
     page_table_ptr += b * stride_pb
 
-    m_few, z_few, acc_few = _nothing(ROWS, BLOCK_D)  # of FAN granules at most
-    m_all, z_all, acc_all = _nothing(ROWS, BLOCK_D)  # of all before those
+    m_few, z_few, acc_few = nothing(ROWS, BLOCK_D)  # of FAN granules at most
+    m_all, z_all, acc_all = nothing(ROWS, BLOCK_D)  # of all before those
     for start in range(begin, end_of_split, KEYS):
         n = start + tl.arange(0, KEYS)
         # A key that nobody sees is not read: it may hold NaN, and 0 * NaN is NaN.
@@ -228,11 +162,11 @@ def _verify_attention_kernel(
         in_v = in_reach[:, None] & (d < D)[None, :]
         v = tl.load(v_ptr + v_rows[:, None] + d[None, :], mask=in_v, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        m_few, z_few, acc_few = _merged(m_few, z_few, acc_few, m, tl.sum(p, 1), acc)
+        m_few, z_few, acc_few = merged(m_few, z_few, acc_few, m, tl.sum(p, 1), acc)
         if (start + KEYS) % (FAN * KEYS) == 0:
-            m_all, z_all, acc_all = _merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
-            m_few, z_few, acc_few = _nothing(ROWS, BLOCK_D)
-    m, z, acc = _merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
+            m_all, z_all, acc_all = merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
+            m_few, z_few, acc_few = nothing(ROWS, BLOCK_D)
+    m, z, acc = merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
 
     partial = ((b * T + t) * HEADS + h) * splits + split
     tl.store(m_ptr + partial, m, mask=in_window)
@@ -243,85 +177,6 @@ def _verify_attention_kernel(
 @device
 def _either(a, b):
     return a | b
-
-
-@jit("D", "WINDOW", do_not_specialize=("splits", "fill"))
-def _merge_splits_kernel(
-    acc_ptr,
-    m_ptr,
-    z_ptr,
-    lengths_ptr,
-    tree_ptr,
-    out_ptr,
-    splits,
-    fill,
-    stride_tb,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_TREE: tl.constexpr,
-    KEYS: tl.constexpr,
-    FAN: tl.constexpr,
-    TOP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        wait_for_producer()
-    h, t, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    HEADS, T = tl.num_programs(0), tl.num_programs(1)
-    length = tl.load(lengths_ptr + b).to(tl.int32)
-    last, position = length + t, length + t
-    if HAS_TREE:
-        last = length + T - 1
-        if WINDOW:
-            position = length + node_depth(tl.load(tree_ptr + b * stride_tb + t))
-    first_of_all, split_size = _split_size(length, T, fill, WINDOW, KEYS, FAN)
-    first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
-    first, last = first // split_size, last // split_size
-
-    row = ((b * T + t) * HEADS + h) * splits - first_of_all // split_size
-    d = tl.arange(0, BLOCK_D)
-    # Of FAN times FAN splits at most, of those up to TOP keys, and of all before.
-    m_few, z_few, acc_few = _nothing(1, BLOCK_D)
-    m_many, z_many, acc_many = _nothing(1, BLOCK_D)
-    m_all, z_all, acc_all = _nothing(1, BLOCK_D)
-    tl.static_assert(FAN == 4)  # written out, so that all loads come before the first use
-    for begin in range(first // FAN * FAN, last + 1, FAN):
-        m_0, z_0, acc_0 = _partial(m_ptr, z_ptr, acc_ptr, row, begin, first, last, d, D)
-        m_1, z_1, acc_1 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 1, first, last, d, D)
-        m_2, z_2, acc_2 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 2, first, last, d, D)
-        m_3, z_3, acc_3 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 3, first, last, d, D)
-        m, z, acc = _merged(m_0, z_0, acc_0, m_1, z_1, acc_1)
-        m, z, acc = _merged(m, z, acc, m_2, z_2, acc_2)
-        m, z, acc = _merged(m, z, acc, m_3, z_3, acc_3)
-        m_few, z_few, acc_few = _merged(m_few, z_few, acc_few, m, z, acc)
-        end = (begin + FAN) * split_size
-        if (split_size < TOP // FAN) & (end % (FAN * FAN * split_size) == 0):
-            m_many, z_many, acc_many = _merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
-            m_few, z_few, acc_few = _nothing(1, BLOCK_D)
-            if (split_size < TOP // FAN // FAN) & (end % TOP == 0):
-                m_all, z_all, acc_all = _merged(m_all, z_all, acc_all, m_many, z_many, acc_many)
-                m_many, z_many, acc_many = _nothing(1, BLOCK_D)
-    m, z, acc = _merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
-    m, z, acc = _merged(m_all, z_all, acc_all, m, z, acc)
-    # A row that sees nothing, such as one that fills up a tree, is zero.
-    out = acc / tl.where(z == 0.0, 1.0, z)[:, None]
-    out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * stride_oh
-    tl.store(out_ptr + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
-
-
-@device
-def _partial(m_ptr, z_ptr, acc_ptr, row, split, first, last, d, D: tl.constexpr):
-    """A split's m, z [1] and acc [1, D]; nothing where the row sees no key of it."""
-    place = (row + split) + tl.arange(0, 1)
-    seen = (split >= first) & (split <= last) & (tl.arange(0, 1) == 0)
-    m = tl.load(m_ptr + place, mask=seen, other=float("-inf"))
-    z = tl.load(z_ptr + place, mask=seen, other=0.0)
-    in_acc = seen[:, None] & (d < D)[None, :]
-    return m, z, tl.load(acc_ptr + place[:, None] * D + d[None, :], mask=in_acc, other=0.0)
 
 
 def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
@@ -439,62 +294,17 @@ def verify_attention(
     block_d = power_of_two(D)
     tiles = ceil_div(T * Hq // Hk, ROWS)
     _verify_attention_kernel[(tiles * splits, Hk, B)](
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        lengths,
-        tree,
-        acc,
-        m,
-        z,
-        T,
-        splits,
-        fill,
+        q, k_pages, v_pages, page_table, lengths, tree, acc, m, z, T, splits, fill,
         # exp2 is one instruction: the scores are in units of log 2.
         (D**-0.5 if scale is None else scale) / math.log(2),
-        *q.stride()[:3],
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
-        page_table.stride(0),
-        stride_tb,
-        HEADS=Hq,
-        KV_HEADS=Hk,
-        D=D,
-        PAGE_SIZE=page_size,
-        WINDOW=window,
-        HAS_TREE=tree is not None,
-        ROWS=ROWS,
-        KEYS=KEYS,
-        FAN=FAN,
-        BLOCK_D=block_d,
-        PDL=pdl,
+        *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3],
+        page_table.stride(0), stride_tb,
+        HEADS=Hq, KV_HEADS=Hk, D=D, PAGE_SIZE=page_size,
+        WINDOW=window, HAS_TREE=tree is not None,
+        ROWS=ROWS, KEYS=KEYS, FAN=FAN, BLOCK_D=block_d,
         num_warps=_warps(block_d, q.element_size()),
         num_stages=_stages(block_d * q.element_size()),
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
-    _merge_splits_kernel[(Hq, T, B)](
-        acc,
-        m,
-        z,
-        lengths,
-        tree,
-        out,
-        splits,
-        fill,
-        stride_tb,
-        *out.stride()[:3],
-        D=D,
-        WINDOW=window,
-        HAS_TREE=tree is not None,
-        KEYS=KEYS,
-        FAN=FAN,
-        TOP=TOP,
-        BLOCK_D=block_d,
-        PDL=pdl,
-        num_warps=1,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        pdl=pdl,
+    )  # fmt: skip
+    merge_splits(acc, m, z, lengths, tree, out, splits, fill, window, pdl=pdl)
     return out

@@ -53,22 +53,16 @@ def node_depth(ancestors):
     return tl.maximum(bits.to(tl.int32) - 1, 0)
 
 
-@jit("BLOCK", definition="window_slots_ref")
+@jit("BLOCK")
 def _window_slots_kernel(
-    lengths_ptr,
-    page_table_ptr,
-    active_ptr,
-    tree_ptr,
-    slots_ptr,
-    positions_ptr,
-    B,
-    T,
-    page_size,
-    stride_pb,
-    stride_tb,
+    lengths_ptr, page_table_ptr, active_ptr, tree_ptr,  # [B] [B, max_pages] [B] [B, T]
+    slots_ptr, positions_ptr,  # [B * T]
+    B, T, page_size,
+    stride_pb, stride_tb,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK rows."""
     if PDL:
         wait_for_producer()
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -123,21 +117,9 @@ def window_slots(
         check_dtype(name, tensor, torch.int64)
     if B * rows:
         _window_slots_kernel[(ceil_div(B * rows, 64),)](
-            lengths,
-            page_table,
-            active,
-            tree,
-            slots,
-            positions,
-            B,
-            rows,
-            page_size,
-            page_table.stride(0),
-            0 if tree is None else tree.stride(0),
+            lengths, page_table, active, tree, slots, positions, B, rows, page_size,
+            page_table.stride(0), 0 if tree is None else tree.stride(0),
             BLOCK=64,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
     return slots, positions
