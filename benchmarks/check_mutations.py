@@ -648,14 +648,14 @@ FAULTS = [
     Fault(
         "ngram",
         "the end matches itself",
-        "    match = start < behind\n",
-        "    match = start <= behind\n",
+        "    match = start < pattern\n",
+        "    match = start <= pattern\n",
     ),
     Fault(
         "ngram",
         "a block's last start is left out",
-        "    match = start < behind\n",
-        "    match = (start < behind) & (start % BLOCK != BLOCK - 1)\n",
+        "    match = start < pattern\n",
+        "    match = (start < pattern) & (start % BLOCK != BLOCK - 1)\n",
     ),
     Fault(
         "ngram",
@@ -678,8 +678,8 @@ FAULTS = [
     Fault(
         "ngram",
         "the last block is lost",
-        "searched = tl.cdiv(tl.maximum(behind, 0), BLOCK)",
-        "searched = tl.maximum(behind, 0) // BLOCK",
+        "searched = tl.cdiv(tl.maximum(pattern, 0), BLOCK)",
+        "searched = tl.maximum(pattern, 0) // BLOCK",
     ),
     Fault(
         "ngram",

@@ -1,13 +1,14 @@
-"""The inner loops of every skinny matmul here: a tile of weights against all rows, read once.
+"""The inner loops of the skinny matmuls: a tile of weights, read once, times all rows.
 
-For up to 16 rows an op is one launch: `multiply_rows` adds up a block's columns, and what belongs
-to the op follows in registers. For more rows the blocks are wider, since each reads all of x, and
-there are fewer, so that K is split among them: `partial_sums`, then a launch that adds the parts.
+For up to 16 rows an op is one launch: `multiply_rows` computes a block's columns, and the op's
+epilogue follows in registers. For more rows the blocks are wider, since each reads all of x. There
+are fewer of them, so that K is split, too: `partial_sums`, then a launch that adds the parts and
+runs the epilogue.
 
 The weights are the left operand, in tiles of 16 or 32 output columns: too few for wgmma, so that
 every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same order of k.
 Where K is split depends on the weight's shape alone, and every tier adds the same parts in the same
-order: a row's bits do not depend on how many rows there are.
+order. So a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def multiply_rows(
 ):  # fmt: skip
     """Rows n of w, of which in_n exist, times R <= 16 rows of x -> float32 sums [BLOCK_N, 16].
 
-    The first thing that a kernel does: it also waits for the producer of x.
+    Includes the prologue of a dependent launch: weights are prefetched, then x is waited for.
     """
     if PDL:
         prefetch_l2(w_ptr, n, in_n, stride_wn, K)
@@ -50,7 +51,7 @@ def multiply_rows(
     acc = tl.zeros([BLOCK_N, 16], tl.float32)
     for begin in range(0, K, BLOCK_K):
         if SEGMENT < K:
-            # One loop for all segments, so that loads stay in flight from one to the next.
+            # One loop for all segments, so that loads stay in flight between them.
             ended = begin % SEGMENT == 0
             total = tl.where(ended, total + acc, total)
             acc = tl.where(ended, 0.0, acc)
@@ -91,12 +92,11 @@ def _partial_sums_kernel(
     tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
     tail_ptrs = x_ptr + tail_r.to(tl.int64)[None, :] * stride_xr
-    # The block's columns in chunks, each multiplied with all rows that were loaded. A chunk has
-    # fewer columns than a tile has rows: Triton then lays out its warps along the rows, and along
-    # the columns otherwise, where there is too little for all of them.
+    # Columns in chunks of fewer than there are rows: Triton then lays out its warps along the rows.
+    # Otherwise it lays them out along the columns, which are too few for all warps.
     CHUNKS: tl.constexpr = BLOCK_N // CHUNK
     accs = (tl.zeros([CHUNK, ROWS], tl.float32),) * CHUNKS
-    tail_accs = accs  # without a tail this only fills its place
+    tail_accs = accs  # without a tail, a placeholder
     if TAIL > 0:
         tail_accs = (tl.zeros([CHUNK, TAIL], tl.float32),) * CHUNKS
     for step in range(0, SEGMENT, BLOCK_K):
@@ -141,16 +141,16 @@ def _store_sums(acc, r, n, partial_ptr, R, stride_pr, N: tl.constexpr):
 def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     """Multiply rows: x [R, K] or [H, R, K], w [H, N, K] -> float32 [segments, R, H * N].
 
-    For the rows of a tier above 16, in one pass over w for 192 rows. The sums of the segments of K
-    are left to be added in ascending order (`add_segments`), by a launch that finishes the op.
+    For more than 16 rows, in one pass over w per 192 rows. The launch that finishes the op adds the
+    segments of K in ascending order (`add_segments`).
     """
     (H, N, K), R = w.shape, x.shape[-2]
     length, tier = segment(H * N, K), row_tier(R)
     segments, block_n = ceil_div(K, length), column_tile(H * N, K, tier)
     depth, stages = depth_tile(tier)
-    rows = min(tier, 128)  # of a larger tier, the rest is the tail
+    rows = min(tier, 128)  # the remaining rows of a larger tier are the tail
     partial = torch.empty(segments, R, H * N, dtype=torch.float32, device=x.device)
-    # The passes over one tile are neighbours, so that they find it in the L2.
+    # Passes over the same tile of weights are adjacent blocks, so that they share it in the L2.
     _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), segments * H)](
         x, w, partial, R,
         x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
@@ -167,7 +167,8 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
 
 
 def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int]]:
-    """Columns of a block for up to 16 rows, and how `multiply_rows` reads w with N * K elements."""
+    """Output columns per block for up to 16 rows of a matmul [N, K], and the options with which
+    `multiply_rows` reads w."""
     depth, stages = depth_tile(16)
     read = {"SEGMENT": segment(N, K), "BLOCK_K": depth // w.element_size()}
     return column_tile(N, K, 16), read | {"num_warps": 4, "num_stages": stages}
@@ -175,7 +176,7 @@ def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int]]:
 
 @device
 def add_segments(partial_ptr, offsets, mask, stride_ps, SEGMENTS: tl.constexpr):
-    """The sums at `offsets` of every segment of K, added in ascending order."""
+    """Add the segments' partial sums at `offsets`, in ascending order."""
     total = tl.zeros(offsets.shape, tl.float32)
     for i in tl.static_range(SEGMENTS):
         total += tl.load(partial_ptr + i * stride_ps + offsets, mask=mask, other=0.0)
@@ -186,8 +187,8 @@ def add_segments(partial_ptr, offsets, mask, stride_ps, SEGMENTS: tl.constexpr):
 def sum_columns(x):
     """Sum x [rows, n] float32 over n -> [rows], by multiplication with ones.
 
-    The order of tl.sum changes with the tile's shape, that of mma does not. A float32 is the sum of
-    three bfloat16, exactly.
+    The order of tl.sum depends on the tile's shape; that of mma does not. A float32 is exactly the
+    sum of three bfloat16.
     """
     ones = tl.full([x.shape[1], 16], 1.0, tl.bfloat16)
     high = x.to(tl.bfloat16)
@@ -199,6 +200,6 @@ def sum_columns(x):
 
 @device
 def split_pairs(acc):
-    """acc [2n, rows] -> its even and its odd rows, each as [rows, n]."""
+    """acc [2n, rows] -> its even rows and its odd rows, each transposed to [rows, n]."""
     pairs = tl.reshape(tl.trans(acc), [acc.shape[1], acc.shape[0] // 2, 2])
     return tl.split(pairs)

@@ -4,9 +4,9 @@ A granule of KEYS keys has a softmax of its own (Milakov and Gimelshein 2018), a
 merged in a tree that is fixed by the absolute key index: FAN of them in ascending order, FAN of the
 results likewise, and once more; beyond TOP keys the results form a chain. The keys are split
 between blocks (Flash-Decoding, Dao et al. 2023) at nodes of that tree, so that a row's bits do not
-depend on how large the splits are: each sequence takes the largest, of 1, FAN or FAN^2 granules, of
-which it has `fill` or more. `_verify_attention_kernel` goes up the tree to the splits, the kernel
-here from there on; each of its iterations loads FAN splits before it merges them.
+depend on how large the splits are: each sequence has the largest splits, of 1, FAN or FAN^2
+granules, of which it has `fill` or more. `_verify_attention_kernel` merges up to the level of the
+splits, the kernel here from there on; each of its iterations loads FAN splits, then merges them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from ._launch import device, jit, power_of_two, tl, wait_for_producer
 from .window_slots import node_depth
 
-# Keys of a granule: so many are multiplied at a time.
+# Keys of a granule, which are multiplied at a time.
 KEYS = 64
-# Nodes of the tree that are merged into one. Where its three levels end, in keys.
+# Nodes of the tree that are merged into one, and the keys of a node of its third and last level.
 FAN = 4
 TOP = FAN**3 * KEYS
 
@@ -83,7 +83,7 @@ def _merge_splits_kernel(
 
     row = ((b * T + t) * HEADS + h) * splits - first_of_all // split_size
     d = tl.arange(0, BLOCK_D)
-    # Of FAN times FAN splits at most, of those up to TOP keys, and of all before.
+    # Of up to FAN times FAN splits, of up to TOP keys, and of all before those.
     m_few, z_few, acc_few = nothing(1, BLOCK_D)
     m_many, z_many, acc_many = nothing(1, BLOCK_D)
     m_all, z_all, acc_all = nothing(1, BLOCK_D)
@@ -106,7 +106,7 @@ def _merge_splits_kernel(
                 m_many, z_many, acc_many = nothing(1, BLOCK_D)
     m, z, acc = merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
     m, z, acc = merged(m_all, z_all, acc_all, m, z, acc)
-    # A row that sees nothing, such as one that fills up a tree, is zero.
+    # A row that sees nothing, such as a filler of a tree, is zero.
     out = acc / tl.where(z == 0.0, 1.0, z)[:, None]
     out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * stride_oh
     tl.store(out_ptr + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
@@ -114,7 +114,7 @@ def _merge_splits_kernel(
 
 @device
 def _partial(m_ptr, z_ptr, acc_ptr, row, split, first, last, d, D: tl.constexpr):
-    """A split's m, z [1] and acc [1, D]; nothing where the row sees no key of it."""
+    """A split's m, z [1] and acc [1, D], or those of `nothing` if the row sees no key of it."""
     place = (row + split) + tl.arange(0, 1)
     seen = (split >= first) & (split <= last) & (tl.arange(0, 1) == 0)
     m = tl.load(m_ptr + place, mask=seen, other=float("-inf"))

@@ -31,16 +31,16 @@ STEP_MASK = 2**31 - 1
 
 
 class Progress(NamedTuple):
-    """Where B sequences stand; a step changes all but `limits` and `ends` in place."""
+    """The state of B sequences; a step changes all but `limits` and `ends` in place."""
 
     tokens: Tensor  # [B, max_length + T] int64; tokens[b, : lengths[b] + 1] are known
     lengths: Tensor  # [B] int64, tokens whose K and V are committed
     active: Tensor  # [B] int64, 1 or 0: a finished sequence does not advance
-    limits: Tensor  # [B] int64: a sequence ends when it knows that many tokens
-    ends: Tensor  # [B, n] int64, tokens that end a sequence; -1 is none
-    source: Tensor  # [B] int64, where the window's drafts came from
-    drafted: Tensor  # [B] int64, how many of them were meant as such
-    clock: Tensor  # [B] int64, steps taken so far: the same number in all
+    limits: Tensor  # [B] int64: a sequence ends when it has that many tokens
+    ends: Tensor  # [B, n] int64, tokens that end a sequence, filled up with -1
+    source: Tensor  # [B] int64, which drafter the window's drafts are from
+    drafted: Tensor  # [B] int64, how many of them are drafts and no fillers
+    clock: Tensor  # [B] int64, steps taken so far: the same number for all
     ring: Tensor  # [slots, B, 1 + 2 T or more] int64, where the host can read it
 
 
@@ -133,7 +133,7 @@ def _advance_kernel(
     goes_on = (tl.max(ended.to(tl.int32)) == 0) & (length + 1 < tl.load(limits_ptr + b))
     goes_on &= broken == 0
     lives = active != 0
-    # Several threads hold the same scalars: all have read before any writes.
+    # Several threads load the same scalars: all must have done so before any stores one.
     tl.debug_barrier()
     place = tokens_ptr + b * stride_tb + length - count + 1 + t
     tl.store(place, target, mask=in_window & lives)
@@ -160,9 +160,9 @@ def advance(
     largest logit of each row, logprobs [B, T] float32 or None -> (accepted [B], count [B]) int64,
     count = accepted + 1, or 0 for a finished sequence.
 
-    In place: tokens, lengths, active, clock and ring of `progress`; source and drafted become 0,
-    for a drafter to say more; the bonus token goes to window[:, 0]. Tokens and counts must fit into
-    their words' 32 bits and bytes. `pdl`: see `linear`.
+    In place: tokens, lengths, active, clock and ring of `progress`; source and drafted are set to 0
+    and left to the drafter; the bonus token goes to window[:, 0]. Tokens must fit into 32 bits,
+    counts into a byte. `pdl`: see `linear`.
     """
     (B, T), p = window.shape, progress
     check_shape("window", window, "[B, T]", B, T)

@@ -1,13 +1,14 @@
 """Norm, gate and up projection, activation: silu(x' w_gate^T) * (x' w_up^T), x' = rms_norm(x).
 
-The norm is a launch of its own, `rms_norm`, whose rows are rounded to their dtype as in the
-definition. In the matmul's loop it would take seven times the instructions and bind a step to
-2.9 TB/s of weights at best (8B on an H100); in the epilogue of the op before, it would save one
-launch of a layer's twelve and tie that op to the gain of the next.
+The norm is a launch of its own, `rms_norm`, and its rows are rounded to their dtype as in the
+definition. In the matmul's loop it would take seven times the instructions and limit a step to
+2.9 TB/s of weights at best (8B on an H100). In the previous op's epilogue it would save one of a
+layer's twelve launches, and that op would need the gain of the next norm.
 
-Bytes moved: 2 * F * E weights once for 192 rows; R * E of x read and written by the norm, and read
+Bytes moved: 2 * F * E weights, once per 192 rows; R * E of x read and written by the norm, and read
 by each block of columns, mostly from the L2; R * F written. Above 16 rows the blocks' sums, 4 bytes
-for each of 2 * F * R and each segment of E (`_tiles`), are written and read by a further launch.
+for each of 2 * F * R and each segment of E (`_skinny_matmul`), are written, and read by a further
+launch.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _gate_up_silu_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F columns of R <= 16 rows."""
-    # The tile's weights alternate: a gate's row, the row of its up, the next gate's.
+    # The tile's rows of weights alternate: a gate, its up, the next gate.
     i = tl.arange(0, 2 * BLOCK_F)
     column = tl.program_id(0) * BLOCK_F + i // 2
     n = column + (i % 2) * F
@@ -86,7 +87,7 @@ def _gate_up_silu_end_kernel(
 
 @device
 def _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F: tl.constexpr):
-    """Finish gate and up [rows, columns] and store silu(gate) * up as rows r, columns f."""
+    """Add biases to gate and up [rows, columns] and store silu(gate) * up: rows r, columns f."""
     if bias_ptr is not None:
         gate += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]

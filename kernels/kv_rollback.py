@@ -85,7 +85,7 @@ def _compact_path_kernel(
     v_source = source_page * stride_vp + source % PAGE_SIZE * stride_vs
     k = tl.load(k_ptr + k_source[:, None] + d[None, :], mask=mask, other=0.0)
     v = tl.load(v_ptr + v_source[:, None] + d[None, :], mask=mask, other=0.0)
-    # One row's new place may be another's old one: all have been read before any is written.
+    # One row's target may be another's source: all are read before any is written.
     tl.debug_barrier()
     k_target = target_page * stride_kp + target % PAGE_SIZE * stride_ks
     v_target = target_page * stride_vp + target % PAGE_SIZE * stride_vs
@@ -124,11 +124,11 @@ def kv_rollback(
     """Keep accepted[b] + 1 rows of each window, in place: caches [L, pages, page_size, Hk, D] of
     any strides but the last; page_table [B, max_pages] int32; lengths and accepted [B] int64.
 
-    The window's rows lie in slots lengths[b] + t. path [B, T] int64, T <= 64, names the accepted
-    rows of a tree: path[b, j], its root path[b, 0] included, becomes row j; sources and targets may
-    overlap in any way. Entries behind accepted[b] are not read. active [B] int64 is 1, or 0 for a
-    sequence that stays as it is. An engine whose layers lie in tensors of their own calls it once a
-    layer, with lengths of its own but for the last call. `pdl`: see `linear`.
+    The window's rows are in slots lengths[b] + t. path [B, T] int64, T <= 64, lists the accepted
+    rows of a tree, the root path[b, 0] included: row path[b, j] becomes row j; sources and targets
+    may overlap in any way. Entries past accepted[b] are not read. active [B] int64 is 1, or 0 for a
+    sequence that is left as it is. An engine with a tensor per layer calls it once per layer, with
+    a copy of `lengths` in all calls but the last. `pdl`: see `linear`.
     """
     if k_cache.dim() != 5:
         raise ValueError(f"k_cache must be [L, pages, page_size, Hk, D], got {list(k_cache.shape)}")

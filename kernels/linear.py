@@ -1,10 +1,11 @@
 """Skinny matmul: y = x @ w^T + b (+ residual), for the few rows of a decode step.
 
-Bytes moved: N * K weights once for 192 rows; R * K of x read by each of N / BLOCK_N blocks, mostly
-from the L2; R * N of y written, and of the residual read. Above 16 rows the blocks' sums, 4 bytes
-for each of N * R and each segment of K (`_tiles`), are written and read by a further launch.
+Bytes moved: N * K weights, once per 192 rows; R * K of x, read by each of N / BLOCK_N blocks,
+mostly from the L2; R * N of y written, and of the residual read. Above 16 rows the blocks' sums, 4
+bytes for each of N * R and each segment of K (`_skinny_matmul`), are written, and read by a second
+launch.
 
-A row's bits do not depend on how many rows share the launch (`_skinny_matmul`).
+A row's bits do not depend on how many rows share the launch.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _linear_end_kernel(
 def _store_rows(
     acc, r, n, bias_ptr, residual_ptr, out_ptr, R, stride_rr, stride_or, N: tl.constexpr
 ):
-    """Finish acc [columns, rows] and store it as rows r, columns n."""
+    """Add bias and residual to acc [columns, rows] and store it as rows r, columns n."""
     in_out = (n < N)[:, None] & (r < R)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -113,8 +114,9 @@ def linear(
 ) -> Tensor:
     """Multiply rows: x [R, K], w [N, K], bias [N] or None, residual [R, N] or None -> [R, N].
 
-    bfloat16, float16 or float32, all alike; float32 sums. `out` may be `residual`. `pdl` makes it a
-    programmatic dependent launch (sm_90 and newer), for kernels that all wait for their producers.
+    bfloat16, float16 or float32, the same for all; float32 sums. `out` may be `residual`. `pdl`
+    makes it a programmatic dependent launch (sm_90 and newer), in a stream whose kernels are all
+    launched so.
     """
     (R, K), N = x.shape, w.shape[0]
     _check_shapes(x, w, bias, residual)

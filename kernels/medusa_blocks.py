@@ -1,10 +1,10 @@
-"""Residual blocks of parallel heads, all heads in one launch per depth: h + silu(h w_i^T + b_i).
+"""Residual blocks of parallel heads: h_i = h + silu(h w_i^T + b_i), one launch per depth.
 
-Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` makes logits of them.
+Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` computes the heads' logits from them.
 
-Bytes moved: H * E * E weights of a depth once for 192 rows; R * E of x read by each of H * E /
-BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written. Above 16
-rows the blocks' sums, 4 bytes for each of H * E * R and each segment of E (`_tiles`), are written
+Bytes moved, per depth: H * E * E weights, once per 192 rows; R * E of x, read by each of H * E /
+BLOCK_N blocks, mostly from the L2, and once more to be added; R * H * E written. Above 16 rows the
+blocks' sums, 4 bytes for each of H * E * R and each segment of E (`_skinny_matmul`), are written,
 and read by a further launch.
 """
 
@@ -30,7 +30,7 @@ from .linear import linear_ref
 
 def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
-    [R, 1 + H, E] in normed's dtype, which rows have between the blocks, too; see `medusa_blocks`.
+    [R, 1 + H, E], rounded to normed's dtype after each block; see `medusa_blocks`.
     """
     out = normed.new_empty(1 + len(w), *normed.shape)
     out[:] = normed
@@ -88,7 +88,7 @@ def _medusa_blocks_end_kernel(
 
 @device
 def _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E: tl.constexpr):
-    """Finish acc [columns, rows] and store x + silu(acc + bias) as rows r, columns n."""
+    """Store x + silu(acc + bias) of acc [columns, rows] as rows r, columns n."""
     mask = (n < E)[:, None] & (r < R)[None, :]
     wide_r = r.to(tl.int64)
     bias = tl.load(bias_ptr + n, mask=n < E, other=0.0).to(tl.float32)
@@ -103,11 +103,11 @@ def medusa_blocks(
     normed: Tensor, w: Tensor, bias: Tensor, *, out: Tensor | None = None, pdl: bool = False
 ) -> Tensor:
     """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
-    [R, 1 + H, E], the LM head's rows, which are `normed`, first.
+    [R, 1 + H, E]: the LM head's rows, which are `normed`, then each head's.
 
-    The result is a view of memory [1 + H, R, E], so that transposed and flattened it lists the LM
-    head's rows and then each head's without a copy. `out` has any strides but the last; normed may
-    be out[:, 0], and is copied there if it is not. `pdl`: see `linear`.
+    The result is a view of memory [1 + H, R, E], so that its transpose can be flattened without a
+    copy. `out` may have any strides but the last, which is 1; normed may be out[:, 0], and is
+    copied there if it is not. `pdl`: see `linear`.
     """
     (R, E), (H, depth) = normed.shape, w.shape[:2]
     check_shape("normed", normed, "[R, E]", R, E)
@@ -124,7 +124,7 @@ def medusa_blocks(
     if depth == 0:
         heads.copy_(normed[:, None].expand_as(heads))
         return out
-    # A block reads all of a row and writes a part of it, so neighbours in a stack change places.
+    # A program reads whole rows and writes a part of them, so that depths alternate two buffers.
     other = torch.empty_like(heads) if depth > 1 else heads
     x, stride_xh = normed, 0
     for d in range(depth):

@@ -2,12 +2,14 @@
 
     [q k v] = rms_norm(x) w^T + b;  q, k rotated by position (Su et al. 2021);  cache[slot] = k, v
 
-The norm is a launch of its own (see `gate_up_silu`).
+The norm of x is a launch of its own (see `gate_up_silu`), and so are the norms of q's and K's heads
+(Qwen3), which are rotated there.
 
-Bytes moved: (Hq + 2 Hk) * D * E weights once for 192 rows; R * E of x read and written by the norm,
-and read by each block of columns, mostly from the L2; R rows of q, k and v written. Above 16 rows
-the blocks' sums, 4 bytes for each of (Hq + 2 Hk) * D * R and each segment of E (`_tiles`), are
-written and read by a further launch. With norms of q and k those are read and written once more.
+Bytes moved: (Hq + 2 Hk) * D * E weights, once per 192 rows; R * E of x read and written by the
+norm, and read by each block of columns, mostly from the L2; R rows of q, k and v written. Above 16
+rows the blocks' sums, 4 bytes for each of (Hq + 2 Hk) * D * R and each segment of E
+(`_skinny_matmul`), are written, and read by a further launch. Norms of q and k read and write those
+once more.
 """
 
 from __future__ import annotations
@@ -50,9 +52,8 @@ def qkv_rope_cache_ref(
     """Project, rotate and cache: x [R, E] -> q [R, Hq, D] in x's dtype, float32 inside; see
     `qkv_rope_cache`."""
     normed = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
-    qkv, pages = linear_ref(normed.float(), w, bias), (k_pages, v_pages)
-    norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
-    q = rope_cache_ref(qkv, *pages, slots, positions, cos_table, sin_table, **norms)
+    qkv, at = linear_ref(normed.float(), w, bias), (slots, positions, cos_table, sin_table)
+    q = rope_cache_ref(qkv, k_pages, v_pages, *at, q_norm=q_norm, k_norm=k_norm, eps=eps)
     return q.to(x.dtype)
 
 
@@ -147,15 +148,15 @@ def _append(
     v_heads = (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh + d
     store_halves(q_ptrs, low, high, in_q, D)
     store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
-    # A row that does not see this key weights its value with zero, and zero times NaN is NaN.
-    # For those that do see it the key, which is as much NaN, is enough.
+    # Rows that do not see this key multiply its value by zero, and zero times NaN is NaN. To those
+    # that see it the key, which is NaN as well, is enough.
     low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)
     store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
 
 
 @device
 def _rotate(low, high, r, d, in_r, rotated, positions_ptr, cos_ptr, sin_ptr, D):
-    """Rotate low, high [rows, pairs] by their rows' positions where the columns are `rotated`."""
+    """Rotate low, high [rows, pairs] by the rows' positions, in the columns that are `rotated`."""
     position = tl.load(positions_ptr + r, mask=in_r, other=0)
     index = position[:, None] * D + d[None, :] + D // 2
     mask = in_r[:, None] & rotated[None, :]
@@ -216,12 +217,11 @@ def qkv_rope_cache(
 ) -> Tensor:
     """Project, rotate and cache: x [R, E] -> q [R, Hq, D]; K and V written into pages, in place.
 
-    norm_w [E], or None where x is normed already; w [(Hq + 2 Hk) * D, E] and bias, q above k above
-    v; pages [pages, page_size, Hk, D] of any strides but the last; slots [R] int64 = page *
-    page_size + offset, distinct, -1 to write no K and V; positions [R] int64; tables [any, D]
-    float32 (mtpkern.cache.rotary_tables). q_norm and k_norm [D] normalise each head before it is
-    rotated (Qwen3), in a second launch.
-    `pdl`: see `linear`.
+    norm_w [E], or None if x is normed already; w [(Hq + 2 Hk) * D, E] and bias, q above k above v;
+    pages [pages, page_size, Hk, D] with any strides but the last, which is 1; slots [R] int64 =
+    page * page_size + offset, distinct, -1 to write no K and V; positions [R] int64; tables
+    [any, D] float32 (mtpkern.cache.rotary_tables). q_norm and k_norm [D] normalise each head before
+    it is rotated (Qwen3), in a launch of its own. `pdl`: see `linear`.
     """
     (R, E), N, (_, page_size, Hk, D) = x.shape, w.shape[0], k_pages.shape
     Hq = N // D - 2 * Hk

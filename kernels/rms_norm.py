@@ -1,8 +1,8 @@
 """RMS norm of rows: y = x / sqrt(mean(x^2) + eps) * w  (Zhang and Sennrich 2019, equation 4).
 
-With ids the rows are looked up first, y_r of x[ids_r]: an embedding and its norm in one launch.
+With ids, row r is x[ids_r]: an embedding's rows and their norm in one launch.
 
-Bytes moved: R * E read and written once, E weights read by every row, mostly from L2.
+Bytes moved: R * E read and written once; E weights read by every row, mostly from the L2.
 """
 
 from __future__ import annotations

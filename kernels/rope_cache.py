@@ -87,7 +87,7 @@ def _rope_cache_kernel(
         gain_high = tl.load(gains + D // 2, mask=turned, other=0.0).to(tl.float32)
         low = tl.where(is_v[:, None], low, low * factor[:, None] * gain_low)
         high = tl.where(is_v[:, None], high, high * factor[:, None] * gain_high)
-    # The tables' second half: there the sines are not negated.
+    # The second half of the tables, where sines are not negated.
     index = tl.load(positions_ptr + r) * D + D // 2 + d[None, :]
     cos = tl.load(cos_ptr + index, mask=in_d, other=0.0)
     sin = tl.load(sin_ptr + index, mask=in_d, other=0.0)

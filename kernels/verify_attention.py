@@ -11,10 +11,10 @@ With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL 
 n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 17):
 
 blocks: Hk tiles ceil(n / S) that work (136 for 1029 keys, 256 for 32k), of Hk tiles
-    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))), rounded up to fours, that are launched (576 for
-    a capacity of 32k, 1024 for 131k)
-bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles of the same keys run side by
-    side and meet in the L2
+    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))) that are launched, the latter factor rounded up to
+    a multiple of four (576 for a capacity of 32k, 1024 for 131k)
+bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles over the same keys run side
+    by side and share them in the L2
 bytes of partial results: 4 (D + 2) T Hq for each split, written and read, which is
     4 T G (D + 2) / (s D S) of the cache's (63 % up to 4352 keys, where they stay in the L2; 16 % up
     to 17k, then 4.0 %; at most 6.3 % for any T)
@@ -45,7 +45,7 @@ from ._launch import (
 from ._split_kv import FAN, KEYS, merge_splits, merged, nothing, split_layout
 from .window_slots import node_depth
 
-# Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
+# Packed query rows per tile, the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.
 ROWS = 32
 
@@ -135,11 +135,11 @@ def _verify_attention_kernel(
     v_ptr += kv_head * stride_vh
     page_table_ptr += b * stride_pb
 
-    m_few, z_few, acc_few = nothing(ROWS, BLOCK_D)  # of FAN granules at most
-    m_all, z_all, acc_all = nothing(ROWS, BLOCK_D)  # of all before those
+    m_few, z_few, acc_few = nothing(ROWS, BLOCK_D)  # of the last FAN granules or fewer
+    m_all, z_all, acc_all = nothing(ROWS, BLOCK_D)  # of all granules before those
     for start in range(begin, end_of_split, KEYS):
         n = start + tl.arange(0, KEYS)
-        # A key that nobody sees is not read: it may hold NaN, and 0 * NaN is NaN.
+        # A key that no row sees is not read: it may be NaN, and 0 * NaN is NaN.
         in_reach = (n >= first) & (n < end)
         if HAS_TREE:
             node = tl.minimum(tl.maximum(n - length, 0), 63)
@@ -180,13 +180,13 @@ def _either(a, b):
 
 
 def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
-    """Keys of a split where a sequence has `keys`, as the kernel decides for each sequence."""
+    """Keys of a split of a sequence with `keys` keys, as `split_layout` decides on the device."""
     granules, fill = ceil_div(keys, KEYS), _fill(B, T, Hq, Hk)
     return KEYS * (FAN**2 if granules >= FAN**2 * fill else FAN if granules >= FAN * fill else 1)
 
 
 def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
-    """Splits of a sequence at most, where its cache holds `keys`: a multiple of 4, so that every
+    """The most splits of a sequence, if its cache holds `keys` keys: a multiple of 4, so that every
     part of the workspace is aligned to 16 bytes.
     """
     few = min(FAN * _fill(B, T, Hq, Hk) + 1, ceil_div(keys, KEYS))
@@ -194,24 +194,24 @@ def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
 
 
 def _fill(B: int, T: int, Hq: int, Hk: int) -> int:
-    """Splits of a sequence that occupy the device: B sequences of so many, Hk heads, all tiles."""
+    """How many splits per sequence saturate the device, times B sequences, Hk heads, all tiles."""
     return ceil_div(FILL, B * Hk * ceil_div(T * Hq // Hk, ROWS))
 
 
 def workspace_size(B: int, T: int, Hq: int, Hk: int, D: int, max_pages: int, page_size: int) -> int:
-    """How many float32 of workspace `verify_attention` wants for these shapes."""
+    """How many float32 of workspace `verify_attention` needs for these shapes."""
     return B * T * Hq * split_count(B, T, Hq, Hk, max_pages * page_size) * (D + 2) if B else 0
 
 
 def _stages(bytes_of_key: int) -> int:
-    """Stages of the pipeline: two of every three wait for the page table, so that 7 have three
-    tiles of keys and values under way, 5 two, 3 one; up to some 80 KB.
+    """Stages of the pipeline: two of every three wait for the page table, so that 7 stages have
+    three tiles of keys and values in flight, 5 have two, 3 have one; up to some 80 KB.
     """
     return 7 if bytes_of_key <= 128 else 5 if bytes_of_key <= 256 else 3
 
 
 def _warps(block_d: int, element_size: int) -> int:
-    """Four, or eight where the sums of a tile would not fit into the registers of four."""
+    """Four, or eight if the sums of a tile do not fit into the registers of four."""
     return 4 if block_d * element_size**2 <= 512 else 8
 
 
@@ -231,21 +231,21 @@ def verify_attention(
 ) -> Tensor:
     """Attend to a paged cache: q [B, T, Hq, D] -> [B, T, Hq, D], for T <= 64 and D <= 256.
 
-    Pages [pages, page_size, Hk, D] of any strides but the last, which is 1; page_table
+    Pages [pages, page_size, Hk, D] with any strides but the last, which is 1; page_table
     [B, max_pages] int32; lengths [B] int64. The window's own keys are in the cache already, at
-    slots lengths[b] + t, so lengths[b] + T <= max_pages * page_size. What lies in other slots, and
-    in entries of the page table that name no keys in reach, is never read.
+    slots lengths[b] + t, so that lengths[b] + T <= max_pages * page_size. Other slots, and entries
+    of the page table for keys that no row sees, are never read.
 
     Row t sees the committed keys and the window's rows up to itself, or, with tree [B, T] int64,
-    those whose bit is set in tree[b, t]: its ancestors, itself included. A row that sees nothing is
-    zero. The K of a window row may be anything where a row does not see it, but its V must be
-    finite, since rows with and without it share a product.
+    the rows whose bit is set in tree[b, t]: its ancestors and itself. The output of a row that sees
+    nothing is zero. The K of a window row is arbitrary to the rows that do not see it, but its V
+    must be finite, since rows that see it and rows that do not share a product.
 
     `window` > 0 limits a row to the last `window` positions, its own included (sliding window). In
     a tree, positions follow depth: a row's is lengths[b] + its number of ancestors, and the window
-    must hold a whole path: window >= T.
+    must cover a whole path: window >= T.
 
-    `scale` is 1 / sqrt(D) unless given; workspace float32, of `workspace_size` elements or more.
+    `scale` is 1 / sqrt(D) by default; workspace is float32, of `workspace_size` elements or more.
     Blocks for which a sequence has no split return at once. `pdl`: see `linear`.
     """
     if q.dim() != 4 or k_pages.dim() != 4 or page_table.dim() != 2:

@@ -25,9 +25,9 @@ def window_slots_ref(
     active: Tensor | None = None,
     tree: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Say where window rows go -> (slots [B * T], positions [B * T]); see `window_slots`."""
+    """Place window rows -> (slots [B * T], positions [B * T]) int64; see `window_slots`."""
     place = lengths[:, None] + torch.arange(rows, device=lengths.device)
-    # Entries of finished sequences may be anything.
+    # The entries of finished sequences are undefined.
     live = torch.ones_like(lengths) if active is None else active
     pages = page_table.gather(1, torch.where(live[:, None] != 0, place // page_size, 0))
     slots = torch.where(live[:, None] != 0, pages.long() * page_size + place % page_size, -1)
@@ -41,11 +41,11 @@ def window_slots_ref(
 
 @device
 def node_depth(ancestors):
-    """How many ancestors a node of a tree has: the bits of its mask [...] int64, less its own.
+    """The depth of a tree's nodes: the number of bits of their masks [...] int64, less their own.
 
-    A filler, whose mask is empty, is as deep as the root.
+    A filler, whose mask is empty, has the depth of the root.
     """
-    # Bits are counted in pairs, in fours, in bytes, and those added up in the highest one.
+    # Bits are counted by pairs, by fours and by bytes, and the bytes are summed in the highest one.
     x = ancestors - ((ancestors >> 1) & 0x5555555555555555)
     x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -94,12 +94,12 @@ def window_slots(
     out: tuple[Tensor, Tensor] | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Say where T = `rows` window rows go: lengths [B] int64, page_table [B, max_pages] int32 ->
+    """Place T = `rows` window rows: lengths [B] int64, page_table [B, max_pages] int32 ->
     (slots [B * T], positions [B * T]), int64, as `qkv_rope_cache` takes them.
 
-    Row t of a sequence goes to slot lengths[b] + t of its pages, or, where active [B] int64 is 0,
-    nowhere: -1. Positions count on from lengths[b], or, with tree [B, T] int64 (see
-    `verify_attention`), follow depth. `pdl`: see `linear`.
+    Row t of a sequence has slot lengths[b] + t of its pages, or -1 if active [B] int64 is 0. Its
+    position is lengths[b] + t, or, with tree [B, T] int64 (see `verify_attention`), lengths[b] plus
+    its depth. `pdl`: see `linear`.
     """
     B, max_pages = page_table.shape
     check_shape("page_table", page_table, "[B, max_pages]", B, max_pages)

@@ -111,8 +111,18 @@ class Definitions(Ops):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
     ) -> Tensor:
-        pages, norms = (k_pages, v_pages), {"q_norm": q_norm, "k_norm": k_norm}
-        q = qkv_rope_cache_ref(x, norm_w, eps, w.data, *pages, *plan[:4], bias=w.bias, **norms)
+        q = qkv_rope_cache_ref(
+            x,
+            norm_w,
+            eps,
+            w.data,
+            k_pages,
+            v_pages,
+            *plan[:4],
+            bias=w.bias,
+            q_norm=q_norm,
+            k_norm=k_norm,
+        )
         return q.view(len(plan.lengths), -1, *q.shape[1:])
 
     def verify_attention(
