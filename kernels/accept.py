@@ -50,9 +50,8 @@ def _accept_kernel(
 
 @device
 def accepted_prefix(agrees, t):
-    """How many drafts are accepted, where agrees [BLOCK_T] says of each row t of a window whether
-    there is a draft in the row after it, and that draft equals t's target: those before the first
-    that does not."""
+    """The number of accepted drafts: the first row t of a window that does not agree, as row t + 1
+    is no draft or differs from target t. agrees [BLOCK_T] bool; t = 0..BLOCK_T-1."""
     return tl.min(tl.where(agrees, agrees.shape[0], t))
 
 

@@ -52,6 +52,23 @@ def test_heads_beside_it_do_not_move_the_language_models_bits() -> None:
     torch.testing.assert_close(beside[2, 0], alone[0, 0], atol=0, rtol=0)
 
 
+def test_the_definition_ranks_logits_sums_exponentials_and_looks_up_ids() -> None:
+    logits, token_ids = torch.zeros(2, 40), torch.arange(40) * 3
+    logits[0, [7, 30, 31]] = 1.0
+    logits[1] = -torch.arange(40.0)
+    given = torch.tensor([[21, 22], [-1, 117]])
+    rows, vocabulary = torch.eye(2), logits.T.contiguous()
+    found = multi_head_projection_ref(
+        rows, vocabulary, top_k=4, given=given, logits_rows=1, token_ids=token_ids
+    )
+    assert found.ids.tolist() == [[21, 90, 93, 0], [0, 3, 6, 9]]
+    assert found.values.tolist() == [[1, 1, 1, 0], [0, -1, -2, -3]]
+    torch.testing.assert_close(found.logsumexp, logits.logsumexp(-1))
+    assert found.given is not None and found.logits is not None
+    assert found.given.tolist() == [[1, -float("inf")], [-float("inf"), -39]]
+    assert torch.equal(found.logits, logits[:1])
+
+
 # R, V, E: empty, one row, one past a tile, a tier and a pass; odd, prime.
 LAUNCHES = [
     (0, 16, 16),

@@ -215,6 +215,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     return torch.einsum("htn,hnd->thd", p, v)
 
 
+@pytest.mark.parametrize(("in_tree", "window"), [(0, 0), (0, 3), (0, 70), (1, 0), (1, 70)])
+def test_the_definition_is_a_dense_softmax_in_trees_and_sliding_windows(
+    in_tree: int, window: int
+) -> None:
+    lengths, T = [0, 60, 255], 7
+    launch = make_launch("cpu", lengths, T, (2, 3, 16), 16, torch.float32)
+    tree = random_tree(3, T) if in_tree else None
+    out = verify_attention_ref(*launch, tree=tree, window=window)
+    for b, length in enumerate(lengths):
+        sees = visible(length, T, None if tree is None else tree[b], window)
+        dense = launch.q[b], *launch.dense(b)
+        truth = attention(*(t.double() for t in dense), sees)
+        assert_within_budget(out[b], attention(*dense, sees), truth, terms=length + T)
+
+
 # Lengths, T, (Hk, group, D), page_size: nothing yet, around a split's edge, several tiles of rows,
 # a head of 20, the widest window, pages smaller and larger than a split.
 LAUNCHES = [
