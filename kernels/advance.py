@@ -53,11 +53,11 @@ def advance_ref(
 ) -> tuple[Tensor, Tensor]:
     """End a step; see `advance`."""
     p, T = progress, window.shape[1]
-    sound = largest.isfinite()
+    finite = largest.isfinite()
     agreeing, _ = accept_ref(window, target)
-    accepted = torch.minimum(agreeing, sound.long().cumprod(1).sum(1))
+    accepted = torch.minimum(agreeing, finite.long().cumprod(1).sum(1))
     bonus = target.gather(1, accepted[:, None])[:, 0]
-    broken = p.active * ~sound.gather(1, accepted[:, None])[:, 0]
+    broken = p.active * ~finite.gather(1, accepted[:, None])[:, 0]
     count = (accepted + 1) * p.active
     p.clock.add_(1)
     words = torch.zeros_like(p.ring[0, :, : 1 + 2 * T])
@@ -105,11 +105,11 @@ def _advance_kernel(
     draft = tl.load(window_ptr + b * stride_wb + t + 1, mask=in_drafts, other=0)
     target = tl.load(target_ptr + b * stride_gb + t, mask=in_window, other=0)
     largest = tl.load(largest_ptr + b * stride_ab + t, mask=in_window, other=0.0)
-    sound = tl.abs(largest) < float("inf")  # which NaN is not
+    finite = tl.abs(largest) < float("inf")  # which NaN is not
     active = tl.load(active_ptr + b)
     length = tl.load(lengths_ptr + b)
-    accepted = accepted_prefix(in_drafts & (draft == target) & sound, t).to(tl.int64)
-    broken = tl.max(((t == accepted) & ~sound).to(tl.int64)) * active
+    accepted = accepted_prefix(in_drafts & (draft == target) & finite, t).to(tl.int64)
+    broken = tl.max(((t == accepted) & ~finite).to(tl.int64)) * active
     count = (accepted + 1) * active
     bonus = tl.sum(tl.where(t == accepted, target, 0))
     emitted = t < count

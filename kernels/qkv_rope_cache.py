@@ -53,6 +53,8 @@ def qkv_rope_cache_ref(
     `qkv_rope_cache`."""
     normed = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
     qkv, at = linear_ref(normed.float(), w, bias), (slots, positions, cos_table, sin_table)
+    v = qkv[:, -k_pages.shape[2] * k_pages.shape[3] :]
+    v[v.isnan()] = 0.0  # the keys are enough, see `_append`
     q = rope_cache_ref(qkv, k_pages, v_pages, *at, q_norm=q_norm, k_norm=k_norm, eps=eps)
     return q.to(x.dtype)
 

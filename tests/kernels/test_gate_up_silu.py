@@ -1,4 +1,4 @@
-"""gate_up_silu: its equation in float64, and rows that do not know each other."""
+"""gate_up_silu: its equation in float64, and a row's bits, which do not depend on other rows."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
 
 
 def test_a_row_keeps_its_bits_where_threads_share_wide_rows() -> None:
-    """Three threads cut five rows of 14,336 where no vector ends."""
+    """Three threads would split five rows of 14,336 in the middle of a vector."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

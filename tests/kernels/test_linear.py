@@ -1,4 +1,4 @@
-"""linear: values within the budget, and a row's bits the same whatever stands beside it."""
+"""linear: values within the budget, and a row's bits the same beside any other rows."""
 
 from types import SimpleNamespace
 

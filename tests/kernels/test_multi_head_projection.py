@@ -42,7 +42,7 @@ def test_each_head_is_its_stack_of_residual_blocks_through_the_same_vocabulary()
         torch.testing.assert_close(logits[:, 1 + h], hidden @ head.T, atol=1e-2, rtol=1e-4)
 
 
-def test_heads_beside_it_do_not_move_the_language_models_bits() -> None:
+def test_other_heads_do_not_change_the_bits_of_the_lm_head() -> None:
     torch.manual_seed(0)
     x, norm, head = (torch.randn(shape).bfloat16() for shape in ((5, 24), 24, (101, 24)))
     w, bias = torch.randn(4, 1, 24, 24).bfloat16(), torch.randn(4, 1, 24).bfloat16()
@@ -82,7 +82,7 @@ LAUNCHES = [
 
 
 class Truth(NamedTuple):
-    """What a projection finds, in float64, and the same in the inputs' dtype."""
+    """The logits in float64, and in the inputs' dtype."""
 
     logits: Tensor
     in_dtype: Tensor
@@ -155,7 +155,7 @@ def test_between_equal_logits_the_lowest_id_comes_first_across_tiles_too(gpu: st
 
 
 def test_infinite_logits_and_nan_do_what_they_do_in_torch(gpu: str) -> None:
-    """One row a launch: a row alone has its logits unchanged by 0 x inf."""
+    """One row per launch, whose logits 0 x inf does not change."""
     inf, nan = float("inf"), float("nan")
     for special in ([(5, inf)], [(5, -inf)], [(200, nan), (250, nan)], [(5, inf), (200, inf)]):
         logits = torch.randn(1, 270)
@@ -176,7 +176,7 @@ def test_large_logits_do_not_overflow_the_sum(gpu: str) -> None:
     torch.testing.assert_close(found.logsumexp.cpu(), logits.logsumexp(-1))
 
 
-def test_a_reduced_vocabulary_goes_by_its_tokens_ids(gpu: str) -> None:
+def test_a_reduced_vocabulary_is_addressed_by_token_id(gpu: str) -> None:
     torch.manual_seed(3)
     logits, token_ids = torch.randn(6, 150), torch.randperm(1000)[:150]
     given = torch.stack([token_ids[:6], token_ids[140:146]], 1)
@@ -220,7 +220,7 @@ def test_a_row_keeps_its_bits_within_a_tier(gpu: str, tier: int) -> None:
 
 
 def test_a_row_keeps_its_bits_across_tiers(gpu: str) -> None:
-    """Exact on a GPU, where all tiers multiply with one instruction; a CPU's own dot goes by shape,
+    """Exact on a GPU, where all tiers multiply with one instruction; a CPU's dot depends on shape,
     but the ids, and the sum of given logits, are as good there.
     """
     hidden, vocabulary, _ = make(300, 391, 72, torch.bfloat16)

@@ -53,6 +53,18 @@ def test_projects_rotates_and_writes_in_place(biased: bool, dtype: torch.dtype) 
         assert cache.flatten(0, 1)[~written].isnan().all()
 
 
+def test_the_definition_writes_a_row_that_is_nan_as_a_key_that_is_nan_and_a_value_of_zero() -> None:
+    paged = make_paged(1, 1, 64, 2, 10, torch.float32)
+    x, w = torch.randn(2, 33), torch.randn(60, 33)
+    x[1] = float("nan")
+    pages = paged.k[0], paged.v[0]
+    q = qkv_rope_cache_ref(x, None, 1e-5, w, *pages, *paged.placed([5], 2))
+    page = int(paged.page_table[0, 0])
+    assert bool(q[1].isnan().all() and paged.k[0, page, 6].isnan().all())
+    assert not paged.v[0, page, 6].any()
+    assert bool(q[0].isfinite().all() and paged.v[0, page, 5].isfinite().all())
+
+
 class Launch(NamedTuple):
     """Inputs of one launch, and pages with strides that differ between K and V."""
 
@@ -119,7 +131,7 @@ def make_launch(R: int, Hq: int, Hk: int, D: int, E: int, dtype: torch.dtype, gp
     slots[R // 2 : R // 2 + 1] = -1
     cos, sin = rotary_tables(1 / 100.0 ** (torch.arange(0, D, 2) / D), 1.5, 97)
     nan = torch.full((pages + 1, page_size, Hk, D + 3), float("nan"), dtype=dtype, device=gpu)
-    # V lies as vLLM and FlashInfer may have it, heads before slots, and its pages further apart.
+    # V in the layout HND of vLLM and FlashInfer, heads before slots, with gaps between pages.
     apart = torch.full((pages, Hk, page_size + 1, D + 3), float("nan"), dtype=dtype, device=gpu)
     v_pages = apart[:, :, :page_size, 3:].transpose(1, 2)
     positions = torch.randint(0, 97, (R,))
@@ -185,8 +197,8 @@ def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(
 
 
 @pytest.mark.parametrize("extras", [False, True])
-def test_of_a_row_that_is_nan_the_value_is_zero(gpu: str, extras: bool) -> None:
-    """So that rows which do not see it are not reached by it; those that do are by its key."""
+def test_the_value_of_a_row_that_is_nan_is_zero(gpu: str, extras: bool) -> None:
+    """Rows that do not see it multiply it by zero; those that see it become NaN by its key."""
     launch = make_launch(17, 3, 2, 20, 40, torch.bfloat16, gpu)
     expected = launch.run(gpu, None, extras).clone()
     k, v = launch.k_pages.clone(), launch.v_pages.clone()
@@ -217,7 +229,7 @@ def test_a_weight_is_read_once_for_192_rows(gpu: str, rows: int, passes: int, ex
     with recorded_traffic() as traffic:
         q = launch.run(gpu, None, extras)
     assert bool((traffic.reads(launch.w) == passes).all())
-    # A norm of the heads takes q, K and V through memory a second time.
+    # With norms of the heads, q and K are written and read a second time.
     times = 2 if extras else 1
     assert bool((traffic.writes(q) == times).all())
     slots = launch.slots[launch.slots >= 0]
@@ -229,10 +241,10 @@ def test_a_weight_is_read_once_for_192_rows(gpu: str, rows: int, passes: int, ex
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 150])
-def test_without_a_norm_the_input_is_taken_as_it_is(
+def test_without_a_norm_the_input_is_projected_as_it_is(
     gpu: str, rows: int, dtype: torch.dtype
 ) -> None:
-    """As EAGLE-3's layer has it, whose input is two halves that were normed each alone."""
+    """As in the layer of EAGLE-3, whose input is two halves with a norm each."""
     launch = make_launch(rows, 3, 1, 16, 144, dtype, gpu)
     slots, positions, cos, sin = (t.to(gpu) for t in launch[6:10])
     pages = (launch.k_pages, launch.v_pages)

@@ -96,7 +96,7 @@ def test_a_row_has_the_same_bits_in_every_window_that_reaches_it(
                 torch.testing.assert_close(single[0, 0], out[b, t], atol=0, rtol=0)
 
 
-def test_whatever_lies_behind_the_window_counts_for_nothing() -> None:
+def test_keys_past_the_window_have_no_effect() -> None:
     paged, q = setup((2, 3, 16), torch.bfloat16, 64, rows=3)
     expected = attend(paged, q, LENGTHS)
     for poison in (float("nan"), float("inf"), 1e30):
@@ -175,14 +175,14 @@ def make_launch(
             k_pages[page, offset] = torch.randn(Hk, D).to(dtype)
             v_pages[page, offset] = torch.randn(Hk, D).to(dtype)
         table[b, used:] = 2**20
-    # q's rows have room between them, and its heads too.
+    # There are gaps between q's rows and between its heads.
     q = torch.randn(B, T + 1, Hk * group + 1, D + 8).to(dtype)[:, :T, :-1, :D]
     inputs = q, k_pages, v_pages, table, torch.tensor(lengths)
     return Launch(*(t.to(gpu) for t in inputs))
 
 
 def random_tree(B: int, T: int) -> Tensor:
-    """Ancestor masks [B, T] of random trees, the last node a filler that nothing leads to."""
+    """Ancestor masks [B, T] of random trees, whose last node is a filler."""
     masks = []
     for _ in range(B):
         mask = [1]

@@ -21,13 +21,13 @@ def test_slots_follow_the_page_table_across_a_page_border() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 33])
-def test_the_kernel_follows_the_page_table_and_leaves_out_who_is_finished(
+def test_the_kernel_follows_the_page_table_and_gives_finished_sequences_no_slot(
     gpu: str, rows: int
 ) -> None:
     lengths, active = [0, 15, 16, 62, 100], [1, 1, 0, 1, 5]
     paged = make_paged(5, 9, 16, 1, 4, torch.float32)
     table = paged.page_table.clone()
-    for b, length in enumerate(lengths):  # entries that nobody may look at
+    for b, length in enumerate(lengths):  # entries that must not be read
         table[b, (length + rows - 1) // 16 + 1 :] = -(2**20)
     table[2] = -(2**20)
     tree = torch.tensor([[1 << t | 1 for t in range(rows)]] * 5)
