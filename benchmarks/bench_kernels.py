@@ -175,7 +175,7 @@ def milliseconds(calls: Sequence[Callable[[], object]], repeat: int) -> float:
 
 
 @jit("BLOCK", "STEPS")
-def _read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr):
     begin = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
     total = tl.zeros([BLOCK], tl.float32)
     for step in tl.static_range(STEPS):
@@ -185,9 +185,7 @@ def _read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 def read(x: Tensor, out: Tensor) -> None:
     """Read float32 x; one sum per block of 16384 goes to out."""
-    _read_kernel[(x.numel() // 16384,)](
-        x, out, BLOCK=2048, STEPS=8, num_warps=8, enable_fp_fusion=True
-    )
+    _read_kernel[(x.numel() // 16384,)](x, out, BLOCK=2048, STEPS=8, num_warps=8, pdl=False)
 
 
 def bandwidths(repeat: int) -> dict[str, float]:

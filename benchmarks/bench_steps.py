@@ -7,7 +7,7 @@ The cost of a step does not depend on what the weights say, so that none are nee
 (weights once, keys and values of the context) over that time, and the ratio to the best plain step
 of the same batch. The floor is a plain step in plain torch under a CUDA graph (`F.linear`,
 `scaled_dot_product_attention`), which need not keep the numerics contract. The last line is one
-JSON object. On a CPU it runs the references, to show that it runs.
+JSON object. On a CPU it runs the definitions, to show that it runs.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def bytes_read(llm: LLM, batch: int, context: int) -> int:
     """What a plain step must read: every weight once, and keys and values of the context."""
     c, trunk = llm.config, llm.trunk
     weights = sum(
-        w.out_features * w.in_features
+        w.data.numel()
         for layer in trunk.layers
         for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
     )
@@ -227,13 +227,8 @@ def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
     token = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
     cos = like.new_ones(D)
 
-    def weight(w: Any) -> Tensor:
-        """Row-major, as torch takes it, where the references have a layout of their own."""
-        return like.new_zeros(w.out_features, w.in_features) if w.blocked else w.data
-
     matrices = [
-        [weight(w) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        for layer in trunk.layers
+        [w.data for w in (layer.qkv, layer.o, layer.gate_up, layer.down)] for layer in trunk.layers
     ]
 
     def step() -> Tensor:

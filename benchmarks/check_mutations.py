@@ -288,8 +288,8 @@ FAULTS = [
     Fault(
         "medusa_blocks",
         "the residual is the first head's at every depth",
-        "        wait_for_producer()\n    x_ptr += h * stride_xh\n",
-        "        wait_for_producer()\n    x_ptr += 0 * h * stride_xh\n",
+        "    x_ptr += h * stride_xh\n    acc = multiply_rows(",
+        "    x_ptr += 0 * h * stride_xh\n    acc = multiply_rows(",
     ),
     Fault(
         "medusa_blocks",
@@ -370,12 +370,14 @@ FAULTS = [
         "the sum is not rescaled when the maximum moves",
         "z = tl.fma(z_next, weight, z * decay)",
         "z = tl.fma(z_next, weight, z)",
+        "_split_kv",
     ),
     Fault(
         "verify_attention",
         "the values are not rescaled when the maximum moves",
         "acc.shape), acc * decay[:, None])",
         "acc.shape), acc)",
+        "_split_kv",
     ),
     Fault(
         "verify_attention",
@@ -424,30 +426,35 @@ FAULTS = [
         "the merge leaves out the last split",
         "(split <= last)",
         "(split <= tl.maximum(last - 1, first))",
+        "_split_kv",
     ),
     Fault(
         "verify_attention",
         "the merge loses a split",
-        "        m, z, acc = _merged(m, z, acc, m_2, z_2, acc_2)\n",
+        "        m, z, acc = merged(m, z, acc, m_2, z_2, acc_2)\n",
         "",
+        "_split_kv",
     ),
     Fault(
         "verify_attention",
         "the merge goes on in a chain where the tree ends a group",
         "if (split_size < TOP // FAN) &",
         "if (split_size < 0) &",
+        "_split_kv",
     ),
     Fault(
         "verify_attention",
         "the merge reads splits from where the row itself begins to see",
         "* splits - first_of_all // split_size",
         "* splits - first",
+        "_split_kv",
     ),
     Fault(
         "verify_attention",
         "a row that sees nothing is NaN",
         "out = acc / tl.where(z == 0.0, 1.0, z)[:, None]",
         "out = acc / z[:, None]",
+        "_split_kv",
     ),
     Fault(
         "multi_head_projection",
@@ -495,8 +502,8 @@ FAULTS = [
     Fault(
         "accept",
         "agreeing drafts behind a fallen one count",
-        "tl.min(tl.where(in_drafts & (draft == target), BLOCK_T, t))",
-        "tl.sum((in_drafts & (draft == target)).to(tl.int32))",
+        "tl.min(tl.where(agrees, agrees.shape[0], t))",
+        "tl.sum(agrees.to(tl.int32))",
     ),
     Fault(
         "accept",
@@ -537,26 +544,26 @@ FAULTS = [
     Fault(
         "advance",
         "a draft stands behind a row that chose no token",
-        "stands = in_drafts & (draft == target) & sound",
-        "stands = in_drafts & (draft == target)",
+        "in_drafts & (draft == target) & finite, t)",
+        "in_drafts & (draft == target), t)",
     ),
     Fault(
         "advance",
-        "NaN is a sound logit",
-        'sound = tl.abs(largest) < float("inf")',
-        'sound = tl.abs(largest) != float("inf")',
+        "NaN is a finite logit",
+        'finite = tl.abs(largest) < float("inf")',
+        'finite = tl.abs(largest) != float("inf")',
     ),
     Fault(
         "advance",
         "a finished sequence is broken",
-        "broken = tl.max(((t == accepted) & ~sound).to(tl.int64)) * active",
-        "broken = tl.max(((t == accepted) & ~sound).to(tl.int64))",
+        "broken = tl.max(((t == accepted) & ~finite).to(tl.int64)) * active",
+        "broken = tl.max(((t == accepted) & ~finite).to(tl.int64))",
     ),
     Fault(
         "advance",
         "a rejected row breaks a sequence",
-        "broken = tl.max(((t == accepted) & ~sound)",
-        "broken = tl.max((in_window & ~sound)",
+        "broken = tl.max(((t == accepted) & ~finite)",
+        "broken = tl.max((in_window & ~finite)",
     ),
     Fault(
         "advance",
@@ -641,14 +648,14 @@ FAULTS = [
     Fault(
         "ngram",
         "the end matches itself",
-        "    match = start < behind\n",
-        "    match = start <= behind\n",
+        "    match = start < pattern\n",
+        "    match = start <= pattern\n",
     ),
     Fault(
         "ngram",
         "a block's last start is left out",
-        "    match = start < behind\n",
-        "    match = (start < behind) & (start % BLOCK != BLOCK - 1)\n",
+        "    match = start < pattern\n",
+        "    match = (start < pattern) & (start % BLOCK != BLOCK - 1)\n",
     ),
     Fault(
         "ngram",
@@ -671,8 +678,8 @@ FAULTS = [
     Fault(
         "ngram",
         "the last block is lost",
-        "searched = tl.cdiv(tl.maximum(behind, 0), BLOCK)",
-        "searched = tl.maximum(behind, 0) // BLOCK",
+        "searched = tl.cdiv(tl.maximum(pattern, 0), BLOCK)",
+        "searched = tl.maximum(pattern, 0) // BLOCK",
     ),
     Fault(
         "ngram",

@@ -1,6 +1,7 @@
-"""What every launcher shares: Triton where there is one, kernel names, tiles of rows, checks.
+"""Shared by all launchers: the guarded import of Triton, kernel symbols, tile sizes, checks.
 
-Numbers here are the same for every launch of an op, so that a row's bits cannot depend on them.
+The sizes depend on a weight's shape and on the tier of rows only, so that every launch of an op
+uses the same ones and a row's bits do not depend on them.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheel for macOS and Windows: the references work without it
+except ImportError:  # there is no wheel for macOS and Windows; the definitions work without it
     triton = tl = None
 
-# Blocks that a launch wants at least: the multiprocessors of an H100.
+# The blocks that saturate the device, at least: one per multiprocessor of an H100.
 FILL = 132
 
-# Row counts that share one pass over the weights. Rows are padded to the first tier that holds
-# them; more than the last tier's take further passes.
+# Row counts that share one pass over the weights. Rows are padded to the smallest tier that fits;
+# more rows than the largest tier take further passes.
 TIERS = (16, 32, 64, 128, 192)
 
-# Columns of a block of a launch that adds up the segments of a matmul with many rows.
+# Columns per block of the launch that adds up the segments of a matmul with more than 16 rows.
 BLOCK_END = 512
 
-# Arguments that count what a step happens to hold, in the letters of the README. Left to itself
-# Triton compiles a kernel of its own for 1 and for multiples of 16, whose bits may differ.
+# Arguments that count rows, sequences and the like, in the letters of the README. By default Triton
+# specialises a kernel for the value 1 and for multiples of 16, and the bits might differ.
 COUNTS = ("B", "R", "S", "T")
 
-# Arguments of which a sequence has a row: a batch may begin at any slot, and so at any multiple of
-# a row's bytes. Left to itself Triton compiles a kernel of its own where that is one of 16. They
-# hold single numbers; what is loaded 16 bytes at a time (x, weights, K and V) is not among them.
+# Arguments with a row per sequence: a view of a batch may begin at any slot, and so at any multiple
+# of a row's bytes. By default Triton specialises a kernel for multiples of 16 bytes. All are read
+# one number at a time; tensors that are read 16 bytes at a time (x, weights, K, V) are not listed.
 PER_SEQUENCE = (
     *("page_table_ptr", "lengths_ptr", "known_ptr", "tokens_ptr", "window_ptr", "tree_ptr"),
     "ids_ptr",
@@ -45,10 +46,10 @@ PER_SEQUENCE_STRIDES = ("stride_pb", "stride_tb")
 def jit(
     *named: str, do_not_specialize: tuple[str, ...] = (), definition: str | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a kernel `_op_kernel` under the symbol mtpkern_op_<the constants `named`>.
+    """Compile a kernel `_<op>_kernel` as mtpkern_<op>_<values of the constants `named`>.
 
-    `do_not_specialize` names further counts, `definition` the reference in the kernel's own file
-    (None: <the file's name>_ref), which a launch that cannot run recommends.
+    `do_not_specialize` names further counts. `definition` is the function that an error recommends
+    where the kernel cannot run; None: <name of the kernel's file>_ref.
     """
 
     def decorate(fn: Callable[..., Any]) -> Any:
@@ -74,21 +75,24 @@ def jit(
 
 
 class _Kernel:
-    """A kernel; its launch says what is missing where it cannot run, and what runs instead."""
+    """A kernel whose launch raises an error that names its definition where it cannot run."""
 
     def __init__(self, fn: Callable[..., Any], compiled: Any, definition: str):
         self.compiled, self.definition = compiled, definition
         self.arguments = fn.__code__.co_varnames
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
+        """A launch over `grid`: the kernel's arguments, `num_warps`, `pdl` and further options."""
+
+        def launch(*args: Any, num_warps: int, pdl: bool, **options: Any) -> None:
             self.check(**dict(zip(self.arguments, args, strict=False)))
-            self.compiled[grid](*args, **options)
+            options |= {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": True}
+            self.compiled[grid](*args, num_warps=num_warps, **options)
 
         return launch
 
     def check(self, **arguments: Any) -> None:
-        """Raise what a launch with `arguments` would: for an op whose first launch is another's."""
+        """Raise the error of a launch with `arguments`, for an op that launches another first."""
         op = self.definition.removesuffix("_ref")
         if self.compiled is None:
             raise ImportError(
@@ -103,14 +107,14 @@ class _Kernel:
 
 
 def _is_reachable(tensor: Tensor) -> bool:
-    """Whether a GPU reads the tensor's memory: pinned memory on the host is mapped."""
+    """Whether a GPU can read the tensor: it can read the host's pinned memory, too."""
     return tensor.device.type != "cpu" or tensor.is_pinned()
 
 
 def _costs(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """What a profiler that asks (Proton) may show beside a matmul's time: its weights and work.
+    """Bytes of weights and FLOPs of a matmul, for profilers that ask for them (Proton).
 
-    What the other kernels move depends on counts that only the device knows.
+    The bytes of other kernels depend on counts that are on the device.
     """
     costs, w = {"name": metadata.name}, args.get("w_ptr")
     if w is not None and w.dim() > 1:
@@ -129,7 +133,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and `least`."""
+    """The smallest power of two that is no smaller than n and `least`."""
     return max(least, 1 << (n - 1).bit_length())
 
 
@@ -139,10 +143,12 @@ def row_tier(rows: int) -> int:
 
 
 def segment(N: int, K: int) -> int:
-    """Inputs whose products a matmul [N, K] adds up before it adds the sums, in ascending order.
+    """Length of the segments into which a matmul [N, K] splits K; their sums are added in ascending
+    order.
 
-    So many segments that blocks of 128 columns and a segment nearly fill an H100; of 512 inputs at
-    least. The rows do not count: whatever tile takes them, a row's sums are the same.
+    There are as many segments as it takes for blocks of 128 columns by one segment to nearly fill
+    an H100, of at least 512 inputs each. The rows play no part, so that a row's sums are the same
+    in every tier.
     """
     segments = 1
     while ceil_div(N, 128) * segments < 0.9 * FILL and 2 * segments * 512 <= K:
@@ -151,9 +157,9 @@ def segment(N: int, K: int) -> int:
 
 
 def column_tile(N: int, K: int, tier: int) -> int:
-    """Output columns of a block: the more, the less often x is read; fewer where that would leave
-    multiprocessors without any."""
-    if tier == 16:  # a block takes all segments, and x is small beside the weights
+    """Output columns per block: many, since each block reads all of x, but few enough for every
+    multiprocessor to have a block."""
+    if tier == 16:  # a block runs through all segments, and x is small beside the weights
         return 32 if N >= 32 * FILL else 16
     blocks = ceil_div(K, segment(N, K))
     wide = (128, 64) if tier >= 128 else (64,)
@@ -161,13 +167,13 @@ def column_tile(N: int, K: int, tier: int) -> int:
 
 
 def depth_tile(tier: int) -> tuple[int, int]:
-    """Bytes of a row in a block's step, and Triton's num_stages, which is one more than the steps
-    under way: at most 96 KB, so that two blocks fit on a multiprocessor."""
+    """Bytes of a row that a block loads per iteration, and Triton's num_stages, which is the number
+    of loads in flight plus one: at most 96 KB, so that two blocks fit on a multiprocessor."""
     return {16: (256, 8), 32: (256, 5), 64: (256, 4), 128: (128, 4), 192: (128, 3)}[tier]
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:
-    """Raise ValueError unless `tensor` has `shape`, its last stride 1.
+    """Raise ValueError unless `tensor` has `shape` and a last stride of 1.
 
     `symbols` is the shape in letters, as in "[R, K]".
     """
@@ -185,22 +191,23 @@ def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 @device
 def wait_for_producer():
-    """Let the next kernel be set up, then wait for the one before (sm_90 and newer).
+    """Let the next kernel start its prologue, then wait for the previous one (sm_90 and newer).
 
-    To come before the first read of what an earlier kernel wrote, and before the first write
-    of what one may still be reading; a kernel of a chain that lacks it breaks those behind it.
+    Belongs before the first read of an earlier kernel's output and before the first write to
+    memory that one may still read. Every kernel of a chain needs it: the wait covers the previous
+    launch only.
     """
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
 
 
 @device
-def prefetch_l2(w_ptr, n, stride_wn, N, K, LINES: tl.constexpr = 16):
-    """Ask for the beginnings of the rows n of w [N, K], LINES of 64 elements, while waiting."""
+def prefetch_l2(w_ptr, n, in_n, stride_wn, K, LINES: tl.constexpr = 16):
+    """Prefetch the first LINES times 64 elements of the rows n of w [N, K], of which in_n exist."""
     k = tl.arange(0, LINES) * 64  # 128 bytes of a 16-bit weight
     ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]
-    # A row or column too far is as good as any other address in w.
-    ptrs = tl.where((n < N)[:, None] & (k < K)[None, :], ptrs, w_ptr)
+    # For a row or column that does not exist, any address in w will do.
+    ptrs = tl.where(in_n[:, None] & (k < K)[None, :], ptrs, w_ptr)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

@@ -1,4 +1,4 @@
-"""One order for logits: by value, then by column, in one integer that any reduction may compare."""
+"""One order of logits, by value and then by lowest column, as an int64 that reductions compare."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if tl is not None:
 @device
 def rank(value, column):
     """value [...] float, column [...] below 2^31 -> int64, larger for the larger value and, between
-    equal ones, for the lower column. NaN is larger than every number, as in torch.max.
+    equal values, for the lower column. NaN is larger than every number, as in torch.max.
     """
     value = value.to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
     bits = tl.where(value == 0, 0, tl.where(value != value, 0x7FC00000, bits))
-    # Negative floats ascend as their other 31 bits descend.
+    # A negative float is the larger, the smaller its other 31 bits are.
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (key.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
 

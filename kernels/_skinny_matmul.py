@@ -1,13 +1,14 @@
-"""The inner loops of every skinny matmul here: a tile of weights against all rows, read once.
+"""The inner loops of the skinny matmuls: a tile of weights, read once, times all rows.
 
-For up to 16 rows an op is one launch: `multiply_rows` adds up a block's columns, and what belongs
-to the op follows in registers. For more rows the blocks are wider, since each reads all of x, and
-there are fewer, so that K is split among them: `partial_sums`, then a launch that adds the parts.
+For up to 16 rows an op is one launch: `multiply_rows` computes a block's columns, and the op's
+epilogue follows in registers. For more rows the blocks are wider, since each reads all of x. There
+are fewer of them, so that K is split, too: `partial_sums`, then a launch that adds the parts and
+runs the epilogue.
 
 The weights are the left operand, in tiles of 16 or 32 output columns: too few for wgmma, so that
 every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same order of k.
 Where K is split depends on the weight's shape alone, and every tier adds the same parts in the same
-order: a row's bits do not depend on how many rows there are.
+order. So a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -31,27 +32,26 @@ from ._launch import (
 
 @device
 def multiply_rows(
-    w_ptrs,
-    in_n,
-    x_ptr,
-    stride_xr,
-    r,
-    R,
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """w [BLOCK_N, K] times the rows r [16] of x [R, K] -> float32 sums [BLOCK_N, 16].
+    x_ptr, w_ptr, n, in_n,  # [R, K] [N, K] [BLOCK_N] [BLOCK_N]
+    R, stride_xr, stride_wn,
+    K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows n of w, of which in_n exist, times R <= 16 rows of x -> float32 sums [BLOCK_N, 16].
 
-    w_ptrs [BLOCK_N] point at the beginnings of the weights' rows, of which in_n exist.
+    Includes the prologue of a dependent launch: weights are prefetched, then x is waited for.
     """
+    if PDL:
+        prefetch_l2(w_ptr, n, in_n, stride_wn, K)
+        wait_for_producer()
+    r = tl.arange(0, 16)
+    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
     total = tl.zeros([BLOCK_N, 16], tl.float32)
     acc = tl.zeros([BLOCK_N, 16], tl.float32)
     for begin in range(0, K, BLOCK_K):
         if SEGMENT < K:
-            # One loop for all segments, so that loads stay in flight from one to the next.
+            # One loop for all segments, so that loads stay in flight between them.
             ended = begin % SEGMENT == 0
             total = tl.where(ended, total + acc, total)
             acc = tl.where(ended, 0.0, acc)
@@ -70,46 +70,33 @@ def multiply_rows(
 
 @jit("ROWS", "TAIL", "N", "K", "SEGMENTS", definition="linear_ref")
 def _partial_sums_kernel(
-    x_ptr,
-    w_ptr,
-    partial_ptr,
+    x_ptr, w_ptr, partial_ptr,  # [H, R, K] [H, N, K] [SEGMENTS, R, H * N]
     R,
-    stride_xr,
-    stride_xh,
-    stride_wh,
-    stride_wn,
-    stride_ps,
-    stride_pr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_xh, stride_wh, stride_wn, stride_ps, stride_pr,
+    N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: the sums of ROWS + TAIL rows and BLOCK_N columns over one segment of K."""
     first_n = tl.program_id(1) * BLOCK_N
     segment, h = tl.program_id(2) % SEGMENTS, (tl.program_id(2) // SEGMENTS).to(tl.int64)
     begin = segment * SEGMENT
     w_ptr += h * stride_wh + begin
     if PDL:
         all_n = first_n + tl.arange(0, BLOCK_N)
-        prefetch_l2(w_ptr, all_n, stride_wn, N, K - begin)
+        prefetch_l2(w_ptr, all_n, all_n < N, stride_wn, K - begin)
         wait_for_producer()
     x_ptr += h * stride_xh + begin
     r = tl.program_id(0) * (ROWS + TAIL) + tl.arange(0, ROWS)
     tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
     tail_ptrs = x_ptr + tail_r.to(tl.int64)[None, :] * stride_xr
-    # The block's columns in chunks, each multiplied with all rows that were loaded. A chunk has
-    # fewer columns than a tile has rows: Triton then lays out its warps along the rows, and along
-    # the columns otherwise, where there is too little for all of them.
+    # Columns in chunks of fewer than there are rows: Triton then lays out its warps along the rows.
+    # Otherwise it lays them out along the columns, which are too few for all warps.
     CHUNKS: tl.constexpr = BLOCK_N // CHUNK
     accs = (tl.zeros([CHUNK, ROWS], tl.float32),) * CHUNKS
-    tail_accs = accs  # without a tail this only fills its place
+    tail_accs = accs  # without a tail, a placeholder
     if TAIL > 0:
         tail_accs = (tl.zeros([CHUNK, TAIL], tl.float32),) * CHUNKS
     for step in range(0, SEGMENT, BLOCK_K):
@@ -154,50 +141,42 @@ def _store_sums(acc, r, n, partial_ptr, R, stride_pr, N: tl.constexpr):
 def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     """Multiply rows: x [R, K] or [H, R, K], w [H, N, K] -> float32 [segments, R, H * N].
 
-    For the rows of a tier above 16, in one pass over w for 192 rows. The sums of the segments of K
-    are left to be added in ascending order (`add_segments`), by a launch that finishes the op.
+    For more than 16 rows, in one pass over w per 192 rows. The launch that finishes the op adds the
+    segments of K in ascending order (`add_segments`).
     """
     (H, N, K), R = w.shape, x.shape[-2]
     length, tier = segment(H * N, K), row_tier(R)
     segments, block_n = ceil_div(K, length), column_tile(H * N, K, tier)
     depth, stages = depth_tile(tier)
-    rows = min(tier, 128)  # of a larger tier, the rest is the tail
+    rows = min(tier, 128)  # the remaining rows of a larger tier are the tail
     partial = torch.empty(segments, R, H * N, dtype=torch.float32, device=x.device)
-    # The passes over one tile are neighbours, so that they find it in the L2.
+    # Passes over the same tile of weights are adjacent blocks, so that they share it in the L2.
     _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), segments * H)](
-        x,
-        w,
-        partial,
-        R,
-        x.stride(-2),
-        x.stride(0) if x.dim() == 3 else 0,
-        w.stride(0),
-        w.stride(1),
-        partial.stride(0),
-        partial.stride(1),
-        N=N,
-        K=K,
-        SEGMENT=length,
-        SEGMENTS=segments,
-        ROWS=rows,
-        TAIL=tier - rows,
-        CHUNK=min(32, rows // 2),
-        BLOCK_N=block_n,
-        BLOCK_K=depth // w.element_size(),
-        PDL=pdl,
+        x, w, partial, R,
+        x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
+        N=N, K=K, SEGMENT=length, SEGMENTS=segments,
+        ROWS=rows, TAIL=tier - rows, CHUNK=min(32, rows // 2),
+        BLOCK_N=block_n, BLOCK_K=depth // w.element_size(),
         num_warps=4 if tier <= 64 else 8,
-        # Left to itself, ptxas spills a little at these tiles, and at no other.
+        # Without a limit, ptxas spills a little at these tiles, and at no other.
         maxnreg={(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n)),
         num_stages=stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        pdl=pdl,
+    )  # fmt: skip
     return partial
+
+
+def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int]]:
+    """Output columns per block for up to 16 rows of a matmul [N, K], and the options with which
+    `multiply_rows` reads w."""
+    depth, stages = depth_tile(16)
+    read = {"SEGMENT": segment(N, K), "BLOCK_K": depth // w.element_size()}
+    return column_tile(N, K, 16), read | {"num_warps": 4, "num_stages": stages}
 
 
 @device
 def add_segments(partial_ptr, offsets, mask, stride_ps, SEGMENTS: tl.constexpr):
-    """The sums at `offsets` of every segment of K, added in ascending order."""
+    """Add the segments' partial sums at `offsets`, in ascending order."""
     total = tl.zeros(offsets.shape, tl.float32)
     for i in tl.static_range(SEGMENTS):
         total += tl.load(partial_ptr + i * stride_ps + offsets, mask=mask, other=0.0)
@@ -208,8 +187,8 @@ def add_segments(partial_ptr, offsets, mask, stride_ps, SEGMENTS: tl.constexpr):
 def sum_columns(x):
     """Sum x [rows, n] float32 over n -> [rows], by multiplication with ones.
 
-    The order of tl.sum changes with the tile's shape, that of mma does not. A float32 is the sum of
-    three bfloat16, exactly.
+    The order of tl.sum depends on the tile's shape; that of mma does not. A float32 is exactly the
+    sum of three bfloat16.
     """
     ones = tl.full([x.shape[1], 16], 1.0, tl.bfloat16)
     high = x.to(tl.bfloat16)
@@ -221,6 +200,6 @@ def sum_columns(x):
 
 @device
 def split_pairs(acc):
-    """acc [2n, rows] -> its even and its odd rows, each as [rows, n]."""
+    """acc [2n, rows] -> its even rows and its odd rows, each transposed to [rows, n]."""
     pairs = tl.reshape(tl.trans(acc), [acc.shape[1], acc.shape[0] // 2, 2])
     return tl.split(pairs)

@@ -3,17 +3,17 @@
     accepted = longest prefix of drafts that equals the targets;  lengths += (accepted + 1) * active
     tokens[lengths + 1 + t] = target[t];  window[0] = target[accepted]
 
-A sequence stops advancing where one of its tokens ends it, or where it has no room for another. A
-row whose largest logit is not finite (a NaN among logits is their largest) chooses no token: no
-draft behind it is accepted, and if it gives the bonus, the sequence is broken and ends.
+A sequence stops advancing after a token that ends it, or at its limit. A row whose largest logit
+is not finite (a NaN among logits is their largest) chooses no token: no draft after it is accepted,
+and if it gives the bonus, the sequence is broken and ends.
 
-The host is told through a ring of 64-bit words in pinned memory: the step's number above, 32 bits
-of content below, so that each word says by itself whether it has arrived, and no order among them
-is needed. Word 0 of a sequence packs accepted, drafted, source and active + 2 broken, a byte each;
-then come the T targets, then their T log-probabilities as float32 bits.
+The host reads a ring of 64-bit words in pinned memory. A word carries the step's number in its
+upper and 32 bits of content in its lower half, so that each shows by itself whether it has arrived,
+in whatever order they do. Word 0 of a sequence packs accepted, drafted, source and active + 2
+broken, a byte each; the T targets follow, then their T log-probabilities as float32 bits.
 
-Bytes moved: 8 (5 T + 14 + n) a sequence of ids, counts and words, for n tokens that end it, 4 T of
-largest logits and 4 T of log-probabilities; a tree's keys and values are `kv_rollback`'s.
+Bytes moved, per sequence: 8 (5 T + 14 + n) of ids, counts and words, for n tokens that end it, 4 T
+of largest logits and 4 T of log-probabilities. `kv_rollback` moves the keys and values of a tree.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import torch
 from torch import Tensor
 
 from ._launch import check_dtype, check_shape, jit, power_of_two, tl, wait_for_producer
-from .accept import accept_ref
+from .accept import accept_ref, accepted_prefix
 
 # Step numbers in the ring wrap at this; the host never runs that far ahead.
 STEP_MASK = 2**31 - 1
 
 
 class Progress(NamedTuple):
-    """Where B sequences stand; a step changes all but `limits` and `ends` in place."""
+    """The state of B sequences; a step changes all but `limits` and `ends` in place."""
 
     tokens: Tensor  # [B, max_length + T] int64; tokens[b, : lengths[b] + 1] are known
     lengths: Tensor  # [B] int64, tokens whose K and V are committed
     active: Tensor  # [B] int64, 1 or 0: a finished sequence does not advance
-    limits: Tensor  # [B] int64: a sequence ends when it knows that many tokens
-    ends: Tensor  # [B, n] int64, tokens that end a sequence; -1 is none
-    source: Tensor  # [B] int64, where the window's drafts came from
-    drafted: Tensor  # [B] int64, how many of them were meant as such
-    clock: Tensor  # [B] int64, steps taken so far: the same number in all
+    limits: Tensor  # [B] int64: a sequence ends when it has that many tokens
+    ends: Tensor  # [B, n] int64, tokens that end a sequence, filled up with -1
+    source: Tensor  # [B] int64, which drafter the window's drafts are from
+    drafted: Tensor  # [B] int64, how many of them are drafts and no fillers
+    clock: Tensor  # [B] int64, steps taken so far: the same number for all
     ring: Tensor  # [slots, B, 1 + 2 T or more] int64, where the host can read it
 
 
@@ -53,11 +53,11 @@ def advance_ref(
 ) -> tuple[Tensor, Tensor]:
     """End a step; see `advance`."""
     p, T = progress, window.shape[1]
-    sound = largest.isfinite()
+    finite = largest.isfinite()
     agreeing, _ = accept_ref(window, target)
-    accepted = torch.minimum(agreeing, sound.long().cumprod(1).sum(1))
+    accepted = torch.minimum(agreeing, finite.long().cumprod(1).sum(1))
     bonus = target.gather(1, accepted[:, None])[:, 0]
-    broken = p.active * ~sound.gather(1, accepted[:, None])[:, 0]
+    broken = p.active * ~finite.gather(1, accepted[:, None])[:, 0]
     count = (accepted + 1) * p.active
     p.clock.add_(1)
     words = torch.zeros_like(p.ring[0, :, : 1 + 2 * T])
@@ -69,9 +69,9 @@ def advance_ref(
     slot = p.clock % p.ring.shape[0]
     p.ring[slot, torch.arange(len(slot), device=slot.device), : 1 + 2 * T] = words
 
-    behind = p.lengths[:, None] + 1 + torch.arange(T, device=window.device)
-    known = p.tokens.gather(1, behind)
-    p.tokens.scatter_(1, behind, torch.where(p.active[:, None] != 0, target, known))
+    place = p.lengths[:, None] + 1 + torch.arange(T, device=window.device)
+    known = p.tokens.gather(1, place)
+    p.tokens.scatter_(1, place, torch.where(p.active[:, None] != 0, target, known))
     window[:, 0] = torch.where(p.active != 0, bonus, window[:, 0])
     p.lengths.add_(count)
     emitted = torch.arange(T, device=window.device) < count[:, None]
@@ -87,35 +87,16 @@ _STRIDES = tuple(f"stride_{name}" for name in ("wb", "gb", "ab", "lb", "tb", "eb
 
 @jit("BLOCK_T", do_not_specialize=("ends_count", "ring_slots", *_STRIDES))
 def _advance_kernel(
-    window_ptr,
-    target_ptr,
-    largest_ptr,
-    logprobs_ptr,
-    tokens_ptr,
-    lengths_ptr,
-    active_ptr,
-    limits_ptr,
-    ends_ptr,
-    source_ptr,
-    drafted_ptr,
-    clock_ptr,
-    ring_ptr,
-    accepted_ptr,
-    count_ptr,
-    T,
-    ends_count,
-    ring_slots,
-    stride_wb,
-    stride_gb,
-    stride_ab,
-    stride_lb,
-    stride_tb,
-    stride_eb,
-    stride_rs,
-    stride_rb,
+    window_ptr, target_ptr, largest_ptr, logprobs_ptr,  # [B, T]
+    tokens_ptr, lengths_ptr, active_ptr, limits_ptr, ends_ptr,  # as in `Progress`
+    source_ptr, drafted_ptr, clock_ptr, ring_ptr,
+    accepted_ptr, count_ptr,  # [B]
+    T, ends_count, ring_slots,
+    stride_wb, stride_gb, stride_ab, stride_lb, stride_tb, stride_eb, stride_rs, stride_rb,
     BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a sequence."""
     if PDL:
         wait_for_producer()
     b = tl.program_id(0).to(tl.int64)
@@ -124,13 +105,11 @@ def _advance_kernel(
     draft = tl.load(window_ptr + b * stride_wb + t + 1, mask=in_drafts, other=0)
     target = tl.load(target_ptr + b * stride_gb + t, mask=in_window, other=0)
     largest = tl.load(largest_ptr + b * stride_ab + t, mask=in_window, other=0.0)
-    sound = tl.abs(largest) < float("inf")  # which NaN is not
+    finite = tl.abs(largest) < float("inf")  # which NaN is not
     active = tl.load(active_ptr + b)
     length = tl.load(lengths_ptr + b)
-    # The first row behind which no draft stands; the last row has none.
-    stands = in_drafts & (draft == target) & sound
-    accepted = tl.min(tl.where(stands, BLOCK_T, t)).to(tl.int64)
-    broken = tl.max(((t == accepted) & ~sound).to(tl.int64)) * active
+    accepted = accepted_prefix(in_drafts & (draft == target) & finite, t).to(tl.int64)
+    broken = tl.max(((t == accepted) & ~finite).to(tl.int64)) * active
     count = (accepted + 1) * active
     bonus = tl.sum(tl.where(t == accepted, target, 0))
     emitted = t < count
@@ -154,7 +133,7 @@ def _advance_kernel(
     goes_on = (tl.max(ended.to(tl.int32)) == 0) & (length + 1 < tl.load(limits_ptr + b))
     goes_on &= broken == 0
     lives = active != 0
-    # Several threads hold the same scalars: all have read before any writes.
+    # Several threads load the same scalars: all must have done so before any stores one.
     tl.debug_barrier()
     place = tokens_ptr + b * stride_tb + length - count + 1 + t
     tl.store(place, target, mask=in_window & lives)
@@ -181,9 +160,9 @@ def advance(
     largest logit of each row, logprobs [B, T] float32 or None -> (accepted [B], count [B]) int64,
     count = accepted + 1, or 0 for a finished sequence.
 
-    In place: tokens, lengths, active, clock and ring of `progress`; source and drafted become 0,
-    for a drafter to say more; the bonus token goes to window[:, 0]. Tokens and counts must fit into
-    their words' 32 bits and bytes. `pdl`: see `linear`.
+    In place: tokens, lengths, active, clock and ring of `progress`; source and drafted are set to 0
+    and left to the drafter; the bonus token goes to window[:, 0]. Tokens must fit into 32 bits,
+    counts into a byte. `pdl`: see `linear`.
     """
     (B, T), p = window.shape, progress
     check_shape("window", window, "[B, T]", B, T)
@@ -209,36 +188,14 @@ def advance(
     accepted, count = window.new_empty(B), window.new_empty(B)
     if B:
         _advance_kernel[(B,)](
-            window,
-            target,
-            largest,
-            logprobs,
-            p.tokens,
-            p.lengths,
-            p.active,
-            p.limits,
-            p.ends,
-            p.source,
-            p.drafted,
-            p.clock,
-            p.ring,
-            accepted,
-            count,
-            T,
-            p.ends.shape[1],
-            p.ring.shape[0],
-            window.stride(0),
-            target.stride(0),
-            largest.stride(0),
+            window, target, largest, logprobs,
+            *p,
+            accepted, count,
+            T, p.ends.shape[1], p.ring.shape[0],
+            window.stride(0), target.stride(0), largest.stride(0),
             0 if logprobs is None else logprobs.stride(0),
-            p.tokens.stride(0),
-            p.ends.stride(0),
-            p.ring.stride(0),
-            p.ring.stride(1),
+            p.tokens.stride(0), p.ends.stride(0), *p.ring.stride()[:2],
             BLOCK_T=power_of_two(T),
-            PDL=pdl,
-            num_warps=1,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            num_warps=1, pdl=pdl,
+        )  # fmt: skip
     return accepted, count

@@ -1,18 +1,18 @@
 """Norm, gate and up projection, activation: silu(x' w_gate^T) * (x' w_up^T), x' = rms_norm(x).
 
-The norm is a launch of its own, `rms_norm`, whose rows are rounded to their dtype as in the
-definition. In the matmul's loop it would take seven times the instructions and bind a step to
-2.9 TB/s of weights at best (8B on an H100); in the epilogue of the op before, it would save one
-launch of a layer's twelve and tie that op to the gain of the next.
+The norm is a launch of its own, `rms_norm`, and its rows are rounded to their dtype as in the
+definition. In the matmul's loop it would take seven times the instructions and limit a step to
+2.9 TB/s of weights at best (8B on an H100). In the previous op's epilogue it would save one of a
+layer's twelve launches, and that op would need the gain of the next norm.
 
-Bytes moved: 2 * F * E weights once for 192 rows; R * E of x read and written by the norm, and read
+Bytes moved: 2 * F * E weights, once per 192 rows; R * E of x read and written by the norm, and read
 by each block of columns, mostly from the L2; R * F written. Above 16 rows the blocks' sums, 4 bytes
-for each of 2 * F * R and each segment of E (`_tiles`), are written and read by a further launch.
+for each of 2 * F * R and each segment of E (`_skinny_matmul`), are written, and read by a further
+launch.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,83 +20,60 @@ from ._launch import (
     BLOCK_END,
     ceil_div,
     check_shape,
-    column_tile,
-    depth_tile,
     device,
     jit,
-    prefetch_l2,
     row_tier,
-    segment,
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs
-from .linear import PackedWeight, linear_ref
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_16
+from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
 
 
-def gate_up_silu_ref(x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
-    """Gated hidden rows: x [R, E], norm_w [E], w [2F, E] (gate above up) -> [R, F]."""
-    gate, up = linear_ref(rms_norm_ref(x, norm_w, eps), w).chunk(2, dim=-1)
-    return _silu(gate).mul_(up)
-
-
-def _silu(gate: Tensor) -> Tensor:
-    """silu of rows [R, F], few at a time: torch cuts more than 32,768 elements among its threads
-    wherever that falls, and what is left of a row behind its last whole vector rounds otherwise."""
-    rows = max(1, 32768 // gate.shape[1])
-    if len(gate) <= rows:
-        return F.silu(gate)
-    return torch.cat([F.silu(some) for some in gate.split(rows)])
+def gate_up_silu_ref(
+    x: Tensor, norm_w: Tensor, eps: float, w: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Gated hidden rows: x [R, E], w [2F, E] -> [R, F] in x's dtype; see `gate_up_silu`."""
+    both = linear_ref(rms_norm_ref(x, norm_w, eps).float(), w, bias)
+    out = x.new_empty(len(x), len(w) // 2)
+    for r, row in enumerate(both):  # one at a time, as in `linear_ref`
+        gate, up = row.chunk(2)
+        out[r] = F.silu(gate) * up
+    return out
 
 
 @jit("F", "E")
 def _gate_up_silu_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
+    x_ptr, w_ptr, bias_ptr, out_ptr,  # [R, E] normed, [2F, E] [2F] [R, F]
     R,
-    stride_xr,
-    stride_wn,
-    stride_or,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_wn, stride_or,
+    F: tl.constexpr, E: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
-    # The tile's weights alternate: a gate's row, the row of its up, the next gate's.
+):  # fmt: skip
+    """One program: BLOCK_F columns of R <= 16 rows."""
+    # The tile's rows of weights alternate: a gate, its up, the next gate.
     i = tl.arange(0, 2 * BLOCK_F)
     column = tl.program_id(0) * BLOCK_F + i // 2
     n = column + (i % 2) * F
-    in_n = column < F
-    if PDL:
-        prefetch_l2(w_ptr, tl.where(in_n, n, 0), stride_wn, 2 * F, E)
-        wait_for_producer()
-    r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    acc = multiply_rows(w_ptrs, in_n, x_ptr, stride_xr, r, R, E, SEGMENT, 2 * BLOCK_F, BLOCK_K)
+    acc = multiply_rows(
+        x_ptr, w_ptr, n, column < F, R, stride_xr, stride_wn, E, SEGMENT, 2 * BLOCK_F, BLOCK_K, PDL
+    )
     gate, up = split_pairs(acc)
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    r, f = tl.arange(0, 16), tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F)
 
 
 @jit("F", "SEGMENTS")
 def _gate_up_silu_end_kernel(
-    partial_ptr,
-    bias_ptr,
-    out_ptr,
+    partial_ptr, bias_ptr, out_ptr,  # [SEGMENTS, R, 2F] [2F] [R, F]
     R,
-    stride_ps,
-    stride_pr,
-    stride_or,
-    F: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    stride_ps, stride_pr, stride_or,
+    F: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_F columns of a row, of any number of rows."""
     if PDL:
         wait_for_producer()
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -110,7 +87,7 @@ def _gate_up_silu_end_kernel(
 
 @device
 def _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F: tl.constexpr):
-    """Finish gate and up [rows, columns] and store silu(gate) * up as rows r, columns f."""
+    """Add biases to gate and up [rows, columns] and store silu(gate) * up: rows r, columns f."""
     if bias_ptr is not None:
         gate += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
@@ -145,43 +122,20 @@ def gate_up_silu(
         return out
     _gate_up_silu_kernel.check(x=x)
     x = rms_norm(x, norm_w, eps, pdl=pdl)
+    given = (bias, out, R)
     if row_tier(R) > 16:
         partial = partial_sums(x, w[None], pdl=pdl)
         _gate_up_silu_end_kernel[(ceil_div(F, BLOCK_END), R)](
-            partial,
-            bias,
-            out,
-            R,
-            *partial.stride()[:2],
-            out.stride(0),
-            F=F,
-            SEGMENTS=len(partial),
-            BLOCK_F=BLOCK_END,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            partial, *given,
+            *partial.stride()[:2], out.stride(0),
+            F=F, SEGMENTS=len(partial), BLOCK_F=BLOCK_END,
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
         return out
-    block_f, (depth, stages) = column_tile(2 * F, E, 16) // 2, depth_tile(16)
-    _gate_up_silu_kernel[(ceil_div(F, block_f),)](
-        x,
-        w,
-        bias,
-        out,
-        R,
-        x.stride(0),
-        w.stride(0),
-        out.stride(0),
-        F=F,
-        E=E,
-        SEGMENT=segment(2 * F, E),
-        BLOCK_F=block_f,
-        BLOCK_K=depth // w.element_size(),
-        PDL=pdl,
-        num_warps=4,
-        num_stages=stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+    block_n, read = tile_of_16(w, 2 * F, E)
+    _gate_up_silu_kernel[(ceil_div(F, block_n // 2),)](
+        x, w, *given,
+        x.stride(0), w.stride(0), out.stride(0),
+        F=F, E=E, BLOCK_F=block_n // 2, **read, pdl=pdl,
+    )  # fmt: skip
     return out

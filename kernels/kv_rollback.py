@@ -1,11 +1,15 @@
-"""Commit what was accepted of a window and forget the rest, in place, counts read on the device.
+"""Commit the accepted rows of a window in place; the rejected ones are past the new length.
 
     lengths[b] += (accepted[b] + 1) * active[b]
+    of a tree, before: cache[lengths[b] + j] = cache[lengths[b] + path[b, j]], j = 0..accepted[b]
 
-For a chain that is all: rejected rows lie behind the new length, where the next window overwrites
-them. The accepted path of a tree may have gaps, so its keys and values first move together: that of
-path[b, j] to the j-th slot of the window, for all layers in one launch. Positions followed depth
-when keys were rotated, so none is rotated again.
+The next window overwrites rejected rows, so that a chain is rolled back by not advancing. The
+accepted path of a tree may have gaps, so its keys and values move together first, for all layers in
+one launch. Positions followed depth when keys were rotated, so none is rotated again. Counts are
+read on the device.
+
+For engines with trees or with their own lengths; the step of this package drafts chains and commits
+in `advance`.
 
 Bytes moved, with s bytes an element: 4 s L Hk D for each row that changes its place (K and V, read
 and written); 24 B of counts, and of a path its ids and 4 for each page that it touches.
@@ -45,31 +49,17 @@ def kv_rollback_ref(
 
 @jit("KV_HEADS", "D", "BLOCK_T")
 def _compact_path_kernel(
-    k_ptr,
-    v_ptr,
-    page_table_ptr,
-    lengths_ptr,
-    accepted_ptr,
-    active_ptr,
-    path_ptr,
+    k_ptr, v_ptr,  # [L, pages, page_size, Hk, D]
+    page_table_ptr, lengths_ptr, accepted_ptr,  # [B, max_pages] [B] [B]
+    active_ptr, path_ptr,  # [B] [B, T]
     T,
-    stride_kl,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vl,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    stride_pb,
-    stride_tb,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stride_kl, stride_kp, stride_ks, stride_kh, stride_vl, stride_vp, stride_vs, stride_vh,
+    stride_pb, stride_tb,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a sequence's path, of one layer and one KV head."""
     if PDL:
         wait_for_producer()
     head, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -95,7 +85,7 @@ def _compact_path_kernel(
     v_source = source_page * stride_vp + source % PAGE_SIZE * stride_vs
     k = tl.load(k_ptr + k_source[:, None] + d[None, :], mask=mask, other=0.0)
     v = tl.load(v_ptr + v_source[:, None] + d[None, :], mask=mask, other=0.0)
-    # One row's new place may be another's old one: all have been read before any is written.
+    # One row's target may be another's source: all are read before any is written.
     tl.debug_barrier()
     k_target = target_page * stride_kp + target % PAGE_SIZE * stride_ks
     v_target = target_page * stride_vp + target % PAGE_SIZE * stride_vs
@@ -105,8 +95,12 @@ def _compact_path_kernel(
 
 @jit("BLOCK_B")
 def _commit_kernel(
-    lengths_ptr, accepted_ptr, active_ptr, B, BLOCK_B: tl.constexpr, PDL: tl.constexpr
-):
+    lengths_ptr, accepted_ptr, active_ptr,  # [B]
+    B,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_B sequences."""
     if PDL:
         wait_for_producer()
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -130,11 +124,11 @@ def kv_rollback(
     """Keep accepted[b] + 1 rows of each window, in place: caches [L, pages, page_size, Hk, D] of
     any strides but the last; page_table [B, max_pages] int32; lengths and accepted [B] int64.
 
-    The window's rows lie in slots lengths[b] + t. path [B, T] int64, T <= 64, names the accepted
-    rows of a tree: path[b, j], its root path[b, 0] included, becomes row j; sources and targets may
-    overlap in any way. Entries behind accepted[b] are not read. active [B] int64 is 1, or 0 for a
-    sequence that stays as it is. An engine whose layers lie in tensors of their own calls it once a
-    layer, with lengths of its own but for the last call. `pdl`: see `linear`.
+    The window's rows are in slots lengths[b] + t. path [B, T] int64, T <= 64, lists the accepted
+    rows of a tree, the root path[b, 0] included: row path[b, j] becomes row j; sources and targets
+    may overlap in any way. Entries past accepted[b] are not read. active [B] int64 is 1, or 0 for a
+    sequence that is left as it is. An engine with a tensor per layer calls it once per layer, with
+    a copy of `lengths` in all calls but the last. `pdl`: see `linear`.
     """
     if k_cache.dim() != 5:
         raise ValueError(f"k_cache must be [L, pages, page_size, Hk, D], got {list(k_cache.shape)}")
@@ -158,36 +152,12 @@ def kv_rollback(
         return
     if path is not None:
         _compact_path_kernel[(Hk, L, B)](
-            k_cache,
-            v_cache,
-            page_table,
-            lengths,
-            accepted,
-            active,
-            path,
-            path.shape[1],
-            *k_cache.stride()[:4],
-            *v_cache.stride()[:4],
-            page_table.stride(0),
-            path.stride(0),
-            KV_HEADS=Hk,
-            D=D,
-            PAGE_SIZE=page_size,
-            BLOCK_T=power_of_two(path.shape[1]),
-            BLOCK_D=power_of_two(D),
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            k_cache, v_cache, page_table, lengths, accepted, active, path, path.shape[1],
+            *k_cache.stride()[:4], *v_cache.stride()[:4], page_table.stride(0), path.stride(0),
+            KV_HEADS=Hk, D=D, PAGE_SIZE=page_size,
+            BLOCK_T=power_of_two(path.shape[1]), BLOCK_D=power_of_two(D),
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
     _commit_kernel[(ceil_div(B, 128),)](
-        lengths,
-        accepted,
-        active,
-        B,
-        BLOCK_B=128,
-        PDL=pdl,
-        num_warps=4,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
+        lengths, accepted, active, B, BLOCK_B=128, num_warps=4, pdl=pdl
     )

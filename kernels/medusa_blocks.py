@@ -1,10 +1,10 @@
-"""Residual blocks of parallel heads, all heads in one launch per depth: h + silu(h w_i^T + b_i).
+"""Residual blocks of parallel heads: h_i = h + silu(h w_i^T + b_i), one launch per depth.
 
-Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` makes logits of them.
+Medusa, Cai et al. 2024, section 2.1. `multi_head_projection` computes the heads' logits from them.
 
-Bytes moved: H * E * E weights of a depth once for 192 rows; R * E of x read by each of H * E /
-BLOCK_N blocks, mostly from the L2, and once more where it is added; R * H * E written. Above 16
-rows the blocks' sums, 4 bytes for each of H * E * R and each segment of E (`_tiles`), are written
+Bytes moved, per depth: H * E * E weights, once per 192 rows; R * E of x, read by each of H * E /
+BLOCK_N blocks, mostly from the L2, and once more to be added; R * H * E written. Above 16 rows the
+blocks' sums, 4 bytes for each of H * E * R and each segment of E (`_skinny_matmul`), are written,
 and read by a further launch.
 """
 
@@ -18,87 +18,61 @@ from ._launch import (
     BLOCK_END,
     ceil_div,
     check_shape,
-    column_tile,
-    depth_tile,
     device,
     jit,
-    prefetch_l2,
     row_tier,
-    segment,
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_16
+from .linear import linear_ref
 
 
 def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
-    [R, 1 + H, E]; see `medusa_blocks`."""
-    rows = [normed]
-    for blocks, biases in zip(w, bias, strict=True):
-        x = normed
+    [R, 1 + H, E], rounded to normed's dtype after each block; see `medusa_blocks`.
+    """
+    out = normed.new_empty(1 + len(w), *normed.shape)
+    out[:] = normed
+    for rows, blocks, biases in zip(out[1:], w, bias, strict=True):
         for w_d, bias_d in zip(blocks, biases, strict=True):
-            x = x + F.silu(F.linear(x, w_d, bias_d))
-        rows.append(x)
-    return torch.stack(rows).transpose(0, 1)
+            for row, gate in zip(rows, linear_ref(rows.float(), w_d, bias_d), strict=True):
+                row += F.silu(gate)  # one row at a time, as in `linear_ref`
+    return out.transpose(0, 1)
 
 
 @jit("HEADS", "E")
 def _medusa_blocks_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
+    x_ptr, w_ptr, bias_ptr, out_ptr,  # [HEADS, R, E] [HEADS, E, E] [HEADS, E] [HEADS, R, E]
     R,
-    stride_xr,
-    stride_xh,
-    stride_wh,
-    stride_wn,
-    stride_bh,
-    stride_or,
-    stride_oh,
-    HEADS: tl.constexpr,
-    E: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_xr, stride_xh, stride_wh, stride_wn, stride_bh, stride_or, stride_oh,
+    HEADS: tl.constexpr, E: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_N columns of a head's block, for R <= 16 rows."""
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_ptr += h * stride_wh
-    if PDL:
-        prefetch_l2(w_ptr, n, stride_wn, E, E)
-        wait_for_producer()
     x_ptr += h * stride_xh
-    r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    acc = multiply_rows(w_ptrs, n < E, x_ptr, stride_xr, r, R, E, SEGMENT, BLOCK_N, BLOCK_K)
+    acc = multiply_rows(
+        x_ptr, w_ptr, n, n < E, R, stride_xr, stride_wn, E, SEGMENT, BLOCK_N, BLOCK_K, PDL
+    )
     bias_ptr += h * stride_bh
     out_ptr += h * stride_oh
+    r = tl.arange(0, 16)
     _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E)
 
 
 @jit("HEADS", "E", "SEGMENTS")
 def _medusa_blocks_end_kernel(
-    partial_ptr,
-    x_ptr,
-    bias_ptr,
-    out_ptr,
+    partial_ptr, x_ptr, bias_ptr, out_ptr,  # [SEGMENTS, R, HEADS * E], the others as above
     R,
-    stride_ps,
-    stride_pr,
-    stride_xr,
-    stride_xh,
-    stride_bh,
-    stride_or,
-    stride_oh,
-    HEADS: tl.constexpr,
-    E: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_ps, stride_pr, stride_xr, stride_xh, stride_bh, stride_or, stride_oh,
+    HEADS: tl.constexpr, E: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK_N columns of a row of a head's block, for any number of rows."""
     if PDL:
         wait_for_producer()
     h = tl.program_id(2).to(tl.int64)
@@ -114,7 +88,7 @@ def _medusa_blocks_end_kernel(
 
 @device
 def _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E: tl.constexpr):
-    """Finish acc [columns, rows] and store x + silu(acc + bias) as rows r, columns n."""
+    """Store x + silu(acc + bias) of acc [columns, rows] as rows r, columns n."""
     mask = (n < E)[:, None] & (r < R)[None, :]
     wide_r = r.to(tl.int64)
     bias = tl.load(bias_ptr + n, mask=n < E, other=0.0).to(tl.float32)
@@ -129,11 +103,11 @@ def medusa_blocks(
     normed: Tensor, w: Tensor, bias: Tensor, *, out: Tensor | None = None, pdl: bool = False
 ) -> Tensor:
     """Apply every head's residual blocks: normed [R, E], w [H, depth, E, E], bias [H, depth, E] ->
-    [R, 1 + H, E], the LM head's rows, which are `normed`, first.
+    [R, 1 + H, E]: the LM head's rows, which are `normed`, then each head's.
 
-    The result is a view of memory [1 + H, R, E], so that transposed and flattened it lists the LM
-    head's rows and then each head's without a copy. `out` has any strides but the last; normed may
-    be out[:, 0], and is copied there if it is not. `pdl`: see `linear`.
+    The result is a view of memory [1 + H, R, E], so that its transpose can be flattened without a
+    copy. `out` may have any strides but the last, which is 1; normed may be out[:, 0], and is
+    copied there if it is not. `pdl`: see `linear`.
     """
     (R, E), (H, depth) = normed.shape, w.shape[:2]
     check_shape("normed", normed, "[R, E]", R, E)
@@ -150,7 +124,7 @@ def medusa_blocks(
     if depth == 0:
         heads.copy_(normed[:, None].expand_as(heads))
         return out
-    # A block reads all of a row and writes a part of it, so neighbours in a stack change places.
+    # A program reads whole rows and writes a part of them, so that depths alternate two buffers.
     other = torch.empty_like(heads) if depth > 1 else heads
     x, stride_xh = normed, 0
     for d in range(depth):
@@ -159,49 +133,17 @@ def medusa_blocks(
             rows = x if d == 0 else x.transpose(0, 1)
             partial = partial_sums(rows, w[:, d], pdl=pdl)
             _medusa_blocks_end_kernel[(ceil_div(E, BLOCK_END), R, H)](
-                partial,
-                x,
-                bias[:, d],
-                y,
-                R,
-                *partial.stride()[:2],
-                x.stride(0),
-                stride_xh,
-                bias.stride(0),
-                *y.stride()[:2],
-                HEADS=H,
-                E=E,
-                SEGMENTS=len(partial),
-                BLOCK_N=BLOCK_END,
-                PDL=pdl,
-                num_warps=4,
-                enable_fp_fusion=True,
-                launch_pdl=pdl,
-            )
+                partial, x, bias[:, d], y, R,
+                *partial.stride()[:2], x.stride(0), stride_xh, bias.stride(0), *y.stride()[:2],
+                HEADS=H, E=E, SEGMENTS=len(partial), BLOCK_N=BLOCK_END,
+                num_warps=4, pdl=pdl,
+            )  # fmt: skip
         else:
-            block_n, (step, stages) = column_tile(H * E, E, 16), depth_tile(16)
+            block_n, read = tile_of_16(w, H * E, E)
             _medusa_blocks_kernel[(ceil_div(E, block_n), H)](
-                x,
-                w[:, d],
-                bias[:, d],
-                y,
-                R,
-                x.stride(0),
-                stride_xh,
-                w.stride(0),
-                w.stride(2),
-                bias.stride(0),
-                *y.stride()[:2],
-                HEADS=H,
-                E=E,
-                SEGMENT=segment(H * E, E),
-                BLOCK_N=block_n,
-                BLOCK_K=step // w.element_size(),
-                PDL=pdl,
-                num_warps=4,
-                num_stages=stages,
-                enable_fp_fusion=True,
-                launch_pdl=pdl,
-            )
+                x, w[:, d], bias[:, d], y, R,
+                x.stride(0), stride_xh, w.stride(0), w.stride(2), bias.stride(0), *y.stride()[:2],
+                HEADS=H, E=E, BLOCK_N=block_n, **read, pdl=pdl,
+            )  # fmt: skip
         x, stride_xh = y, y.stride(1)
     return out

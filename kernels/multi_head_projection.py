@@ -3,30 +3,29 @@
     h_0 = rms_norm(x);  h_i = h_0 + silu(h_0 w_i^T + b_i)  (Medusa, Cai et al. 2024, section 2.1)
     logits_i = h_i w_vocabulary^T
 
-On a GPU these are launches of their own, so that nothing is computed once per vocabulary tile:
-`rms_norm`, `medusa_blocks`, then here the tiles of the vocabulary and their merge. Logits stay in
-registers: a tile leaves its largest ones, its sum of exponentials and those that were asked for.
+The norm and the heads' blocks are launches of their own, `rms_norm` and `medusa_blocks`, so that
+they are not computed once per vocabulary tile. Here are two: the tiles of the vocabulary and their
+merge. Logits stay in registers: a tile writes its largest ones, its sum of exponentials, and those
+that were asked for.
 
-Bytes moved: V * E weights once for 160 rows, ceil(R / 160) times for more, though the passes over a
-tile run side by side and share it in the L2; R * E of the rows, read by each of V / 64 tiles,
-mostly from the L2; R * V / 64 * (8 top_k + 4) bytes of partial results, written and read; the
-logits that were asked for.
+Bytes moved: V * E weights, once per 160 rows, though the passes over a tile run side by side and
+share it in the L2; R * E of the rows, read by each of V / 64 tiles, mostly from the L2;
+R * V / 64 * (8 top_k + 4) bytes of partial results, written and read; the logits that were asked
+for.
 
-One read or two. All heads at all of a window's rows take R = B * T * (1 + H) rows and one read. If
-the LM head goes first, acceptance says at which row of a sequence the heads are wanted, and
-B * (T + H) rows with two reads do. A read of w bytes takes w / 3.0 TB/s from memory, and between
-L2 and multiprocessors, at some 5.5 TB/s on an H100 (assumed, not measured), w for each pass of 160
-rows and w * R / 64, since each tile reads all rows: 0.64 w at 160 rows, 0.82 w at 161. Two reads
-of few rows take 0.67 w: one read is for what one pass takes, `ONE_READ_ROWS`.
+One read of the vocabulary or two. All heads at all rows of the windows are R = B * T * (1 + H) rows
+and one read. If the LM head goes first, acceptance decides at which row of a sequence the heads are
+needed, and two reads with B * (T + H) rows in all suffice. A read of w bytes takes w / 3.0 TB/s
+from memory. Between L2 and multiprocessors, at some 5.5 TB/s on an H100 (assumed, not measured), go
+w for each pass of 160 rows, and w * R / 64, since each tile reads all rows. In w / (TB/s), one read
+takes 0.64 at 160 rows and 0.82 at 161, and two reads of few rows take 0.67: hence `ONE_READ_ROWS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
@@ -40,44 +39,16 @@ from ._launch import (
 )
 from ._ranking import HIGHEST, LOWEST, rank, ranked_column, ranked_value
 from ._skinny_matmul import sum_columns
-from .linear import PackedWeight, linear_ref
-from .rms_norm import rms_norm_ref
+from .linear import linear_ref
 
-# Columns of a vocabulary tile: the same for every row count, as sums of exponentials go by tile.
+# Columns of a vocabulary tile: the same for every row count, since exponentials are summed by tile.
 BLOCK_V = 64
-# Partial results that a step of the merge reads.
+# Partial results that an iteration of the merge reads.
 BLOCK_MERGE = 1024
 
 
-def multi_head_projection_ref(
-    x: Tensor,
-    norm_w: Tensor,
-    eps: float,
-    vocabulary: PackedWeight,
-    blocks: Sequence[Sequence[PackedWeight]] = (),
-) -> tuple[Tensor, Tensor]:
-    """Project rows: x [R, E], norm_w [E], vocabulary [V, E] -> (normed [R, E], logits [R, 1+H, V]).
-
-    blocks[h] is head h's stack of residual blocks, each [E, E] with a bias. logits[:, 0] are the
-    language model's own.
-    """
-    normed = rms_norm_ref(x, norm_w, eps)
-    heads = [normed]
-    heads += [residual_blocks_ref(normed, stack) for stack in blocks]
-    rows = torch.stack(heads, 1)
-    logits = linear_ref(rows.flatten(0, 1), vocabulary)
-    return normed, logits.view(x.shape[0], len(heads), -1)
-
-
-def residual_blocks_ref(hidden: Tensor, stack: Sequence[PackedWeight]) -> Tensor:
-    """Apply one head's residual blocks: hidden [R, E] -> [R, E]."""
-    for block in stack:
-        hidden = hidden + F.silu(linear_ref(hidden, block))
-    return hidden
-
-
 class Projection(NamedTuple):
-    """What is kept of R rows' logits over the vocabulary; see `multi_head_projection`."""
+    """What `multi_head_projection` keeps of R rows' logits over the vocabulary."""
 
     values: Tensor  # [R, top_k] float32, descending
     ids: Tensor  # [R, top_k] int64
@@ -86,45 +57,55 @@ class Projection(NamedTuple):
     logits: Tensor | None  # [logits_rows, V]
 
 
+def multi_head_projection_ref(
+    hidden: Tensor,
+    vocabulary: Tensor,
+    *,
+    top_k: int = 1,
+    given: Tensor | None = None,
+    logits_rows: int = 0,
+    token_ids: Tensor | None = None,
+) -> Projection:
+    """Project normed rows: hidden [R, E], vocabulary [V, E] -> what `Projection` lists, float32;
+    see `multi_head_projection`."""
+    logits = linear_ref(hidden.float(), vocabulary)
+    # Stable: between equal logits the lowest column comes first.
+    values, columns = logits.sort(dim=-1, descending=True, stable=True)
+    values, columns = values[:, :top_k].contiguous(), columns[:, :top_k].contiguous()
+    names = torch.arange(len(vocabulary)) if token_ids is None else token_ids
+    asked = None
+    if given is not None:
+        hits = given[:, :, None] == names
+        asked = logits[:, None].where(hits, float("-inf")).amax(-1)
+    kept = logits[:logits_rows] if logits_rows else None
+    return Projection(values, names[columns], logits.logsumexp(-1), asked, kept)
+
+
 @jit("CHUNK", "CHUNKS", "TOP_K", "V", "E", do_not_specialize=("logits_rows", "given_count"))
 def _vocabulary_tiles_kernel(
-    x_ptr,
-    w_ptr,
-    token_ids_ptr,
-    wanted_ptr,
-    best_ptr,
-    sum_ptr,
-    given_ptr,
-    logits_ptr,
-    R,
-    logits_rows,
-    given_count,
-    stride_xr,
-    stride_wv,
-    stride_wanted,
-    stride_given,
-    stride_lr,
-    V: tl.constexpr,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_GIVEN: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    x_ptr, w_ptr, token_ids_ptr, wanted_ptr,  # [R, E] [V, E] [V] [R, n]
+    best_ptr, sum_ptr,  # [R, tiles, TOP_K] [R, tiles]
+    given_ptr, logits_ptr,  # [R, n] [logits_rows, V]
+    R, logits_rows, given_count,
+    stride_xr, stride_wv, stride_wanted, stride_given, stride_lr,
+    V: tl.constexpr, E: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_GIVEN: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: the logits of CHUNK times CHUNKS rows over a tile of BLOCK_V columns, of which
+    it stores the ranks of the TOP_K largest, the sum of exponentials, and what was asked for."""
     tile = tl.program_id(1)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
-        prefetch_l2(w_ptr, v, stride_wv, V, E, 4)
+        prefetch_l2(w_ptr, v, v < V, stride_wv, E, 4)
         wait_for_producer()
     first = tl.program_id(0) * (CHUNK * CHUNKS)
     rows = tl.arange(0, CHUNK)
     w_ptrs = w_ptr + v.to(tl.int64)[None, :] * stride_wv
-    # Rows are the left operand, in chunks of 16 or 32: too few for wgmma, so that all multiply with
-    # mma.sync m16n8k16 in the same order of e. Every chunk takes the same registers of weights.
+    # Rows are the left operand, in chunks of 16 or 32: too few for wgmma, so that every tier
+    # multiplies with mma.sync m16n8k16 in the same order of e. All chunks use the same registers of
+    # weights.
     accs = (tl.zeros([CHUNK, BLOCK_V], tl.float32),) * CHUNKS
     for begin in range(0, E, BLOCK_E):
         e = begin + tl.arange(0, BLOCK_E)
@@ -175,19 +156,13 @@ def _finite(largest):
 
 @jit("TOP_K", "TILES")
 def _vocabulary_merge_kernel(
-    best_ptr,
-    sum_ptr,
-    token_ids_ptr,
-    value_ptr,
-    id_ptr,
-    logsumexp_ptr,
-    stride_vr,
-    stride_ir,
-    TOP_K: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    best_ptr, sum_ptr, token_ids_ptr,  # [R, TILES, TOP_K] [R, TILES] [V]
+    value_ptr, id_ptr, logsumexp_ptr,  # [R, TOP_K] [R, TOP_K] [R]
+    stride_vr, stride_ir,
+    TOP_K: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a row, over all tiles."""
     if PDL:
         wait_for_producer()
     r = tl.program_id(0).to(tl.int64)
@@ -223,11 +198,11 @@ def _vocabulary_merge_kernel(
 
 
 class _Tier(NamedTuple):
-    """How a pass over the vocabulary takes its rows: some 80 KB under way in each."""
+    """Tile sizes for up to `rows` rows, each with some 80 KB of loads in flight."""
 
     chunk: int  # rows that are multiplied at a time
     chunks: int
-    depth: int  # bytes of a row in a step
+    depth: int  # bytes of a row per iteration
     stages: int
     num_warps: int
 
@@ -236,7 +211,7 @@ class _Tier(NamedTuple):
         return self.chunk * self.chunks
 
 
-# More sums than those of 160 rows would not fit into registers.
+# The sums of more than 160 rows do not fit into registers.
 _TIERS = (
     _Tier(16, 1, 256, 5, 4),
     _Tier(32, 1, 256, 5, 4),
@@ -244,7 +219,7 @@ _TIERS = (
     _Tier(32, 4, 128, 5, 8),
     _Tier(32, 5, 128, 4, 8),
 )
-# Rows of the LM head and all parallel heads up to which one read is cheaper; see the header.
+# Rows of the LM head and all parallel heads up to which one read is faster; see the header.
 ONE_READ_ROWS = _TIERS[-1].rows
 
 
@@ -261,12 +236,12 @@ def multi_head_projection(
 ) -> Projection:
     """Project normed rows: hidden [R, E], vocabulary [V, E] -> what `Projection` lists, float32.
 
-    Rows of the LM head and of other heads are alike. The top_k largest logits come in descending
-    order, between equal ones the lowest column first; a NaN is larger than every number, as in
-    torch.max. given [R, n] int64 are token ids whose logits are wanted, -inf where the vocabulary
-    lacks the id. The first `logits_rows` rows' logits are written out as well. token_ids [V] int64
-    name the columns of a reduced vocabulary. `out` may bring any of its tensors' strides but the
-    last. `pdl`: see `linear`.
+    Rows may be of the LM head or of other heads. The top_k largest logits come in descending order,
+    between equal ones the lowest column first; a NaN is larger than every number, as in torch.max.
+    given [R, n] int64 are token ids whose logits are returned, -inf for an id that is not in the
+    vocabulary. The logits of the first `logits_rows` rows are written out as well. token_ids [V]
+    int64 are the ids of the columns of a reduced vocabulary. The tensors of `out` may have any
+    strides but the last, which is 1. `pdl`: see `linear`.
     """
     (R, E), V = hidden.shape, vocabulary.shape[0]
     check_shape("vocabulary", vocabulary, "[V, E]", V, E)
@@ -310,53 +285,24 @@ def multi_head_projection(
     sums = torch.empty(R, tiles, dtype=torch.float32, device=hidden.device)
     # The passes over one tile are neighbours, so that they find it in the L2.
     _vocabulary_tiles_kernel[(ceil_div(R, tier.rows), tiles)](
-        hidden,
-        vocabulary,
-        token_ids,
-        given,
-        best,
-        sums,
-        out.given,
-        out.logits,
-        R,
-        logits_rows,
-        n,
-        hidden.stride(0),
-        vocabulary.stride(0),
+        hidden, vocabulary, token_ids, given, best, sums, out.given, out.logits,
+        R, logits_rows, n,
+        hidden.stride(0), vocabulary.stride(0),
         0 if given is None else given.stride(0),
         0 if out.given is None else out.given.stride(0),
         0 if out.logits is None else out.logits.stride(0),
-        V=V,
-        E=E,
-        TOP_K=top_k,
-        HAS_GIVEN=n > 0,
-        HAS_LOGITS=logits_rows > 0,
-        CHUNK=tier.chunk,
-        CHUNKS=tier.chunks,
-        BLOCK_V=BLOCK_V,
-        BLOCK_E=tier.depth // hidden.element_size(),
-        PDL=pdl,
+        V=V, E=E, TOP_K=top_k, HAS_GIVEN=n > 0, HAS_LOGITS=logits_rows > 0,
+        CHUNK=tier.chunk, CHUNKS=tier.chunks,
+        BLOCK_V=BLOCK_V, BLOCK_E=tier.depth // hidden.element_size(),
         num_warps=tier.num_warps,
-        maxnreg=200,  # left to itself, ptxas spills a little to fit a further block
+        maxnreg=200,  # without a limit, ptxas spills a little to fit a further block
         num_stages=tier.stages,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        pdl=pdl,
+    )  # fmt: skip
     _vocabulary_merge_kernel[(R,)](
-        best,
-        sums,
-        token_ids,
-        out.values,
-        out.ids,
-        out.logsumexp,
-        out.values.stride(0),
-        out.ids.stride(0),
-        TOP_K=top_k,
-        TILES=tiles,
-        BLOCK=BLOCK_MERGE,
-        PDL=pdl,
-        num_warps=4,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        best, sums, token_ids, out.values, out.ids, out.logsumexp,
+        out.values.stride(0), out.ids.stride(0),
+        TOP_K=top_k, TILES=tiles, BLOCK=BLOCK_MERGE,
+        num_warps=4, pdl=pdl,
+    )  # fmt: skip
     return out

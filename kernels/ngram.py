@@ -1,9 +1,11 @@
-"""N-gram drafting: what followed the last earlier occurrence of the sequence's own end.
+"""N-gram drafting: the tokens that followed the latest earlier occurrence of a sequence's end.
 
-Prompt lookup (Saxena 2023): no weights, and strong wherever an answer repeats its prompt or itself.
+    start = the largest s with tokens[s .. s + size - 1] = the last `size` tokens, s < known - size
+    drafts[k] = tokens[start + size + k], periodically from the end on
 
-Each block searches BLOCK places, all of a sequence at once; a second launch takes the latest match
-of all blocks, and copies.
+Prompt lookup (Saxena 2023): without weights, and strong where an answer repeats its prompt or
+itself. Each block searches BLOCK starts; a second launch takes the latest match of all blocks, and
+copies.
 
 Bytes moved, per sequence: 8 known, each token read once per token of the pattern, from the L1 but
 for the first time; 8 ceil(known / BLOCK) written and read for the blocks' matches; 16 K for the
@@ -17,16 +19,16 @@ from torch import Tensor
 
 from ._launch import ceil_div, check_dtype, check_shape, jit, power_of_two, tl, wait_for_producer
 
-# Places that a block searches.
+# Starts of a match that a block searches.
 BLOCK = 1024
 
 
 def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tuple[Tensor, Tensor]:
-    """Draft by copying: tokens [B, max_length] int64, of which known [B] count.
+    """Draft by copying: tokens [B, max_length] int64, of which the first known [B] are valid.
 
-    -> (drafts [B, K], found [B] bool). The copy starts behind the most recent match of the last
-    `size` tokens that ends before the sequence's end; where it reaches the end it goes on
-    periodically. Where nothing matches, found is False and the drafts are the filler 0.
+    -> (drafts [B, K], found [B] bool). The copy starts after the latest match of the last `size`
+    tokens that ends before the sequence does; from the sequence's end it continues periodically. If
+    nothing matches, found is False and the drafts are 0, a filler.
     """
     batch, length = tokens.shape
     starts = torch.arange(length - size + 1)
@@ -45,60 +47,51 @@ def ngram_ref(tokens: Tensor, known: Tensor, drafts: int, size: int = 3) -> tupl
 
 @jit("SIZE", do_not_specialize=("blocks",))
 def _latest_match_kernel(
-    tokens_ptr,
-    known_ptr,
-    latest_ptr,
+    tokens_ptr, known_ptr, latest_ptr,  # [B, max_length] [B] [B, blocks]
     blocks,
     stride_tb,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: the latest match among BLOCK starts of a sequence, or -1."""
     if PDL:
         wait_for_producer()
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tokens_ptr += b * stride_tb
-    # A match begins before the end's own tokens do.
-    behind = tl.load(known_ptr + b) - SIZE
+    pattern = tl.load(known_ptr + b) - SIZE  # its first token
     start = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if block * BLOCK >= behind:
+    if block * BLOCK >= pattern:
         return
-    match = start < behind
+    match = start < pattern
     for i in tl.static_range(SIZE):
-        token = tl.load(tokens_ptr + start + i, mask=start < behind, other=0)
-        match &= token == tl.load(tokens_ptr + behind + i)
+        token = tl.load(tokens_ptr + start + i, mask=start < pattern, other=0)
+        match &= token == tl.load(tokens_ptr + pattern + i)
     tl.store(latest_ptr + b * blocks + block, tl.max(tl.where(match, start, -1)))
 
 
 @jit("SIZE", "BLOCK_K", do_not_specialize=("K", "blocks", "stride_db"))
 def _ngram_kernel(
-    tokens_ptr,
-    known_ptr,
-    latest_ptr,
-    drafts_ptr,
-    found_ptr,
-    K,
-    blocks,
-    stride_tb,
-    stride_db,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tokens_ptr, known_ptr, latest_ptr,  # [B, max_length] [B] [B, blocks]
+    drafts_ptr, found_ptr,  # [B, K] [B]
+    K, blocks,
+    stride_tb, stride_db,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a sequence's drafts, from the latest match of all blocks."""
     if PDL:
         wait_for_producer()
     b = tl.program_id(0).to(tl.int64)
     tokens_ptr += b * stride_tb
-    behind = tl.load(known_ptr + b) - SIZE
-    searched = tl.cdiv(tl.maximum(behind, 0), BLOCK)
+    pattern = tl.load(known_ptr + b) - SIZE
+    searched = tl.cdiv(tl.maximum(pattern, 0), BLOCK)
     latest = tl.full([], -1, tl.int64)
     for first in range(0, searched, 128):
         block = first + tl.arange(0, 128)
         found = tl.load(latest_ptr + b * blocks + block, mask=block < searched, other=-1)
         latest = tl.maximum(latest, tl.max(found))
     k = tl.arange(0, BLOCK_K)
-    period = tl.maximum(behind - latest, 1)
+    period = tl.maximum(pattern - latest, 1)
     copied = latest + SIZE + k % period
     draft = tl.load(tokens_ptr + copied, mask=(latest >= 0) & (k < K), other=0)
     tl.store(drafts_ptr + b * stride_db + k, draft, mask=k < K)
@@ -114,10 +107,10 @@ def ngram(
     out: tuple[Tensor, Tensor] | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Draft by copying: tokens [B, max_length] int64, of which known [B] int64 count.
+    """Draft by copying: tokens [B, max_length] int64, of which the first known [B] int64 are valid
+    -> (drafts [B, K] int64, found [B] bool), as `ngram_ref` defines them, or into `out`.
 
-    -> (drafts [B, K] int64, found [B] bool), as `ngram_ref` defines them, or into `out`. `size` is
-    1 or more. `pdl`: see `linear`.
+    `size` is 1 or more. `pdl`: see `linear`.
     """
     B, length = tokens.shape
     check_shape("tokens", tokens, "[B, max_length]", B, length)
@@ -137,34 +130,14 @@ def ngram(
         blocks = ceil_div(length, BLOCK)
         latest = tokens.new_empty(B, blocks)
         _latest_match_kernel[(blocks, B)](
-            tokens,
-            known,
-            latest,
-            blocks,
-            tokens.stride(0),
-            SIZE=size,
-            BLOCK=BLOCK,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            tokens, known, latest, blocks, tokens.stride(0),
+            SIZE=size, BLOCK=BLOCK,
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
         _ngram_kernel[(B,)](
-            tokens,
-            known,
-            latest,
-            drafted,
-            found,
-            drafts,
-            blocks,
-            tokens.stride(0),
-            drafted.stride(0),
-            SIZE=size,
-            BLOCK=BLOCK,
-            BLOCK_K=power_of_two(max(drafts, 1)),
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            tokens, known, latest, drafted, found, drafts, blocks,
+            tokens.stride(0), drafted.stride(0),
+            SIZE=size, BLOCK=BLOCK, BLOCK_K=power_of_two(max(drafts, 1)),
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
     return drafted, found

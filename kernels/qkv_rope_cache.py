@@ -2,183 +2,107 @@
 
     [q k v] = rms_norm(x) w^T + b;  q, k rotated by position (Su et al. 2021);  cache[slot] = k, v
 
-The norm is a launch of its own (see `gate_up_silu`).
+The norm of x is a launch of its own (see `gate_up_silu`), and so are the norms of q's and K's heads
+(Qwen3), which are rotated there.
 
-Bytes moved: (Hq + 2 Hk) * D * E weights once for 192 rows; R * E of x read and written by the norm,
-and read by each block of columns, mostly from the L2; R rows of q, k and v written. Above 16 rows
-the blocks' sums, 4 bytes for each of (Hq + 2 Hk) * D * R and each segment of E (`_tiles`), are
-written and read by a further launch. With norms of q and k those are read and written once more.
+Bytes moved: (Hq + 2 Hk) * D * E weights, once per 192 rows; R * E of x read and written by the
+norm, and read by each block of columns, mostly from the L2; R rows of q, k and v written. Above 16
+rows the blocks' sums, 4 bytes for each of (Hq + 2 Hk) * D * R and each segment of E
+(`_skinny_matmul`), are written, and read by a further launch. Norms of q and k read and write those
+once more.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ._launch import (
     BLOCK_END,
     ceil_div,
     check_shape,
-    column_tile,
-    depth_tile,
     device,
     jit,
     power_of_two,
-    prefetch_l2,
     row_tier,
-    segment,
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs
-from .linear import PackedWeight, linear_ref
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_16
+from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
-from .window_slots import StepPlan
+from .rope_cache import check_cache, check_q, rope_cache_ref, store_halves
 
 
 def qkv_rope_cache_ref(
     x: Tensor,
     norm_w: Tensor | None,
     eps: float,
-    w: PackedWeight,
+    w: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    plan: StepPlan,
+    slots: Tensor,
+    positions: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
     *,
+    bias: Tensor | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
 ) -> Tensor:
-    """Project, rotate and cache: x [B*T, E] -> q [B, T, Hq, D]; K, V written at the plan's slots.
-
-    norm_w [E], or None where x is normed already; w [(Hq + 2 Hk) * D, E]; pages [pages, page_size,
-    Hk, D], written in place. q_norm and k_norm [D] normalise each head before it is rotated.
-    """
-    batch, rows = plan.cos.shape[:2]
-    heads, head_dim = k_pages.shape[-2:]
-    x = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
-    qkv = linear_ref(x, w).view(batch, rows, -1, head_dim)
-    if q_norm is not None and k_norm is not None:
-        q, k, v = qkv.split([qkv.shape[2] - 2 * heads, heads, heads], 2)
-        qkv = torch.cat([rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps), v], 2)
-    rotated = qkv[:, :, :-heads].float()
-    turned = torch.roll(rotated, head_dim // 2, -1)
-    rotated = torch.addcmul(rotated * plan.cos, turned, plan.sin).to(x.dtype)
-    k_pages.view(-1, heads, head_dim).index_copy_(
-        0, plan.slots, rotated[:, :, -heads:].reshape(-1, heads, head_dim)
-    )
-    v_pages.view(-1, heads, head_dim).index_copy_(
-        0, plan.slots, qkv[:, :, -heads:].reshape(-1, heads, head_dim)
-    )
-    return rotated[:, :, :-heads]
+    """Project, rotate and cache: x [R, E] -> q [R, Hq, D] in x's dtype, float32 inside; see
+    `qkv_rope_cache`."""
+    normed = x if norm_w is None else rms_norm_ref(x, norm_w, eps)
+    qkv, at = linear_ref(normed.float(), w, bias), (slots, positions, cos_table, sin_table)
+    v = qkv[:, -k_pages.shape[2] * k_pages.shape[3] :]
+    v[v.isnan()] = 0.0  # the keys are enough, see `_append`
+    q = rope_cache_ref(qkv, k_pages, v_pages, *at, q_norm=q_norm, k_norm=k_norm, eps=eps)
+    return q.to(x.dtype)
 
 
 @jit("HEADS", "KV_HEADS", "D", "E")
 def _qkv_rope_cache_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    slots_ptr,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    R,
-    page_size,
-    stride_xr,
-    stride_wn,
-    stride_qr,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    ROTATE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, q_ptr,  # [R, E] normed, [N, E] [N] [R, Hq, D]
+    k_ptr, v_ptr,  # [pages, page_size, Hk, D]
+    slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [R] [R] [any, D] [any, D]
+    R, page_size,
+    stride_xr, stride_wn, stride_qr,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    ROTATE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
-    # A tile of pairs that rotation mixes, dimensions i and i + D/2 of a head, their weights' rows
-    # one behind the other: so a tile may be narrower than a head.
+):  # fmt: skip
+    """One program: BLOCK_N columns of R <= 16 rows."""
+    # Columns come in the pairs that rotation mixes, dimensions i and i + D/2 of a head, next to
+    # each other, so that a tile may be narrower than a head.
     N: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     i = tl.arange(0, BLOCK_N)
     pair = tl.program_id(0) * (BLOCK_N // 2) + i // 2
-    in_n = pair < N // 2
     n = pair // (D // 2) * D + pair % (D // 2) + i % 2 * (D // 2)
-    if PDL:
-        prefetch_l2(w_ptr, tl.where(in_n, n, 0), stride_wn, N, E)
-        wait_for_producer()
-    r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    acc = multiply_rows(w_ptrs, in_n, x_ptr, stride_xr, r, R, E, SEGMENT, BLOCK_N, BLOCK_K)
-    low, high = split_pairs(acc)
-    pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    _append(
-        low,
-        high,
-        r,
-        pairs,
-        bias_ptr,
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        slots_ptr,
-        positions_ptr,
-        cos_ptr,
-        sin_ptr,
-        R,
-        page_size,
-        stride_qr,
-        stride_kp,
-        stride_ks,
-        stride_kh,
-        stride_vp,
-        stride_vs,
-        stride_vh,
-        HEADS,
-        KV_HEADS,
-        D,
-        ROTATE,
+    acc = multiply_rows(
+        x_ptr, w_ptr, n, pair < N // 2, R, stride_xr, stride_wn, E, SEGMENT, BLOCK_N, BLOCK_K, PDL
     )
+    low, high = split_pairs(acc)
+    r, pairs = tl.arange(0, 16), tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    _append(
+        low, high, r, pairs,
+        bias_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr, R, page_size,
+        stride_qr, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+        HEADS, KV_HEADS, D, ROTATE,
+    )  # fmt: skip
 
 
 @jit("HEADS", "KV_HEADS", "D", "SEGMENTS")
 def _qkv_rope_cache_end_kernel(
-    partial_ptr,
-    bias_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    slots_ptr,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    R,
-    page_size,
-    stride_ps,
-    stride_pr,
-    stride_qr,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    ROTATE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial_ptr, bias_ptr, q_ptr,  # [SEGMENTS, R, N] [N] [R, Hq, D], the others as above
+    k_ptr, v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
+    R, page_size,
+    stride_ps, stride_pr, stride_qr,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    ROTATE: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: BLOCK pairs of columns of a row, of any number of rows."""
     if PDL:
         wait_for_producer()
     r = tl.program_id(1) + tl.arange(0, 1)
@@ -189,63 +113,21 @@ def _qkv_rope_cache_end_kernel(
     low = add_segments(partial_ptr, offsets, in_n, stride_ps, SEGMENTS)
     high = add_segments(partial_ptr, offsets + D // 2, in_n, stride_ps, SEGMENTS)
     _append(
-        low,
-        high,
-        r,
-        pairs,
-        bias_ptr,
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        slots_ptr,
-        positions_ptr,
-        cos_ptr,
-        sin_ptr,
-        R,
-        page_size,
-        stride_qr,
-        stride_kp,
-        stride_ks,
-        stride_kh,
-        stride_vp,
-        stride_vs,
-        stride_vh,
-        HEADS,
-        KV_HEADS,
-        D,
-        ROTATE,
-    )
+        low, high, r, pairs,
+        bias_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr, R, page_size,
+        stride_qr, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+        HEADS, KV_HEADS, D, ROTATE,
+    )  # fmt: skip
 
 
 @device
 def _append(
-    low,
-    high,
-    r,
-    pairs,
-    bias_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    slots_ptr,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    R,
-    page_size,
-    stride_qr,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    ROTATE: tl.constexpr,
-):
-    """Finish low, high [rows, pairs], the sums of rows r, and store them as q or in the cache."""
+    low, high, r, pairs,  # [rows, pairs] [rows, pairs] [rows] [pairs]
+    bias_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr, R, page_size,
+    stride_qr, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Finish low and high, the sums of rows r, and store them as q or in the cache."""
     in_n = pairs < (HEADS + 2 * KV_HEADS) * D // 2
     head, d = pairs // (D // 2), pairs % (D // 2)
     if bias_ptr is not None:
@@ -266,17 +148,17 @@ def _append(
     k_heads = (head - HEADS).to(tl.int64) * stride_kh + d
     v_rows = page * stride_vp + offset * stride_vs
     v_heads = (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh + d
-    _store_halves(q_ptrs, low, high, in_q, D)
-    _store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
-    # A row that does not see this key weights its value with zero, and zero times NaN is NaN.
-    # For those that do see it the key, which is as much NaN, is enough.
+    store_halves(q_ptrs, low, high, in_q, D)
+    store_halves(k_ptr + k_rows[:, None] + k_heads[None, :], low, high, in_k, D)
+    # Rows that do not see this key multiply its value by zero, and zero times NaN is NaN. To those
+    # that see it the key, which is NaN as well, is enough.
     low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)
-    _store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
+    store_halves(v_ptr + v_rows[:, None] + v_heads[None, :], low, high, in_v, D)
 
 
 @device
 def _rotate(low, high, r, d, in_r, rotated, positions_ptr, cos_ptr, sin_ptr, D):
-    """Rotate low, high [rows, pairs] by their rows' positions where the columns are `rotated`."""
+    """Rotate low, high [rows, pairs] by the rows' positions, in the columns that are `rotated`."""
     position = tl.load(positions_ptr + r, mask=in_r, other=0)
     index = position[:, None] * D + d[None, :] + D // 2
     mask = in_r[:, None] & rotated[None, :]
@@ -285,34 +167,16 @@ def _rotate(low, high, r, d, in_r, rotated, positions_ptr, cos_ptr, sin_ptr, D):
     return low * cos - high * sin, high * cos + low * sin
 
 
-@device
-def _store_halves(ptrs, low, high, mask, D):
-    tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
-    tl.store(ptrs + D // 2, high.to(ptrs.dtype.element_ty), mask=mask)
-
-
 @jit("HEADS", "KV_HEADS", "D")
 def _head_norm_rope_kernel(
-    q_ptr,
-    k_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    slots_ptr,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    page_size,
-    stride_qr,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, q_norm_ptr, k_norm_ptr,  # [R, Hq, D] [pages, page_size, Hk, D] [D] [D]
+    slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [R] [R] [any, D] [any, D]
+    eps, page_size,
+    stride_qr, stride_kp, stride_ks, stride_kh,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a head of q or K of a row, normalised and rotated in place."""
     if PDL:
         wait_for_producer()
     r, head = tl.program_id(0), tl.program_id(1)
@@ -332,7 +196,7 @@ def _head_norm_rope_kernel(
     index = tl.load(positions_ptr + r) * D + D // 2 + d
     cos = tl.load(cos_ptr + index, mask=in_d, other=0.0)
     sin = tl.load(sin_ptr + index, mask=in_d, other=0.0)
-    _store_halves(ptr + d, low * cos - high * sin, high * cos + low * sin, in_d, D)
+    store_halves(ptr + d, low * cos - high * sin, high * cos + low * sin, in_d, D)
 
 
 def qkv_rope_cache(
@@ -355,12 +219,11 @@ def qkv_rope_cache(
 ) -> Tensor:
     """Project, rotate and cache: x [R, E] -> q [R, Hq, D]; K and V written into pages, in place.
 
-    norm_w [E], or None where x is normed already; w [(Hq + 2 Hk) * D, E] and bias, q above k above
-    v; pages [pages, page_size, Hk, D] of any strides but the last; slots [R] int64 = page *
-    page_size + offset, distinct, -1 to write no K and V; positions [R] int64; tables [any, D]
-    float32 (mtpkern.cache.rotary_tables). q_norm and k_norm [D] normalise each head before it is
-    rotated (Qwen3), in a second launch.
-    `pdl`: see `linear`.
+    norm_w [E], or None if x is normed already; w [(Hq + 2 Hk) * D, E] and bias, q above k above v;
+    pages [pages, page_size, Hk, D] with any strides but the last, which is 1; slots [R] int64 =
+    page * page_size + offset, distinct, -1 to write no K and V; positions [R] int64; tables
+    [any, D] float32 (mtpkern.cache.rotary_tables). q_norm and k_norm [D] normalise each head before
+    it is rotated (Qwen3), in a launch of its own. `pdl`: see `linear`.
     """
     (R, E), N, (_, page_size, Hk, D) = x.shape, w.shape[0], k_pages.shape
     Hq = N // D - 2 * Hk
@@ -373,89 +236,40 @@ def qkv_rope_cache(
     check_shape("x", x, "[R, E]", R, E)
     if norm_w is not None:
         check_shape("norm_w", norm_w, "[E]", E)
-    check_shape("v_pages", v_pages, "[pages, page_size, Hk, D]", *k_pages.shape)
-    check_shape("k_pages", k_pages, "[pages, page_size, Hk, D]", *k_pages.shape)
-    check_shape("slots", slots, "[R]", R)
-    check_shape("positions", positions, "[R]", R)
-    for name, table in (("cos_table", cos_table), ("sin_table", sin_table)):
-        check_shape(name, table, "[positions, D]", table.shape[0], D)
-        if not table.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {list(table.stride())}")
+    at = (slots, positions, cos_table, sin_table)
+    check_cache(R, k_pages, v_pages, *at, q_norm, k_norm)
     if bias is not None:
         check_shape("bias", bias, "[N]", N)
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm go together, got one of them")
-    if q_norm is not None and k_norm is not None:
-        check_shape("q_norm", q_norm, "[D]", D)
-        check_shape("k_norm", k_norm, "[D]", D)
     out = x.new_empty(R, Hq, D) if out is None else out
-    check_shape("out", out, "[R, Hq, D]", R, Hq, D)
-    if out.stride(1) != D:
-        raise ValueError(f"out must have strides [any, D, 1], got {list(out.stride())}")
+    check_q(out, R, Hq, D)
     if R == 0:
         return out
     _qkv_rope_cache_kernel.check(x=x)
     if norm_w is not None:
         x = rms_norm(x, norm_w, eps, pdl=pdl)
-    given = (bias, out, k_pages, v_pages, slots, positions, cos_table, sin_table, R, page_size)
+    given = (bias, out, k_pages, v_pages, *at, R, page_size)
     strides = (out.stride(0), *k_pages.stride()[:3], *v_pages.stride()[:3])
-    sizes = {"HEADS": Hq, "KV_HEADS": Hk, "D": D, "ROTATE": q_norm is None}
+    sizes = {"HEADS": Hq, "KV_HEADS": Hk, "D": D}
     if row_tier(R) > 16:
         partial = partial_sums(x, w[None], pdl=pdl)
         _qkv_rope_cache_end_kernel[(ceil_div(N // 2, BLOCK_END), R)](
-            partial,
-            *given,
-            *partial.stride()[:2],
-            *strides,
-            **sizes,
-            SEGMENTS=len(partial),
-            BLOCK=BLOCK_END,
-            PDL=pdl,
-            num_warps=4,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            partial, *given,
+            *partial.stride()[:2], *strides,
+            **sizes, ROTATE=q_norm is None, SEGMENTS=len(partial), BLOCK=BLOCK_END,
+            num_warps=4, pdl=pdl,
+        )  # fmt: skip
     else:
-        block_n, (depth, stages) = column_tile(N, E, 16), depth_tile(16)
+        block_n, read = tile_of_16(w, N, E)
         _qkv_rope_cache_kernel[(ceil_div(N, block_n),)](
-            x,
-            w,
-            *given,
-            x.stride(0),
-            w.stride(0),
-            *strides,
-            **sizes,
-            E=E,
-            SEGMENT=segment(N, E),
-            BLOCK_N=block_n,
-            BLOCK_K=depth // w.element_size(),
-            PDL=pdl,
-            num_warps=4,
-            num_stages=stages,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            x, w, *given,
+            x.stride(0), w.stride(0), *strides,
+            **sizes, E=E, ROTATE=q_norm is None, BLOCK_N=block_n, **read, pdl=pdl,
+        )  # fmt: skip
     if q_norm is not None:
         _head_norm_rope_kernel[(R, Hq + Hk)](
-            out,
-            k_pages,
-            q_norm,
-            k_norm,
-            slots,
-            positions,
-            cos_table,
-            sin_table,
-            eps,
-            page_size,
-            out.stride(0),
-            *k_pages.stride()[:3],
-            HEADS=Hq,
-            KV_HEADS=Hk,
-            D=D,
-            BLOCK_D=power_of_two(D // 2),
-            PDL=pdl,
-            num_warps=1,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            out, k_pages, q_norm, k_norm, *at, eps, page_size,
+            out.stride(0), *k_pages.stride()[:3],
+            **sizes, BLOCK_D=power_of_two(D // 2),
+            num_warps=1, pdl=pdl,
+        )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
 """RMS norm of rows: y = x / sqrt(mean(x^2) + eps) * w  (Zhang and Sennrich 2019, equation 4).
 
-With ids the rows are looked up first, y_r of x[ids_r]: an embedding and its norm in one launch.
+With ids, row r is x[ids_r]: an embedding's rows and their norm in one launch.
 
-Bytes moved: R * E read and written once, E weights read by every row, mostly from L2.
+Bytes moved: R * E read and written once; E weights read by every row, mostly from the L2.
 """
 
 from __future__ import annotations
@@ -27,17 +27,13 @@ def rms_norm_ref(
 
 @jit("E")
 def _rms_norm_kernel(
-    x_ptr,
-    w_ptr,
-    ids_ptr,
-    out_ptr,
+    x_ptr, w_ptr, ids_ptr, out_ptr,  # [R, E] or [V, E], [E] [R] [R, E]
     eps,
-    stride_xr,
-    stride_or,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    stride_xr, stride_or,
+    E: tl.constexpr, BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a row."""
     r = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     w = tl.load(w_ptr + e, mask=e < E, other=0.0).to(tl.float32)
@@ -75,18 +71,8 @@ def rms_norm(
     check_shape("out", out, "[R, E]", R, E)
     if R:
         _rms_norm_kernel[(R,)](
-            x,
-            w,
-            ids,
-            out,
-            eps,
-            x.stride(0),
-            out.stride(0),
-            E=E,
-            BLOCK_E=power_of_two(E),
-            PDL=pdl,
-            num_warps=4 if E <= 4096 else 8,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
-        )
+            x, w, ids, out, eps, x.stride(0), out.stride(0),
+            E=E, BLOCK_E=power_of_two(E),
+            num_warps=4 if E <= 4096 else 8, pdl=pdl,
+        )  # fmt: skip
     return out

@@ -4,9 +4,12 @@
 
 draws exactly from softmax(logits / temperature) (the Gumbel-max trick, Gumbel 1954). The noise is a
 hash of (seed, the prompt's tokens, index of the completion, position, token id) and of nothing
-else: a position gets the same token whether it was reached by plain decoding or by verifying a
-draft, so that acceptance stays equality, and heads that draft with the same noise guess the sampled
-token, not the likeliest.
+else. A position gets the same token in plain decoding and in the verification of a draft, so that
+acceptance remains equality; and heads that draft with the same noise predict the sampled token, not
+the most likely one.
+
+The kernel is the greedy case, for engines that have logits; the step of this package chooses in
+`multi_head_projection`, which does not write them.
 
 Bytes moved: R * V logits once; the noise is computed, not read.
 """
@@ -23,7 +26,7 @@ from torch import Tensor
 from ._launch import check_dtype, check_shape, jit, tl, wait_for_producer
 from ._ranking import LOWEST, rank, ranked_column
 
-# Below this temperature the likeliest token is chosen, the lowest id among equals. vLLM's bound.
+# Below this temperature the most likely token is chosen, the lowest id among equals (as in vLLM).
 GREEDY = 1e-5
 
 
@@ -38,11 +41,11 @@ class SamplingRows(NamedTuple):
 
 
 def sampling_key(seed: int, index: int, prompt: Sequence[int] = ()) -> int:
-    """One 63-bit noise key from a request's seed, the index of the completion in it, and the token
-    ids of its prompt, so that different prompts under one seed draw different noise.
+    """A 63-bit noise key from a request's seed, the index of a completion within it, and the token
+    ids of its prompt, so that different prompts with one seed draw different noise.
 
-    The same on every platform and in every process. Without a prompt, `index` alone tells the
-    sequences of one seed apart.
+    The same on every platform and in every process. Without a prompt, the sequences of one seed
+    differ in `index` alone.
     """
     x = seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 1
     if prompt:
@@ -60,27 +63,28 @@ def gumbel_ref(key: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
     high = ((key >> 32) + position * 0x85157AF5).view(-1, 1)
     x = _mix(token_ids * 0x9E3779B1 + (low & 0xFFFFFFFF))
     x = _mix(x + (high & 0xFFFFFFFF))
-    # 24 bits, moved by half a step: u is never 0 nor 1.
+    # 24 bits, shifted by half a step, so that u is neither 0 nor 1.
     uniform = ((x >> 8).float() + 0.5) * 2.0**-24
     return uniform.log_().neg_().log_().neg_()
 
 
-def sample_ref(
-    logits: Tensor, position: Tensor, rows: SamplingRows, token_ids: Tensor | None = None
-) -> Tensor:
-    """Choose tokens: logits [B, T, n], position [B, T] of the token to choose -> [B, T] int64.
-
-    token_ids [n] names the columns where they are not 0..V-1 (a reduced draft vocabulary); the
-    result is an id either way. Ties go to the lowest column.
-    """
-    greedy = bool((rows.temperature < GREEDY).all())
-    columns = _largest(logits.float()) if greedy else _sampled(logits, position, rows, token_ids)
+def sample_ref(logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
+    """Choose the most likely tokens: logits [R, n] -> [R] int64; see `sample`."""
+    columns = logits.max(-1).indices  # between equal logits the lowest; twice as fast as argmax
     return columns if token_ids is None else token_ids[columns]
 
 
-def _largest(values: Tensor) -> Tensor:
-    """The lowest column of each row's maximum; twice as fast as argmax, which is defined alike."""
-    return values.max(-1).indices
+def gumbel_sample(
+    logits: Tensor, position: Tensor, rows: SamplingRows, token_ids: Tensor | None = None
+) -> Tensor:
+    """Sample tokens: logits [B, T, n], position [B, T] of the token to choose -> [B, T] int64.
+
+    token_ids [n] are the ids of the columns, 0..V-1 by default (a reduced draft vocabulary). Ties
+    go to the lowest column.
+    """
+    greedy = bool((rows.temperature < GREEDY).all())
+    columns = sample_ref(logits) if greedy else _sampled(logits, position, rows, token_ids)
+    return columns if token_ids is None else token_ids[columns]
 
 
 def _sampled(
@@ -92,19 +96,19 @@ def _sampled(
     for b in range(batch):
         temperature = rows.temperature[b]
         if temperature < GREEDY:
-            chosen.append(_largest(logits[b].float()))
+            chosen.append(sample_ref(logits[b]))
             continue
         # From the largest down: neither overflows nor loses the likely tokens' low bits.
         scaled = logits[b].float()
         scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature
         noise = gumbel_ref(rows.key[b].expand(width), position[b], ids)
         noise.masked_fill_(_filtered_out(scaled, rows, b), float("-inf"))
-        chosen.append(_largest(scaled + noise))
+        chosen.append(sample_ref(scaled + noise))
     return torch.stack(chosen)
 
 
 def _filtered_out(scaled: Tensor, rows: SamplingRows, b: int) -> Tensor:
-    """Columns [T, n] that top-k, then top-p of what is left, or min-p remove. One always stays."""
+    """Columns [T, n] that top-k, then top-p of the rest, or min-p remove; at least one remains."""
     top_k, top_p, min_p = int(rows.top_k[b]), float(rows.top_p[b]), float(rows.min_p[b])
     out = scaled < scaled.amax(-1, keepdim=True) + torch.tensor(min_p).log()
     if 0 < top_k < scaled.shape[-1] or top_p < 1:
@@ -113,7 +117,7 @@ def _filtered_out(scaled: Tensor, rows: SamplingRows, b: int) -> Tensor:
         if 0 < top_k < scaled.shape[-1]:
             ranked[:, top_k:] = float("-inf")
         probability = ranked.softmax(-1)
-        # The first token that carries the sum over top_p still belongs to the set.
+        # The token with which the sum exceeds top_p still belongs to the set.
         beyond = probability.cumsum(-1) - probability >= top_p
         beyond |= ranked == float("-inf")
         beyond[:, 0] = False
@@ -131,14 +135,13 @@ def _mix(x: Tensor) -> Tensor:
 
 @jit("BLOCK")
 def _sample_kernel(
-    logits_ptr,
-    token_ids_ptr,
-    out_ptr,
+    logits_ptr, token_ids_ptr, out_ptr,  # [R, columns] [columns] [R]
     columns,
     stride_lr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a row."""
     if PDL:
         wait_for_producer()
     r = tl.program_id(0).to(tl.int64)
@@ -160,10 +163,9 @@ def sample(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """Choose the likeliest tokens: logits [R, n] -> [R] int64. Ties go to the lowest column.
+    """Choose the most likely tokens: logits [R, n] -> [R] int64. Ties go to the lowest column.
 
-    token_ids [n] int64 names the columns where they are not 0..n-1. Temperature 0 only; a step
-    whose logits nobody else wants takes it from `multi_head_projection`, which keeps none. `pdl`:
+    token_ids [n] int64 are the ids of the columns, 0..n-1 by default. Temperature 0 only. `pdl`:
     see `linear`.
     """
     R, n = logits.shape
@@ -178,15 +180,6 @@ def sample(
     check_dtype("out", out, torch.int64)
     if R:
         _sample_kernel[(R,)](
-            logits,
-            token_ids,
-            out,
-            n,
-            logits.stride(0),
-            BLOCK=4096,
-            PDL=pdl,
-            num_warps=8,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
+            logits, token_ids, out, n, logits.stride(0), BLOCK=4096, num_warps=8, pdl=pdl
         )
     return out

@@ -5,22 +5,16 @@ tree, those of its ancestors. The query heads that share a KV head are packed wi
 into tiles of a fixed height, and keys are read in whole tiles, so that a row's bits depend neither
 on the width of the window nor on where it ends.
 
-A granule of KEYS keys has a softmax of its own (Milakov and Gimelshein 2018), and granules are
-merged in a tree that is fixed by the absolute key index: FAN of them in ascending order, FAN of the
-results likewise, and once more; beyond TOP keys the results form a chain. The keys are split
-between blocks (split-KV, as in Flash-Decoding, Dao et al. 2023) at nodes of that tree, so that a
-row's bits do not depend on how large the splits are: each sequence takes the largest, of 1, FAN or
-FAN^2 granules, of which it has W or more. A second kernel goes on up the tree; each of its
-iterations loads FAN splits before it merges them.
+The keys of a sequence are split between blocks, and a second launch merges the parts (`_split_kv`).
 
 With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL / (B Hk tiles)) and
 n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 17):
 
 blocks: Hk tiles ceil(n / S) that work (136 for 1029 keys, 256 for 32k), of Hk tiles
-    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))), rounded up to fours, that are launched (576 for
-    a capacity of 32k, 1024 for 131k)
-bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles of the same keys run side by
-    side and meet in the L2
+    max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))) that are launched, the latter factor rounded up to
+    a multiple of four (576 for a capacity of 32k, 1024 for 131k)
+bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles over the same keys run side
+    by side and share them in the L2
 bytes of partial results: 4 (D + 2) T Hq for each split, written and read, which is
     4 T G (D + 2) / (s D S) of the cache's (63 % up to 4352 keys, where they stay in the L2; 16 % up
     to 17k, then 4.0 %; at most 6.3 % for any T)
@@ -35,7 +29,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import (
@@ -49,17 +42,12 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from .window_slots import Segment, StepPlan, node_depth
+from ._split_kv import FAN, KEYS, merge_splits, merged, nothing, split_layout
+from .window_slots import node_depth
 
-# Query rows of a tile, packed: the same for every T. Too few for wgmma, so that every architecture
+# Packed query rows per tile, the same for every T. Too few for wgmma, so that every architecture
 # multiplies with mma.sync m16n8k16.
 ROWS = 32
-# Keys that are multiplied at a time.
-KEYS = 64
-# FAN granules of KEYS keys are merged in ascending order, FAN of what that gives likewise, up to
-# TOP keys; the rest is a chain. A split is a granule, FAN, or FAN times FAN of them.
-FAN = 4
-TOP = FAN**3 * KEYS
 
 
 def verify_attention_ref(
@@ -67,149 +55,50 @@ def verify_attention_ref(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    plan: StepPlan,
+    lengths: Tensor,
     *,
+    tree: Tensor | None = None,
+    window: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend: q [B, T, Hq, D], pages [pages, page_size, Hk, D], page_table [B, max_pages] int32.
+    """Attend to a paged cache: q [B, T, Hq, D] -> [B, T, Hq, D] in q's dtype, float32 inside; see
+    `verify_attention`.
 
-    -> [B, T, Hq, D]. `scale` is 1 / sqrt(D) unless given.
+    One row at a time, over the keys that it sees, so that its bits depend on nothing else.
     """
-    heads, kv_heads = q.shape[2], k_pages.shape[2]
-    if heads != kv_heads * plan.group:
-        raise ValueError(
-            f"q must have Hq = Hk * group = {kv_heads * plan.group} heads, got {heads}"
-        )
-    return torch.stack(
-        [
-            torch.cat(
-                [
-                    _attend(q[b, part.begin : part.end], k_pages, v_pages, table, part, scale)
-                    for part in plan.segments[b]
-                ]
-            )
-            for b, table in enumerate(page_table)
-        ]
-    )
-
-
-def _attend(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-    part: Segment,
-    scale: float | None,
-) -> Tensor:
-    """Attend with the rows of one segment: q [rows, Hq, D] -> [rows, Hq, D]."""
-    (rows, heads, head_dim), kv_heads = q.shape, k_pages.shape[2]
-    group, (tiles, _, tile, _) = heads // kv_heads, part.mask.shape
-    packed = q.new_zeros(kv_heads, tiles * tile, head_dim)
-    live = packed[:, : rows * group].view(kv_heads, rows, group, head_dim)
-    live.copy_(q.view(rows, kv_heads, group, head_dim).transpose(0, 1))
-
-    def attended(k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            packed.view(kv_heads, tiles, tile, head_dim).transpose(0, 1),
-            k.expand(tiles, -1, -1, -1),
-            v.expand(tiles, -1, -1, -1),
-            attn_mask=part.mask.expand(-1, kv_heads, -1, -1),
-            scale=scale,
-        )
-        return out.transpose(0, 1).reshape(kv_heads, tiles * tile, head_dim)
-
-    k, v = (_keys(pages, table, part.extent) for pages in (k_pages, v_pages))
-    out = attended(k, v)
-    if rows > 1 and not math.isfinite(out.sum()):
-        # Zero times NaN is NaN: what is hidden from a row is cleared for it.
-        for begin in range(0, rows * group, group):
-            hidden = part.mask.view(-1, part.extent, 1)[begin] != 0
-            alone = attended(k.masked_fill(hidden, 0), v.masked_fill(hidden, 0))
-            out[:, begin : begin + group] = alone[:, begin : begin + group]
-    live = out[:, : rows * group].view(kv_heads, rows, group, head_dim)
-    return live.transpose(0, 1).reshape(rows, heads, head_dim)
-
-
-def _keys(pages: Tensor, table: Tensor, extent: int) -> Tensor:
-    """One sequence's keys or values [Hk, extent, D]; a view where they lie in one page."""
-    page_size = pages.shape[1]
-    if extent <= page_size:
-        keys = pages[int(table[0])]
-    else:
-        keys = pages[table[: -(-extent // page_size)].long()].flatten(0, 1)
-    return keys[:extent].transpose(0, 1)
-
-
-@device
-def _split_size(length, T, fill, WINDOW: tl.constexpr, KEYS: tl.constexpr, FAN: tl.constexpr):
-    """The first key that some row of a sequence sees, and the keys of its splits: as many as leave
-    `fill` splits, so that short sequences occupy the device and long ones leave few partials.
-    """
-    first = tl.maximum(length + 1 - WINDOW, 0) if WINDOW else 0
-    granules = tl.cdiv(length + T, KEYS) - first // KEYS
-    size = tl.where(granules >= FAN * fill, FAN * KEYS, KEYS)
-    return first, tl.where(granules >= FAN * FAN * fill, FAN * FAN * KEYS, size)
-
-
-@device
-def _merged(m, z, acc, m_next, z_next, acc_next):
-    """Join two softmaxes over different keys: m, z [rows], acc [rows, D]. One that saw no key is
-    m = -inf, z = 0, acc = 0, and leaves the other's bits. Which product is fused is spelled out:
-    the two kernels must round alike.
-    """
-    m_new = tl.maximum(m, m_next)
-    # Where nothing was seen so far, -inf - -inf would be NaN.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    decay, weight = tl.exp2(m - shift), tl.exp2(m_next - shift)
-    z = tl.fma(z_next, weight, z * decay)
-    acc = tl.fma(acc_next, tl.broadcast_to(weight[:, None], acc.shape), acc * decay[:, None])
-    return m_new, z, acc
-
-
-@device
-def _nothing(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    return m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
+    (_, T, Hq, D), (_, page_size, Hk, _) = q.shape, k_pages.shape
+    if Hq % Hk:
+        raise ValueError(f"q must have a multiple of Hk={Hk} heads, got {Hq}")
+    out, node = torch.empty_like(q), torch.arange(T)
+    for b, length in enumerate(lengths.tolist()):
+        for t in range(T):
+            ancestors = node[node <= t] if tree is None else node[tree[b, t] >> node & 1 != 0]
+            # Positions follow depth, so that the i-th key that is seen is at position i.
+            seen = torch.cat([torch.arange(length), length + ancestors])
+            if window:
+                seen = seen[max(0, length + max(len(ancestors), 1) - window) :]
+            at = page_table[b].long()[seen // page_size], seen % page_size
+            k, v = (p[at].float().repeat_interleave(Hq // Hk, 1) for p in (k_pages, v_pages))
+            scores = (k * q[b, t].float()).sum(-1) * (D**-0.5 if scale is None else scale)
+            out[b, t] = (v * scores.softmax(0)[:, :, None]).sum(0)  # zero where nothing is seen
+    return out
 
 
 @jit("HEADS", "KV_HEADS", "D", "WINDOW", do_not_specialize=("T", "splits", "fill"))
 def _verify_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    page_table_ptr,
-    lengths_ptr,
-    tree_ptr,
-    acc_ptr,
-    m_ptr,
-    z_ptr,
-    T,
-    splits,
-    fill,
-    scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kp,
-    stride_ks,
-    stride_kh,
-    stride_vp,
-    stride_vs,
-    stride_vh,
-    stride_pb,
-    stride_tb,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_TREE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    FAN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr,  # [B, T, Hq, D], [pages, page_size, Hk, D] twice
+    page_table_ptr, lengths_ptr, tree_ptr,  # [B, max_pages] [B] [B, T]
+    acc_ptr, m_ptr, z_ptr,  # [B, T, Hq, splits, D] [B, T, Hq, splits] [B, T, Hq, splits]
+    T, splits, fill, scale,
+    stride_qb, stride_qt, stride_qh,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
+    stride_pb, stride_tb,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_TREE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, FAN: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
+    """One program: a tile of ROWS packed rows of a KV head over a split of its sequence's keys."""
     if PDL:
         wait_for_producer()
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -224,7 +113,7 @@ def _verify_attention_kernel(
     length = tl.load(lengths_ptr + b).to(tl.int32)
     last_t = T - 1 if HAS_TREE else tl.minimum((tile * ROWS + ROWS - 1) // GROUP, T - 1)
     end = length + last_t + 1
-    first, split_size = _split_size(length, T, fill, WINDOW, KEYS, FAN)
+    first, split_size = split_layout(length, T, fill, WINDOW, KEYS, FAN)
     begin_of_split = (first // split_size + split) * split_size
     begin = tl.maximum(begin_of_split, first // KEYS * KEYS)
     end_of_split = tl.minimum(begin_of_split + split_size, end)
@@ -246,11 +135,11 @@ def _verify_attention_kernel(
     v_ptr += kv_head * stride_vh
     page_table_ptr += b * stride_pb
 
-    m_few, z_few, acc_few = _nothing(ROWS, BLOCK_D)  # of FAN granules at most
-    m_all, z_all, acc_all = _nothing(ROWS, BLOCK_D)  # of all before those
+    m_few, z_few, acc_few = nothing(ROWS, BLOCK_D)  # of the last FAN granules or fewer
+    m_all, z_all, acc_all = nothing(ROWS, BLOCK_D)  # of all granules before those
     for start in range(begin, end_of_split, KEYS):
         n = start + tl.arange(0, KEYS)
-        # A key that nobody sees is not read: it may hold NaN, and 0 * NaN is NaN.
+        # A key that no row sees is not read: it may be NaN, and 0 * NaN is NaN.
         in_reach = (n >= first) & (n < end)
         if HAS_TREE:
             node = tl.minimum(tl.maximum(n - length, 0), 63)
@@ -273,11 +162,11 @@ def _verify_attention_kernel(
         in_v = in_reach[:, None] & (d < D)[None, :]
         v = tl.load(v_ptr + v_rows[:, None] + d[None, :], mask=in_v, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        m_few, z_few, acc_few = _merged(m_few, z_few, acc_few, m, tl.sum(p, 1), acc)
+        m_few, z_few, acc_few = merged(m_few, z_few, acc_few, m, tl.sum(p, 1), acc)
         if (start + KEYS) % (FAN * KEYS) == 0:
-            m_all, z_all, acc_all = _merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
-            m_few, z_few, acc_few = _nothing(ROWS, BLOCK_D)
-    m, z, acc = _merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
+            m_all, z_all, acc_all = merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
+            m_few, z_few, acc_few = nothing(ROWS, BLOCK_D)
+    m, z, acc = merged(m_all, z_all, acc_all, m_few, z_few, acc_few)
 
     partial = ((b * T + t) * HEADS + h) * splits + split
     tl.store(m_ptr + partial, m, mask=in_window)
@@ -290,93 +179,14 @@ def _either(a, b):
     return a | b
 
 
-@jit("D", "WINDOW", do_not_specialize=("splits", "fill"))
-def _merge_splits_kernel(
-    acc_ptr,
-    m_ptr,
-    z_ptr,
-    lengths_ptr,
-    tree_ptr,
-    out_ptr,
-    splits,
-    fill,
-    stride_tb,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_TREE: tl.constexpr,
-    KEYS: tl.constexpr,
-    FAN: tl.constexpr,
-    TOP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        wait_for_producer()
-    h, t, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    HEADS, T = tl.num_programs(0), tl.num_programs(1)
-    length = tl.load(lengths_ptr + b).to(tl.int32)
-    last, position = length + t, length + t
-    if HAS_TREE:
-        last = length + T - 1
-        if WINDOW:
-            position = length + node_depth(tl.load(tree_ptr + b * stride_tb + t))
-    first_of_all, split_size = _split_size(length, T, fill, WINDOW, KEYS, FAN)
-    first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
-    first, last = first // split_size, last // split_size
-
-    row = ((b * T + t) * HEADS + h) * splits - first_of_all // split_size
-    d = tl.arange(0, BLOCK_D)
-    # Of FAN times FAN splits at most, of those up to TOP keys, and of all before.
-    m_few, z_few, acc_few = _nothing(1, BLOCK_D)
-    m_many, z_many, acc_many = _nothing(1, BLOCK_D)
-    m_all, z_all, acc_all = _nothing(1, BLOCK_D)
-    tl.static_assert(FAN == 4)  # written out, so that all loads come before the first use
-    for begin in range(first // FAN * FAN, last + 1, FAN):
-        m_0, z_0, acc_0 = _partial(m_ptr, z_ptr, acc_ptr, row, begin, first, last, d, D)
-        m_1, z_1, acc_1 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 1, first, last, d, D)
-        m_2, z_2, acc_2 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 2, first, last, d, D)
-        m_3, z_3, acc_3 = _partial(m_ptr, z_ptr, acc_ptr, row, begin + 3, first, last, d, D)
-        m, z, acc = _merged(m_0, z_0, acc_0, m_1, z_1, acc_1)
-        m, z, acc = _merged(m, z, acc, m_2, z_2, acc_2)
-        m, z, acc = _merged(m, z, acc, m_3, z_3, acc_3)
-        m_few, z_few, acc_few = _merged(m_few, z_few, acc_few, m, z, acc)
-        end = (begin + FAN) * split_size
-        if (split_size < TOP // FAN) & (end % (FAN * FAN * split_size) == 0):
-            m_many, z_many, acc_many = _merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
-            m_few, z_few, acc_few = _nothing(1, BLOCK_D)
-            if (split_size < TOP // FAN // FAN) & (end % TOP == 0):
-                m_all, z_all, acc_all = _merged(m_all, z_all, acc_all, m_many, z_many, acc_many)
-                m_many, z_many, acc_many = _nothing(1, BLOCK_D)
-    m, z, acc = _merged(m_many, z_many, acc_many, m_few, z_few, acc_few)
-    m, z, acc = _merged(m_all, z_all, acc_all, m, z, acc)
-    # A row that sees nothing, such as one that fills up a tree, is zero.
-    out = acc / tl.where(z == 0.0, 1.0, z)[:, None]
-    out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * stride_oh
-    tl.store(out_ptr + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
-
-
-@device
-def _partial(m_ptr, z_ptr, acc_ptr, row, split, first, last, d, D: tl.constexpr):
-    """A split's m, z [1] and acc [1, D]; nothing where the row sees no key of it."""
-    place = (row + split) + tl.arange(0, 1)
-    seen = (split >= first) & (split <= last) & (tl.arange(0, 1) == 0)
-    m = tl.load(m_ptr + place, mask=seen, other=float("-inf"))
-    z = tl.load(z_ptr + place, mask=seen, other=0.0)
-    in_acc = seen[:, None] & (d < D)[None, :]
-    return m, z, tl.load(acc_ptr + place[:, None] * D + d[None, :], mask=in_acc, other=0.0)
-
-
 def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
-    """Keys of a split where a sequence has `keys`, as the kernel decides for each sequence."""
+    """Keys of a split of a sequence with `keys` keys, as `split_layout` decides on the device."""
     granules, fill = ceil_div(keys, KEYS), _fill(B, T, Hq, Hk)
     return KEYS * (FAN**2 if granules >= FAN**2 * fill else FAN if granules >= FAN * fill else 1)
 
 
 def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
-    """Splits of a sequence at most, where its cache holds `keys`: a multiple of 4, so that every
+    """The most splits of a sequence, if its cache holds `keys` keys: a multiple of 4, so that every
     part of the workspace is aligned to 16 bytes.
     """
     few = min(FAN * _fill(B, T, Hq, Hk) + 1, ceil_div(keys, KEYS))
@@ -384,24 +194,24 @@ def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
 
 
 def _fill(B: int, T: int, Hq: int, Hk: int) -> int:
-    """Splits of a sequence that occupy the device: B sequences of so many, Hk heads, all tiles."""
+    """How many splits per sequence saturate the device, times B sequences, Hk heads, all tiles."""
     return ceil_div(FILL, B * Hk * ceil_div(T * Hq // Hk, ROWS))
 
 
 def workspace_size(B: int, T: int, Hq: int, Hk: int, D: int, max_pages: int, page_size: int) -> int:
-    """How many float32 of workspace `verify_attention` wants for these shapes."""
+    """How many float32 of workspace `verify_attention` needs for these shapes."""
     return B * T * Hq * split_count(B, T, Hq, Hk, max_pages * page_size) * (D + 2) if B else 0
 
 
 def _stages(bytes_of_key: int) -> int:
-    """Stages of the pipeline: two of every three wait for the page table, so that 7 have three
-    tiles of keys and values under way, 5 two, 3 one; up to some 80 KB.
+    """Stages of the pipeline: two of every three wait for the page table, so that 7 stages have
+    three tiles of keys and values in flight, 5 have two, 3 have one; up to some 80 KB.
     """
     return 7 if bytes_of_key <= 128 else 5 if bytes_of_key <= 256 else 3
 
 
 def _warps(block_d: int, element_size: int) -> int:
-    """Four, or eight where the sums of a tile would not fit into the registers of four."""
+    """Four, or eight if the sums of a tile do not fit into the registers of four."""
     return 4 if block_d * element_size**2 <= 512 else 8
 
 
@@ -421,21 +231,21 @@ def verify_attention(
 ) -> Tensor:
     """Attend to a paged cache: q [B, T, Hq, D] -> [B, T, Hq, D], for T <= 64 and D <= 256.
 
-    Pages [pages, page_size, Hk, D] of any strides but the last, which is 1; page_table
+    Pages [pages, page_size, Hk, D] with any strides but the last, which is 1; page_table
     [B, max_pages] int32; lengths [B] int64. The window's own keys are in the cache already, at
-    slots lengths[b] + t, so lengths[b] + T <= max_pages * page_size. What lies in other slots, and
-    in entries of the page table that name no keys in reach, is never read.
+    slots lengths[b] + t, so that lengths[b] + T <= max_pages * page_size. Other slots, and entries
+    of the page table for keys that no row sees, are never read.
 
     Row t sees the committed keys and the window's rows up to itself, or, with tree [B, T] int64,
-    those whose bit is set in tree[b, t]: its ancestors, itself included. A row that sees nothing is
-    zero. The K of a window row may be anything where a row does not see it, but its V must be
-    finite, since rows with and without it share a product.
+    the rows whose bit is set in tree[b, t]: its ancestors and itself. The output of a row that sees
+    nothing is zero. The K of a window row is arbitrary to the rows that do not see it, but its V
+    must be finite, since rows that see it and rows that do not share a product.
 
     `window` > 0 limits a row to the last `window` positions, its own included (sliding window). In
     a tree, positions follow depth: a row's is lengths[b] + its number of ancestors, and the window
-    must hold a whole path: window >= T.
+    must cover a whole path: window >= T.
 
-    `scale` is 1 / sqrt(D) unless given; workspace float32, of `workspace_size` elements or more.
+    `scale` is 1 / sqrt(D) by default; workspace is float32, of `workspace_size` elements or more.
     Blocks for which a sequence has no split return at once. `pdl`: see `linear`.
     """
     if q.dim() != 4 or k_pages.dim() != 4 or page_table.dim() != 2:
@@ -484,62 +294,17 @@ def verify_attention(
     block_d = power_of_two(D)
     tiles = ceil_div(T * Hq // Hk, ROWS)
     _verify_attention_kernel[(tiles * splits, Hk, B)](
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        lengths,
-        tree,
-        acc,
-        m,
-        z,
-        T,
-        splits,
-        fill,
+        q, k_pages, v_pages, page_table, lengths, tree, acc, m, z, T, splits, fill,
         # exp2 is one instruction: the scores are in units of log 2.
         (D**-0.5 if scale is None else scale) / math.log(2),
-        *q.stride()[:3],
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
-        page_table.stride(0),
-        stride_tb,
-        HEADS=Hq,
-        KV_HEADS=Hk,
-        D=D,
-        PAGE_SIZE=page_size,
-        WINDOW=window,
-        HAS_TREE=tree is not None,
-        ROWS=ROWS,
-        KEYS=KEYS,
-        FAN=FAN,
-        BLOCK_D=block_d,
-        PDL=pdl,
+        *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3],
+        page_table.stride(0), stride_tb,
+        HEADS=Hq, KV_HEADS=Hk, D=D, PAGE_SIZE=page_size,
+        WINDOW=window, HAS_TREE=tree is not None,
+        ROWS=ROWS, KEYS=KEYS, FAN=FAN, BLOCK_D=block_d,
         num_warps=_warps(block_d, q.element_size()),
         num_stages=_stages(block_d * q.element_size()),
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
-    _merge_splits_kernel[(Hq, T, B)](
-        acc,
-        m,
-        z,
-        lengths,
-        tree,
-        out,
-        splits,
-        fill,
-        stride_tb,
-        *out.stride()[:3],
-        D=D,
-        WINDOW=window,
-        HAS_TREE=tree is not None,
-        KEYS=KEYS,
-        FAN=FAN,
-        TOP=TOP,
-        BLOCK_D=block_d,
-        PDL=pdl,
-        num_warps=1,
-        enable_fp_fusion=True,
-        launch_pdl=pdl,
-    )
+        pdl=pdl,
+    )  # fmt: skip
+    merge_splits(acc, m, z, lengths, tree, out, splits, fill, window, pdl=pdl)
     return out

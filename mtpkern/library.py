@@ -12,19 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtpkern import definitions
 from mtpkern.kernels.accept import accept, accept_ref
-from mtpkern.kernels.gate_up_silu import gate_up_silu
+from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
 from mtpkern.kernels.kv_rollback import kv_rollback, kv_rollback_ref
-from mtpkern.kernels.linear import linear
+from mtpkern.kernels.linear import linear, linear_ref
 from mtpkern.kernels.medusa_blocks import medusa_blocks, medusa_blocks_ref
-from mtpkern.kernels.multi_head_projection import multi_head_projection
+from mtpkern.kernels.multi_head_projection import (
+    Projection,
+    multi_head_projection,
+    multi_head_projection_ref,
+)
 from mtpkern.kernels.ngram import ngram, ngram_ref
-from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
+from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache, qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
 from mtpkern.kernels.rope_cache import rope_cache, rope_cache_ref
-from mtpkern.kernels.sample import sample
-from mtpkern.kernels.verify_attention import verify_attention
+from mtpkern.kernels.sample import sample, sample_ref
+from mtpkern.kernels.verify_attention import verify_attention, verify_attention_ref
 from mtpkern.kernels.window_slots import window_slots, window_slots_ref
 
 _library = torch.library.Library("mtpkern", "DEF")
@@ -54,7 +57,7 @@ def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 @_operator(
     linear,
-    definitions.linear,
+    linear_ref,
     "(Tensor x, Tensor w, Tensor? bias=None, *, Tensor? residual=None) -> Tensor",
 )
 def _linear(
@@ -65,7 +68,7 @@ def _linear(
 
 @_operator(
     gate_up_silu,
-    definitions.gate_up_silu,
+    gate_up_silu_ref,
     "(Tensor x, Tensor norm_w, float eps, Tensor w, Tensor? bias=None) -> Tensor",
 )
 def _gate_up_silu(
@@ -76,7 +79,7 @@ def _gate_up_silu(
 
 @_operator(
     qkv_rope_cache,
-    definitions.qkv_rope_cache,
+    qkv_rope_cache_ref,
     "(Tensor x, Tensor? norm_w, float eps, Tensor w, Tensor(a!) k_pages, Tensor(b!) v_pages,"
     " Tensor slots, Tensor positions, Tensor cos_table, Tensor sin_table, *, Tensor? bias=None,"
     " Tensor? q_norm=None, Tensor? k_norm=None) -> Tensor",
@@ -108,7 +111,7 @@ def _rope_cache(qkv: Tensor, k_pages: Tensor, *rest: Tensor, **options: Any) -> 
 
 @_operator(
     verify_attention,
-    definitions.verify_attention,
+    verify_attention_ref,
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, *,"
     " Tensor? tree=None, int window=0, float? scale=None) -> Tensor",
 )
@@ -121,20 +124,27 @@ def _medusa_blocks(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return normed.new_empty(1 + w.shape[0], *normed.shape).transpose(0, 1)
 
 
-def _kept(hidden: Tensor, vocabulary: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """multi_head_projection, with an empty tensor for what was not asked for."""
-    values, ids, logsumexp, given, logits = multi_head_projection(hidden, vocabulary, **options)
-    given = values.new_empty(len(hidden), 0) if given is None else given
-    logits = values.new_empty(0, len(vocabulary)) if logits is None else logits
-    return values, ids, logsumexp, given, logits
+def _without_none(projection: Callable[..., Projection]) -> Callable[..., tuple[Tensor, ...]]:
+    """The same with an empty tensor for what was not asked for: an operator returns no None."""
+
+    def multi_head_projection(
+        hidden: Tensor, vocabulary: Tensor, **options: Any
+    ) -> tuple[Tensor, ...]:
+        values, ids, logsumexp, given, logits = projection(hidden, vocabulary, **options)
+        given = values.new_empty(len(hidden), 0) if given is None else given
+        logits = values.new_empty(0, len(vocabulary)) if logits is None else logits
+        return values, ids, logsumexp, given, logits
+
+    return multi_head_projection
 
 
-_kept.__name__ = "multi_head_projection"
+projection_kernel = _without_none(multi_head_projection)
+projection_definition = _without_none(multi_head_projection_ref)
 
 
 @_operator(
-    _kept,
-    definitions.multi_head_projection,
+    projection_kernel,
+    projection_definition,
     "(Tensor hidden, Tensor vocabulary, *, int top_k=1, Tensor? given=None, int logits_rows=0,"
     " Tensor? token_ids=None)"
     " -> (Tensor values, Tensor ids, Tensor logsumexp, Tensor given_logits, Tensor logits)",
@@ -174,7 +184,7 @@ def _kv_rollback(*tensors: Tensor, **options: Any) -> None:
     pass
 
 
-@_operator(sample, definitions.sample, "(Tensor logits, Tensor? token_ids=None) -> Tensor")
+@_operator(sample, sample_ref, "(Tensor logits, Tensor? token_ids=None) -> Tensor")
 def _sample(logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 

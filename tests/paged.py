@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import rotary_tables
-from mtpkern.kernels.window_slots import StepPlan, plan_ref
+from mtpkern.kernels.window_slots import window_slots_ref
 
 
 class Paged(NamedTuple):
@@ -18,18 +18,11 @@ class Paged(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def plan(self, lengths: list[int], rows: int, group: int, **changes: int) -> StepPlan:
-        return plan_ref(
-            torch.tensor(lengths),
-            rows,
-            k_cache=self.k,
-            v_cache=self.v,
-            page_table=self.page_table,
-            cos_table=self.cos,
-            sin_table=self.sin,
-            group=group,
-            **changes,
-        )
+    def placed(self, lengths: list[int], rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Slots and positions of a window's rows, and the tables, as `qkv_rope_cache` takes them"""
+        page_size = self.k.shape[2]
+        at = window_slots_ref(torch.tensor(lengths), self.page_table, rows, page_size)
+        return *at, self.cos, self.sin
 
     def slot(self, sequence: int, position: int) -> tuple[int, int]:
         page, offset = divmod(position, self.k.shape[2])

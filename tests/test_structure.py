@@ -21,7 +21,6 @@ FLOOR = {
 STEP = FLOOR | {"kernels", "ops", "model", "drafters", "decode", "graph"}
 EVERYTHING = STEP | {
     "library",
-    "definitions",
     "ring",
     "request",
     "prompts",
@@ -57,8 +56,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoints": {"config", "errors", "kernels", "outputs", "rope", "status", "validation"},
     # cache, config and model as types only.
     "ops": {"errors", "kernels", "cache", "config", "model"},
-    "definitions": {"kernels"},
-    "library": {"kernels", "definitions"},
+    "library": {"kernels"},
     "model": {"config", "cache", "kernels", "ops", "checkpoints"},
     "drafters": {"config", "cache", "kernels", "ops", "checkpoints", "errors", "model", "rope"},
     "decode": {"config", "cache", "kernels", "ops", "model", "drafters"},

@@ -38,6 +38,17 @@ class Withheld(NamedTuple):
     until: Tensor  # [B] int64, the index of the first token that may be any
 
 
+class PackedWeight(NamedTuple):
+    """A weight as the kernels and their definitions read it."""
+
+    data: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+
+    @property
+    def out_features(self) -> int:
+        return len(self.data)
+
+
 class Projected(Protocol):
     """The vocabulary's answer for the B * T rows of a window: the LM head's, and that of H parallel
     heads.

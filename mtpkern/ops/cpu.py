@@ -24,7 +24,7 @@ from mtpkern.kernels.cpu.weights import (
     padded_dim,
     padded_heads,
 )
-from mtpkern.kernels.sample import SamplingRows, sample_ref
+from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.ops.base import Ops, Projected, positions_of
 from mtpkern.ops.cpu_programs import (
     MAX_ROWS,
@@ -323,7 +323,7 @@ class CpuOps(Ops):
         if is_greedy(sampling):
             return token_ids[kept.best], probability
         positions = positions_of(lengths + draft, 1)
-        chosen = sample_ref(kept.logits[:, None], positions, sampling, token_ids)
+        chosen = gumbel_sample(kept.logits[:, None], positions, sampling, token_ids)
         return chosen[:, 0], probability
 
     def project_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtpkern.kernels.advance import Progress
 from mtpkern.kernels.cpu._layout import END_WORDS, NGRAM_WORDS, TOKENS
-from mtpkern.kernels.sample import GREEDY, SamplingRows, sample_ref
+from mtpkern.kernels.sample import GREEDY, SamplingRows, gumbel_sample
 from mtpkern.ops.base import Withheld, positions_of
 from mtpkern.ops.cpu_programs import kernels
 
@@ -40,7 +40,7 @@ class CpuLogits(NamedTuple):
         if withheld is not None:
             early = positions < withheld.until[:, None]
             own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
-        return sample_ref(own, positions, sampling)
+        return gumbel_sample(own, positions, sampling)
 
     def largest(self, shape: tuple[int, int]) -> Tensor:
         return self.values.view(shape)
@@ -51,7 +51,7 @@ class CpuLogits(NamedTuple):
         assert self.heads is not None, "only parallel heads are asked for drafts"
         batch = len(accepted)
         rows = torch.arange(0, len(self.logits), len(self.logits) // batch) + accepted
-        return sample_ref(self.heads(rows)[:, :count], positions_of(lengths, count), sampling)
+        return gumbel_sample(self.heads(rows)[:, :count], positions_of(lengths, count), sampling)
 
     def logprobs(self, target: Tensor) -> Tensor:
         chosen = self.logits.gather(1, target.reshape(-1, 1))[:, 0] - self.logsumexp

@@ -1,4 +1,4 @@
-"""The definitions of the kernels as one `Ops`, which tests compare the others with."""
+"""The kernels' definitions as one `Ops`: an oracle, and the GPU's path on a CPU, for tests."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from mtpkern.kernels.advance import Progress, advance_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
-from mtpkern.kernels.linear import PackedWeight, linear_ref, pack_ref
-from mtpkern.kernels.multi_head_projection import multi_head_projection_ref, residual_blocks_ref
+from mtpkern.kernels.linear import linear_ref
+from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
+from mtpkern.kernels.multi_head_projection import multi_head_projection_ref
 from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
-from mtpkern.kernels.sample import SamplingRows, sample_ref
+from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.kernels.verify_attention import verify_attention_ref
-from mtpkern.kernels.window_slots import plan_ref
-from mtpkern.ops.base import Ops, Projected, Withheld, positions_of
+from mtpkern.kernels.window_slots import window_slots_ref
+from mtpkern.ops.base import Ops, PackedWeight, Projected, Withheld, positions_of
+from mtpkern.ops.gpu import DevicePlan, stacked
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class Logits(NamedTuple):
-    """`Projected` that holds everything."""
+    """`Projected` that holds all logits."""
 
-    logits: Tensor  # [B * T, 1 + H, V]
+    logits: Tensor  # [B * T, 1 + H, V] float32
 
     def target(
         self,
@@ -41,10 +43,10 @@ class Logits(NamedTuple):
         if withheld is not None:
             early = positions < withheld.until[:, None]
             own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
-        return sample_ref(own, positions, sampling)
+        return gumbel_sample(own, positions, sampling)
 
     def largest(self, shape: tuple[int, int]) -> Tensor:
-        return self.logits[:, 0].amax(-1).float().view(shape)
+        return self.logits[:, 0].amax(-1).view(shape)
 
     def drafts(
         self, accepted: Tensor, count: int, lengths: Tensor, sampling: SamplingRows
@@ -53,11 +55,11 @@ class Logits(NamedTuple):
         heads = self.logits[:, 1:].view(batch, rows // batch, -1, vocabulary)
         row = accepted.view(-1, 1, 1, 1).expand(-1, 1, count, vocabulary)
         logits = heads.gather(1, row)[:, 0]
-        return sample_ref(logits, positions_of(lengths, count), sampling)
+        return gumbel_sample(logits, positions_of(lengths, count), sampling)
 
     def logprobs(self, target: Tensor) -> Tensor:
-        # Row by row: a row's bits must not depend on how many rows stand beside it.
-        rows = (row[0].float().log_softmax(-1) for row in self.logits)
+        # Row by row, so that a row's bits do not depend on the number of rows.
+        rows = (row[0].log_softmax(-1) for row in self.logits)
         chosen = [row[i] for row, i in zip(rows, target.reshape(-1), strict=True)]
         return torch.stack(chosen).view(target.shape)
 
@@ -70,10 +72,10 @@ class Definitions(Ops):
     row_dtype = None
 
     def pack(self, w: Tensor, bias: Tensor | None = None) -> PackedWeight:
-        return pack_ref(w, bias)
+        return PackedWeight(w, bias)
 
-    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Any:
-        return [[pack_ref(*block) for block in stack] for stack in heads]
+    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+        return stacked(heads)
 
     def rms_norm(
         self,
@@ -87,23 +89,14 @@ class Definitions(Ops):
         return rms_norm_ref(x, w, eps, ids=ids, out=out)
 
     def linear(self, x: Tensor, w: PackedWeight, *, residual: Tensor | None = None) -> Tensor:
-        return linear_ref(x, w, residual=residual)
+        return linear_ref(x, w.data, w.bias, residual=residual)
 
     def gate_up_silu(self, x: Tensor, norm_w: Tensor, eps: float, w: PackedWeight) -> Tensor:
-        return gate_up_silu_ref(x, norm_w, eps, w)
+        return gate_up_silu_ref(x, norm_w, eps, w.data, w.bias)
 
-    def plan(self, cache: KVCache, rows: int, config: ModelConfig) -> Any:
-        return plan_ref(
-            cache.lengths,
-            rows,
-            k_cache=cache.k,
-            v_cache=cache.v,
-            page_table=cache.page_table,
-            cos_table=cache.cos,
-            sin_table=cache.sin,
-            group=config.num_heads // config.num_kv_heads,
-            window=config.sliding_window,
-        )
+    def plan(self, cache: KVCache, rows: int, config: ModelConfig) -> DevicePlan:
+        at = window_slots_ref(cache.lengths, cache.page_table, rows, cache.k.shape[2])
+        return DevicePlan(*at, cache.cos, cache.sin, cache.lengths, config.sliding_window)
 
     def qkv_rope_cache(
         self,
@@ -113,27 +106,43 @@ class Definitions(Ops):
         w: PackedWeight,
         k_pages: Tensor,
         v_pages: Tensor,
-        plan: Any,
+        plan: DevicePlan,
         *,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
     ) -> Tensor:
-        norms = {"q_norm": q_norm, "k_norm": k_norm}
-        return qkv_rope_cache_ref(x, norm_w, eps, w, k_pages, v_pages, plan, **norms)
+        q = qkv_rope_cache_ref(
+            x,
+            norm_w,
+            eps,
+            w.data,
+            k_pages,
+            v_pages,
+            *plan[:4],
+            bias=w.bias,
+            q_norm=q_norm,
+            k_norm=k_norm,
+        )
+        return q.view(len(plan.lengths), -1, *q.shape[1:])
 
     def verify_attention(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, plan: Any
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, plan: DevicePlan
     ) -> Tensor:
-        return verify_attention_ref(q, k_pages, v_pages, page_table, plan)
+        pages = (k_pages, v_pages, page_table)
+        return verify_attention_ref(q, *pages, plan.lengths, window=plan.window)
 
     def project(
         self, hidden: Tensor, norm_w: Tensor, eps: float, vocabulary: PackedWeight, heads: Any
     ) -> tuple[Tensor, Projected]:
-        normed, logits = multi_head_projection_ref(hidden, norm_w, eps, vocabulary, heads or ())
-        return normed, Logits(logits)
+        normed = rms_norm_ref(hidden, norm_w, eps)
+        rows = normed[:, None] if heads is None else medusa_blocks_ref(normed, *heads)
+        flat = rows.flatten(0, 1)
+        logits = multi_head_projection_ref(flat, vocabulary.data, logits_rows=len(flat)).logits
+        assert logits is not None, "logits_rows asks for them"
+        return normed, Logits(logits.view(*rows.shape[:2], -1))
 
     def parallel_heads(self, rows: Tensor, heads: Any) -> Tensor:
-        return torch.stack([residual_blocks_ref(rows, stack) for stack in heads], 1)
+        return medusa_blocks_ref(rows, *heads)[:, 1:]
 
     def choose(
         self,
@@ -144,9 +153,11 @@ class Definitions(Ops):
         draft: int,
         sampling: SamplingRows,
     ) -> tuple[Tensor, Tensor]:
-        logits = linear_ref(hidden, vocabulary)
-        token = sample_ref(logits[:, None], positions_of(lengths + draft, 1), sampling, token_ids)
-        return token[:, 0], logits.float().log_softmax(-1).amax(-1).exp()
+        logits = linear_ref(hidden.float(), vocabulary.data, vocabulary.bias)
+        token = gumbel_sample(
+            logits[:, None], positions_of(lengths + draft, 1), sampling, token_ids
+        )
+        return token[:, 0], logits.log_softmax(-1).amax(-1).exp()
 
     def advance(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtpkern.kernels._launch import triton
 from mtpkern.kernels.advance import Progress, advance
 from mtpkern.kernels.gate_up_silu import gate_up_silu
-from mtpkern.kernels.linear import PackedWeight, linear
+from mtpkern.kernels.linear import linear
 from mtpkern.kernels.medusa_blocks import medusa_blocks
 from mtpkern.kernels.multi_head_projection import (
     ONE_READ_ROWS,
@@ -25,7 +25,7 @@ from mtpkern.kernels.rms_norm import rms_norm
 from mtpkern.kernels.sample import SamplingRows
 from mtpkern.kernels.verify_attention import verify_attention
 from mtpkern.kernels.window_slots import window_slots
-from mtpkern.ops.base import Ops, Projected, Withheld
+from mtpkern.ops.base import Ops, PackedWeight, Projected, Withheld
 from mtpkern.ops.prefill import run_chunk
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from mtpkern.model import Llama
 
 HAS_TRITON = triton is not None
-
-# Row counts at which `linear_ref` multiplies a weight that was packed for the kernels.
-KERNEL_ROWS = tuple(range(64, 513, 64))
 
 
 class GreedyProjection(NamedTuple):
@@ -105,12 +102,10 @@ class GpuOps(Ops):
         self.pdl = pdl
 
     def pack(self, w: Tensor, bias: Tensor | None = None) -> PackedWeight:
-        return PackedWeight(w, bias, w.shape[0], w.shape[1], False, KERNEL_ROWS)
+        return PackedWeight(w, bias)
 
-    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, ...]:
-        """(w [H, depth, E, E], bias [H, depth, E])"""
-        stacked = ([torch.stack([block[i] for block in stack]) for stack in heads] for i in (0, 1))
-        return tuple(torch.stack(tensors) for tensors in stacked)
+    def pack_heads(self, heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+        return stacked(heads)
 
     def rms_norm(
         self,
@@ -233,6 +228,14 @@ class GpuOps(Ops):
         self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
     ) -> tuple[Tensor, Tensor]:
         return ngram(tokens, known, drafts, size, pdl=self.pdl)
+
+
+def stacked(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """H heads of `depth` blocks (w [E, E], bias [E]) -> (w [H, depth, E, E], bias [H, depth, E])"""
+    w, bias = (
+        torch.stack([torch.stack([block[i] for block in head]) for head in heads]) for i in (0, 1)
+    )
+    return w, bias
 
 
 TRITON = GpuOps()

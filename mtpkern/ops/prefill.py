@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mtpkern.kernels.linear import PackedWeight
 from mtpkern.kernels.rope_cache import rope_cache
-from mtpkern.ops.base import Ops
+from mtpkern.ops.base import Ops, PackedWeight
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache

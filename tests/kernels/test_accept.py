@@ -1,4 +1,4 @@
-"""accept: the longest agreeing prefix, and the token that the model itself puts after it."""
+"""accept: the longest agreeing prefix, and the model's own token after it."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def test_the_kernel_decides_as_the_definition_does(gpu: str, T: int) -> None:
     for b in range(7):
         standing = min(T - 1, b * T // 6)
         window[b, 1 : 1 + standing] = target[b, :standing]
-    # A draft that agrees behind one that does not counts for nothing.
+    # A draft that agrees after one that does not is not accepted.
     window[0, 2:] = target[0, 1:-1]
     with (
         guarded_output((7,), torch.int64, gpu) as accepted,

@@ -56,8 +56,8 @@ def test_a_finished_sequence_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nothing_stands_behind_a_row_without_a_largest_logit(value: float) -> None:
-    """Two of three drafts stand; row by row the logits are no numbers."""
+def test_no_draft_is_accepted_after_a_row_whose_largest_logit_is_not_finite(value: float) -> None:
+    """Two of three drafts agree; the logits of each row in turn are not finite."""
     for row in range(4):
         _, _, _, progress = make(1, 4, 0)
         progress.active.fill_(1), progress.limits.fill_(100), progress.ends.fill_(-1)

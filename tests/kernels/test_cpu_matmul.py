@@ -21,7 +21,7 @@ from mtpkern.kernels.cpu._compile import Target, target_machine
 from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, form_of, tile_ir
 from mtpkern.kernels.cpu.program import Norm
 from mtpkern.kernels.cpu.weights import Quants, expanded, from_gguf, interleaved, pack, rounded
-from mtpkern.kernels.linear import linear_ref, pack_ref
+from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 # Outputs that fill no whole block, K of one group, of several, and of more than one q6_k block.
@@ -110,7 +110,7 @@ def test_linear_is_the_definition_within_the_rounding_of_activations(format):
     p.run(5)
     w = torch.from_numpy(expanded(quants))
     normed = rms_norm_ref(x, norm_w, 1e-5)
-    truth = linear_ref(normed, pack_ref(w, bias), residual=residual.clone())
+    truth = linear_ref(normed, w, bias, residual=residual)
     # Half a step of 1/127 of the group's largest activation, or the order of a float32 sum.
     step = normed.abs().view(5, -1, 32).amax(-1) / 127 if format not in FLOATS else 0
     budget = (step / 2).repeat_interleave(32, 1) @ w.abs().T if format not in FLOATS else 0

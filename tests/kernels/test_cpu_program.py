@@ -13,7 +13,6 @@ from cpu_machine import as_floats, floats, program, same_bits
 from cpu_model import (
     BATCH,
     EPS,
-    HEADS,
     HK,
     LAYERS,
     POSITIONS,
@@ -32,9 +31,9 @@ from mtpkern.kernels.cpu._compile import Kernels, host_target
 from mtpkern.kernels.cpu._threads import AVERAGED, PENALTY, Helpers
 from mtpkern.kernels.cpu.weights import pack
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
-from mtpkern.kernels.linear import linear_ref, pack_ref
-from mtpkern.kernels.multi_head_projection import multi_head_projection_ref
+from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
+from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.verify_attention import verify_attention_ref
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,24 +48,22 @@ def test_layers_are_the_definitions():
     out = model.run(ids[None], [0])
     paged = make_paged(1, POSITIONS // 64, 64, HK, D, torch.float32)
     embedding = normal(V, E, seed=99)
-    x, plan = embedding[ids], paged.plan([0], 9, HEADS // HK)
+    x, placed = embedding[ids], paged.placed([0], 9)
     for index in range(LAYERS):
         w = tensors(index)
         k, v = paged.k[0], paged.v[0]
-        q = qkv_rope_cache_ref(x, w["in"], EPS, pack_ref(w["qkv"]), k, v, plan)
-        attended = verify_attention_ref(q, k, v, paged.page_table, plan)
-        x = linear_ref(attended.view(9, -1), pack_ref(w["o"]), residual=x.clone())
-        gated = gate_up_silu_ref(x, w["post"], EPS, pack_ref(w["gate_up"]))
-        x = linear_ref(gated, pack_ref(w["down"]), residual=x.clone())
+        q = qkv_rope_cache_ref(x, w["in"], EPS, w["qkv"], k, v, *placed)
+        attended = verify_attention_ref(q[None], k, v, paged.page_table, torch.tensor([0]))
+        x = linear_ref(attended.view(9, -1), w["o"], residual=x)
+        gated = gate_up_silu_ref(x, w["post"], EPS, w["gate_up"])
+        x = linear_ref(gated, w["down"], residual=x)
         if index < 2:
             torch.testing.assert_close(
                 torch.from_numpy(out[f"tap {index}"]), x, atol=1e-5, rtol=1e-5
             )
-    _, logits = multi_head_projection_ref(x, torch.ones(E), EPS, pack_ref(embedding))
+    logits = linear_ref(rms_norm_ref(x, torch.ones(E), EPS), embedding)
     torch.testing.assert_close(torch.from_numpy(out["hidden"]), x, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        torch.from_numpy(out["logits"][:, :V]), logits[:, 0], atol=1e-4, rtol=1e-5
-    )
+    torch.testing.assert_close(torch.from_numpy(out["logits"][:, :V]), logits, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -12,8 +12,7 @@ from mtpkern.kernels.cpu._layout import SPLIT
 from mtpkern.kernels.cpu.program import Norm, Pages, Program
 from mtpkern.kernels.cpu.weights import interleaved, pack
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
-from mtpkern.kernels.linear import pack_ref
-from mtpkern.kernels.multi_head_projection import multi_head_projection_ref
+from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.kernels.verify_attention import verify_attention_ref
@@ -58,7 +57,7 @@ def gated(x: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None, eps
 def test_gate_and_up_are_the_definition(biased):
     x, w = normal(ROWS, E), normal(2 * 200, E, seed=4)
     bias = normal(400, seed=5) if biased else None
-    truth = gate_up_silu_ref(x, torch.ones(E), 1e-5, pack_ref(w, bias))
+    truth = gate_up_silu_ref(x, torch.ones(E), 1e-5, w, bias)
     close(gated(x, w, bias, 1e-5), truth)
 
 
@@ -99,10 +98,11 @@ def test_q_k_and_v_are_the_definition(dtype, normed):
         x,
         norm_w,
         1e-5,
-        pack_ref(w, bias),
+        w,
         truth.k[0],
         truth.v[0],
-        truth.plan(LENGTHS, ROWS, GROUP),
+        *truth.placed(LENGTHS, ROWS),
+        bias=bias,
         q_norm=head_norms[0],
         k_norm=head_norms[1],
     )
@@ -147,8 +147,8 @@ def test_attention_is_the_definition(dtype, window):
     q = normal(len(LENGTHS), ROWS, HK * GROUP, D)
     out = attended(paged, q, LENGTHS, window)
     wide = paged._replace(k=paged.k.float(), v=paged.v.float())
-    plan = wide.plan(LENGTHS, ROWS, GROUP, window=window)
-    truth = verify_attention_ref(q, wide.k[0], wide.v[0], wide.page_table, plan)
+    pages = wide.k[0], wide.v[0], wide.page_table
+    truth = verify_attention_ref(q, *pages, torch.tensor(LENGTHS), window=window)
     close(out, truth)
 
 
@@ -206,8 +206,8 @@ def projected(x, w, rows=None, threads=1, logits=True, compiled: Kernels | None 
 def test_a_vocabulary_is_the_definition():
     x, w = normal(ROWS, E), normal(1111, E, seed=4)
     best, logits = projected(x, pack(floats(w)))
-    _, truth = multi_head_projection_ref(x, torch.ones(E), 1e-5, pack_ref(w))
-    close(logits[:, :1111], truth[:, 0])
+    truth = linear_ref(rms_norm_ref(x, torch.ones(E), 1e-5), w)
+    close(logits[:, :1111], truth)
     own = torch.from_numpy(logits[:, :1111]).double()
     assert np.array_equal(best[:, 0], own.argmax(-1))
     assert np.array_equal(as_floats(best[:, 1]), logits.max(-1, initial=-np.inf, where=True))

@@ -1,4 +1,4 @@
-"""gate_up_silu: its equation in float64, and rows that do not know each other."""
+"""gate_up_silu: its equation in float64, and a row's bits, which do not depend on other rows."""
 
 import pytest
 import torch
@@ -7,15 +7,14 @@ from launches import assert_within_budget, guarded_output
 from traffic import recorded_traffic
 
 from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
-from mtpkern.kernels.linear import pack_ref
 
 
 def test_a_row_keeps_its_bits_where_threads_share_wide_rows() -> None:
-    """Three threads cut five rows of 14,336 where no vector ends."""
+    """Three threads would split five rows of 14,336 in the middle of a vector."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        w = pack_ref(torch.randn(2 * 14336, 16, generator=torch.Generator().manual_seed(1)))
+        w = torch.randn(2 * 14336, 16, generator=torch.Generator().manual_seed(1))
         x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
         norm = torch.ones(16)
         together = gate_up_silu_ref(x, norm, 1e-5, w)
@@ -32,7 +31,7 @@ def test_values_and_row_bits(sizes: tuple[int, int], dtype: torch.dtype) -> None
     width, hidden = sizes
     x, norm = torch.randn(9, width).to(dtype), torch.randn(width).to(dtype)
     gate, up = (torch.randn(hidden, width).to(dtype) / width**0.5 for _ in range(2))
-    w = pack_ref(torch.cat([gate, up]))
+    w = torch.cat([gate, up])
     out = gate_up_silu_ref(x, norm, 1e-5, w)
     wide = x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()

@@ -17,8 +17,7 @@ KERNELS = Path(_launch.__file__).parent
 
 def launch(name: str) -> Any:
     args, options = moved(arguments()[name][0], "cpu")
-    launcher = library._kept if name == "multi_head_projection" else getattr(library, name)
-    return launcher(*args, **options)
+    return getattr(library, name)(*args, **options)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -8,7 +8,7 @@ import torch
 from operators import LENGTHS, OPERATORS, PAGES, arguments, ids, moved, random
 from torch import Tensor
 
-from mtpkern import definitions, library
+from mtpkern import library
 from mtpkern.cache import rotary_tables
 
 
@@ -20,7 +20,9 @@ def ops(gpu: str, plain_devices: None) -> Iterator[Any]:
         return
     on_cpu = torch.library.Library("mtpkern", "IMPL")
     for name in OPERATORS:
-        launcher = library._kept if name == "multi_head_projection" else getattr(library, name)
+        launcher = getattr(library, name)
+        if name == "multi_head_projection":
+            launcher = library.projection_kernel
         on_cpu.impl(name, launcher, "CPU", allow_override=True)
     yield torch.ops.mtpkern
     on_cpu._destroy()
@@ -47,7 +49,9 @@ def test_a_definition_is_declared_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_definition_gives_what_the_kernel_gives(gpu: str, ops: Any, name: str) -> None:
-    definition = getattr(definitions, name, None) or getattr(library, f"{name}_ref")
+    definition = getattr(library, f"{name}_ref")
+    if name == "multi_head_projection":
+        definition = library.projection_definition
     for given in arguments()[name]:
         (on_gpu, options), (on_cpu, same) = moved(given, gpu), moved(given, "cpu")
         pairs = [(getattr(ops, name)(*on_gpu, **options), definition(*on_cpu, **same))]

@@ -8,39 +8,65 @@ import torch.nn.functional as F
 from launches import assert_within_budget, guarded_output
 from torch import Tensor
 
-from mtpkern.kernels.linear import pack_ref
+from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import (
     Projection,
     multi_head_projection,
     multi_head_projection_ref,
 )
+from mtpkern.kernels.rms_norm import rms_norm_ref
+
+
+def defined_logits(rows: Tensor, head: Tensor) -> Tensor:
+    """rows [R, n, E], head [V, E] -> [R, n, V], as the definition writes them out."""
+    flat = rows.flatten(0, 1)
+    logits = multi_head_projection_ref(flat, head, logits_rows=len(flat)).logits
+    assert logits is not None
+    return logits.view(*rows.shape[:2], -1)
 
 
 def test_each_head_is_its_stack_of_residual_blocks_through_the_same_vocabulary() -> None:
     torch.manual_seed(0)
     width, vocabulary, rows = 24, 101, 5
     x, norm, head = torch.randn(rows, width), torch.randn(width), torch.randn(vocabulary, width)
-    raw = [[(torch.randn(width, width), torch.randn(width)) for _ in range(2)] for _ in range(3)]
-    blocks = [[pack_ref(w, b) for w, b in stack] for stack in raw]
-    normed, logits = multi_head_projection_ref(x, norm, 1e-5, pack_ref(head), blocks)
+    w, bias = torch.randn(3, 2, width, width), torch.randn(3, 2, width)
+    normed = rms_norm_ref(x, norm, 1e-5)
+    logits = defined_logits(medusa_blocks_ref(normed, w, bias), head)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm
     torch.testing.assert_close(normed, expected)
     torch.testing.assert_close(logits[:, 0], expected @ head.T, atol=1e-4, rtol=1e-4)
-    for h, stack in enumerate(raw):
+    for h in range(3):
         hidden = expected
-        for w, b in stack:
-            hidden = hidden + F.silu(hidden @ w.T + b)
+        for w_d, b in zip(w[h], bias[h], strict=True):
+            hidden = hidden + F.silu(hidden @ w_d.T + b)
         torch.testing.assert_close(logits[:, 1 + h], hidden @ head.T, atol=1e-2, rtol=1e-4)
 
 
-def test_heads_beside_it_do_not_move_the_language_models_bits() -> None:
+def test_other_heads_do_not_change_the_bits_of_the_lm_head() -> None:
     torch.manual_seed(0)
-    x, norm, head = torch.randn(5, 24).bfloat16(), torch.ones(24).bfloat16(), torch.randn(101, 24)
-    vocabulary = pack_ref(head.bfloat16())
-    blocks = [[pack_ref(torch.randn(24, 24).bfloat16(), torch.randn(24).bfloat16())]] * 4
-    alone = multi_head_projection_ref(x[2:3], norm, 1e-5, vocabulary)[1]
-    beside = multi_head_projection_ref(x, norm, 1e-5, vocabulary, blocks)[1]
+    x, norm, head = (torch.randn(shape).bfloat16() for shape in ((5, 24), 24, (101, 24)))
+    w, bias = torch.randn(4, 1, 24, 24).bfloat16(), torch.randn(4, 1, 24).bfloat16()
+    normed = rms_norm_ref(x, norm, 1e-5)
+    alone = defined_logits(normed[2:3, None], head)
+    beside = defined_logits(medusa_blocks_ref(normed, w, bias), head)
     torch.testing.assert_close(beside[2, 0], alone[0, 0], atol=0, rtol=0)
+
+
+def test_the_definition_ranks_logits_sums_exponentials_and_looks_up_ids() -> None:
+    logits, token_ids = torch.zeros(2, 40), torch.arange(40) * 3
+    logits[0, [7, 30, 31]] = 1.0
+    logits[1] = -torch.arange(40.0)
+    given = torch.tensor([[21, 22], [-1, 117]])
+    rows, vocabulary = torch.eye(2), logits.T.contiguous()
+    found = multi_head_projection_ref(
+        rows, vocabulary, top_k=4, given=given, logits_rows=1, token_ids=token_ids
+    )
+    assert found.ids.tolist() == [[21, 90, 93, 0], [0, 3, 6, 9]]
+    assert found.values.tolist() == [[1, 1, 1, 0], [0, -1, -2, -3]]
+    torch.testing.assert_close(found.logsumexp, logits.logsumexp(-1))
+    assert found.given is not None and found.logits is not None
+    assert found.given.tolist() == [[1, -float("inf")], [-float("inf"), -39]]
+    assert torch.equal(found.logits, logits[:1])
 
 
 # R, V, E: empty, one row, one past a tile, a tier and a pass; odd, prime.
@@ -56,7 +82,7 @@ LAUNCHES = [
 
 
 class Truth(NamedTuple):
-    """What a projection finds, in float64, and the same in the inputs' dtype."""
+    """The logits in float64, and in the inputs' dtype."""
 
     logits: Tensor
     in_dtype: Tensor
@@ -129,7 +155,7 @@ def test_between_equal_logits_the_lowest_id_comes_first_across_tiles_too(gpu: st
 
 
 def test_infinite_logits_and_nan_do_what_they_do_in_torch(gpu: str) -> None:
-    """One row a launch: a row alone has its logits unchanged by 0 x inf."""
+    """One row per launch, whose logits 0 x inf does not change."""
     inf, nan = float("inf"), float("nan")
     for special in ([(5, inf)], [(5, -inf)], [(200, nan), (250, nan)], [(5, inf), (200, inf)]):
         logits = torch.randn(1, 270)
@@ -150,7 +176,7 @@ def test_large_logits_do_not_overflow_the_sum(gpu: str) -> None:
     torch.testing.assert_close(found.logsumexp.cpu(), logits.logsumexp(-1))
 
 
-def test_a_reduced_vocabulary_goes_by_its_tokens_ids(gpu: str) -> None:
+def test_a_reduced_vocabulary_is_addressed_by_token_id(gpu: str) -> None:
     torch.manual_seed(3)
     logits, token_ids = torch.randn(6, 150), torch.randperm(1000)[:150]
     given = torch.stack([token_ids[:6], token_ids[140:146]], 1)
@@ -194,7 +220,7 @@ def test_a_row_keeps_its_bits_within_a_tier(gpu: str, tier: int) -> None:
 
 
 def test_a_row_keeps_its_bits_across_tiers(gpu: str) -> None:
-    """Exact on a GPU, where all tiers multiply with one instruction; a CPU's own dot goes by shape,
+    """Exact on a GPU, where all tiers multiply with one instruction; a CPU's dot depends on shape,
     but the ids, and the sum of given logits, are as good there.
     """
     hidden, vocabulary, _ = make(300, 391, 72, torch.bfloat16)

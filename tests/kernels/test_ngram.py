@@ -25,7 +25,7 @@ def brute_force(known: list[int], drafts: int, size: int) -> list[int] | None:
     st.integers(1, 4),
 )
 def test_equals_a_search_by_hand(texts: list[list[int]], drafts: int, size: int) -> None:
-    # What lies behind the known tokens is garbage, and looks like a match.
+    # Tokens past `known` are undefined; here they look like a match.
     tokens = torch.tensor([(text * 48)[:48] for text in texts])
     known = torch.tensor([len(text) for text in texts])
     got, found = ngram_ref(tokens, known, drafts, size)

@@ -10,7 +10,6 @@ from torch import Tensor
 from traffic import recorded_traffic
 
 from mtpkern.cache import rotary_tables
-from mtpkern.kernels.linear import pack_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache, qkv_rope_cache_ref
 
 LENGTHS = [0, 62, 127]
@@ -25,9 +24,10 @@ def test_projects_rotates_and_writes_in_place(biased: bool, dtype: torch.dtype) 
     x, norm = torch.randn(3 * rows, width).to(dtype), torch.randn(width).to(dtype)
     w = (torch.randn((heads + 2 * kv_heads) * head_dim, width) / width**0.5).to(dtype)
     bias = torch.randn(w.shape[0]).to(dtype) if biased else None
-    plan = paged.plan(LENGTHS, rows, heads // kv_heads)
-    cleared = paged.k.isnan(), paged.v.isnan()
-    q = qkv_rope_cache_ref(x, norm, 1e-5, pack_ref(w, bias), paged.k[0], paged.v[0], plan)
+    slots, *_ = placed = paged.placed(LENGTHS, rows)
+    pages = paged.k[0], paged.v[0]
+    q = qkv_rope_cache_ref(x, norm, 1e-5, w, *pages, *placed, bias=bias)
+    q = q.view(3, rows, heads, head_dim)
 
     wide = x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()
@@ -45,13 +45,24 @@ def test_projects_rotates_and_writes_in_place(biased: bool, dtype: torch.dtype) 
             v = gathered(paged, paged.v, b, length + t + 1)[-1]
             torch.testing.assert_close(k, rotated[heads:], **tolerance)
             torch.testing.assert_close(v, qkv[b, t, heads + kv_heads :], **tolerance)
-    # Every other slot is as it was: still NaN, but for what the plan had cleared.
-    flat = torch.zeros(paged.k[0].shape[:2], dtype=torch.bool).view(-1)
-    flat[plan.slots] = True
-    for was_nan, cache in zip(cleared, (paged.k, paged.v), strict=True):
-        others = ~flat.view(paged.k[0].shape[:2])
-        assert torch.equal(cache[0].isnan()[others], was_nan[0][others])
-        assert not cache[0][~others].isnan().any()
+    # Every other slot is as it was: still NaN.
+    written = torch.zeros(9 * 64 + 128, dtype=torch.bool)
+    written[slots] = True
+    for cache in pages:
+        assert not cache.flatten(0, 1)[written].isnan().any()
+        assert cache.flatten(0, 1)[~written].isnan().all()
+
+
+def test_the_definition_writes_a_row_that_is_nan_as_a_key_that_is_nan_and_a_value_of_zero() -> None:
+    paged = make_paged(1, 1, 64, 2, 10, torch.float32)
+    x, w = torch.randn(2, 33), torch.randn(60, 33)
+    x[1] = float("nan")
+    pages = paged.k[0], paged.v[0]
+    q = qkv_rope_cache_ref(x, None, 1e-5, w, *pages, *paged.placed([5], 2))
+    page = int(paged.page_table[0, 0])
+    assert bool(q[1].isnan().all() and paged.k[0, page, 6].isnan().all())
+    assert not paged.v[0, page, 6].any()
+    assert bool(q[0].isfinite().all() and paged.v[0, page, 5].isfinite().all())
 
 
 class Launch(NamedTuple):
@@ -120,7 +131,7 @@ def make_launch(R: int, Hq: int, Hk: int, D: int, E: int, dtype: torch.dtype, gp
     slots[R // 2 : R // 2 + 1] = -1
     cos, sin = rotary_tables(1 / 100.0 ** (torch.arange(0, D, 2) / D), 1.5, 97)
     nan = torch.full((pages + 1, page_size, Hk, D + 3), float("nan"), dtype=dtype, device=gpu)
-    # V lies as vLLM and FlashInfer may have it, heads before slots, and its pages further apart.
+    # V in the layout HND of vLLM and FlashInfer, heads before slots, with gaps between pages.
     apart = torch.full((pages, Hk, page_size + 1, D + 3), float("nan"), dtype=dtype, device=gpu)
     v_pages = apart[:, :, :page_size, 3:].transpose(1, 2)
     positions = torch.randint(0, 97, (R,))
@@ -186,8 +197,8 @@ def test_a_row_of_the_kernel_keeps_its_bits_within_a_tier(
 
 
 @pytest.mark.parametrize("extras", [False, True])
-def test_of_a_row_that_is_nan_the_value_is_zero(gpu: str, extras: bool) -> None:
-    """So that rows which do not see it are not reached by it; those that do are by its key."""
+def test_the_value_of_a_row_that_is_nan_is_zero(gpu: str, extras: bool) -> None:
+    """Rows that do not see it multiply it by zero; those that see it become NaN by its key."""
     launch = make_launch(17, 3, 2, 20, 40, torch.bfloat16, gpu)
     expected = launch.run(gpu, None, extras).clone()
     k, v = launch.k_pages.clone(), launch.v_pages.clone()
@@ -218,7 +229,7 @@ def test_a_weight_is_read_once_for_192_rows(gpu: str, rows: int, passes: int, ex
     with recorded_traffic() as traffic:
         q = launch.run(gpu, None, extras)
     assert bool((traffic.reads(launch.w) == passes).all())
-    # A norm of the heads takes q, K and V through memory a second time.
+    # With norms of the heads, q and K are written and read a second time.
     times = 2 if extras else 1
     assert bool((traffic.writes(q) == times).all())
     slots = launch.slots[launch.slots >= 0]
@@ -230,10 +241,10 @@ def test_a_weight_is_read_once_for_192_rows(gpu: str, rows: int, passes: int, ex
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 150])
-def test_without_a_norm_the_input_is_taken_as_it_is(
+def test_without_a_norm_the_input_is_projected_as_it_is(
     gpu: str, rows: int, dtype: torch.dtype
 ) -> None:
-    """As EAGLE-3's layer has it, whose input is two halves that were normed each alone."""
+    """As in the layer of EAGLE-3, whose input is two halves with a norm each."""
     launch = make_launch(rows, 3, 1, 16, 144, dtype, gpu)
     slots, positions, cos, sin = (t.to(gpu) for t in launch[6:10])
     pages = (launch.k_pages, launch.v_pages)

@@ -1,4 +1,4 @@
-"""rms_norm: its equation in float64, and rows that do not know each other."""
+"""rms_norm: its equation in float64, and a row's bits, which do not depend on other rows."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_the_kernel_is_within_twice_the_error_of_the_dtype(
 def test_rows_looked_up_are_the_rows_themselves(
     device: str, request: pytest.FixtureRequest
 ) -> None:
-    """Written into one half of a wider row, as a head's pairs are; no other column changes."""
+    """Written to one half of a wider row, as a head's pairs are; no other column changes."""
     where = request.getfixturevalue("gpu") if device == "gpu" else device
     norm = rms_norm if device == "gpu" else rms_norm_ref
     torch.manual_seed(6)

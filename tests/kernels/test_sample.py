@@ -5,7 +5,14 @@ import torch
 from launches import guarded_output
 from torch import Tensor
 
-from mtpkern.kernels.sample import SamplingRows, gumbel_ref, sample, sample_ref, sampling_key
+from mtpkern.kernels.sample import (
+    SamplingRows,
+    gumbel_ref,
+    gumbel_sample,
+    sample,
+    sample_ref,
+    sampling_key,
+)
 
 
 def rows(
@@ -28,14 +35,15 @@ def rows(
 
 def draw(logits: Tensor, count: int, settings: SamplingRows) -> Tensor:
     """One token at each of `count` positions, all from the same logits [n]."""
-    return sample_ref(logits.expand(1, count, -1), torch.arange(count)[None], settings)[0]
+    return gumbel_sample(logits.expand(1, count, -1), torch.arange(count)[None], settings)[0]
 
 
 def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     logits = torch.tensor([[[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]]])
     position = torch.zeros(1, 2, dtype=torch.int64)
-    assert sample_ref(logits, position, rows(temperature=0.0)).tolist() == [[1, 0]]
-    assert sample_ref(logits.bfloat16(), position, rows(temperature=0.0)).tolist() == [[1, 0]]
+    assert gumbel_sample(logits, position, rows(temperature=0.0)).tolist() == [[1, 0]]
+    assert gumbel_sample(logits.bfloat16(), position, rows(temperature=0.0)).tolist() == [[1, 0]]
+    assert sample_ref(logits[0]).tolist() == sample_ref(logits[0].bfloat16()).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -89,18 +97,18 @@ def test_a_token_depends_on_its_position_and_seed_and_not_on_its_neighbours() ->
     logits = torch.randn(3, 5, 1000)
     position = torch.tensor([[7, 8, 9, 10, 11], [100, 101, 102, 103, 104], [0, 1, 2, 3, 4]])
     settings = rows(3, top_p=0.9, min_p=0.01)
-    together = sample_ref(logits, position, settings)
+    together = gumbel_sample(logits, position, settings)
     for b in range(3):
         one = SamplingRows(*(t[b : b + 1] for t in settings))
         for t in range(5):
-            alone = sample_ref(logits[b : b + 1, t : t + 1], position[b : b + 1, t : t + 1], one)
+            alone = gumbel_sample(logits[b : b + 1, t : t + 1], position[b : b + 1, t : t + 1], one)
             assert int(alone) == int(together[b, t])
     flat = torch.zeros(1, 60, 50)
     here, there = torch.arange(60)[None], torch.arange(1, 61)[None]
-    first = sample_ref(flat, here, rows())
-    assert torch.equal(first, sample_ref(flat, here, rows()))
-    assert torch.equal(first[:, 1:], sample_ref(flat, there, rows())[:, :-1])
-    assert not torch.equal(first, sample_ref(flat, here, rows(seed=1)))
+    first = gumbel_sample(flat, here, rows())
+    assert torch.equal(first, gumbel_sample(flat, here, rows()))
+    assert torch.equal(first[:, 1:], gumbel_sample(flat, there, rows())[:, :-1])
+    assert not torch.equal(first, gumbel_sample(flat, here, rows(seed=1)))
 
 
 def test_a_key_is_the_same_in_every_process_and_of_one_prompt_alone() -> None:
@@ -118,9 +126,9 @@ def test_towards_temperature_0_the_choice_is_the_greedy_one(temperature: float) 
     logits = torch.randn(1, 50, 300) * torch.logspace(-30, 35, 50)[:, None]
     logits[:, ::2, 3] = logits[:, ::2].amax(-1)
     position = torch.arange(50)[None]
-    expected = sample_ref(logits, position, rows(temperature=0.0))
+    expected = gumbel_sample(logits, position, rows(temperature=0.0))
     for settings in ({}, {"top_p": 0.9, "top_k": 5}, {"min_p": 0.1}):
-        chosen = sample_ref(logits, position, rows(temperature=temperature, **settings))
+        chosen = gumbel_sample(logits, position, rows(temperature=temperature, **settings))
         assert torch.equal(chosen, expected)
 
 
@@ -138,9 +146,9 @@ def test_a_reduced_vocabulary_draws_the_same_token_where_it_holds_it() -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, 200, 64)
     position = torch.arange(200)[None]
-    full = sample_ref(logits, position, rows())
+    full = gumbel_sample(logits, position, rows())
     ids = torch.arange(0, 64, 2)
-    part = sample_ref(logits[..., ids], position, rows(), ids)
+    part = gumbel_sample(logits[..., ids], position, rows(), ids)
     even = full % 2 == 0
     assert even.any() and torch.equal(part[even], full[even])
     assert (part % 2 == 0).all()
@@ -152,7 +160,7 @@ def test_one_batch_may_mix_greedy_and_sampled_sequences() -> None:
     position = torch.arange(30).expand(2, 30)
     mixed = rows(2)
     mixed.temperature[0] = 0.0
-    drawn = sample_ref(logits, position, mixed)
+    drawn = gumbel_sample(logits, position, mixed)
     assert torch.equal(drawn[0], logits[0].argmax(-1))
     assert not torch.equal(drawn[1], logits[1].argmax(-1))
 

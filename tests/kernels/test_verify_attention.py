@@ -23,9 +23,9 @@ HEADS = [(1, 1, 8), (3, 3, 64), (2, 1, 20), (1, 8, 16), (1, 24, 6)]  # Hk, group
 LENGTHS = [0, 1, 63, 64, 130]
 
 
-def attend(paged: Paged, q: torch.Tensor, lengths: list[int], group: int) -> torch.Tensor:
-    plan = paged.plan(lengths, q.shape[1], group)
-    return verify_attention_ref(q, paged.k[0], paged.v[0], paged.page_table, plan)
+def attend(paged: Paged, q: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    pages = paged.k[0], paged.v[0], paged.page_table
+    return verify_attention_ref(q, *pages, torch.tensor(lengths))
 
 
 def setup(
@@ -46,7 +46,7 @@ def test_values_equal_a_dense_softmax(
 ) -> None:
     kv_heads, group, head_dim = heads
     paged, q = setup(heads, dtype, page_size, rows=7)
-    out = attend(paged, q, LENGTHS, group)
+    out = attend(paged, q, LENGTHS)
     for b, length in enumerate(LENGTHS):
         for t in range(7):
             k = gathered(paged, paged.k, b, length + t + 1).repeat_interleave(group, 1)
@@ -74,7 +74,7 @@ def test_a_row_keeps_its_bits_where_the_window_reaches_the_next_tile_of_keys(
         for begin, rows in [(0, 6), *((t, 1) for t in range(6))]:
             paged.k[0, page], paged.v[0, page] = k, v
             window = q[:, begin : begin + rows]
-            results.append(attend(paged, window, [length + begin], group)[0])
+            results.append(attend(paged, window, [length + begin])[0])
         together, alone = results[0], torch.cat(results[1:])
         torch.testing.assert_close(alone, together, atol=0, rtol=0)
 
@@ -88,36 +88,33 @@ def test_a_row_has_the_same_bits_in_every_window_that_reaches_it(
     """Row t of a window at length s is row 0 of the window at s + t, alone in its batch."""
     paged, q = setup(heads, dtype, 256, rows=9)
     for rows in (2, 3, 5, 6, 9):
-        out = attend(paged, q[:, :rows], LENGTHS, heads[1])
+        out = attend(paged, q[:, :rows], LENGTHS)
         for b, length in enumerate(LENGTHS):
             alone = paged._replace(page_table=paged.page_table[b : b + 1])
             for t in range(rows):
-                # Planning clears what lies behind the window, so write that again.
-                fill(paged, [n + 9 for n in LENGTHS])
-                single = attend(alone, q[b : b + 1, t : t + 1], [length + t], heads[1])
+                single = attend(alone, q[b : b + 1, t : t + 1], [length + t])
                 torch.testing.assert_close(single[0, 0], out[b, t], atol=0, rtol=0)
-        fill(paged, [n + 9 for n in LENGTHS])
 
 
-def test_whatever_lies_behind_the_window_counts_for_nothing() -> None:
+def test_keys_past_the_window_have_no_effect() -> None:
     paged, q = setup((2, 3, 16), torch.bfloat16, 64, rows=3)
-    expected = attend(paged, q, LENGTHS, 3)
+    expected = attend(paged, q, LENGTHS)
     for poison in (float("nan"), float("inf"), 1e30):
         for b, length in enumerate(LENGTHS):
             for position in range(length + 3, 256):
                 page, offset = paged.slot(b, position)
                 paged.k[0, page, offset] = paged.v[0, page, offset] = poison
-        torch.testing.assert_close(attend(paged, q, LENGTHS, 3), expected, atol=0, rtol=0)
+        torch.testing.assert_close(attend(paged, q, LENGTHS), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_key_that_is_no_number_reaches_only_rows_that_see_it(poison: float) -> None:
     paged, q = setup((2, 3, 16), torch.bfloat16, 64, rows=5)
-    expected = attend(paged, q, LENGTHS, 3)
+    expected = attend(paged, q, LENGTHS)
     for b, length in enumerate(LENGTHS):
         page, offset = paged.slot(b, length + 2)
         paged.k[0, page, offset] = paged.v[0, page, offset] = poison
-    out = attend(paged, q, LENGTHS, 3)
+    out = attend(paged, q, LENGTHS)
     torch.testing.assert_close(out[:, :2], expected[:, :2], atol=0, rtol=0)
     if poison != poison:
         assert bool(out[:, 2:].isnan().all())
@@ -126,7 +123,7 @@ def test_a_key_that_is_no_number_reaches_only_rows_that_see_it(poison: float) ->
 def test_query_heads_that_do_not_fit_are_named() -> None:
     paged, q = setup((2, 3, 16), torch.float32, 64, rows=3)
     with pytest.raises(ValueError, match="heads, got 5"):
-        attend(paged, q[:, :, :5], LENGTHS, 3)
+        attend(paged, q[:, :, :5], LENGTHS)
 
 
 class Launch(NamedTuple):
@@ -178,14 +175,14 @@ def make_launch(
             k_pages[page, offset] = torch.randn(Hk, D).to(dtype)
             v_pages[page, offset] = torch.randn(Hk, D).to(dtype)
         table[b, used:] = 2**20
-    # q's rows have room between them, and its heads too.
+    # There are gaps between q's rows and between its heads.
     q = torch.randn(B, T + 1, Hk * group + 1, D + 8).to(dtype)[:, :T, :-1, :D]
     inputs = q, k_pages, v_pages, table, torch.tensor(lengths)
     return Launch(*(t.to(gpu) for t in inputs))
 
 
 def random_tree(B: int, T: int) -> Tensor:
-    """Ancestor masks [B, T] of random trees, the last node a filler that nothing leads to."""
+    """Ancestor masks [B, T] of random trees, whose last node is a filler."""
     masks = []
     for _ in range(B):
         mask = [1]
@@ -216,6 +213,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     scores = torch.einsum("thd,hnd->htn", q, k) * D**-0.5
     p = scores.masked_fill(~sees, float("-inf")).softmax(-1).nan_to_num(0.0)
     return torch.einsum("htn,hnd->thd", p, v)
+
+
+@pytest.mark.parametrize(("in_tree", "window"), [(0, 0), (0, 3), (0, 70), (1, 0), (1, 70)])
+def test_the_definition_is_a_dense_softmax_in_trees_and_sliding_windows(
+    in_tree: int, window: int
+) -> None:
+    lengths, T = [0, 60, 255], 7
+    launch = make_launch("cpu", lengths, T, (2, 3, 16), 16, torch.float32)
+    tree = random_tree(3, T) if in_tree else None
+    out = verify_attention_ref(*launch, tree=tree, window=window)
+    for b, length in enumerate(lengths):
+        sees = visible(length, T, None if tree is None else tree[b], window)
+        dense = launch.q[b], *launch.dense(b)
+        truth = attention(*(t.double() for t in dense), sees)
+        assert_within_budget(out[b], attention(*dense, sees), truth, terms=length + T)
 
 
 # Lengths, T, (Hk, group, D), page_size: nothing yet, around a split's edge, several tiles of rows,

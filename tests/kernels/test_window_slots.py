@@ -1,69 +1,33 @@
-"""step_plan: slots through the page table, rows by their tile of keys, and nothing else cleared."""
+"""window_slots: slots through the page table, positions by depth, -1 for a finished sequence."""
 
 import pytest
 import torch
 from launches import guarded_output
-from paged import fill, make_paged
+from paged import make_paged
 
 from mtpkern.kernels.window_slots import window_slots
 
 
 def test_slots_follow_the_page_table_across_a_page_border() -> None:
     paged = make_paged(2, 3, 64, 1, 4, torch.float32)
-    plan = paged.plan([62, 127], rows=4, group=1)
+    slots, positions, *_ = paged.placed([62, 127], rows=4)
     expected = [
         page * 64 + offset
         for b, start in enumerate((62, 127))
         for page, offset in (paged.slot(b, start + t) for t in range(4))
     ]
-    assert plan.slots.tolist() == expected
-    # Rows whose own keys lie in different tiles are apart.
-    parts = [[part[:3] for part in parts] for parts in plan.segments]
-    assert parts == [[(0, 2, 64), (2, 4, 128)], [(0, 1, 128), (1, 4, 192)]]
-
-
-def test_each_row_sees_its_own_position_and_what_is_before_it() -> None:
-    paged = make_paged(1, 2, 64, 1, 4, torch.float32)
-    plan = paged.plan([60], rows=7, group=3)
-    ((first, second),) = plan.segments
-    assert first[:3] == (0, 4, 64) and second[:3] == (4, 7, 128)
-    for part in (first, second):
-        mask = part.mask.view(16, part.extent)
-        for packed in range((part.end - part.begin) * 3):
-            visible = (mask[packed] == 0).nonzero().view(-1)
-            assert visible.tolist() == list(range(60 + part.begin + packed // 3 + 1))
-
-
-def test_clearing_touches_only_the_slots_between_the_window_and_the_tile_edge() -> None:
-    paged = make_paged(2, 2, 128, 2, 4, torch.float32)
-    fill(paged, [128, 128])
-    before = paged.k.clone(), paged.v.clone()
-    paged.plan([10, 70], rows=5, group=1)
-    for old, new in zip(before, (paged.k, paged.v), strict=True):
-        for b, (begin, end) in enumerate(((15, 64), (75, 128))):
-            for position in range(256):
-                page, offset = paged.slot(b, position)
-                if begin <= position < end:
-                    assert (new[0, page, offset] == 0).all()
-                else:
-                    assert_same = torch.testing.assert_close
-                    assert_same(new[0, page, offset], old[0, page, offset], equal_nan=True)
-
-
-def test_pages_that_are_no_whole_tiles_are_refused() -> None:
-    paged = make_paged(1, 1, 96, 1, 4, torch.float32)
-    with pytest.raises(ValueError, match="page_size must be a multiple of 64, got 96"):
-        paged.plan([0], rows=1, group=1)
+    assert slots.tolist() == expected
+    assert positions.tolist() == [62, 63, 64, 65, 127, 128, 129, 130]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 33])
-def test_the_kernel_follows_the_page_table_and_leaves_out_who_is_finished(
+def test_the_kernel_follows_the_page_table_and_gives_finished_sequences_no_slot(
     gpu: str, rows: int
 ) -> None:
     lengths, active = [0, 15, 16, 62, 100], [1, 1, 0, 1, 5]
     paged = make_paged(5, 9, 16, 1, 4, torch.float32)
     table = paged.page_table.clone()
-    for b, length in enumerate(lengths):  # entries that nobody may look at
+    for b, length in enumerate(lengths):  # entries that must not be read
         table[b, (length + rows - 1) // 16 + 1 :] = -(2**20)
     table[2] = -(2**20)
     tree = torch.tensor([[1 << t | 1 for t in range(rows)]] * 5)

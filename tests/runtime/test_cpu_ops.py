@@ -15,7 +15,7 @@ from paged import make_paged
 from mtpkern.cache import KVCache
 from mtpkern.kernels.advance import Progress, advance_ref
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
-from mtpkern.kernels.linear import linear_ref, pack_ref
+from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
@@ -57,11 +57,11 @@ def bits_hold(call: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("K, N", [(64, 96), (51, 13), (8, 1), (33, 260)])
 def test_linear(ops: Ops, K: int, N: int) -> None:
     w, bias, x = normal(N, K), normal(N), normal(MANY, K)
-    packed, truth = ops.pack(w, bias), pack_ref(w, bias)
-    close(bits_hold(lambda rows: ops.linear(rows, packed), x), linear_ref(x, truth))
+    packed = ops.pack(w, bias)
+    close(bits_hold(lambda rows: ops.linear(rows, packed), x), linear_ref(x, w, bias))
     residual = normal(MANY, N)
     found = ops.linear(x, packed, residual=residual)
-    close(found, linear_ref(x, truth, residual=residual.clone()))
+    close(found, linear_ref(x, w, bias, residual=residual))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -81,7 +81,7 @@ def test_gate_up_and_down(ops: Ops, E: int, F: int) -> None:
     down, x = normal(E, F) / F**0.5, normal(MANY, E)
     packed, narrow = ops.pack_gate_up(w, bias), ops.pack(down)
     found = bits_hold(lambda rows: ops.linear(ops.gate_up_silu(rows, norm, EPS, packed), narrow), x)
-    expected = linear_ref(gate_up_silu_ref(x, norm, EPS, pack_ref(w, bias)), pack_ref(down))
+    expected = linear_ref(gate_up_silu_ref(x, norm, EPS, w, bias), down)
     close(found, expected)
 
 
@@ -102,11 +102,11 @@ def test_attention_with_heads_of_any_size(ops: Ops, D: int, norms: bool) -> None
     o, x = normal(E, heads * D) / E**0.5, normal(batch * T, E)
     options = {"q_norm": 1 + normal(D) / 10, "k_norm": 1 + normal(1, D)[0] / 10} if norms else {}
     lengths = torch.tensor([0, 70, 9])
-    plan = paged.plan(lengths.tolist(), T, heads // kv_heads)
+    placed = paged.placed(lengths.tolist(), T)
     pages = (paged.k[0], paged.v[0])
-    q = qkv_rope_cache_ref(x, norm, EPS, pack_ref(w), *pages, plan, **options)
-    attended = verify_attention_ref(q, *pages, paged.page_table, plan)
-    expected = linear_ref(attended.reshape(batch * T, -1), pack_ref(o))
+    q = qkv_rope_cache_ref(x, norm, EPS, w, *pages, *placed, **options).view(batch, T, heads, D)
+    attended = verify_attention_ref(q, *pages, paged.page_table, lengths)
+    expected = linear_ref(attended.reshape(batch * T, -1), o)
 
     qkv, narrow = ops.pack_qkv(w, None, D), ops.pack_o(o, None, D)
     cache = KVCache(

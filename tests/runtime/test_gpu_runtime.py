@@ -42,9 +42,6 @@ class WithoutTheHost(Definitions):
 
     host_may_read = False
 
-    def pack(self, w: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-        return TRITON.pack(w, bias)
-
 
 def load(directory: Path, **options: Any) -> LLM:
     return LLM(directory, device="cuda", **{"heads": "none", "max_batch": 4} | options)
