@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_decode import PROMPTS, encode
-from common import Finish, environment, first_line, load, read_prompts, run
+from common import PROMPTS, Finish, encode, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
 from mtpkern.arguments import Parser, at_least

@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
+    PROMPTS,
     Finish,
+    encode,
     environment,
     first_line,
     gpu_environment,
@@ -36,15 +39,14 @@ from mtpkern import LLM, SamplingParams, Stats, UserError
 from mtpkern.arguments import Parser, at_least
 from mtpkern.status import Phase
 
-PROMPTS = Path(__file__).with_name("prompts.jsonl")
 RAGGED_BATCH = 3
 SEED = 7
-REPEAT = 8  # a text is cut where it first repeats so many tokens
 PEER_PROMPTS = 4
+WARM_UP_TOKENS = 8
 
 
 @dataclass
-class Case:
+class PromptRun:
     """One prompt and all that was measured with it."""
 
     category: str
@@ -76,7 +78,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     facts = gpu_environment() if on_gpu else environment()
     print(gpu_first_line(facts) if on_gpu else first_line(facts))
     cases = [
-        Case(row["category"], encode(llm, row["turns"][0]))
+        PromptRun(row["category"], encode(llm, row["turns"][0]))
         for row in read_prompts(args.prompts, args.limit)
     ]
     if not cases:
@@ -135,15 +137,10 @@ def parser() -> Parser:
     return parser
 
 
-def encode(llm: LLM, text: str) -> list[int]:
-    chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template
-    return llm.encode([{"role": "user", "content": text}] if chat else text)
-
-
 CHECKS = ("single", f"batches of {RAGGED_BATCH}", "temperature 0.8")
 
 
-def check(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
+def check(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> None:
     """Compare with K = 0 in three ways, and keep the tokens and steps of the first."""
     greedy = SamplingParams(max_tokens=max_tokens, logprobs=True)
     sampled = SamplingParams(max_tokens=max_tokens, logprobs=True, temperature=0.8, seed=SEED)
@@ -171,14 +168,14 @@ def check(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
         phase.advance(note="in batches")
 
 
-def time_variants(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
+def time_variants(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> None:
     """Time each prompt plain and with drafts; every other prompt in reverse order."""
     variants: list[tuple[str, Callable[..., Any]]] = [
         ("plain", partial(llm.generate, speculate=False)),
         ("drafts", llm.generate),
     ]
     for _, generate in variants:  # the first steps set things up
-        generate([cases[0].prompt], SamplingParams(max_tokens=REPEAT))
+        generate([cases[0].prompt], SamplingParams(max_tokens=WARM_UP_TOKENS))
     params = SamplingParams(max_tokens=max_tokens)
     for i, case in enumerate(cases):
         for name, generate in variants[:: -1 if i % 2 else 1]:
@@ -189,7 +186,7 @@ def time_variants(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) ->
 
 
 def measure_sources(
-    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[Case], phase: Phase
+    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[PromptRun], phase: Phase
 ) -> None:
     """Run each source of drafts alone, for its steps; nothing is timed."""
     settings: dict[str, dict[str, Any]] = {
@@ -208,7 +205,7 @@ def measure_sources(
 
 
 def time_peers(
-    model: str | None, plain: LLM, cases: list[Case], max_tokens: int
+    model: str | None, plain: LLM, cases: list[PromptRun], max_tokens: int
 ) -> dict[str, float] | None:
     """Plain decoding here against transformers: alternating, tokens per second of both."""
     try:
@@ -225,7 +222,7 @@ def time_peers(
     timed: dict[str, list[tuple[int, float]]] = {name: [] for name in ("plain", *ways)}
     for compiled in ways.values():
         for _ in range(2):
-            peer.decode(cases[0].prompt, REPEAT, compiled=compiled)
+            peer.decode(cases[0].prompt, WARM_UP_TOKENS, compiled=compiled)
     for case in cases:
         (completion,) = plain.generate([case.prompt], params, speculate=False)
         timed["plain"].append((completion.stats.new_tokens, completion.stats.decode_seconds))
@@ -236,7 +233,7 @@ def time_peers(
     return found | {"ratio": rates["plain"] / max(rates[name] for name in ways)}
 
 
-def row(category: str, cases: list[Case], k: int) -> dict[str, Any]:
+def row(category: str, cases: list[PromptRun], k: int) -> dict[str, Any]:
     """One row of the report, from sums over its prompts."""
     together = [case.stats for case in cases if case.stats is not None]
     rates = {name: rate(case.timed[name] for case in cases) for name in cases[0].timed}
@@ -266,23 +263,9 @@ def row(category: str, cases: list[Case], k: int) -> dict[str, Any]:
 
 
 def rate(timed: Iterable[tuple[int, float]]) -> float:
+    """Tokens per second, from (tokens, seconds)."""
     pairs = list(timed)
     return sum(tokens for tokens, _ in pairs) / sum(seconds for _, seconds in pairs)
-
-
-def acceptance_length(stats: list[Stats]) -> float:
-    return sum(s.new_tokens for s in stats) / sum(s.steps for s in stats)
-
-
-def by_position(stats: list[Stats], k: int, source: str | None = None) -> list[float]:
-    """Accepted over drafted at each position, of one source or of all."""
-
-    def total(counts: list[dict[str, list[int]]], i: int) -> int:
-        return sum(c[i] for per in counts for s, c in per.items() if source in (None, s))
-
-    drafted = [total([s.drafted for s in stats], i) for i in range(k)]
-    accepted = [total([s.accepted for s in stats], i) for i in range(k)]
-    return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
 
 
 def sources(stats: list[Stats]) -> dict[str, Any]:
@@ -298,24 +281,6 @@ def sources(stats: list[Stats]) -> dict[str, Any]:
             "acceptance_by_position": by_position(stats, k, name) if name != "none" else [],
         }
     return found
-
-
-def loop_free(tokens: list[int], drafted: list[bool]) -> tuple[int, int]:
-    """Tokens and steps before a text first repeats `REPEAT` tokens; whole steps only.
-
-    A step is a run of accepted drafts and the token after them.
-    """
-    seen: set[tuple[int, ...]] = set()
-    end = len(tokens)
-    for i in range(len(tokens) - REPEAT + 1):
-        gram = tuple(tokens[i : i + REPEAT])
-        if gram in seen:
-            end = i
-            break
-        seen.add(gram)
-    ends = [i + 1 for i, guess in enumerate(drafted) if not guess or i + 1 == len(drafted)]
-    whole = [at for at in ends if at <= end]
-    return (whole[-1], len(whole)) if whole else (0, 0)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -340,10 +305,6 @@ def print_report(report: dict[str, Any]) -> None:
         )
     facts = report["environment"]
     print(f"load before {facts['load']}, after {facts['load_after']}")
-
-
-def percents(rates: list[float]) -> str:
-    return " ".join(f"{rate:.0%}" for rate in rates)
 
 
 if __name__ == "__main__":

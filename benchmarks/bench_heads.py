@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import (
-    PROMPTS,
-    acceptance_length,
-    by_position,
-    encode,
-    loop_free,
-    percents,
-)
+from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
+    PROMPTS,
     Finish,
+    encode,
     environment,
     first_line,
     gpu_environment,

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from common import Finish, gpu_environment, gpu_first_line, print_row, run
-from kernel_cases import MODELS, OPS, STEPS, Call, Case
+from kernel_cases import OPS, Call, KernelCase
+from model_shapes import MODELS, STEPS
 from torch import Tensor
 
 from mtpkern.arguments import Parser, at_least
@@ -98,7 +99,7 @@ def parser() -> Parser:
     return parser
 
 
-def check(case: Case, pdl: bool) -> tuple[float, float]:
+def check(case: KernelCase, pdl: bool) -> tuple[float, float]:
     """The largest error of a kernel, and what it may be: twice that of torch in the same dtype."""
     call = case.inputs("cuda")
     got, truth = tensors(call.launch(pdl)), tensors(call.truth())
@@ -127,7 +128,7 @@ def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return worst
 
 
-def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, float]:
+def time_case(case: KernelCase, repeat: int, pdl: bool, peak: float) -> dict[str, float]:
     """Time a kernel and its baseline on the same rotating inputs."""
     calls = rotating(case)
     ms = milliseconds([launch(call, pdl) for call in calls], repeat)
@@ -142,7 +143,7 @@ def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, floa
     }
 
 
-def rotating(case: Case) -> list[Call]:
+def rotating(case: KernelCase) -> list[Call]:
     """Sets of inputs that are together larger than the L2 cache."""
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
     sets = min(MAX_SETS, max(2, -(-4 * cache // case.bytes_moved)))

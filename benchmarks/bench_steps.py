@@ -13,7 +13,6 @@ JSON object. On a CPU it runs the references, to show that it runs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -27,22 +26,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Finish, environment, first_line, gpu_environment, gpu_first_line, print_row, run
-from kernel_cases import MODELS, Model
+from dummy_models import medusa_heads, mtp_module, write_config
+from model_shapes import MODELS, TINY
 from torch import Tensor
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
 from mtpkern.drafters.base import Drafter, NoDrafter
-from mtpkern.drafters.medusa import MedusaDrafter
-from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
+from mtpkern.drafters.mtp import MtpDrafter
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.graph import GraphPool
 from mtpkern.model import Llama
 from mtpkern.ops.definitions import DEFINITIONS
 
-TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
-DRAFT_VOCABULARY = 32000
 HEADER = "| batch | K | drafter | context | ms | spread | GB/s | over the plain step |"
 
 
@@ -83,31 +80,6 @@ def parser() -> Parser:
     return parser
 
 
-def write_config(model: Model, directory: Path) -> Path:
-    """A config.json of this shape, which is all that made-up weights need."""
-    directory.mkdir()
-    config = {
-        "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if model.qk_norm else "llama",
-        "hidden_act": "silu",
-        "vocab_size": model.V,
-        "hidden_size": model.E,
-        "intermediate_size": model.F,
-        "num_hidden_layers": model.L,
-        "num_attention_heads": model.Hq,
-        "num_key_value_heads": model.Hk,
-        "head_dim": model.D,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": model.E < 4096,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": None,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
 def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one model: every batch and context, each with its floor and every K and drafter."""
     most = max(args.context)
@@ -121,7 +93,8 @@ def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, 
         ops=None if torch.cuda.is_available() else DEFINITIONS,
         status=args.status,
     )
-    parallel, sequential = medusa_heads(llm, max(args.K)), mtp_module(llm)
+    parallel = medusa_heads(llm.trunk, max(args.K), llm.ops)
+    sequential = mtp_module(llm.trunk, llm._cache, llm.ops)
     drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
     for k in args.K:
         if k:
@@ -150,42 +123,6 @@ def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, 
                     "gbps": bytes_read(llm, batch, context) / timed[0] / 1e6,
                     "over_plain": timed[0] / plain,
                 }
-
-
-def medusa_heads(llm: LLM, heads: int) -> MedusaDrafter:
-    """Parallel heads of one block each, made up."""
-    E, like = llm.config.hidden_size, llm.trunk.embedding
-    tensors = {}
-    for h in range(heads):
-        tensors[f"{h}.0.linear.weight"] = like.new_empty(E, E).normal_(std=E**-0.5)
-        tensors[f"{h}.0.linear.bias"] = like.new_zeros(E)
-    return MedusaDrafter(tensors, {"num_heads": heads, "num_layers": 1}, llm.ops)
-
-
-def mtp_module(llm: LLM) -> MtpDrafter:
-    """A sequential head like one layer of the trunk, with a draft vocabulary of 32k, made up."""
-    c, ops, trunk, like = llm.config, llm.ops, llm.trunk, llm.trunk.embedding
-    E, ids = c.hidden_size, torch.arange(min(DRAFT_VOCABULARY, c.vocab_size), device=like.device)
-    inverse_frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
-    weights = MtpWeights(
-        taps=(c.num_layers,),
-        fc=None,
-        hidden_norm=like.new_ones(E),
-        token_norm=like.new_ones(E),
-        input_proj=ops.pack(like.new_empty(E, 2 * E).normal_(std=(2 * E) ** -0.5)),
-        layer=trunk.layers[0],
-        final_norm=like.new_ones(E),
-        vocabulary=ops.pack(trunk.lm_head[: len(ids)]),
-        token_ids=ids,
-        config=replace(c, num_layers=1),
-    )
-    cache = llm._cache.beside(
-        kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        inverse_frequencies=inverse_frequencies,
-        rope_scaling=scaling,
-    )
-    return MtpDrafter(weights, trunk, cache, ops)
 
 
 def bytes_read(llm: LLM, batch: int, context: int) -> int:

@@ -4,14 +4,8 @@ Counted from a launch's arguments, its grid and the machine code of its loop. Th
 assumptions, fixed here; nothing is a measurement.
 """
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import triton
 
 
 class Gpu(NamedTuple):
@@ -81,32 +75,3 @@ def l2_bytes(given: dict[str, Any], grid: Sequence[int]) -> int:
         return multiplied.l2_bytes
     partial = given.get("partial_ptr")
     return 0 if partial is None else partial.numel() * partial.element_size()
-
-
-def loop_instructions(cubin: bytes) -> int:
-    """Instructions of a warp in one pass of the loop that multiplies; 0 if there is none."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-c", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return multiplying_loop(text)
-
-
-def multiplying_loop(sass: str) -> int:
-    """The length of the longest loop that has an HMMA, in instructions."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    longest = 0
-    for end, instruction in enumerate(instructions):
-        jump = re.search(r"\bBRA[^`]*`\((\.L_x_\d+)\)", instruction)
-        begin = labels.get(jump[1], end + 1) if jump else end + 1
-        if any("HMMA" in body for body in instructions[begin : end + 1]):
-            longest = max(longest, end + 1 - begin)
-    return longest

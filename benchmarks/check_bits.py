@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_steps import TINY, write_config
 from common import Finish, environment, first_line, gpu_environment, gpu_first_line, run
-from kernel_cases import MODELS
+from dummy_models import write_config
+from model_shapes import MODELS, TINY
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.config import SamplingParams

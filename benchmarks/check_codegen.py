@@ -13,27 +13,21 @@ else: a list of offences and exit code 1.
 
 import argparse
 import ast
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
-from bounds import GPUS, l2_bytes, loop_instructions, matmul
+from bounds import GPUS, l2_bytes, matmul
 from checkout import ROOT
 from common import Finish, run
-from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS
-from triton.backends.compiler import GPUTarget
+from kernel_cases import OPS
+from model_shapes import MODELS, OTHER_TIERS, STEPS
+from offline_compiler import Device, first_cause, launches_compiled, measure, op_name
 from triton.errors import TritonError
-from triton.runtime.jit import JITFunction
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.outputs import output_file, writing
@@ -206,98 +200,6 @@ def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> 
         rows_multiplied=given["R"],
         l2_over_weights=round(l2_bytes(given, grid) / multiplied.weight_bytes, 2),
     )
-
-
-def first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().splitlines()[-1].strip()
-
-
-class Device:
-    """A driver for a GPU that is not there. It answers what the compiler asks."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-
-@contextmanager
-def launches_compiled() -> Iterator[list[tuple[str, Any, dict[str, Any], Any]]]:
-    """Within it a launch is compiled and not run; yields what was: the kernel's name, its binary,
-    its arguments by name, and its grid."""
-    launched: list[tuple[str, Any, dict[str, Any], Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        # Triton 3.6 compiles elsewhere if asked to, and hands out a promise.
-        binary = binary.result() if hasattr(binary, "result") else binary
-        given = dict(zip(self.arg_names, args, strict=False)) | options
-        launched.append((op_name(self.__name__), binary, given, grid))
-
-    JITFunction.run = compile_only
-    try:
-        yield launched
-    finally:
-        JITFunction.run = run
-
-
-def op_name(function: str) -> str:
-    return function.strip("_").removesuffix("_kernel")
-
-
-def measure(binary: Any) -> dict[str, Any]:
-    """What one compiled kernel uses, read off its machine code and its PTX."""
-    return {
-        "symbol": binary.metadata.name,
-        "binary": binary.hash,
-        "shared": binary.metadata.shared,
-        **resources(binary.asm["cubin"]),
-        **instructions(binary.asm["ptx"]),
-        "loop": loop_instructions(binary.asm["cubin"]),
-    }
-
-
-def instructions(ptx: str) -> dict[str, Any]:
-    """How wide the loads of a kernel are, and what it multiplies with."""
-    # An asynchronous copy names its bytes behind its addresses; a load its lanes and their width.
-    copies = re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
-    copied = [int(size, 0) for size in copies]
-    loads = re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    loaded = [int(lanes or 1) * int(bits) // 8 for lanes, bits in loads]
-    mma = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*?(\.m\d+n\d+k\d+|[\s;])", ptx)
-    kinds = ["".join(kind).strip(" \t\n;") for kind in mma]
-    return {
-        "wide": sum(size >= 16 for size in copied + loaded),
-        "narrow": 100 * sum(size for size in copied if size < 16) // max(1, sum(copied)),
-        "mma": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-    }
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack, by the tool that ships with Triton."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {
-        name: int(re.findall(rf"{word}:(\d+)", text)[0])
-        for name, word in (("registers", "REG"), ("stack", "STACK"))
-    }
 
 
 def offences(kernel: Compiled) -> list[Offence]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from checkout import ROOT
@@ -19,6 +19,11 @@ from mtpkern import UserError, arguments
 from mtpkern.cli.machine import cpu_model
 from mtpkern.errors import printable
 from mtpkern.outputs import FORCE, output_file, writing
+
+if TYPE_CHECKING:
+    from mtpkern import LLM
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
 class Finish(Protocol):
@@ -162,6 +167,12 @@ def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:
             ) from None
         rows.append(row)
     return rows if limit is None else spread(rows, limit)
+
+
+def encode(llm: "LLM", text: str) -> list[int]:
+    """Token ids of a prompt, through the model's chat template if it has one."""
+    chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template
+    return llm.encode([{"role": "user", "content": text}] if chat else text)
 
 
 def spread(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

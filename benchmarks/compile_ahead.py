@@ -18,22 +18,21 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
-from bench_steps import TINY, medusa_heads, mtp_module, write_config
-from check_codegen import Device
 from common import Finish, run
-from kernel_cases import MODELS, OPS, STEPS
-from predict_steps import meta_state
+from dummy_models import medusa_heads, meta_state, mtp_module, write_config
+from kernel_cases import OPS
+from model_shapes import MODELS, STEPS, TINY
+from offline_compiler import Device
 from triton.runtime.jit import JITFunction
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import NoDrafter
+from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.errors import UserError
 from mtpkern.ops.gpu import with_pdl
@@ -170,9 +169,11 @@ def launch(job: Job, pdl: bool, on_launch: Launch) -> None:
         # One layer launches what all of them do.
         directory = write_config(SHAPES[job.model]._replace(L=1), Path(work) / "model")
         trunk, state = meta_state(directory, job.batch, k, ops)
-        llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=ops, _cache=state.cache)
-        drafters = [NgramDrafter(ops), medusa_heads(llm, k), mtp_module(llm)] if k else []
-        for drafter in drafters or [NoDrafter()]:
+        drafters: list[Drafter] = [NoDrafter()]
+        if k:
+            heads = medusa_heads(trunk, k, ops), mtp_module(trunk, state.cache, ops)
+            drafters = [NgramDrafter(ops), *heads]
+        for drafter in drafters:
             decode_step(state, trunk, drafter, ops, logprobs=True)
 
 

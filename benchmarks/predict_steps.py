@@ -20,30 +20,24 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
-from bench_steps import TINY, medusa_heads, mtp_module, write_config
-from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, loop_instructions, matmul
-from check_codegen import Device, launches_compiled
+from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, matmul
 from common import Finish, run
-from kernel_cases import MODELS, PAGE_SIZE, Model
+from dummy_models import medusa_heads, meta_state, mtp_module, write_config
+from model_shapes import MODELS, TINY, ModelShape
+from offline_compiler import Device, launches_compiled, loop_instructions, op_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpkern.arguments import Parser, at_least
-from mtpkern.cache import KVCache
-from mtpkern.checkpoints.hf_config import read_hf_config
-from mtpkern.decode import DecodeState, decode_step
+from mtpkern.decode import decode_step
 from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.ngram import NgramDrafter
-from mtpkern.model import Llama
-from mtpkern.ops.base import Ops
 from mtpkern.ops.gpu import TRITON
 
-META = torch.device("meta")
 # What torch does without launching anything.
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "select", "slice", "unsqueeze", "expand", "transpose"),
@@ -94,34 +88,13 @@ def traced() -> Iterator[Trace]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        name = op_name(self.fn.__name__)
         trace.launch(name, given)
         if l2_bytes(given, grid):
             trace.matmuls.append((name, self, args, grid, options))
 
     with patch.object(triton.runtime.jit.JITFunction, "run", run), trace:
         yield trace
-
-
-def meta_state(
-    directory: Path, batch: int, k: int, ops: Ops = TRITON, **options: Any
-) -> tuple[Llama, DecodeState]:
-    """A model and a state without data, of the shapes that config.json names."""
-    config = read_hf_config(directory)
-    trunk = Llama.load(directory, dtype=torch.bfloat16, ops=ops, device=META, dummy=True)
-    cache = KVCache.empty(
-        layers=config.num_layers,
-        pages=8,
-        page_size=PAGE_SIZE,
-        page_table=torch.zeros(batch, 4, dtype=torch.int32, device=META),
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        inverse_frequencies=torch.ones(config.head_dim // 2),
-        rope_scaling=1.0,
-        dtype=torch.bfloat16,
-    )
-    ring = torch.zeros(4, batch, 2 * k + 3, dtype=torch.int64, device=META)
-    return trunk, DecodeState.empty(cache, 200, k, ring=ring, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +107,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         f"{ISSUED:.0%} of issue slots used, {MMA / 1e12:.0f} TFLOP/s, {LAUNCH * 1e6} us for every "
         f"launch; context {args.context}; predicted, not measured"
     )
-    shapes: dict[str, Model] = {"tiny": TINY} | MODELS
+    shapes: dict[str, ModelShape] = {"tiny": TINY} | MODELS
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
         for name in args.model or MODELS:
@@ -170,14 +143,12 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one model and batch: plain, and each kind of drafter at K."""
     trunk, state = meta_state(directory, batch, args.k)
-    # What bench_steps needs of an LLM to make heads up.
-    llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=TRITON, _cache=state.cache)
     drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
     if args.k:
         drafters += [
             ("n-gram", args.k, NgramDrafter(TRITON)),
-            ("medusa", args.k, medusa_heads(llm, args.k)),
-            ("mtp", args.k, mtp_module(llm)),
+            ("medusa", args.k, medusa_heads(trunk, args.k, TRITON)),
+            ("mtp", args.k, mtp_module(trunk, state.cache, TRITON)),
         ]
     plain = 0.0
     for kind, k, drafter in drafters:

@@ -26,9 +26,9 @@ from unittest.mock import patch
 
 import torch
 from bench_kernels import launch, milliseconds, rotating, tensors
-from bench_steps import TINY
 from common import Finish, run
-from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS, Case
+from kernel_cases import OPS, KernelCase
+from model_shapes import MODELS, OTHER_TIERS, STEPS, TINY
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -69,7 +69,7 @@ KNOBS = (
 TUNED = ("linear", "gate_up_silu", "qkv_rope_cache", "medusa_blocks", "verify_attention", "ngram")
 
 # An op's name and one of its cases.
-Use = tuple[str, Case]
+Use = tuple[str, KernelCase]
 # The arguments of a call, positional and named; those of a constant are ().
 Key = tuple[Any, ...]
 Results = tuple[Tensor, ...]
@@ -186,7 +186,7 @@ def try_value(
         return Trial(value, math.inf, (str(error).strip().splitlines() or ["?"])[-1])
 
 
-def results(case: Case, pdl: bool) -> Results:
+def results(case: KernelCase, pdl: bool) -> Results:
     """What a case gives on the same inputs every time; what it does not write is NaN."""
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors
@@ -196,7 +196,7 @@ def results(case: Case, pdl: bool) -> Results:
         torch.use_deterministic_algorithms(False)
 
 
-def time_of(case: Case, repeat: int, pdl: bool) -> float:
+def time_of(case: KernelCase, repeat: int, pdl: bool) -> float:
     """Milliseconds of a case, on inputs that rotate; in emulation of one launch, by the clock."""
     if torch.version.cuda is None:
         call, begin = case.inputs("cuda"), time.perf_counter()

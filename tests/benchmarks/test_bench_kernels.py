@@ -1,8 +1,6 @@
 """bench_kernels: its check, its arithmetic and its last line, small and with a stopped clock."""
 
 import json
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +15,12 @@ TINY = dict(E=48, F=112, Hq=4, Hk=2, D=16, V=307, L=3)
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, where every call takes 2 ms and is made once."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_kernels
-    import kernel_cases
+    import kernel_cases.layers
+    from model_shapes import ModelShape
 
     def two(calls: Any, repeat: int) -> float:
         for call in calls:
@@ -32,12 +31,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(bench_kernels, "milliseconds", two)
     monkeypatch.setattr(bench_kernels, "PROBE_BYTES", 2**18)
     monkeypatch.setattr(bench_kernels, "MAX_SETS", 2)
-    monkeypatch.setattr(kernel_cases, "CONTEXTS", (512,))
-    monkeypatch.setitem(bench_kernels.MODELS, "tiny", kernel_cases.Model(**TINY))
-    monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", kernel_cases.Model(**TINY, qk_norm=True))
-    yield bench_kernels
-    for name in ("bench_kernels", "kernel_cases", "common", "checkout"):
-        sys.modules.pop(name, None)
+    monkeypatch.setattr(kernel_cases.layers, "CONTEXTS", (512,))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny", ModelShape(**TINY))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", ModelShape(**TINY, qk_norm=True))
+    return bench_kernels
 
 
 def test_without_a_gpu_it_says_so_in_one_line(
@@ -104,7 +101,7 @@ def test_what_is_timed_is_what_was_checked(bench: Any, pdl: bool) -> None:
 
     zero = partial(torch.zeros, 1)
     call = bench.Call(launch, zero, zero, zero)
-    case = bench.Case("", "", 1 << 30, lambda device: call)
+    case = bench.KernelCase("", "", 1 << 30, lambda device: call)
     bench.check(case, pdl)
     bench.launch(call, pdl)()
     assert launched == [pdl, pdl]

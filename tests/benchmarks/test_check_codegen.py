@@ -33,7 +33,9 @@ def codegen(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_loads_copies_and_multiplications_are_counted(codegen: Any) -> None:
-    assert codegen.instructions(PTX) == {
+    import offline_compiler
+
+    assert offline_compiler.instructions(PTX) == {
         "wide": 2,
         "narrow": 33,
         "mma": {"mma.sync.m16n8k16": 1, "tcgen05.mma": 1, "wgmma.mma_async.m64n16k16": 1},
@@ -56,10 +58,10 @@ SASS = """
 
 
 def test_the_longest_loop_that_multiplies_is_counted(codegen: Any) -> None:
-    import bounds
+    from offline_compiler import multiplying_loop
 
-    assert bounds.multiplying_loop(SASS) == 4
-    assert bounds.multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
+    assert multiplying_loop(SASS) == 4
+    assert multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
 
 
 # Rows of a step, and bytes that a layer's matmuls may ask the L2 for, over those of its weights.
@@ -70,7 +72,9 @@ def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
     codegen: Any, step: tuple[int, int], most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bounds
-    from kernel_cases import MODELS, OPS
+    from kernel_cases import OPS
+    from model_shapes import MODELS
+    from triton.runtime.jit import JITFunction
 
     asked, weights = 0, 0
 
@@ -81,7 +85,7 @@ def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
         multiplied = bounds.matmul(given, grid)
         weights += 0 if multiplied is None else multiplied.weight_bytes
 
-    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    monkeypatch.setattr(JITFunction, "run", count)
     for op in ("qkv_rope_cache", "linear", "gate_up_silu"):
         for case in OPS[op](MODELS["llama-3.1-8b"], *step):
             case.inputs("meta").launch(False)
@@ -96,11 +100,12 @@ def test_the_l2_is_asked_for_what_the_formula_says(
     """Loads and stores of a matmul whose inputs are split, but for the last output."""
     import bounds
     from traffic import recorded_traffic
+    from triton.runtime.jit import JITFunction
 
     N, K = 100, 1100
     x, w = torch.randn(rows, K).bfloat16().to(gpu), torch.randn(N, K).bfloat16().to(gpu)
     expected = 0
-    run = codegen.JITFunction.run
+    run = JITFunction.run
 
     def count(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
         nonlocal expected
@@ -108,7 +113,7 @@ def test_the_l2_is_asked_for_what_the_formula_says(
         expected += bounds.l2_bytes(given, grid)
         return run(self, *args, grid=grid, **options)
 
-    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    monkeypatch.setattr(JITFunction, "run", count)
     with recorded_traffic() as traffic:
         out = linear(x, w)
     accesses = traffic.read + traffic.written

@@ -113,6 +113,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     import bench_steps
     import compile_ahead
     import kernel_cases
+    import model_shapes
     from pretend_gpu import pretend_gpu
 
     tiny = ["--model", "tiny"]
@@ -122,8 +123,8 @@ def test_what_is_compiled_ahead_is_what_is_launched(
         for job in jobs:
             compile_ahead.launch(job, True, lambda *launch: ahead.add(gpu.binary(*launch)))
         for op in kernel_cases.OPS:
-            for B, T in kernel_cases.STEPS:
-                for case in kernel_cases.OPS[op](bench_steps.TINY, B, T):
+            for B, T in model_shapes.STEPS:
+                for case in kernel_cases.OPS[op](model_shapes.TINY, B, T):
                     case.inputs("cuda").launch(True)
         assert set(gpu.binaries) <= ahead, "ops"
         assert bench_steps.main([*tiny, "--context", "64", "--repeat", "2"]) == 0

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +15,14 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with one short context."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import kernel_cases
+    import kernel_cases.layers
     import tune
 
-    monkeypatch.setattr(kernel_cases, "CONTEXTS", (128,))
-    yield tune
-    for name in ("tune", "bench_kernels", "bench_steps", "kernel_cases", "common", "checkout"):
-        sys.modules.pop(name, None)
+    monkeypatch.setattr(kernel_cases.layers, "CONTEXTS", (128,))
+    return tune
 
 
 def test_the_fastest_value_that_keeps_the_bits_is_chosen(tune: ModuleType) -> None:

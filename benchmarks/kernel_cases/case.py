@@ -1,0 +1,44 @@
+"""What a case of a kernel is, and the inputs that the cases share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.bfloat16
+EPS = 1e-5
+PAGE_SIZE = 64
+K = 4  # parallel heads
+
+
+class Call(NamedTuple):
+    """One set of inputs, ready to run. The first three return the same tensors, or tuples of them.
+
+    `truth` computes in float64, and may look at what the launch before it left; `in_dtype` as torch
+    does in the inputs' dtype, whose error sets the tolerance. `baseline` is timed against the
+    kernel.
+    """
+
+    launch: Callable[[bool], object]  # takes pdl
+    truth: Callable[[], object]
+    in_dtype: Callable[[], object]
+    baseline: Callable[[], object]
+
+
+class KernelCase(NamedTuple):
+    """An op at one shape. `inputs` makes a new set of random inputs on a device at every call."""
+
+    name: str
+    shape: str
+    bytes_moved: int
+    inputs: Callable[[str], Call]
+
+
+def normal(device: str, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, device=device, dtype=DTYPE) * scale
+
+
+def normed(x: Tensor, w: Tensor) -> Tensor:
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * w.double()
