@@ -1,18 +1,19 @@
-"""What decoding says about its drafts: acceptance by length and position, without loops."""
+"""Statistics of drafts: tokens per step, acceptance by position, and texts cut at loops."""
 
 import checkout  # noqa: F401
 
 from mtpkern import Stats
 
-REPEAT = 8  # a text is cut where it first repeats so many tokens
+REPEAT = 8  # a text is cut where it first repeats this many tokens
 
 
 def acceptance_length(stats: list[Stats]) -> float:
+    """Tokens emitted per step; 1.0 is plain decoding."""
     return sum(s.new_tokens for s in stats) / sum(s.steps for s in stats)
 
 
 def by_position(stats: list[Stats], k: int, source: str | None = None) -> list[float]:
-    """Accepted over drafted at each position, of one source or of all."""
+    """Accepted over drafted at each of K positions, for one source or for all."""
 
     def total(counts: list[dict[str, list[int]]], i: int) -> int:
         return sum(c[i] for per in counts for s, c in per.items() if source in (None, s))
@@ -23,7 +24,7 @@ def by_position(stats: list[Stats], k: int, source: str | None = None) -> list[f
 
 
 def loop_free(tokens: list[int], drafted: list[bool]) -> tuple[int, int]:
-    """Tokens and steps before a text first repeats `REPEAT` tokens; whole steps only.
+    """The tokens and steps before a text first repeats `REPEAT` tokens, in whole steps.
 
     A step is a run of accepted drafts and the token after them.
     """

@@ -1,13 +1,13 @@
-"""Decoding with drafts against decoding without: first whether they agree, then how fast.
+"""Decoding with drafts beside decoding without: whether the tokens agree, then how fast.
 
     python benchmarks/bench_decode.py --limit 12
 
-1. Check. Per prompt, K drafts against K = 0: token ids and log-probabilities bitwise equal, one
-   prompt at a time, in ragged batches of 3, and on a CPU at temperature 0.8 with a fixed seed.
-   Anything red: exit code 1 and no speed.
-2. Time, without log-probabilities, batch 1. Per prompt, in alternating order: plain decoding, which
-   is the same step at K = 0, and drafts.
-3. Acceptance of each source of drafts alone, and with --peers the same weights in transformers.
+1. Check: with K drafts, token ids and log-probabilities must equal those of K = 0 bit for bit, one
+   prompt at a time, in ragged batches of 3, and on a CPU also at temperature 0.8 with a fixed seed.
+   Any difference is red: exit code 1 and no speed.
+2. Time: each prompt alone, with drafts and plain (the same step at K = 0), in alternating order,
+   without log-probabilities.
+3. Acceptance of each source of drafts alone; with --peers, the same weights in transformers.
 
 Rates come from summed tokens and summed seconds. The last line is one JSON object.
 """
@@ -47,14 +47,14 @@ WARM_UP_TOKENS = 8
 
 @dataclass
 class PromptRun:
-    """One prompt and all that was measured with it."""
+    """One prompt, and what was measured with it."""
 
     category: str
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)  # per token, in decoding with drafts
+    drafted: list[bool] = field(default_factory=list)  # per token: accepted as a draft
     stats: Stats | None = None  # of decoding with drafts
-    identical: dict[str, bool] = field(default_factory=dict)  # check -> whether it held
+    identical: dict[str, bool] = field(default_factory=dict)  # check -> whether it passed
     timed: dict[str, tuple[int, float]] = field(default_factory=dict)  # variant -> tokens, seconds
     alone: dict[str, Stats] = field(default_factory=dict)  # source of drafts -> its statistics
 
@@ -121,19 +121,30 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", help="a directory, hub id or name (default: the default model)")
-    add("--heads", default="auto")
-    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
+    add("--heads", default="auto", help="auto, none, a name or a directory")
     add(
-        "--limit", type=at_least(1), metavar="N", help="so many prompts, spread over the categories"
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
     )
-    add("--max-tokens", type=at_least(1), default=128, metavar="N")
-    add("-K", dest="k", type=at_least(0), default=4)
-    add("--threads", type=at_least(1), default=2)
-    add("--dtype", default="auto")
-    add("--device", default="auto")
-    add("--peers", action="store_true", help="time transformers on the same weights too")
-    add("--no-sources", dest="sources", action="store_false", help="skip heads and n-gram alone")
+    add(
+        "--limit", type=at_least(1), metavar="N", help="prompts, over all categories (default: all)"
+    )
+    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
+    add("--threads", type=at_least(1), default=2, metavar="N", help="CPU threads")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--peers", action="store_true", help="also time transformers on the same weights")
+    add(
+        "--no-sources",
+        dest="sources",
+        action="store_false",
+        help="skip heads and n-gram alone",
+    )
     return parser
 
 
@@ -141,7 +152,7 @@ CHECKS = ("single", f"batches of {RAGGED_BATCH}", "temperature 0.8")
 
 
 def check(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> None:
-    """Compare with K = 0 in three ways, and keep the tokens and steps of the first."""
+    """Compare with K = 0 in three ways; keep the tokens and statistics of the first."""
     greedy = SamplingParams(max_tokens=max_tokens, logprobs=True)
     sampled = SamplingParams(max_tokens=max_tokens, logprobs=True, temperature=0.8, seed=SEED)
     single, ragged, warm = CHECKS
@@ -169,12 +180,12 @@ def check(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> No
 
 
 def time_variants(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> None:
-    """Time each prompt plain and with drafts; every other prompt in reverse order."""
+    """Time each prompt plain and with drafts, in reverse order for every other prompt."""
     variants: list[tuple[str, Callable[..., Any]]] = [
         ("plain", partial(llm.generate, speculate=False)),
         ("drafts", llm.generate),
     ]
-    for _, generate in variants:  # the first steps set things up
+    for _, generate in variants:  # warm up
         generate([cases[0].prompt], SamplingParams(max_tokens=WARM_UP_TOKENS))
     params = SamplingParams(max_tokens=max_tokens)
     for i, case in enumerate(cases):
@@ -188,7 +199,7 @@ def time_variants(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phas
 def measure_sources(
     open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[PromptRun], phase: Phase
 ) -> None:
-    """Run each source of drafts alone, for its steps; nothing is timed."""
+    """Run each source of drafts alone, for its acceptance; nothing is timed."""
     settings: dict[str, dict[str, Any]] = {
         "heads alone": {"heads": args.heads, "ngram": False},
         "n-gram alone": {"heads": "none", "ngram": True},
@@ -207,7 +218,7 @@ def measure_sources(
 def time_peers(
     model: str | None, plain: LLM, cases: list[PromptRun], max_tokens: int
 ) -> dict[str, float] | None:
-    """Plain decoding here against transformers: alternating, tokens per second of both."""
+    """Plain decoding here and in transformers, prompt by prompt -> tokens per second of both."""
     try:
         from peer_transformers import Peer
     except ImportError:
@@ -215,7 +226,7 @@ def time_peers(
         return None
     peer = Peer(model, plain.dtype, plain.device)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    # Compiling pays where launches are what costs: on a GPU.
+    # Compiling pays on a GPU only, where launches dominate.
     ways = {"transformers": False} | (
         {"transformers_compiled": True} if plain.device.type == "cuda" else {}
     )
@@ -269,7 +280,7 @@ def rate(timed: Iterable[tuple[int, float]]) -> float:
 
 
 def sources(stats: list[Stats]) -> dict[str, Any]:
-    """Per source of drafts: its share of the steps, what those gave, and where drafts failed."""
+    """Per source of drafts: its steps, their tokens per step, and acceptance by position."""
     found = {}
     for name in dict.fromkeys(name for s in stats for name in s.source_steps):
         steps = sum(s.source_steps.get(name, 0) for s in stats)
@@ -285,11 +296,20 @@ def sources(stats: list[Stats]) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     overall = report["overall"]
-    head = ("category", "prompts", "a step", "loop-free", "plain tok/s", "tok/s", "speedup", "same")
-    print("{:<16}{:>8}{:>8}{:>11}{:>13}{:>8}{:>9}{:>6}  accepted by position".format(*head))
+    head = (
+        "category",
+        "prompts",
+        "tok/step",
+        "loop-free",
+        "plain tok/s",
+        "tok/s",
+        "speedup",
+        "same",
+    )
+    print("{:<16}{:>8}{:>9}{:>11}{:>13}{:>8}{:>9}{:>6}  accepted by position".format(*head))
     for r in [*report["rows"], overall]:
         print(
-            f"{r['category']:<16}{r['prompts']:>8}{r['mean_acceptance_length']:>8.2f}"
+            f"{r['category']:<16}{r['prompts']:>8}{r['mean_acceptance_length']:>9.2f}"
             f"{r['mean_acceptance_length_loop_free']:>11.2f}{r['plain_tokens_per_second']:>13.1f}"
             f"{r['tokens_per_second']:>8.1f}{r['speedup']:>9.2f}{r['identical_prompts']:>6}"
             f"  {percents(r['acceptance_by_position'])}"
@@ -297,7 +317,7 @@ def print_report(report: dict[str, Any]) -> None:
     for name, source in (overall["sources"] | overall["alone"]).items():
         steps = f"{source['steps']} steps, " if "steps" in source else ""
         rates = percents(source["acceptance_by_position"])
-        print(f"{name}: {steps}{source['mean_acceptance_length']:.2f} tokens a step  {rates}")
+        print(f"{name}: {steps}{source['mean_acceptance_length']:.2f} tokens per step  {rates}")
     if peers := report.get("peers"):
         print(
             f"transformers: {peers['transformers_tokens_per_second']:.1f} tok/s, plain decoding "

@@ -1,13 +1,13 @@
-"""What a step costs: made-up weights of real shapes, every batch and K, beside torch's own step.
+"""What a step costs on random weights of real shapes: every batch and K, beside torch's own step.
 
     python benchmarks/bench_steps.py --model llama-3.1-8b --context 1024
 
-The cost of a step does not depend on what the weights say, so that none are needed. A row is one
-(batch, K) at one context: the median time of a step with its spread, the bytes that it must read
-(weights once, keys and values of the context) over that time, and the ratio to the best plain step
-of the same batch. The floor is a plain step in plain torch under a CUDA graph (`F.linear`,
-`scaled_dot_product_attention`), which need not keep the numerics contract. The last line is one
-JSON object. On a CPU it runs the references, to show that it runs.
+The cost of a step does not depend on the weights' values, so no checkpoint is needed. A row is one
+(batch, K) at one context: the median time of a step and its spread, the bytes that it must read
+(weights once, keys and values of the context) over that time, and the ratio to the fastest plain
+step of the same batch. The baseline `torch` is a plain step in plain torch under a CUDA graph
+(`F.linear`, `scaled_dot_product_attention`), which does not keep the numerics contract. The last
+line is one JSON object. On a CPU it runs the references, to show that it runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Finish, environment, first_line, gpu_environment, gpu_first_line, print_row, run
+from common import (
+    Finish,
+    environment,
+    first_line,
+    gpu_environment,
+    gpu_first_line,
+    one_of,
+    print_row,
+    run,
+)
 from dummy_models import medusa_heads, mtp_module, write_config
 from model_shapes import MODELS, TINY
 from torch import Tensor
@@ -72,16 +81,36 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], action="append", help="default: 8B and 1B")
-    add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
-    add("-K", type=at_least(0), action="append", metavar="K", help="default: 0 and 4")
-    add("--context", type=at_least(1), action="append", metavar="S", help="default: 1024")
-    add("--repeat", type=at_least(2), default=20, metavar="N", help="times a median is taken of")
+    names = ["tiny", *MODELS]
+    default = "llama-3.1-8b and llama-3.2-1b; without a GPU tiny"
+    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
+    add(
+        "--batch",
+        type=at_least(1),
+        action="append",
+        metavar="B",
+        help="sequences; repeatable (default: 1)",
+    )
+    add(
+        "-K",
+        type=at_least(0),
+        action="append",
+        metavar="K",
+        help="drafts per step; repeatable (default: 0 and 4)",
+    )
+    add(
+        "--context",
+        type=at_least(1),
+        action="append",
+        metavar="S",
+        help="cached tokens; repeatable (default: 1024)",
+    )
+    add("--repeat", type=at_least(2), default=20, metavar="N", help="steps per median")
     return parser
 
 
 def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one model: every batch and context, each with its floor and every K and drafter."""
+    """Rows of one model: torch's step, then every K and drafter, at each batch and context."""
     most = max(args.context)
     llm = LLM(
         directory,
@@ -138,15 +167,15 @@ def bytes_read(llm: LLM, batch: int, context: int) -> int:
 
 
 def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Callable[[], object]:
-    """One step of mtpkern at a context; no sequence is active, so that it can be repeated."""
+    """One step of mtpkern at a context. No sequence is active, so it can be repeated."""
     state = llm._state.view(batch, k)
     pages = -(-(context + 64) // llm._cache.k.shape[2])
     for slot in range(batch):
-        # Contents do not matter: all sequences may lie in pages of their own or share them.
+        # Contents do not matter, so sequences may share pages where the cache has too few.
         first = 1 + slot * pages % max(1, llm._cache.k.shape[1] - pages)
         llm._cache.assign(slot, list(range(first, first + pages)))
     state.cache.lengths.fill_(context)
-    # A grid spans the table's columns: those of longer contexts are not this one's.
+    # The attention's grid spans the page table, which is cut to this context.
     state = replace(state, cache=state.cache.columns(pages))
     if isinstance(drafter, MtpDrafter):
         drafter.cache.lengths.fill_(context)
@@ -157,7 +186,7 @@ def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Ca
 
 
 def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
-    """A plain step in plain torch, as fast as the vendor's matmuls and attention make it."""
+    """A plain step in plain torch, with the vendor's matmuls and attention."""
     c, like = trunk.config, trunk.embedding
     heads, kv_heads, D = c.num_heads, c.num_kv_heads, c.head_dim
     keys = like.new_zeros(c.num_layers, 2, batch, kv_heads, context + 1, D)
@@ -196,7 +225,7 @@ def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
 
 
 def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:
-    """Milliseconds of a step: the median of `repeat`, and the distance of its quartiles."""
+    """Milliseconds of a step: the median of `repeat`, and the interquartile range."""
     times = []
     for _ in range(repeat + 2):
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Models and heads of real shapes with made-up weights, or with no data at all (device "meta")."""
+"""Models and heads of real shapes with random weights, or without data (device "meta")."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ DRAFT_VOCABULARY = 32000
 
 
 def write_config(model: ModelShape, directory: Path) -> Path:
-    """Write a config.json of this shape: all that made-up weights need -> the directory."""
+    """Write a config.json of this shape, enough for load_format="dummy" -> the directory."""
     directory.mkdir()
     config = {
         "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],

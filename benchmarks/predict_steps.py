@@ -1,14 +1,13 @@
-"""What a step should cost on a GPU, from the launches that it makes and the bytes that they read.
+"""What a step should cost on a GPU, predicted from its launches and the bytes that they read.
 
     python benchmarks/predict_steps.py --model llama-3.1-8b --context 1024
 
-The step is run on tensors without data (torch's meta device), which counts every kernel and every
-operator of torch that it would launch, and the weights that those would read; keys and values are
-counted by formula. A matmul takes as long as the slowest of four bounds says (`bounds.py`): memory,
-L2, instructions issued, which its machine code for an H100 says, and tensor cores; attention as
-long as its keys and values take from memory; every launch a microsecond more. The rates are
-assumptions, and are printed with the result: nothing here is a measurement. The last line is one
-JSON object.
+The step runs on tensors without data (torch's meta device), which counts every kernel and every
+torch operator that it would launch, and the weights that those would read; keys and values are
+counted by formula. A matmul takes as long as the slowest of four bounds (`bounds.py`): memory, L2,
+instructions issued (from its machine code for an H100) and tensor cores. Attention takes as long as
+reading its keys and values from memory. Every launch adds a microsecond. The rates are assumptions
+and are printed with the result; nothing here is a measurement. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from unittest.mock import patch
 import torch
 import triton
 from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, matmul
-from common import Finish, run
+from common import Finish, one_of, run
 from dummy_models import medusa_heads, meta_state, mtp_module, write_config
 from model_shapes import MODELS, TINY, ModelShape
 from offline_compiler import Device, launches_compiled, loop_instructions, op_name
@@ -38,7 +37,7 @@ from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.ops.gpu import TRITON
 
-# What torch does without launching anything.
+# Operators of torch that launch nothing.
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "select", "slice", "unsqueeze", "expand", "transpose"),
     *("t", "alias", "split_with_sizes", "permute", "detach"),
@@ -52,15 +51,15 @@ HEADER = (
 
 
 class Trace(TorchDispatchMode):
-    """What a step would launch, and the bytes of weights that its kernels would read."""
+    """The launches of a step, and the bytes of weights that its kernels would read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
         self.weight_bytes = 0
-        self.cached_slots_bytes = 0  # of one cached token of every sequence, in all launches
-        # Matmuls and what adds up their segments: name, function, arguments by place, grid, others
+        self.cached_slots_bytes = 0  # of one cached token per sequence, over all launches
+        # Matmuls and the sums of their segments: name, function, arguments, grid, options.
         self.matmuls: list[tuple[str, Any, tuple[Any, ...], Any, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +69,7 @@ class Trace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def launch(self, name: str, given: dict[str, Any]) -> None:
-        """Count a kernel, whose arguments go by the names of its signature."""
+        """Count a kernel; `given` has its arguments by the names of its signature."""
         self.kernels[name] += 1
         if "w_ptr" in given and name != "rms_norm":
             w = given["w_ptr"]
@@ -83,7 +82,7 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def traced() -> Iterator[Trace]:
-    """Count instead of launching. Whoever wants a value of a tensor is refused: it has none."""
+    """Count launches instead of making them. Tensors have no data: reading a value fails."""
     trace = Trace()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -131,10 +130,18 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], action="append", help="default: all")
-    add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
-    add("-K", dest="k", type=at_least(0), default=4)
-    add("--context", type=at_least(1), default=1024)
+    names = ["tiny", *MODELS]
+    default = "all but tiny"
+    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
+    add(
+        "--batch",
+        type=at_least(1),
+        action="append",
+        metavar="B",
+        help="sequences; repeatable (default: 1)",
+    )
+    add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
+    add("--context", type=at_least(1), default=1024, metavar="S", help="cached tokens")
     return parser
 
 
@@ -176,7 +183,7 @@ def predict(
 
 
 def matmul_seconds(trace: Trace) -> tuple[float, str]:
-    """What all matmuls of a step take on an H100, and which bound decides for each kernel."""
+    """The time of all matmuls of a step on an H100, and the bound that decides for each kernel."""
     seconds, deciding = 0.0, dict[str, str]()
     for name, function, args, grid, options in trace.matmuls:
         given = dict(zip(function.arg_names, args, strict=False)) | options
@@ -187,7 +194,7 @@ def matmul_seconds(trace: Trace) -> tuple[float, str]:
             ceiling = multiplied.issue_ceiling(instructions, options["num_warps"], GPUS["sm_90"])
             loaded = multiplied.passes * multiplied.bytes_of_pass
             times["memory"] = multiplied.weight_bytes / DRAM
-            # Inputs of one pass have no loop.
+            # A matmul of one pass has no loop.
             times["issue"] = loaded / ceiling / ISSUED if ceiling else 0.0
             times["tensor cores"] = multiplied.flops / MMA
         bound = max(times, key=lambda one: times[one])
@@ -200,7 +207,7 @@ _counted: dict[tuple[object, ...], int] = {}
 
 
 def _instructions(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Instructions in a pass of a matmul's loop on sm_90, compiled once for each shape."""
+    """Instructions per pass of a matmul's loop on sm_90, compiled once per shape."""
     key = (function.fn.__name__, *sorted(item for item in options.items()))
     if key not in _counted:
         triton.runtime.driver.set_active(Device(90))

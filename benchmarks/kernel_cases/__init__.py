@@ -1,4 +1,4 @@
-"""Every kernel at the shapes of real models: what is launched, checked, timed and compiled.
+"""Every kernel at the shapes of real models, to be launched, checked, timed or compiled.
 
 `OPS` has one entry per op. `bench_kernels.py` runs the cases on a GPU; `check_codegen.py` compiles
 them on any machine, from tensors without data (device "meta").

@@ -1,4 +1,4 @@
-"""What a case of a kernel is, and the inputs that the cases share."""
+"""A kernel's case: one op at one shape, with inputs, truth and baseline."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,19 +15,19 @@ K = 4  # parallel heads
 class Call(NamedTuple):
     """One set of inputs, ready to run. The first three return the same tensors, or tuples of them.
 
-    `truth` computes in float64, and may look at what the launch before it left; `in_dtype` as torch
-    does in the inputs' dtype, whose error sets the tolerance. `baseline` is timed against the
+    `truth` computes in float64 and may use the outputs of the preceding launch. `in_dtype` computes
+    with torch in the inputs' dtype; its error sets the tolerance. `baseline` is timed beside the
     kernel.
     """
 
-    launch: Callable[[bool], object]  # takes pdl
+    launch: Callable[[bool], object]  # argument: pdl
     truth: Callable[[], object]
     in_dtype: Callable[[], object]
     baseline: Callable[[], object]
 
 
 class KernelCase(NamedTuple):
-    """An op at one shape. `inputs` makes a new set of random inputs on a device at every call."""
+    """An op at one shape. `inputs(device)` makes new random inputs at every call."""
 
     name: str
     shape: str

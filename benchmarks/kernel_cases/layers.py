@@ -19,7 +19,7 @@ from mtpkern.kernels.verify_attention import split_size, verify_attention, works
 
 from .case import DTYPE, EPS, PAGE_SIZE, Call, KernelCase, normal, normed
 
-CONTEXTS = (1024, 8192, 32768)  # keys of a sequence, those of the window included
+CONTEXTS = (1024, 8192, 32768)  # keys per sequence, those of the window included
 
 
 def rms_norm_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
@@ -52,19 +52,22 @@ def qkv_rope_cache_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCa
         positions = 1000 + 7 * torch.arange(R, device=device)
         frequencies = 10000.0 ** -(torch.arange(0, D, 2) / D)
         cos, sin = (t.to(device) for t in rotary_tables(frequencies, 1.0, 1000 + 7 * R))
-        heads = (normal(device, D), normal(device, D)) if model.qk_norm else (None, None)
+        gains = {}
+        if model.qk_norm:
+            gains = {"q_norm": normal(device, D), "k_norm": normal(device, D)}
         out = normal(device, R, Hq, D)
 
         def launch(pdl: bool) -> tuple[Tensor, ...]:
-            given = dict(q_norm=heads[0], k_norm=heads[1], out=out, pdl=pdl)
-            plan = (slots, positions, cos, sin)
-            return qkv_rope_cache(x, norm_w, EPS, w, k_pages, v_pages, *plan, **given), *written
+            given = (x, norm_w, EPS, w, k_pages, v_pages, slots, positions, cos, sin)
+            return qkv_rope_cache(*given, **gains, out=out, pdl=pdl), *written
 
         def appended(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
             qk, v = F.linear(x, w).view(R, -1, D).split((Hq + Hk, Hk), 1)
-            if heads[0] is not None:
+            if gains:
                 q, k = qk.split((Hq, Hk), 1)
-                qk = torch.cat([normed(q, heads[0]), normed(k, heads[1])], 1).to(x.dtype)
+                qk = torch.cat([normed(q, gains["q_norm"]), normed(k, gains["k_norm"])], 1).to(
+                    x.dtype
+                )
             c, s = cos[positions, None].to(x.dtype), sin[positions, None].to(x.dtype)
             q, k = (qk * c + qk.roll(D // 2, -1) * s).split((Hq, Hk), 1)
             return (
@@ -79,7 +82,7 @@ def qkv_rope_cache_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCa
         written = (k_pages.flatten(0, 1), v_pages.flatten(0, 1))
         return Call(launch, lambda: appended(normed(x, norm_w), w.double()), in_dtype, in_dtype)
 
-    # The normed rows are written by a launch of their own, and read again.
+    # The norm is a launch of its own: its rows are written and read again.
     moved = DTYPE.itemsize * (N * E + E + 3 * R * E + R * N) + R * (2 * 8 + 2 * 4 * D // 2)
     if model.qk_norm:
         moved += DTYPE.itemsize * (R * (Hq + Hk) * D + 2 * D)
@@ -87,7 +90,7 @@ def qkv_rope_cache_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCa
 
 
 def rope_cache_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """A prompt's rows behind a library's matmul; counts of rows are those of steps here."""
+    """A prompt's rows after a library's matmul, here with the row counts of steps."""
     R, Hq, Hk, D = B * T, model.Hq, model.Hk, model.D
     N, pages = (Hq + 2 * Hk) * D, -(-R // PAGE_SIZE) + 2
 
@@ -129,7 +132,7 @@ def rope_cache_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
 
 
 def verify_attention_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """A chain of T rows a sequence behind full contexts, pages in random order."""
+    """A chain of T rows per sequence after full contexts, pages in random order."""
     Hq, Hk, D = model.Hq, model.Hk, model.D
     for keys in CONTEXTS[: None if B <= 8 else 2]:
         pages = keys // PAGE_SIZE
@@ -175,7 +178,7 @@ def verify_attention_cases(model: ModelShape, B: int, T: int) -> Iterator[Kernel
 
 
 def linear_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """The output and the down projection, residual added."""
+    """The output and the down projection, with the residual added."""
     R, N = B * T, model.E
     for name, K in (("o", model.Hq * model.D), ("down", model.F)):
 
@@ -219,5 +222,5 @@ def gate_up_silu_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase
             in_dtype,
         )
 
-    moved = DTYPE.itemsize * (2 * N * E + E + 3 * R * E + R * N)  # with the normed rows, as above
+    moved = DTYPE.itemsize * (2 * N * E + E + 3 * R * E + R * N)  # the norm is a launch of its own
     yield KernelCase("mlp", f"R={R} F={N} E={E}", moved, inputs)

@@ -44,7 +44,7 @@ def window_slots_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase
 
 
 def accept_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """Drafts of which about one half stands."""
+    """Drafts of which about half are accepted."""
 
     def inputs(device: str) -> Call:
         window, target = (torch.randint(2, (B, T + 1), device=device)[:, :T] for _ in range(2))
@@ -56,8 +56,8 @@ def accept_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
 
 
 def advance_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """A step's end: drafts of which about one half stands. What it changes in place, it goes on
-    changing; the bonus is compared, and where each sequence stands is set back before each call.
+    """The end of a step, with drafts of which about half are accepted. Lengths and window are reset
+    before each call, other state is not; the outputs and the window are compared.
     """
     begin = 1000
 
@@ -90,8 +90,8 @@ def advance_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
 
 
 def kv_rollback_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """All rows of a chain stay; of a tree every second one, so that all of those but one move. The
-    lengths are set back before each call, here and in the baseline.
+    """A chain of which all rows are kept, and a tree of which every second row is kept, so that all
+    of those but the first move. The lengths are reset before each call, in the baseline too.
     """
     L, Hk, D, page_size = model.L, model.Hk, model.D, 16
     kept = torch.arange(0, T, 2)
@@ -145,7 +145,7 @@ def kv_rollback_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]
 
 
 def ngram_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
-    """No match anywhere, which takes longest."""
+    """No match anywhere, the slowest case."""
     known, size = 8000, 3
 
     def inputs(device: str) -> Call:

@@ -22,7 +22,7 @@ def medusa_blocks_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCas
     def inputs(device: str) -> Call:
         w, bias = normal(device, K, 1, E, E, scale=E**-0.5), normal(device, K, 1, E)
         out = normal(device, 1 + K, R, E).transpose(0, 1)
-        x = out[:, 0]  # where the norm before it left them
+        x = out[:, 0]  # the norm writes its rows there
 
         def blocks(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
             heads = [x + F.silu(F.linear(x, w[i, 0], bias[i, 0])) for i in range(K)]
@@ -44,7 +44,7 @@ def multi_head_projection_cases(model: ModelShape, B: int, T: int) -> Iterator[K
     """The LM head alone, with all K heads, and with what sampling needs."""
     E, V = model.E, model.V
     tiles = -(-V // BLOCK_V)
-    # Name, rows, top_k, and whether logits are wanted: one of given ids, and the whole rows.
+    # Name, rows, top_k, and whether logits are returned: those of given ids, and whole rows.
     for name, R, top_k, wanted in (
         ("LM head", B * T, 1, False),
         ("all heads", B * T * (1 + K), 4, False),
@@ -70,7 +70,7 @@ def multi_head_projection_cases(model: ModelShape, B: int, T: int) -> Iterator[K
                 return (values, values, total, *((scores, logits) if wanted else ()))
 
             def kept(logits: Tensor) -> tuple[Tensor, ...]:
-                """The largest logits twice: as they are, and as those of the ids found."""
+                """The largest logits twice: by value, and looked up by the ids found."""
                 found = logits.gather(1, out.ids.clamp(0, V - 1))
                 largest, total = logits.topk(top_k).values, logits.logsumexp(1)
                 if given is None:
