@@ -1,4 +1,4 @@
-"""check_codegen: what it reads from PTX and what it refuses; CI runs its matrix."""
+"""check_codegen: what it reads from machine code, and what it refuses; CI runs its matrix."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +64,11 @@ def test_the_longest_loop_that_multiplies_is_counted(codegen: Any) -> None:
     assert multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
 
 
-# Rows of a step, and bytes that a layer's matmuls may ask the L2 for, over those of its weights.
+# [B, T] of a step, and the most that a layer's matmuls may request from the L2 over its weights.
 @pytest.mark.parametrize(
     ("step", "most"), [((1, 5), 1.25), ((4, 5), 1.5), ((8, 5), 2), ((32, 5), 4)]
 )
-def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
+def test_a_layer_of_8b_requests_little_more_than_its_weights_from_the_l2(
     codegen: Any, step: tuple[int, int], most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bounds
@@ -94,10 +94,10 @@ def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
 
 
 @pytest.mark.parametrize("rows", [5, 20, 100, 160])
-def test_the_l2_is_asked_for_what_the_formula_says(
+def test_l2_requests_match_the_formula(
     gpu: str, codegen: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loads and stores of a matmul whose inputs are split, but for the last output."""
+    """The loads and stores of a matmul with split inputs, without those of the output."""
     import bounds
     from traffic import recorded_traffic
     from triton.runtime.jit import JITFunction
@@ -166,7 +166,7 @@ def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
 
 @pytest.fixture
 def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Compiles both kernels of an attention on an H100 -> their binaries."""
+    """Compiles both kernels of an attention for an H100 -> their binaries."""
     import triton
 
     from mtpkern.kernels.verify_attention import verify_attention
