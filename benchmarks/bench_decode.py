@@ -25,6 +25,7 @@ from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
     PROMPTS,
     Finish,
+    averages,
     encode,
     environment,
     first_line,
@@ -94,7 +95,8 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         | {"heads": args.heads, "prompts": args.prompts.name, "max_tokens": args.max_tokens},
         "checks": {name: sum(c.identical[name] for c in cases) for name in cases[0].identical},
     }
-    print(", ".join(f"{n}: {same}/{len(cases)}" for n, same in report["checks"].items()))
+    checks = ", ".join(f"{name} {same}/{len(cases)}" for name, same in report["checks"].items())
+    print(f"prompts bit for bit as at K = 0: {checks}")
     if not all(all(case.identical.values()) for case in cases):
         print("RED: with drafts the output differs from K = 0; no speed is reported")
         return finish(report | {"rows": [], "overall": None}, 1)
@@ -304,7 +306,7 @@ def print_report(report: dict[str, Any]) -> None:
         "plain tok/s",
         "tok/s",
         "speedup",
-        "same",
+        "equal",
     )
     print("{:<16}{:>8}{:>9}{:>11}{:>13}{:>8}{:>9}{:>6}  accepted by position".format(*head))
     for r in [*report["rows"], overall]:
@@ -315,16 +317,18 @@ def print_report(report: dict[str, Any]) -> None:
             f"  {percents(r['acceptance_by_position'])}"
         )
     for name, source in (overall["sources"] | overall["alone"]).items():
-        steps = f"{source['steps']} steps, " if "steps" in source else ""
-        rates = percents(source["acceptance_by_position"])
-        print(f"{name}: {steps}{source['mean_acceptance_length']:.2f} tokens per step  {rates}")
+        label = f"{name}, in {source['steps']} steps" if "steps" in source else name
+        line = f"{label}: {source['mean_acceptance_length']:.2f} tokens per step"
+        if rates := percents(source["acceptance_by_position"]):
+            line += f", accepted by position {rates}"
+        print(line)
     if peers := report.get("peers"):
         print(
             f"transformers: {peers['transformers_tokens_per_second']:.1f} tok/s, plain decoding "
             f"here {peers['plain_tokens_per_second']:.1f}: {peers['ratio']:.2f} times as fast"
         )
     facts = report["environment"]
-    print(f"load before {facts['load']}, after {facts['load_after']}")
+    print(f"load before {averages(facts['load'])}, after {averages(facts['load_after'])}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from statistics import median
 from typing import Any
 
 from checkout import ROOT
-from common import Finish, environment, first_line, load, read_prompts, run
+from common import Finish, averages, environment, first_line, load, read_prompts, run
 from peer_process import Failed, Visit, visit
 from peer_report import (
     DRAFTS,
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         with stage("timing beside a busy process", 2 * args.repeat * len(turns)) as phase:
             report["busy"] = time_beside_busy(args, work, turns, phase)
     facts["load_after"] = load()
-    print(f"load before {facts['load']}, after {facts['load_after']}")
+    print(f"load before {averages(facts['load'])}, after {averages(facts['load_after'])}")
     return finish(report, 0)
 
 

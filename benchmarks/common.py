@@ -101,9 +101,8 @@ def environment() -> dict[str, Any]:
 
 
 def first_line(facts: dict[str, Any]) -> str:
-    average = " ".join(f"{value:.2f}" for value in facts["load"])
     return (
-        f"device cpu: {facts['cpu']}, {facts['threads']} threads; load {average}; "
+        f"device cpu: {facts['cpu']}, threads: {facts['threads']}; load {averages(facts['load'])}; "
         f"torch {facts['torch']}; mtpkern {facts['mtpkern']}, commit {facts['commit']}"
     )
 
@@ -149,9 +148,17 @@ def load() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
+def averages(load: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in load) or "unknown"
+
+
 def commit() -> str:
     """The checkout's commit, marked if files differ from it; "unknown" outside a checkout."""
-    return answer("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+    git = ("git", "--no-optional-locks", "-C", str(ROOT))
+    name = answer(*git, "describe", "--always", "--abbrev=12")
+    # `describe --dirty` would lock the index, and leave the lock behind if the process is killed.
+    changed = answer(*git, "status", "--porcelain", "--untracked-files=no")
+    return name if changed in ("", "unknown") else f"{name}-dirty"
 
 
 def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:
