@@ -80,7 +80,11 @@ def check(args: argparse.Namespace, finish: Finish) -> int:
                 ],
             }
         )
-        print(rows[-1])
+        differing = sum(at is not None for at in rows[-1]["first_differences"])
+        print(
+            f"batch {batch}: {rows[-1]['tokens']} tokens, {rows[-1]['accepted']} drafts accepted, "
+            f"sequences that differ: {differing}"
+        )
     same = all(at is None for row in rows for at in row["first_differences"])
     print("every token and log-probability is the same" if same else "RED: drafts changed a bit")
     return finish({"schema": 1, "environment": facts, "rows": rows, "identical": same}, 1 - same)
