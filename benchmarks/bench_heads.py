@@ -214,7 +214,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(report: dict[str, Any], file: Path, kind: str) -> None:
-    """Acceptance by position, and tokens a step by category, of each heads directory."""
+    """Acceptance by position, and tokens per step by category, of each heads directory."""
     from matplotlib.figure import Figure
 
     coldest = min(row["temperature"] for row in report["rows"])
