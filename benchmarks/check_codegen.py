@@ -295,7 +295,7 @@ def table(compiled: list[Compiled]) -> str:
         kernels = [kernel for kernel in compiled if kernel.model == model]
         for symbol in dict.fromkeys(kernel.symbol for kernel in kernels):
             same = [kernel for kernel in kernels if kernel.symbol == symbol]
-            rows = ", ".join(str(rows) for rows in dict.fromkeys(k.rows for k in same))
+            rows = ", ".join(map(str, sorted({k.rows for k in same})))
             cells = [
                 ", ".join(dict.fromkeys(cell(k) for k in same if k.target == target))
                 for target in targets
