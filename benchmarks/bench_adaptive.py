@@ -2,11 +2,11 @@
 
     python benchmarks/bench_adaptive.py --limit 12
 
-Per prompt, decoding with drafts and without in turn, `--alternations` times each, in one process:
-with the model's heads and n-grams, and with the same made hostile, whose every draft is wrong but
-is claimed with the same confidence; one prompt at a time and three. Tokens must be equal: anything
-red is exit code 1 and no speed. A row is a prompt (or three): the median ratio of the rates, the
-first one, and the share of steps that each K had. The last line is one JSON object.
+Each prompt is decoded with drafts and without in turn, `--alternations` times each, in one process:
+with the model's heads and n-grams, and with hostile ones, whose drafts are all wrong at the same
+confidence; one prompt at a time, then three together. Tokens must be equal: a difference is red,
+exit code 1 and no speed. A row is one prompt (or three): the median ratio of the two rates, the
+first ratio, and the share of the steps that each K had. The last line is one JSON object.
 """
 
 import argparse
@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_decode import PROMPTS, encode
-from common import Finish, environment, first_line, load, read_prompts, run
+from common import PROMPTS, Finish, encode, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
 from mtpkern.arguments import Parser, at_least
@@ -29,7 +28,7 @@ TOGETHER = 3
 
 
 class Spoiled:
-    """A drafter each of whose drafts is replaced by the next token id."""
+    """A drafter whose drafts are each replaced by the next token id."""
 
     def __init__(self, inner: Drafter, vocabulary: int):
         self.inner, self.vocabulary = inner, vocabulary
@@ -76,18 +75,24 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", help="a directory, hub id or name (default: the default model)")
-    add("--heads", default="auto")
-    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
+    add("--heads", default="auto", help="auto, none, a name or a directory")
+    add(
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
+    )
     add("--limit", type=at_least(1), default=12, metavar="N", help="prompts, over all categories")
-    add("--max-tokens", type=at_least(1), default=128, metavar="N")
-    add("--alternations", type=at_least(1), default=5, metavar="N")
-    add("--threads", type=at_least(1), metavar="N")
+    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add("--alternations", type=at_least(1), default=5, metavar="N", help="turns of each kind")
+    add("--threads", type=at_least(1), metavar="N", help="default: one per physical core")
     return parser
 
 
 def spoil(llm: LLM) -> None:
-    """Make an LLM's heads and copies hostile."""
+    """Replace the drafts of an LLM's heads and n-grams by wrong ones."""
     vocabulary = llm.config.vocab_size
     drafter = llm.drafter
     if isinstance(drafter, CompanionDrafter):
@@ -100,7 +105,7 @@ def spoil(llm: LLM) -> None:
 def alternate(
     llm: LLM, prompts: list[list[int]], args: argparse.Namespace, phase: Phase
 ) -> dict[str, Any]:
-    """Decode prompts with drafts and without in turn -> the row of what was measured."""
+    """Decode prompts with drafts and without in turn -> a row of the report."""
     params = SamplingParams(max_tokens=args.max_tokens)
     ratios, same, chosen = [], True, Counter[int]()
     for turn in range(args.alternations):
@@ -127,7 +132,7 @@ def alternate(
 
 
 def rate(stats: list[Stats]) -> float:
-    """Tokens per second of sequences that were decoded together."""
+    """Tokens per second of sequences decoded together."""
     return sum(one.new_tokens for one in stats) / max(one.decode_seconds for one in stats)
 
 

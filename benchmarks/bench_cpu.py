@@ -1,15 +1,15 @@
-"""A step on this CPU against the time that reading its weights takes.
+"""A step on this CPU beside the time that reading its weights takes.
 
     python benchmarks/bench_cpu.py --threads 1 --threads 2
 
-Weights are random, of the default model's shapes and formats (SmolLM2-135M: 4 bits, vocabulary 8),
-or a GGUF's own (`--gguf FILE`, Llama layout). The check runs first: windows of several rows on
+Weights are random, in the default model's shapes and formats (SmolLM2-135M: 4 bits, vocabulary 8),
+or those of a GGUF (`--gguf FILE`, Llama layout). The check runs first: windows of several rows on
 several threads must give the bits of single rows on one thread; red means no number and exit 1.
 
-The limit is the weights' bytes over the machine's read bandwidth, the best of five reads of 512 MB
-by the same threads. Steps, matmuls and reads alternate, and each figure is the fastest of its
-repetitions: on a shared machine the median says more about its neighbours. The last line is one
-JSON object.
+The limit is the weights' bytes over the machine's read bandwidth, the fastest of five reads of
+512 MB by the same threads. Steps, matmuls and reads alternate, and each figure is the fastest of
+its repetitions, since on a shared machine a median depends on the other processes. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -24,21 +24,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import Finish, environment, first_line, run
+from cpu_trunk import Trunk, random_trunk, read_gguf
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import rotary_tables
-from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers
-from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
-from mtpkern.kernels.cpu.program import Norm, Program
+from mtpkern.kernels.cpu.layers import Cache, add_layers
+from mtpkern.kernels.cpu.program import Program
 from mtpkern.kernels.cpu.weights import (
     Array,
-    Quants,
-    Weights,
-    from_gguf,
-    interleaved,
-    joined,
     on_cache_line,
     pack,
     rounded,
@@ -48,17 +43,6 @@ from mtpkern.threads import physical_cores
 PROBE_BYTES, PROBE_READS = 2**29, 5
 ROWS = (1, 2, 5, 8)
 MATMULS = {"qkv": (960, 576), "gate_up": (3072, 576), "down": (576, 1536)}
-SMOLLM = {"E": 576, "F": 1536, "heads": 9, "kv_heads": 3, "D": 64, "layers": 30, "V": 49152}
-
-
-class Trunk(NamedTuple):
-    """A model's weights, packed."""
-
-    embedding: Weights  # [V, E]
-    layers: list[Layer]
-    norm: Norm
-    vocabulary: Weights  # [V, E]; the embedding itself where they are tied
-    heads: int  # query heads
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,109 +77,46 @@ def measure_all(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--gguf", type=Path, metavar="FILE", help="weights; default: random ones")
+    add("--gguf", type=Path, metavar="FILE", help="the model (default: random weights)")
     add(
-        "--threads", type=at_least(1), action="append", metavar="N", help="default: 1 and all cores"
+        "--threads",
+        type=at_least(1),
+        action="append",
+        metavar="N",
+        help="CPU threads; repeatable (default: 1 and all cores)",
     )
     add(
         "--context",
         type=at_least(1),
         action="append",
         metavar="N",
-        help="committed tokens; default: 200",
+        help="committed tokens; repeatable (default: 200)",
     )
-    add("--format", action="append", help="of single matmuls; default: q4_1, q8_0 and bf16")
+    add(
+        "--format",
+        action="append",
+        metavar="FORMAT",
+        help="of single matmuls; repeatable (default: q4_1, q8_0, bf16)",
+    )
     add(
         "--repeat",
         type=at_least(1),
         default=30,
         metavar="N",
-        help="repetitions a minimum is taken of",
+        help="repetitions per figure",
     )
-    add("--seconds", type=float, default=60, help="stop repeating after this long per thread count")
+    add(
+        "--seconds",
+        type=float,
+        default=60,
+        metavar="S",
+        help="stop repeating after this long per thread count",
+    )
     return parser
 
 
-def random_trunk() -> tuple[Trunk, dict[str, int]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def weights(N: int, K: int, format: str, order: Array | None = None) -> Weights:
-        w = torch.randn(N, K, generator=generator) / K**0.5
-        return pack(rounded(w, format), order=order)
-
-    s = SMOLLM
-    norm = Norm(np.ones(s["E"], np.float32), 1e-5)
-    made = [
-        Layer(
-            norm,
-            weights((s["heads"] + 2 * s["kv_heads"]) * s["D"], s["E"], "q4_1"),
-            weights(s["E"], s["heads"] * s["D"], "q4_1"),
-            norm,
-            weights(2 * s["F"], s["E"], "q4_1", interleaved(s["F"])),
-            weights(s["E"], s["F"], "q4_1"),
-        )
-        for _ in range(s["layers"])
-    ]
-    vocabulary = weights(s["V"], s["E"], "q8_0")
-    return Trunk(vocabulary, made, norm, vocabulary, s["heads"]), s
-
-
-def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
-    """A GGUF of the Llama layout, its matrices in their own bits."""
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(file)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{printable(file)} is not a GGUF: {printable(error)}") from None
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    heads = fields["llama.attention.head_count"]
-    kv_heads = fields["llama.attention.head_count_kv"]
-    eps = float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}")
-    names = {"F16": "fp16", "F32": "fp32"}
-
-    def quants(name: str) -> Quants:
-        tensor = tensors[f"{name}.weight"]
-        kind = tensor.tensor_type.name
-        return from_gguf(np.asarray(tensor.data), names.get(kind, kind.lower()))
-
-    def norm(name: str) -> Norm:
-        return Norm(np.ascontiguousarray(tensors[f"{name}.weight"].data, np.float32), eps)
-
-    def halves_apart(w: Quants, count: int) -> Quants:
-        rows = np.arange(len(w.q)).reshape(count, -1, 2)
-        return w.take(rows.swapaxes(1, 2).reshape(-1))
-
-    made = []
-    for index in range(fields["llama.block_count"]):
-        at = f"blk.{index}."
-        q, k = quants(at + "attn_q"), quants(at + "attn_k")
-        qkv = joined(halves_apart(q, heads), halves_apart(k, kv_heads), quants(at + "attn_v"))
-        gate_up = joined(quants(at + "ffn_gate"), quants(at + "ffn_up"))
-        made.append(
-            Layer(
-                norm(at + "attn_norm"),
-                pack(qkv),
-                pack(quants(at + "attn_output")),
-                norm(at + "ffn_norm"),
-                pack(gate_up, order=interleaved(len(gate_up.q) // 2)),
-                pack(quants(at + "ffn_down")),
-            )
-        )
-    embedding = pack(quants("token_embd"))
-    vocabulary = pack(quants("output")) if "output.weight" in tensors else embedding
-    shape = {
-        "kv_heads": kv_heads,
-        "D": embedding.in_features // heads,
-        "layers": len(made),
-        "V": vocabulary.out_features,
-    }
-    return Trunk(embedding, made, norm("output_norm"), vocabulary, heads), shape
-
-
 class Step(NamedTuple):
-    """A whole step over one sequence, and its logits where they are kept."""
+    """A whole step over one sequence, and its logits if they are kept."""
 
     program: Program
     logits: Array | None
@@ -226,7 +147,7 @@ def make_step(
 
 
 def check(trunk: Trunk, shape: dict[str, int], kernels: Kernels) -> list[str]:
-    """What is wrong: 40 tokens in windows of all widths, on 1 and 2 threads, bit for bit."""
+    """Compare 40 tokens in windows of all widths, on 1 and 2 threads -> the differences found."""
     ids = np.random.default_rng(0).integers(0, shape["V"], 40)
     expected: Array | None = None
     wrong = []
@@ -248,7 +169,13 @@ def check(trunk: Trunk, shape: dict[str, int], kernels: Kernels) -> list[str]:
     return wrong
 
 
-Case = tuple[str, int, int, Callable[[], object]]  # what, rows, bytes, call
+class TimedCall(NamedTuple):
+    """What is timed: a step, or a group of matmuls, on `rows` rows."""
+
+    what: str
+    rows: int
+    bytes: int  # of weights
+    call: Callable[[], object]
 
 
 def steps(
@@ -257,7 +184,7 @@ def steps(
     kernels: Kernels,
     helpers: Helpers,
     contexts: list[int] | None,
-) -> dict[str, Case]:
+) -> dict[str, TimedCall]:
     weights = [w for layer in trunk.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     size = sum(w.data.nbytes for w in (*weights, trunk.vocabulary))
     cases = {}
@@ -267,12 +194,12 @@ def steps(
         step.program.lengths[0] = context
         for rows in ROWS:
             name = f"step, context {context}"
-            cases[f"{name}, {rows}"] = (name, rows, size, repeatable(step.program, rows))
+            cases[f"{name}, {rows}"] = TimedCall(name, rows, size, repeatable(step.program, rows))
     return cases
 
 
-def matmuls(kernels: Kernels, helpers: Helpers, formats: list[str] | None) -> dict[str, Case]:
-    """Single shapes, each over as many copies as exceed the caches."""
+def matmuls(kernels: Kernels, helpers: Helpers, formats: list[str] | None) -> dict[str, TimedCall]:
+    """Single shapes, each with enough copies of the weights to exceed the caches."""
     cases = {}
     for format in formats or ["q4_1", "q8_0", "bf16"]:
         for name, (N, K) in MATMULS.items():
@@ -288,7 +215,7 @@ def matmuls(kernels: Kernels, helpers: Helpers, formats: list[str] | None) -> di
             for rows in (1, 5, 8):
                 what = f"{count} x {format} {name} {N} x {K}"
                 size = count * w.data.nbytes
-                cases[f"{what}, {rows}"] = (what, rows, size, repeatable(program, rows))
+                cases[f"{what}, {rows}"] = TimedCall(what, rows, size, repeatable(program, rows))
     return cases
 
 
@@ -297,9 +224,9 @@ def repeatable(program: Program, rows: int) -> Callable[[], object]:
 
 
 def measure(
-    cases: dict[str, Case], kernels: Kernels, helpers: Helpers, repeat: int, seconds: float
+    cases: dict[str, TimedCall], kernels: Kernels, helpers: Helpers, repeat: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """The fastest of all repetitions, which go round over reads and cases."""
+    """Rows with the fastest of all repetitions; reads and cases alternate."""
     reader = Program(kernels, helpers, max_rows=1)
     reader.read(np.ones(PROBE_BYTES, np.uint8))
     best = dict.fromkeys(cases, float("inf"))
@@ -308,8 +235,8 @@ def measure(
     for turn in range(repeat):
         if turn < PROBE_READS:
             reads.append(timed(repeatable(reader, 1)))
-        for name, (_, _, _, call) in cases.items():
-            best[name] = min(best[name], timed(call))
+        for name, case in cases.items():
+            best[name] = min(best[name], timed(case.call))
         if turn + 1 >= PROBE_READS and time.perf_counter() > end:
             break
     bandwidth = PROBE_BYTES / min(reads)

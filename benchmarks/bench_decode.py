@@ -1,13 +1,13 @@
-"""Decoding with drafts against decoding without: first whether they agree, then how fast.
+"""Decoding with drafts beside decoding without: whether the tokens agree, then how fast.
 
     python benchmarks/bench_decode.py --limit 12
 
-1. Check. Per prompt, K drafts against K = 0: token ids and log-probabilities bitwise equal, one
-   prompt at a time, in ragged batches of 3, and on a CPU at temperature 0.8 with a fixed seed.
-   Anything red: exit code 1 and no speed.
-2. Time, without log-probabilities, batch 1. Per prompt, in alternating order: plain decoding, which
-   is the same step at K = 0, and drafts.
-3. Acceptance of each source of drafts alone, and with --peers the same weights in transformers.
+1. Check: with K drafts, token ids and log-probabilities must equal those of K = 0 bit for bit, one
+   prompt at a time, in ragged batches of 3, and on a CPU also at temperature 0.8 with a fixed seed.
+   Any difference is red: exit code 1 and no speed.
+2. Time: each prompt alone, with drafts and plain (the same step at K = 0), in alternating order,
+   without log-probabilities.
+3. Acceptance of each source of drafts alone; with --peers, the same weights in transformers.
 
 Rates come from summed tokens and summed seconds. The last line is one JSON object.
 """
@@ -21,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
+    PROMPTS,
     Finish,
+    averages,
+    encode,
     environment,
     first_line,
     gpu_environment,
@@ -36,23 +40,22 @@ from mtpkern import LLM, SamplingParams, Stats, UserError
 from mtpkern.arguments import Parser, at_least
 from mtpkern.status import Phase
 
-PROMPTS = Path(__file__).with_name("prompts.jsonl")
 RAGGED_BATCH = 3
 SEED = 7
-REPEAT = 8  # a text is cut where it first repeats so many tokens
 PEER_PROMPTS = 4
+WARM_UP_TOKENS = 8
 
 
 @dataclass
-class Case:
-    """One prompt and all that was measured with it."""
+class PromptRun:
+    """One prompt, and what was measured with it."""
 
     category: str
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)  # per token, in decoding with drafts
+    drafted: list[bool] = field(default_factory=list)  # per token: accepted as a draft
     stats: Stats | None = None  # of decoding with drafts
-    identical: dict[str, bool] = field(default_factory=dict)  # check -> whether it held
+    identical: dict[str, bool] = field(default_factory=dict)  # check -> whether it passed
     timed: dict[str, tuple[int, float]] = field(default_factory=dict)  # variant -> tokens, seconds
     alone: dict[str, Stats] = field(default_factory=dict)  # source of drafts -> its statistics
 
@@ -76,7 +79,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     facts = gpu_environment() if on_gpu else environment()
     print(gpu_first_line(facts) if on_gpu else first_line(facts))
     cases = [
-        Case(row["category"], encode(llm, row["turns"][0]))
+        PromptRun(row["category"], encode(llm, row["turns"][0]))
         for row in read_prompts(args.prompts, args.limit)
     ]
     if not cases:
@@ -92,7 +95,8 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         | {"heads": args.heads, "prompts": args.prompts.name, "max_tokens": args.max_tokens},
         "checks": {name: sum(c.identical[name] for c in cases) for name in cases[0].identical},
     }
-    print(", ".join(f"{n}: {same}/{len(cases)}" for n, same in report["checks"].items()))
+    checks = ", ".join(f"{name} {same}/{len(cases)}" for name, same in report["checks"].items())
+    print(f"prompts bit for bit as at K = 0: {checks}")
     if not all(all(case.identical.values()) for case in cases):
         print("RED: with drafts the output differs from K = 0; no speed is reported")
         return finish(report | {"rows": [], "overall": None}, 1)
@@ -119,32 +123,38 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", help="a directory, hub id or name (default: the default model)")
-    add("--heads", default="auto")
-    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
+    add("--heads", default="auto", help="auto, none, a name or a directory")
     add(
-        "--limit", type=at_least(1), metavar="N", help="so many prompts, spread over the categories"
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
     )
-    add("--max-tokens", type=at_least(1), default=128, metavar="N")
-    add("-K", dest="k", type=at_least(0), default=4)
-    add("--threads", type=at_least(1), default=2)
-    add("--dtype", default="auto")
-    add("--device", default="auto")
-    add("--peers", action="store_true", help="time transformers on the same weights too")
-    add("--no-sources", dest="sources", action="store_false", help="skip heads and n-gram alone")
+    add(
+        "--limit", type=at_least(1), metavar="N", help="prompts, over all categories (default: all)"
+    )
+    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
+    add("--threads", type=at_least(1), default=2, metavar="N", help="CPU threads")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--peers", action="store_true", help="also time transformers on the same weights")
+    add(
+        "--no-sources",
+        dest="sources",
+        action="store_false",
+        help="skip heads and n-gram alone",
+    )
     return parser
-
-
-def encode(llm: LLM, text: str) -> list[int]:
-    chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template
-    return llm.encode([{"role": "user", "content": text}] if chat else text)
 
 
 CHECKS = ("single", f"batches of {RAGGED_BATCH}", "temperature 0.8")
 
 
-def check(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
-    """Compare with K = 0 in three ways, and keep the tokens and steps of the first."""
+def check(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> None:
+    """Compare with K = 0 in three ways; keep the tokens and statistics of the first."""
     greedy = SamplingParams(max_tokens=max_tokens, logprobs=True)
     sampled = SamplingParams(max_tokens=max_tokens, logprobs=True, temperature=0.8, seed=SEED)
     single, ragged, warm = CHECKS
@@ -171,14 +181,14 @@ def check(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
         phase.advance(note="in batches")
 
 
-def time_variants(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) -> None:
-    """Time each prompt plain and with drafts; every other prompt in reverse order."""
+def time_variants(llm: LLM, cases: list[PromptRun], max_tokens: int, phase: Phase) -> None:
+    """Time each prompt plain and with drafts, in reverse order for every other prompt."""
     variants: list[tuple[str, Callable[..., Any]]] = [
         ("plain", partial(llm.generate, speculate=False)),
         ("drafts", llm.generate),
     ]
-    for _, generate in variants:  # the first steps set things up
-        generate([cases[0].prompt], SamplingParams(max_tokens=REPEAT))
+    for _, generate in variants:  # warm up
+        generate([cases[0].prompt], SamplingParams(max_tokens=WARM_UP_TOKENS))
     params = SamplingParams(max_tokens=max_tokens)
     for i, case in enumerate(cases):
         for name, generate in variants[:: -1 if i % 2 else 1]:
@@ -189,9 +199,9 @@ def time_variants(llm: LLM, cases: list[Case], max_tokens: int, phase: Phase) ->
 
 
 def measure_sources(
-    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[Case], phase: Phase
+    open_model: Callable[..., LLM], args: argparse.Namespace, cases: list[PromptRun], phase: Phase
 ) -> None:
-    """Run each source of drafts alone, for its steps; nothing is timed."""
+    """Run each source of drafts alone, for its acceptance; nothing is timed."""
     settings: dict[str, dict[str, Any]] = {
         "heads alone": {"heads": args.heads, "ngram": False},
         "n-gram alone": {"heads": "none", "ngram": True},
@@ -208,9 +218,9 @@ def measure_sources(
 
 
 def time_peers(
-    model: str | None, plain: LLM, cases: list[Case], max_tokens: int
+    model: str | None, plain: LLM, cases: list[PromptRun], max_tokens: int
 ) -> dict[str, float] | None:
-    """Plain decoding here against transformers: alternating, tokens per second of both."""
+    """Plain decoding here and in transformers, prompt by prompt -> tokens per second of both."""
     try:
         from peer_transformers import Peer
     except ImportError:
@@ -218,14 +228,14 @@ def time_peers(
         return None
     peer = Peer(model, plain.dtype, plain.device)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    # Compiling pays where launches are what costs: on a GPU.
+    # Compiling pays on a GPU only, where launches dominate.
     ways = {"transformers": False} | (
         {"transformers_compiled": True} if plain.device.type == "cuda" else {}
     )
     timed: dict[str, list[tuple[int, float]]] = {name: [] for name in ("plain", *ways)}
     for compiled in ways.values():
         for _ in range(2):
-            peer.decode(cases[0].prompt, REPEAT, compiled=compiled)
+            peer.decode(cases[0].prompt, WARM_UP_TOKENS, compiled=compiled)
     for case in cases:
         (completion,) = plain.generate([case.prompt], params, speculate=False)
         timed["plain"].append((completion.stats.new_tokens, completion.stats.decode_seconds))
@@ -236,7 +246,7 @@ def time_peers(
     return found | {"ratio": rates["plain"] / max(rates[name] for name in ways)}
 
 
-def row(category: str, cases: list[Case], k: int) -> dict[str, Any]:
+def row(category: str, cases: list[PromptRun], k: int) -> dict[str, Any]:
     """One row of the report, from sums over its prompts."""
     together = [case.stats for case in cases if case.stats is not None]
     rates = {name: rate(case.timed[name] for case in cases) for name in cases[0].timed}
@@ -266,27 +276,13 @@ def row(category: str, cases: list[Case], k: int) -> dict[str, Any]:
 
 
 def rate(timed: Iterable[tuple[int, float]]) -> float:
+    """Tokens per second, from (tokens, seconds)."""
     pairs = list(timed)
     return sum(tokens for tokens, _ in pairs) / sum(seconds for _, seconds in pairs)
 
 
-def acceptance_length(stats: list[Stats]) -> float:
-    return sum(s.new_tokens for s in stats) / sum(s.steps for s in stats)
-
-
-def by_position(stats: list[Stats], k: int, source: str | None = None) -> list[float]:
-    """Accepted over drafted at each position, of one source or of all."""
-
-    def total(counts: list[dict[str, list[int]]], i: int) -> int:
-        return sum(c[i] for per in counts for s, c in per.items() if source in (None, s))
-
-    drafted = [total([s.drafted for s in stats], i) for i in range(k)]
-    accepted = [total([s.accepted for s in stats], i) for i in range(k)]
-    return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
-
-
 def sources(stats: list[Stats]) -> dict[str, Any]:
-    """Per source of drafts: its share of the steps, what those gave, and where drafts failed."""
+    """Per source of drafts: its steps, their tokens per step, and acceptance by position."""
     found = {}
     for name in dict.fromkeys(name for s in stats for name in s.source_steps):
         steps = sum(s.source_steps.get(name, 0) for s in stats)
@@ -300,50 +296,39 @@ def sources(stats: list[Stats]) -> dict[str, Any]:
     return found
 
 
-def loop_free(tokens: list[int], drafted: list[bool]) -> tuple[int, int]:
-    """Tokens and steps before a text first repeats `REPEAT` tokens; whole steps only.
-
-    A step is a run of accepted drafts and the token after them.
-    """
-    seen: set[tuple[int, ...]] = set()
-    end = len(tokens)
-    for i in range(len(tokens) - REPEAT + 1):
-        gram = tuple(tokens[i : i + REPEAT])
-        if gram in seen:
-            end = i
-            break
-        seen.add(gram)
-    ends = [i + 1 for i, guess in enumerate(drafted) if not guess or i + 1 == len(drafted)]
-    whole = [at for at in ends if at <= end]
-    return (whole[-1], len(whole)) if whole else (0, 0)
-
-
 def print_report(report: dict[str, Any]) -> None:
     overall = report["overall"]
-    head = ("category", "prompts", "a step", "loop-free", "plain tok/s", "tok/s", "speedup", "same")
-    print("{:<16}{:>8}{:>8}{:>11}{:>13}{:>8}{:>9}{:>6}  accepted by position".format(*head))
+    head = (
+        "category",
+        "prompts",
+        "tok/step",
+        "loop-free",
+        "plain tok/s",
+        "tok/s",
+        "speedup",
+        "equal",
+    )
+    print("{:<16}{:>8}{:>9}{:>11}{:>13}{:>8}{:>9}{:>6}  accepted by position".format(*head))
     for r in [*report["rows"], overall]:
         print(
-            f"{r['category']:<16}{r['prompts']:>8}{r['mean_acceptance_length']:>8.2f}"
+            f"{r['category']:<16}{r['prompts']:>8}{r['mean_acceptance_length']:>9.2f}"
             f"{r['mean_acceptance_length_loop_free']:>11.2f}{r['plain_tokens_per_second']:>13.1f}"
             f"{r['tokens_per_second']:>8.1f}{r['speedup']:>9.2f}{r['identical_prompts']:>6}"
             f"  {percents(r['acceptance_by_position'])}"
         )
     for name, source in (overall["sources"] | overall["alone"]).items():
-        steps = f"{source['steps']} steps, " if "steps" in source else ""
-        rates = percents(source["acceptance_by_position"])
-        print(f"{name}: {steps}{source['mean_acceptance_length']:.2f} tokens a step  {rates}")
+        label = f"{name}, in {source['steps']} steps" if "steps" in source else name
+        line = f"{label}: {source['mean_acceptance_length']:.2f} tokens per step"
+        if rates := percents(source["acceptance_by_position"]):
+            line += f", accepted by position {rates}"
+        print(line)
     if peers := report.get("peers"):
         print(
             f"transformers: {peers['transformers_tokens_per_second']:.1f} tok/s, plain decoding "
             f"here {peers['plain_tokens_per_second']:.1f}: {peers['ratio']:.2f} times as fast"
         )
     facts = report["environment"]
-    print(f"load before {facts['load']}, after {facts['load_after']}")
-
-
-def percents(rates: list[float]) -> str:
-    return " ".join(f"{rate:.0%}" for rate in rates)
+    print(f"load before {averages(facts['load'])}, after {averages(facts['load_after'])}")
 
 
 if __name__ == "__main__":

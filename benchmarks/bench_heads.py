@@ -1,13 +1,13 @@
-"""How good heads are: acceptance by position, category and temperature, families side by side.
+"""Heads side by side: acceptance by position, category and temperature, and speed if asked.
 
     python benchmarks/bench_heads.py --heads auto --heads my-medusa --plot heads.png
 
-Every heads directory answers the same prompts, alone and with n-grams, one prompt at a time: tokens
-do not depend on the batch, but drafting goes on while any sequence of a batch is sure enough, so
-that --batch 8 is quicker and accepts a little more. All answers must equal those without drafts;
-anything red ends with exit code 1. With --timed N the first N prompts are decoded once more,
-greedily, one at a time and each right after plain decoding (as in bench_decode.py),
-for speed. The last line is one JSON object; --plot draws it.
+Each heads directory answers the same prompts, alone and with n-grams, one prompt at a time by
+default. Tokens do not depend on the batch, but drafting continues while any sequence of a batch is
+confident enough, so --batch 8 is faster and accepts slightly more. All answers must equal those
+without drafts; a difference is red and ends with exit code 1. --timed N measures speed: it decodes
+the first N prompts again, greedily, one at a time and each right after plain decoding. The last
+line is one JSON object; --plot draws it.
 """
 
 import argparse
@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import (
-    PROMPTS,
-    acceptance_length,
-    by_position,
-    encode,
-    loop_free,
-    percents,
-)
+from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
+    PROMPTS,
     Finish,
+    encode,
     environment,
     first_line,
     gpu_environment,
@@ -62,7 +57,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 
 
 def compare(args: argparse.Namespace, finish: Finish, plot: Path | None) -> int:
-    """Decode with every heads directory, and draw what comes of it where `plot` says."""
+    """Decode with every heads directory; draw the result to the file `plot` unless it is None."""
     args.heads, args.temperature = args.heads or ["auto"], args.temperature or [0.0]
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -122,21 +117,32 @@ def compare(args: argparse.Namespace, finish: Finish, plot: Path | None) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", help="a directory, hub id or name (default: the default model)")
-    add("--heads", action="append", metavar="NAME|DIR", help="default: auto")
-    add("--prompts", type=Path, default=PROMPTS, metavar="FILE.jsonl")
+    add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
     add(
-        "--limit", type=at_least(1), metavar="N", help="so many prompts, spread over the categories"
+        "--heads",
+        action="append",
+        metavar="NAME|DIR",
+        help="heads to compare; repeatable (default: auto)",
     )
-    add("--max-tokens", type=at_least(1), default=128, metavar="N")
-    add("--temperature", type=float, action="append", metavar="T", help="default: 0")
-    add("-K", dest="k", type=at_least(0), default=4)
+    add(
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
+    )
+    add(
+        "--limit", type=at_least(1), metavar="N", help="prompts, over all categories (default: all)"
+    )
+    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add("--temperature", type=float, action="append", metavar="T", help="repeatable (default: 0)")
+    add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
     add("--batch", type=at_least(1), default=1, metavar="N", help="prompts at a time")
     add("--timed", type=at_least(0), default=0, metavar="N", help="prompts to time, one at a time")
-    add("--threads", type=at_least(1))
-    add("--dtype", default="auto")
-    add("--device", default="auto")
-    add("--plot", type=Path, metavar="OUT.png", help="needs matplotlib")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's)")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--plot", type=Path, metavar="OUT.png", help="draw the report; needs matplotlib")
     return parser
 
 
@@ -158,7 +164,7 @@ def summarise(answers: list[Any], categories: list[str], k: int) -> dict[str, An
 
 
 def loop_free_length(answers: list[Any]) -> float:
-    """Tokens a step up to where each text first repeats itself."""
+    """Tokens per step up to where each text first repeats itself."""
     kept = [loop_free(answer.token_ids, answer.drafted) for answer in answers]
     return sum(tokens for tokens, _ in kept) / max(1, sum(steps for _, steps in kept))
 
@@ -166,7 +172,7 @@ def loop_free_length(answers: list[Any]) -> float:
 def time_side_by_side(
     plain: LLM, drafting: LLM, prompts: list[list[int]], max_tokens: int
 ) -> dict[str, float]:
-    """Decode each prompt alone by both, one after the other, after one that sets things up."""
+    """Decode each prompt alone with both, one after the other, after a warm-up prompt."""
     params = SamplingParams(max_tokens=max_tokens)
     spent = [
         [llm.generate([prompt], params)[0].stats for llm in (plain, drafting)]
@@ -184,7 +190,7 @@ def time_side_by_side(
 
 
 def megabytes(model: str | None, heads: str) -> float:
-    """What heads weigh on disk."""
+    """The size of a heads directory's weights on disk."""
     directory = resolve_model(model)
     place = find_heads(heads, model_name(directory), directory)
     files = [] if place is None or place == directory else place.glob("*.safetensors")
@@ -193,7 +199,7 @@ def megabytes(model: str | None, heads: str) -> float:
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'heads':<28}{'MB':>6}{'T':>5}{'a step':>8}{'loop-free':>11}{'speedup':>9}  by position"
+        f"{'heads':<28}{'MB':>6}{'T':>5}{'tok/step':>9}{'loop-free':>11}{'speedup':>9}  by position"
     )
     for row in rows:
         speedup = f"{row['speedup']:.2f}" if "speedup" in row else "-"
@@ -208,7 +214,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(report: dict[str, Any], file: Path, kind: str) -> None:
-    """Acceptance by position, and tokens a step by category, of each heads directory."""
+    """Acceptance by position, and tokens per step by category, of each heads directory."""
     from matplotlib.figure import Figure
 
     coldest = min(row["temperature"] for row in report["rows"])
@@ -216,14 +222,14 @@ def draw(report: dict[str, Any], file: Path, kind: str) -> None:
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     categories = list(rows[0]["categories"])
-    # A colour for each directory: pale behind, and dashed, with n-grams.
+    # A colour per directory; with n-grams the bars are pale and behind, the lines dashed.
     names = list(dict.fromkeys(row["heads"].removesuffix(BOTH) for row in rows))
     width = 0.8 / len(names)
     for row in sorted(rows, key=lambda row: not row["heads"].endswith(BOTH)):
         number, both = names.index(row["heads"].removesuffix(BOTH)), row["heads"].endswith(BOTH)
         look = {"color": f"C{number}", "alpha": 0.4 if both else 1.0}
         rates = row["acceptance_by_position"]
-        label = f"{row['heads']}: {row['mean_acceptance_length']:.2f} tokens a step"
+        label = f"{row['heads']}: {row['mean_acceptance_length']:.2f} tokens per step"
         positions, style = range(1, 1 + len(rates)), "--" if both else "-"
         left.plot(positions, rates, style, marker="o", label=label, **look)
         at = [i + (number - (len(names) - 1) / 2) * width for i in range(len(categories))]
@@ -234,7 +240,7 @@ def draw(report: dict[str, Any], file: Path, kind: str) -> None:
     left.set_xticks(range(1, 1 + report["environment"]["K"]))
     left.grid(alpha=0.3)
     right.set_xticks(range(len(categories)), categories, rotation=40, ha="right")
-    right.set(ylabel="tokens a step", ylim=(1, None))
+    right.set(ylabel="tokens per step", ylim=(1, None))
     right.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     facts = report["environment"]
@@ -246,7 +252,7 @@ def draw(report: dict[str, Any], file: Path, kind: str) -> None:
 
 
 def check_format(file: Path) -> None:
-    """Raise UserError where matplotlib draws no files of this kind."""
+    """Raise UserError if matplotlib cannot draw files of this kind."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()

@@ -1,13 +1,13 @@
-"""Every kernel on this GPU: first whether it is right, then how fast it reads memory.
+"""Every kernel on this GPU: whether it is right, then how fast it reads memory.
 
     python benchmarks/bench_kernels.py --model llama-3.1-8b --op linear
 
-A row is an op at one shape. Its values are checked against float64 with the budget of the tests,
-2 x the error of torch in the same dtype; one row out of bounds and nothing is timed: exit code 1.
-Times are of calls in a CUDA graph, each with inputs of its own out of a set larger than the L2
-cache, median of several replays. GB/s are the bytes of the op's formula (the header of its file)
-over that time; the peak is the faster of a copy and a read measured just before. The baseline is
-torch: cuBLAS, scaled_dot_product_attention, or the op written out. Ratio is its time over the
+A row is an op at one shape. Its values are checked against float64 with the tests' budget, twice
+the error of torch in the same dtype; if a row exceeds it, nothing is timed and the exit code is 1.
+Times are medians over replays of a CUDA graph whose calls rotate through inputs larger than the L2
+cache. GB/s are the bytes of the op's formula (in its file's header) over that time; the peak is the
+faster of a copy and a read measured just before. The baseline is torch: cuBLAS,
+scaled_dot_product_attention, or the op written out. The ratio is the baseline's time over the
 kernel's. The last line is one JSON object.
 """
 
@@ -21,8 +21,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from common import Finish, gpu_environment, gpu_first_line, print_row, run
-from kernel_cases import MODELS, OPS, STEPS, Call, Case
+from common import Finish, gpu_environment, gpu_first_line, one_of, print_row, run
+from kernel_cases import OPS, Call, KernelCase
+from model_shapes import MODELS, STEPS
 from torch import Tensor
 
 from mtpkern.arguments import Parser, at_least
@@ -31,7 +32,7 @@ from mtpkern.graph import GraphPool
 from mtpkern.kernels._launch import jit, tl
 
 PROBE_BYTES = 2**30
-MAX_SETS = 32  # of inputs, for kernels that read next to nothing
+MAX_SETS = 32  # of inputs, for kernels that read very little
 HEADER = "| op | case | shape | ms | GB/s | % of peak | baseline ms | ratio | max error |"
 
 
@@ -89,17 +90,23 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--op", choices=OPS, action="append", help="default: all")
-    add("--model", choices=MODELS, action="append", help="default: all")
-    add("--rows", type=at_least(1), action="append", metavar="N", help="window rows; default: all")
+    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
+    add("--model", choices=MODELS, metavar="MODEL", action="append", help=one_of(MODELS))
+    add(
+        "--rows",
+        type=at_least(1),
+        action="append",
+        metavar="N",
+        help="window rows; repeatable (default: all)",
+    )
     add("--first", action="store_true", help="only the first case of each op")
-    add("--repeat", type=at_least(1), default=20, metavar="N", help="replays a median is taken of")
+    add("--repeat", type=at_least(1), default=20, metavar="N", help="replays per median")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
     return parser
 
 
-def check(case: Case, pdl: bool) -> tuple[float, float]:
-    """The largest error of a kernel, and what it may be: twice that of torch in the same dtype."""
+def check(case: KernelCase, pdl: bool) -> tuple[float, float]:
+    """A kernel's largest error, and its budget: twice the error of torch in the same dtype."""
     call = case.inputs("cuda")
     got, truth = tensors(call.launch(pdl)), tensors(call.truth())
     budget = 2 * largest_error(tensors(call.in_dtype()), truth)
@@ -127,7 +134,7 @@ def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return worst
 
 
-def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, float]:
+def time_case(case: KernelCase, repeat: int, pdl: bool, peak: float) -> dict[str, float]:
     """Time a kernel and its baseline on the same rotating inputs."""
     calls = rotating(case)
     ms = milliseconds([launch(call, pdl) for call in calls], repeat)
@@ -142,7 +149,7 @@ def time_case(case: Case, repeat: int, pdl: bool, peak: float) -> dict[str, floa
     }
 
 
-def rotating(case: Case) -> list[Call]:
+def rotating(case: KernelCase) -> list[Call]:
     """Sets of inputs that are together larger than the L2 cache."""
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
     sets = min(MAX_SETS, max(2, -(-4 * cache // case.bytes_moved)))
@@ -154,7 +161,7 @@ def launch(call: Call, pdl: bool) -> Callable[[], object]:
 
 
 def milliseconds(calls: Sequence[Callable[[], object]], repeat: int) -> float:
-    """Median time of one call, of all `calls` one after the other in a CUDA graph."""
+    """Median time of one call, with all `calls` one after the other in a CUDA graph."""
     rounds = -(-40 // len(calls))
 
     def run_all() -> None:

@@ -1,22 +1,23 @@
-"""mtpkern on a CPU beside llama.cpp and transformers, with the same model, prompts and threads.
+"""mtpkern beside llama.cpp and transformers on a CPU: the same model, prompts and threads.
 
     python benchmarks/bench_peers.py --llama-python PEERS/bin/python --threads 1 --threads 2 --busy
 
-llama.cpp comes from the wheel xllamacpp (2026.10 or later), best in an environment of its own,
-whose interpreter `--llama-python` names. Every engine decodes greedily, from the same token ids.
+llama.cpp comes from the wheel xllamacpp (2026.10 or later), best installed in an environment of
+its own; `--llama-python` is that environment's interpreter. Every engine decodes greedily, from the
+same token ids.
 
-1. Check. mtpkern's tokens with drafts, and with any number of threads, are those without. Red: exit
-   code 1 and no speed. How many of llama.cpp's answers are the same is reported, not required.
-2. Settings. llama.cpp runs with flash attention and without, and with each kind of its n-gram
-   drafts, transformers in bfloat16 and float32: the fastest is kept, per number of threads.
-3. Time. Engines take turns, in reverse order every other time. Each turn is a process of its own,
-   which loads the model, warms up, answers all prompts (transformers: 4) and ends, since engines'
-   threads spin while they wait. The decode time is each engine's own, without the prompt: llama.cpp
-   gets its first token with the prompt, so that its rate leaves this token out. Behind the answers
-   comes the time from 1,000 tokens to the next one, the shorter of 2.
-4. First token: from the start of a process to the first token of a short answer. For mtpkern this
-   is its command `generate`, with everything in the caches.
-5. --busy: few prompts and few tokens, quiet and then with one other busy process, in turn.
+1. Check: mtpkern's tokens must be the same with drafts, without, and with any number of threads.
+   Red: exit code 1 and no speed. How many of llama.cpp's answers are equal is reported only.
+2. Settings: llama.cpp is tried with and without flash attention and with each kind of its n-gram
+   drafts, transformers in bfloat16 and float32. The fastest is kept, for each number of threads.
+3. Time: engines take turns, in reverse order every other time. Each turn is a process of its own,
+   since engines' threads spin while they wait: it loads the model, warms up, answers all prompts
+   (transformers: 4) and ends. The decode time is each engine's own and excludes the prompt.
+   llama.cpp computes its first token with the prompt, so its rate excludes that token. Last comes
+   the prefill time of 1,000 tokens, the shorter of 2.
+4. First token: from the start of a process to the first token of a short answer. For mtpkern the
+   process is the command `mtpkern generate`, with all caches filled.
+5. --busy: few prompts and few tokens, alone and then beside one other busy process, in turn.
 
 Figures are medians over the turns; a ratio is the median over the turns' ratios, with the least and
 the largest. Rows are printed as they are measured. The last line is one JSON object.
@@ -30,14 +31,32 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from checkout import ROOT
-from common import Finish, environment, first_line, load, read_prompts, run
+from common import Finish, averages, environment, first_line, load, read_prompts, run
 from peer_process import Failed, Visit, visit
+from peer_report import (
+    DRAFTS,
+    LLAMA,
+    LLAMA_DRAFTS,
+    PLAIN,
+    TRANSFORMERS,
+    EngineCommand,
+    Turns,
+    differing,
+    equal_answers,
+    line,
+    rate,
+    ratios,
+    row,
+    table,
+    titled,
+    tokens,
+)
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.checkpoints.llama import load_config
@@ -49,22 +68,10 @@ from mtpkern.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 CONTEXT, PREFILL_TOKENS = 2048, 1000
-FEW_PROMPTS = 4  # to choose settings by, of slow engines, and beside a busy process
+FEW_PROMPTS = 4  # for choosing settings, for slow engines, and beside a busy process
 BUSY_TOKENS, BUSY_SECONDS = 32, 60.0
-PLAIN, DRAFTS = "mtpkern plain", "mtpkern drafts"
-LLAMA, LLAMA_DRAFTS = "llama.cpp plain", "llama.cpp n-gram"
-TRANSFORMERS = "transformers"
-# What is divided by what.
-RATIOS = (
-    (PLAIN, LLAMA),
-    (DRAFTS, LLAMA),
-    (DRAFTS, PLAIN),
-    (DRAFTS, LLAMA_DRAFTS),
-    (LLAMA_DRAFTS, LLAMA),
-    (PLAIN, TRANSFORMERS),
-)
 FLASH: list[dict[str, Any]] = [{"flash_attention": True}, {"flash_attention": False}]
-# llama.cpp's n-gram drafts: as they come, and copying shorter runs after shorter matches.
+# llama.cpp's n-gram drafts: default sizes, and shorter copies after shorter matches.
 _SHORT = {"size_n": 3, "size_m": 8}
 NGRAMS: list[dict[str, Any]] = [
     {"drafts": "ngram_simple"},
@@ -79,32 +86,8 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum
 
 
 @dataclass
-class Engine:
-    """How to start an engine, with the settings that are its best."""
-
-    name: str
-    command: list[str]
-    model: str
-    settings: dict[str, Any]
-    few: bool = False  # whether it answers FEW_PROMPTS only
-
-
-@dataclass
-class Turns:
-    """What was measured of an engine on some number of threads."""
-
-    threads: int
-    engine: Engine
-    visits: list[Visit] = field(default_factory=list)
-
-    @property
-    def rates(self) -> list[float]:
-        return [rate(one) for one in self.visits]
-
-
-@dataclass
 class Work:
-    """What every engine is given."""
+    """The prompts and limits that every engine gets."""
 
     texts: list[str]
     prompts: list[list[int]]  # token ids, through the chat template if there is one
@@ -112,7 +95,7 @@ class Work:
     max_tokens: int
     context: int
 
-    def job(self, engine: Engine, threads: int, **other: Any) -> dict[str, Any]:
+    def job(self, engine: EngineCommand, threads: int, **other: Any) -> dict[str, Any]:
         return {
             "model": engine.model,
             "settings": engine.settings,
@@ -152,7 +135,8 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         return args.status.phase(text, total, "processes")
 
     plain, drafts = ours(args.model, directory)
-    llama = Engine(LLAMA, [args.llama_python, str(HERE / "peer_llama.py")], str(gguf), FLASH[0])
+    command = [args.llama_python, str(HERE / "peer_llama.py")]
+    llama = EngineCommand(LLAMA, command, str(gguf), FLASH[0])
     with stage("checking", 3) as phase:
         start(work, llama, threads[0], phase, prompts=work.few[:1])  # whether it runs at all
         expected = tokens(start(work, plain, threads[0], phase))
@@ -174,9 +158,9 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
                 if turn.engine.name in (PLAIN, DRAFTS) and (red := differing(expected, one)):
                     return refuse(report, red, turn.engine.name, finish)
                 turn.visits.append(one)
-                print(line(turn, f"turn {repeat + 1}", rate(one), one, work))
+                print(line(turn, f"turn {repeat + 1}", one, len(work.prefill)))
     report |= {
-        "rows": [row(turn, work) for turn in turns],
+        "rows": [row(turn, len(work.prefill)) for turn in turns],
         "ratios": [ratio for count in threads for ratio in ratios(turns, count)],
         "equal_answers": equal_answers(turns, expected),
     }
@@ -187,14 +171,14 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         with stage("timing beside a busy process", 2 * args.repeat * len(turns)) as phase:
             report["busy"] = time_beside_busy(args, work, turns, phase)
     facts["load_after"] = load()
-    print(f"load before {facts['load']}, after {facts['load_after']}")
+    print(f"load before {averages(facts['load'])}, after {averages(facts['load_after'])}")
     return finish(report, 0)
 
 
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", help="a name, a directory or a FILE.gguf (default: the default model)")
+    add("--model", help="a name, a directory or a FILE.gguf (default: SmolLM2-135M-Instruct)")
     add("--gguf", type=Path, metavar="FILE", help="llama.cpp's model (default: mtpkern's own GGUF)")
     add(
         "--llama-python",
@@ -202,21 +186,37 @@ def parser() -> Parser:
         metavar="PATH",
         help="an interpreter that can import xllamacpp (default: this one)",
     )
-    add("--transformers", action="store_true", help="time transformers, too")
-    add("--busy", action="store_true", help="time beside one other busy process, too")
-    add("--prompts", type=Path, default=HERE / "prompts.jsonl", metavar="FILE.jsonl")
-    add("--limit", type=at_least(1), default=20, metavar="N", help="prompts, over all categories")
-    # The first token takes none of llama.cpp's decode time.
-    add("--max-tokens", type=at_least(2), default=128, metavar="N")
+    add("--transformers", action="store_true", help="also time transformers")
+    add("--busy", action="store_true", help="also time beside another busy process")
     add(
-        "--threads", type=at_least(1), action="append", metavar="N", help="default: 1 and all cores"
+        "--prompts",
+        type=Path,
+        default=HERE / "prompts.jsonl",
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
     )
-    add("--repeat", type=at_least(1), default=5, metavar="N", help="turns of every engine")
+    add(
+        "--limit",
+        type=at_least(1),
+        default=20,
+        metavar="N",
+        help="prompts, spread over the categories",
+    )
+    # llama.cpp's decode time excludes the first token.
+    add("--max-tokens", type=at_least(2), default=128, metavar="N", help="longest answer")
+    add(
+        "--threads",
+        type=at_least(1),
+        action="append",
+        metavar="N",
+        help="CPU threads; repeatable (default: 1 and all cores)",
+    )
+    add("--repeat", type=at_least(1), default=5, metavar="N", help="turns per engine")
     return parser
 
 
 def gguf_of(model: str | None, directory: Path) -> Path:
-    """The GGUF that mtpkern itself reads; UserError where its model is none."""
+    """The GGUF that mtpkern itself reads; UserError if its model is not a GGUF."""
     named = Path(model) if model is not None else None
     if named is not None and named.suffix == ".gguf":
         return named
@@ -227,7 +227,7 @@ def gguf_of(model: str | None, directory: Path) -> Path:
 
 
 def read_work(args: argparse.Namespace, directory: Path) -> Work:
-    """The prompts, and a long one of their tokens. UserError where they exceed the context."""
+    """The prompts, and a long one made of their tokens. UserError if they exceed the context."""
     tokenizer = Tokenizer.from_directory(directory)
     texts = [prompt["turns"][0] for prompt in read_prompts(args.prompts, args.limit)]
     if not texts:
@@ -250,16 +250,16 @@ def read_work(args: argparse.Namespace, directory: Path) -> Work:
     return Work(texts, prompts, prefill, args.max_tokens, context)
 
 
-def ours(model: str | None, directory: Path) -> list[Engine]:
+def ours(model: str | None, directory: Path) -> list[EngineCommand]:
     command = [sys.executable, str(HERE / "peer_mtpkern.py")]
     return [
-        Engine(name, command, str(model or directory), {"drafts": name == DRAFTS})
+        EngineCommand(name, command, str(model or directory), {"drafts": name == DRAFTS})
         for name in (PLAIN, DRAFTS)
     ]
 
 
-def start(work: Work, engine: Engine, threads: int, phase: Phase, **other: Any) -> Visit:
-    """Run an engine's process; UserError where it fails, with what it said last."""
+def start(work: Work, engine: EngineCommand, threads: int, phase: Phase, **other: Any) -> Visit:
+    """Run an engine's process; UserError, with its last message, if it fails."""
     phase.advance(0, note=titled(threads, engine.name))
     try:
         found = visit(engine.command, work.job(engine, threads, **other))
@@ -273,11 +273,11 @@ def start(work: Work, engine: Engine, threads: int, phase: Phase, **other: Any) 
 
 
 def choose_settings(
-    args: argparse.Namespace, work: Work, llama: Engine, threads: int, phase: Phase
-) -> list[Engine]:
-    """The other engines, each with the settings that a few prompts are decoded fastest with."""
+    args: argparse.Namespace, work: Work, llama: EngineCommand, threads: int, phase: Phase
+) -> list[EngineCommand]:
+    """The other engines, each with the settings that decode a few prompts fastest."""
 
-    def fastest(engines: list[Engine]) -> Engine:
+    def fastest(engines: list[EngineCommand]) -> EngineCommand:
         rates = []
         for engine in engines:
             rates.append(rate(start(work, engine, threads, phase, prompts=work.few)))
@@ -293,7 +293,7 @@ def choose_settings(
         found.append(
             fastest(
                 [
-                    Engine(TRANSFORMERS, command, directory, {"dtype": dtype}, few=True)
+                    EngineCommand(TRANSFORMERS, command, directory, {"dtype": dtype}, few=True)
                     for dtype in ("bfloat16", "float32")
                 ]
             )
@@ -305,76 +305,9 @@ def in_order(turns: list[Turns], repeat: int) -> list[Turns]:
     return turns[:: -1 if repeat % 2 else 1]
 
 
-def tokens(one: Visit) -> list[list[int]]:
-    return [answer.tokens for answer in one.answers]
-
-
-def differing(expected: list[list[int]], one: Visit) -> int:
-    """How many answers are others."""
-    return sum(a != b for a, b in zip(expected, tokens(one), strict=True))
-
-
 def refuse(report: dict[str, Any], red: int, name: str, finish: Finish) -> int:
     print(f"RED: {name}: {red} answers are not those of plain decoding; no speed is reported")
     return finish(report | {"rows": [], "red": red}, 1)
-
-
-def rate(one: Visit, count: int | None = None) -> float:
-    """Tokens per second over the first `count` answers, or all of them."""
-    answers = one.answers[:count]
-    timed = sum(answer.timed for answer in answers)
-    if not timed:
-        raise UserError("an engine gave no token after the first of any answer: no rate")
-    return timed / sum(answer.seconds for answer in answers)
-
-
-def row(turn: Turns, work: Work) -> dict[str, Any]:
-    """Medians over an engine's turns."""
-    prefill = [len(work.prefill) / one.prefill_seconds for one in turn.visits]
-    last = turn.visits[-1]
-    return {
-        "threads": turn.threads,
-        "engine": turn.engine.name,
-        "version": last.version,
-        "settings": turn.engine.settings,
-        "prompts": len(last.answers),
-        "tokens_per_second": median(turn.rates),
-        "rates": turn.rates,
-        "prefill_tokens_per_second": median(prefill),
-        "prefill_rates": prefill,
-        "peak_bytes": last.peak_bytes and max(one.peak_bytes or 0 for one in turn.visits),
-        "drafted": sum(answer.drafted for answer in last.answers),
-        "accepted": sum(answer.accepted for answer in last.answers),
-    }
-
-
-def ratios(turns: list[Turns], threads: int) -> list[dict[str, Any]]:
-    """What one engine's rate is of another's, in the same turn."""
-    named = {turn.engine.name: turn for turn in turns if turn.threads == threads}
-    found = []
-    for above, below in RATIOS:
-        if above in named and below in named:
-            pairs = zip(named[above].rates, named[below].rates, strict=True)
-            values = [a / b for a, b in pairs]
-            found.append(
-                {"threads": threads, "of": above, "to": below}
-                | {"ratio": median(values), "least": min(values), "largest": max(values)}
-            )
-    return found
-
-
-def equal_answers(turns: list[Turns], expected: list[list[int]]) -> list[dict[str, Any]]:
-    """How many of llama.cpp's answers are mtpkern's, token for token."""
-    return [
-        {
-            "threads": turn.threads,
-            "engine": turn.engine.name,
-            "equal": len(expected) - differing(expected, turn.visits[-1]),
-            "of": len(expected),
-        }
-        for turn in turns
-        if turn.engine.name in (LLAMA, LLAMA_DRAFTS)
-    ]
 
 
 def time_first_tokens(
@@ -410,7 +343,7 @@ def time_first_tokens(
 
 
 def seconds_to_output(command: list[str]) -> float:
-    """Seconds from a process's start to its first byte of output; UserError where it fails."""
+    """Seconds from a process's start to its first byte of output; UserError if it fails."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     begin = time.perf_counter()
     with subprocess.Popen(
@@ -431,7 +364,7 @@ def seconds_to_output(command: list[str]) -> float:
 def time_beside_busy(
     args: argparse.Namespace, work: Work, turns: list[Turns], phase: Phase
 ) -> list[dict[str, Any]]:
-    """What of its quiet rate an engine keeps with one other busy process on the machine."""
+    """The share of its quiet rate that each engine keeps beside one other busy process."""
     shares: list[list[float]] = [[] for _ in turns]
     rates: list[list[float]] = [[] for _ in turns]
     few = {"prompts": work.few, "max_tokens": min(BUSY_TOKENS, args.max_tokens)}
@@ -463,40 +396,6 @@ def busy_process() -> Iterator["subprocess.Popen[bytes]"]:
     finally:
         process.kill()
         process.wait()
-
-
-def titled(threads: int, name: str) -> str:
-    return f"{counted(threads, 'thread')}, {name}"
-
-
-def line(turn: Turns, which: str, tokens_per_second: float, one: Visit, work: Work) -> str:
-    peak = "" if one.peak_bytes is None else f", peak {one.peak_bytes / 1e6:.0f} MB"
-    return (
-        f"{titled(turn.threads, turn.engine.name)}, {which}: {tokens_per_second:.1f} tok/s, "
-        f"prefill {len(work.prefill) / one.prefill_seconds:.0f} tok/s{peak}"
-    )
-
-
-def table(report: dict[str, Any]) -> str:
-    lines = ["threads  engine             tok/s   (least, largest)  prefill tok/s  peak MB"]
-    for r in report["rows"]:
-        spread = f"({min(r['rates']):.1f}, {max(r['rates']):.1f})"
-        peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f}"
-        lines.append(
-            f"{r['threads']:>7}  {r['engine']:<17}{r['tokens_per_second']:>7.1f}  {spread:>17}"
-            f"{r['prefill_tokens_per_second']:>15.0f}  {peak:>7}"
-        )
-    for r in report["ratios"]:
-        lines.append(
-            f"{titled(r['threads'], r['of'])} is {r['ratio']:.2f} times as fast as {r['to']} "
-            f"({r['least']:.2f} to {r['largest']:.2f})"
-        )
-    for r in report["equal_answers"]:
-        lines.append(
-            f"{titled(r['threads'], r['engine'])}: {r['equal']} of {r['of']} answers are "
-            "mtpkern's, token for token"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

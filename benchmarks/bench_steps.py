@@ -1,19 +1,18 @@
-"""What a step costs: made-up weights of real shapes, every batch and K, beside torch's own step.
+"""What a step costs on random weights of real shapes: every batch and K, beside torch's own step.
 
     python benchmarks/bench_steps.py --model llama-3.1-8b --context 1024
 
-The cost of a step does not depend on what the weights say, so that none are needed. A row is one
-(batch, K) at one context: the median time of a step with its spread, the bytes that it must read
-(weights once, keys and values of the context) over that time, and the ratio to the best plain step
-of the same batch. The floor is a plain step in plain torch under a CUDA graph (`F.linear`,
-`scaled_dot_product_attention`), which need not keep the numerics contract. The last line is one
-JSON object. On a CPU it runs the definitions, to show that it runs.
+The cost of a step does not depend on the weights' values, so no checkpoint is needed. A row is one
+(batch, K) at one context: the median time of a step and its spread, the bytes that it must read
+(weights once, keys and values of the context) over that time, and the ratio to the fastest plain
+step of the same batch. The baseline `torch` is a plain step in plain torch under a CUDA graph
+(`F.linear`, `scaled_dot_product_attention`), which does not keep the numerics contract. The last
+line is one JSON object. On a CPU it runs the definitions, to show that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,23 +25,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Finish, environment, first_line, gpu_environment, gpu_first_line, print_row, run
-from kernel_cases import MODELS, Model
+from common import (
+    Finish,
+    environment,
+    first_line,
+    gpu_environment,
+    gpu_first_line,
+    one_of,
+    print_row,
+    run,
+)
+from dummy_models import medusa_heads, mtp_module, write_config
+from model_shapes import MODELS, TINY
 from torch import Tensor
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
 from mtpkern.drafters.base import Drafter, NoDrafter
-from mtpkern.drafters.medusa import MedusaDrafter
-from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
+from mtpkern.drafters.mtp import MtpDrafter
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.graph import GraphPool
 from mtpkern.model import Llama
 from mtpkern.ops.definitions import DEFINITIONS
 
-TINY = Model(E=64, F=128, Hq=4, Hk=2, D=16, V=512, L=2)
-DRAFT_VOCABULARY = 32000
 HEADER = "| batch | K | drafter | context | ms | spread | GB/s | over the plain step |"
 
 
@@ -75,41 +81,36 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], action="append", help="default: 8B and 1B")
-    add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
-    add("-K", type=at_least(0), action="append", metavar="K", help="default: 0 and 4")
-    add("--context", type=at_least(1), action="append", metavar="S", help="default: 1024")
-    add("--repeat", type=at_least(2), default=20, metavar="N", help="times a median is taken of")
+    names = ["tiny", *MODELS]
+    default = "llama-3.1-8b and llama-3.2-1b; without a GPU tiny"
+    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
+    add(
+        "--batch",
+        type=at_least(1),
+        action="append",
+        metavar="B",
+        help="sequences; repeatable (default: 1)",
+    )
+    add(
+        "-K",
+        type=at_least(0),
+        action="append",
+        metavar="K",
+        help="drafts per step; repeatable (default: 0 and 4)",
+    )
+    add(
+        "--context",
+        type=at_least(1),
+        action="append",
+        metavar="S",
+        help="cached tokens; repeatable (default: 1024)",
+    )
+    add("--repeat", type=at_least(2), default=20, metavar="N", help="steps per median")
     return parser
 
 
-def write_config(model: Model, directory: Path) -> Path:
-    """A config.json of this shape, which is all that made-up weights need."""
-    directory.mkdir()
-    config = {
-        "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if model.qk_norm else "llama",
-        "hidden_act": "silu",
-        "vocab_size": model.V,
-        "hidden_size": model.E,
-        "intermediate_size": model.F,
-        "num_hidden_layers": model.L,
-        "num_attention_heads": model.Hq,
-        "num_key_value_heads": model.Hk,
-        "head_dim": model.D,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": model.E < 4096,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": None,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
 def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one model: every batch and context, each with its floor and every K and drafter."""
+    """Rows of one model: torch's step, then every K and drafter, at each batch and context."""
     most = max(args.context)
     llm = LLM(
         directory,
@@ -121,7 +122,8 @@ def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, 
         ops=None if torch.cuda.is_available() else DEFINITIONS,
         status=args.status,
     )
-    parallel, sequential = medusa_heads(llm, max(args.K)), mtp_module(llm)
+    parallel = medusa_heads(llm.trunk, max(args.K), llm.ops)
+    sequential = mtp_module(llm.trunk, llm.runner.cache, llm.ops)
     drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
     for k in args.K:
         if k:
@@ -152,42 +154,6 @@ def time_model(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, 
                 }
 
 
-def medusa_heads(llm: LLM, heads: int) -> MedusaDrafter:
-    """Parallel heads of one block each, made up."""
-    E, like = llm.config.hidden_size, llm.trunk.embedding
-    tensors = {}
-    for h in range(heads):
-        tensors[f"{h}.0.linear.weight"] = like.new_empty(E, E).normal_(std=E**-0.5)
-        tensors[f"{h}.0.linear.bias"] = like.new_zeros(E)
-    return MedusaDrafter(tensors, {"num_heads": heads, "num_layers": 1}, llm.ops)
-
-
-def mtp_module(llm: LLM) -> MtpDrafter:
-    """A sequential head like one layer of the trunk, with a draft vocabulary of 32k, made up."""
-    c, ops, trunk, like = llm.config, llm.ops, llm.trunk, llm.trunk.embedding
-    E, ids = c.hidden_size, torch.arange(min(DRAFT_VOCABULARY, c.vocab_size), device=like.device)
-    inverse_frequencies, scaling = c.rope.inverse_frequencies(c.head_dim)
-    weights = MtpWeights(
-        taps=(c.num_layers,),
-        fc=None,
-        hidden_norm=like.new_ones(E),
-        token_norm=like.new_ones(E),
-        input_proj=ops.pack(like.new_empty(E, 2 * E).normal_(std=(2 * E) ** -0.5)),
-        layer=trunk.layers[0],
-        final_norm=like.new_ones(E),
-        vocabulary=ops.pack(trunk.lm_head[: len(ids)]),
-        token_ids=ids,
-        config=replace(c, num_layers=1),
-    )
-    cache = llm.runner.cache.beside(
-        kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        inverse_frequencies=inverse_frequencies,
-        rope_scaling=scaling,
-    )
-    return MtpDrafter(weights, trunk, cache, ops)
-
-
 def bytes_read(llm: LLM, batch: int, context: int) -> int:
     """What a plain step must read: every weight once, and keys and values of the context."""
     c, trunk = llm.config, llm.trunk
@@ -201,15 +167,15 @@ def bytes_read(llm: LLM, batch: int, context: int) -> int:
 
 
 def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Callable[[], object]:
-    """One step of mtpkern at a context; no sequence is active, so that it can be repeated."""
+    """One step of mtpkern at a context. No sequence is active, so it can be repeated."""
     state = llm.runner.state.view(batch, k)
     pages = -(-(context + 64) // llm.runner.cache.k.shape[2])
     for slot in range(batch):
-        # Contents do not matter: all sequences may lie in pages of their own or share them.
+        # Contents do not matter, so sequences may share pages where the cache has too few.
         first = 1 + slot * pages % max(1, llm.runner.cache.k.shape[1] - pages)
         llm.runner.cache.assign(slot, list(range(first, first + pages)))
     state.cache.lengths.fill_(context)
-    # A grid spans the table's columns: those of longer contexts are not this one's.
+    # The attention's grid spans the page table, which is cut to this context.
     state = replace(state, cache=state.cache.columns(pages))
     if isinstance(drafter, MtpDrafter):
         drafter.cache.lengths.fill_(context)
@@ -220,7 +186,7 @@ def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Ca
 
 
 def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
-    """A plain step in plain torch, as fast as the vendor's matmuls and attention make it."""
+    """A plain step in plain torch, with the vendor's matmuls and attention."""
     c, like = trunk.config, trunk.embedding
     heads, kv_heads, D = c.num_heads, c.num_kv_heads, c.head_dim
     keys = like.new_zeros(c.num_layers, 2, batch, kv_heads, context + 1, D)
@@ -254,7 +220,7 @@ def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
 
 
 def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:
-    """Milliseconds of a step: the median of `repeat`, and the distance of its quartiles."""
+    """Milliseconds of a step: the median of `repeat`, and the interquartile range."""
     times = []
     for _ in range(repeat + 2):
         if torch.cuda.is_available():

@@ -1,21 +1,15 @@
 """What bounds a matmul: memory, the L2, the instructions it issues, the tensor cores.
 
-Counted from a launch's arguments, its grid and the machine code of its loop. The rates of a GPU are
-assumptions, fixed here; nothing is a measurement.
+The counts come from a launch's arguments, its grid and the machine code of its loop. The rates of a
+GPU are assumptions, fixed here; nothing is a measurement.
 """
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import triton
 
 
 class Gpu(NamedTuple):
-    """Multiprocessors and their clock in Hz; a multiprocessor issues four instructions a cycle."""
+    """Multiprocessors and their clock in Hz; each issues four instructions per cycle."""
 
     multiprocessors: int
     clock: float
@@ -28,28 +22,28 @@ GPUS = {
     "sm_90": Gpu(132, 1.755e9),
     "sm_100": Gpu(148, 1.85e9),
 }
-# Of an H100: bytes a second from memory, and from the L2 to the multiprocessors; the part of all
-# issue slots that a kernel uses; the flops of mma.sync, 62 % of what wgmma attains.
+# An H100: bytes per second from memory, and from the L2 to the multiprocessors; the share of issue
+# slots that a kernel uses; the flops of mma.sync, 62 % of those of wgmma.
 DRAM, L2, ISSUED, MMA = 3.0e12, 5.5e12, 0.7, 0.62 * 989e12
 
 
 class Matmul(NamedTuple):
-    """One launch that multiplies rows by weights."""
+    """What one launch that multiplies rows by weights does."""
 
     weight_bytes: int
-    l2_bytes: int  # weights and x as the blocks ask for them, and sums of segments written
+    l2_bytes: int  # weights and x as requested by the blocks, and the segments' sums written
     flops: int  # rows that pad a tier included
     passes: int  # of all blocks through their loops
-    bytes_of_pass: int  # weights
+    bytes_of_pass: int  # of weights
 
     def issue_ceiling(self, instructions: int, warps: int, gpu: Gpu) -> float:
-        """Bytes of weights a second if every issue slot is used, `instructions` in a loop pass."""
+        """Bytes of weights per second with every issue slot used, at `instructions` per pass."""
         seconds = instructions * warps / 4 / gpu.clock
         return self.bytes_of_pass / seconds * gpu.multiprocessors if instructions else 0.0
 
 
 def matmul(given: dict[str, Any], grid: Sequence[int]) -> Matmul | None:
-    """What a launch with the arguments `given` does, if it multiplies by weights `w_ptr`."""
+    """The matmul of a launch with the arguments `given`; None if it has no weights `w_ptr`."""
     depth = given.get("BLOCK_K") or given.get("BLOCK_E")
     if "w_ptr" not in given or depth is None or given["w_ptr"].dim() < 2:
         return None
@@ -75,38 +69,9 @@ def matmul(given: dict[str, Any], grid: Sequence[int]) -> Matmul | None:
 
 
 def l2_bytes(given: dict[str, Any], grid: Sequence[int]) -> int:
-    """Bytes that a matmul's launch, or the one that adds up its segments, asks the L2 for."""
+    """Bytes that a matmul's launch, or the sum of its segments, requests from the L2."""
     multiplied = matmul(given, grid)
     if multiplied is not None:
         return multiplied.l2_bytes
     partial = given.get("partial_ptr")
     return 0 if partial is None else partial.numel() * partial.element_size()
-
-
-def loop_instructions(cubin: bytes) -> int:
-    """Instructions of a warp in one pass of the loop that multiplies; 0 if there is none."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-c", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return multiplying_loop(text)
-
-
-def multiplying_loop(sass: str) -> int:
-    """The length of the longest loop that has an HMMA, in instructions."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    longest = 0
-    for end, instruction in enumerate(instructions):
-        jump = re.search(r"\bBRA[^`]*`\((\.L_x_\d+)\)", instruction)
-        begin = labels.get(jump[1], end + 1) if jump else end + 1
-        if any("HMMA" in body for body in instructions[begin : end + 1]):
-            longest = max(longest, end + 1 - begin)
-    return longest

@@ -2,9 +2,9 @@
 
     python benchmarks/check_bits.py --model llama-3.2-1b --tokens 2000
 
-Weights of real shapes are made up: what rounds differently shows in random logits as it does in
-others. Half of the tokens come from one sequence, half from a batch of four. Drafts are the
-n-gram's. Exit code 1 where anything differs; the last line is one JSON object.
+Weights are random, of real shapes: a difference in rounding shows in random logits as well as in
+others. Half of the tokens come from one sequence, half from a batch of four. The drafter is the
+n-gram drafter. The exit code is 1 if anything differs; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_steps import TINY, write_config
 from common import Finish, environment, first_line, gpu_environment, gpu_first_line, run
-from kernel_cases import MODELS
+from dummy_models import write_config
+from model_shapes import MODELS, TINY
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.config import SamplingParams
@@ -35,9 +35,15 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], default="llama-3.2-1b")
-    add("--tokens", type=at_least(2 * BATCH), default=2000, metavar="N", help="in all")
-    add("-K", type=at_least(1), default=4, metavar="K")
+    add(
+        "--model",
+        choices=["tiny", *MODELS],
+        default="llama-3.2-1b",
+        metavar="MODEL",
+        help=f"one of {', '.join(['tiny', *MODELS])}",
+    )
+    add("--tokens", type=at_least(2 * BATCH), default=2000, metavar="N", help="tokens in total")
+    add("-K", type=at_least(1), default=4, metavar="K", help="drafts per step")
     return parser
 
 
@@ -46,7 +52,7 @@ def check(args: argparse.Namespace, finish: Finish) -> int:
     facts = gpu_environment() if on_gpu else environment()
     print(gpu_first_line(facts) if on_gpu else first_line(facts))
     alone = args.tokens // 2
-    # A repetitive prompt, which the n-gram drafter goes on with.
+    # A repetitive prompt, so that the n-gram drafter has something to copy.
     prompt = [5, 9, 33, 7, 7, 12] * 5
     with tempfile.TemporaryDirectory() as work:
         directory = write_config(({"tiny": TINY} | MODELS)[args.model], Path(work) / args.model)
@@ -74,14 +80,18 @@ def check(args: argparse.Namespace, finish: Finish) -> int:
                 ],
             }
         )
-        print(rows[-1])
+        differing = sum(at is not None for at in rows[-1]["first_differences"])
+        print(
+            f"batch {batch}: {rows[-1]['tokens']} tokens, {rows[-1]['accepted']} drafts accepted, "
+            f"sequences that differ: {differing}"
+        )
     same = all(at is None for row in rows for at in row["first_differences"])
     print("every token and log-probability is the same" if same else "RED: drafts changed a bit")
     return finish({"schema": 1, "environment": facts, "rows": rows, "identical": same}, 1 - same)
 
 
 def first_difference(a: Completion, b: Completion) -> int | None:
-    """Where two completions differ first, in a token or in a bit of its log-probability."""
+    """The first index at which two completions differ, in a token or its log-probability."""
     pairs = [list(zip(one.token_ids, one.logprobs or [], strict=True)) for one in (a, b)]
     differing = (i for i, (x, y) in enumerate(zip(*pairs, strict=True)) if x != y)
     return next(differing, None)

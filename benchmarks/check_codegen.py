@@ -1,61 +1,55 @@
-"""The code generation gate: every kernel compiled for every supported GPU, on any machine.
+"""Checks the machine code of every kernel, compiled for every supported GPU on any machine.
 
     python benchmarks/check_codegen.py                                  # the whole matrix
     python benchmarks/check_codegen.py --model smollm2-135m             # what CI runs
-    python benchmarks/check_codegen.py --write-table  # results/codegen-triton-*.md anew
+    python benchmarks/check_codegen.py --write-table  # writes results/codegen-triton-*.md
 
-The launchers themselves run, on tensors without data and with Triton's launch replaced by its
-compilation, so that what is compiled is what a GPU would run: same tiles, same specialisation. A
-kernel passes if it spills nothing, stays under its ceilings of registers and shared memory, copies
-16 bytes at a time, and multiplies with mma.sync m16n8k16 alone (notes in `offences`). Anything
-else: a list of offences and exit code 1.
+The launchers run on tensors without data, with Triton's launch replaced by its compilation, so what
+is compiled is what a GPU would run: the same tiles and the same specialisation. A kernel passes if
+it spills nothing, stays under its ceilings of registers and shared memory, copies 16 bytes at a
+time, and multiplies with mma.sync m16n8k16 only (reasons in `offences`). Otherwise its offences are
+listed and the exit code is 1.
 """
 
 import argparse
 import ast
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
-from bounds import GPUS, l2_bytes, loop_instructions, matmul
+from bounds import GPUS, l2_bytes, matmul
 from checkout import ROOT
-from common import Finish, run
-from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS
-from triton.backends.compiler import GPUTarget
+from common import Finish, one_of, run
+from kernel_cases import OPS
+from model_shapes import MODELS, OTHER_TIERS, STEPS
+from offline_compiler import Device, first_cause, launches_compiled, measure, op_name
 from triton.errors import TritonError
-from triton.runtime.jit import JITFunction
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.outputs import output_file, writing
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
-# Two blocks of different kernels must fit on one multiprocessor for dependent launches to overlap.
+# Dependent launches overlap only if blocks of two kernels fit on one multiprocessor.
 MAX_SHARED = 100 * 1024
-# TB/s of weights on an H100 whose issue slots are all used: up to 64 rows, and beyond.
+# TB/s of weights on an H100 with all issue slots used: for up to 64 rows, and for more.
 MIN_ISSUE_CEILING = (6.0, 3.0)
 
 
 class Ceiling(NamedTuple):
-    """What a kernel may use at most, and what its code must show."""
+    """What a kernel may use at most, and what its code must contain."""
 
     registers: int
     multiplies: bool = False  # with mma.sync m16n8k16
-    wide: bool = True  # 16 bytes a load or asynchronous copy
-    narrow: int = 15  # % of the bytes copied that may come in smaller ones
+    wide: bool = True  # some loads or asynchronous copies of 16 bytes
+    narrow: int = 15  # at most this % of the copied bytes in smaller copies
 
 
-# One line a kernel, under the name of its function without `_` and `_kernel`.
+# One line per kernel, by the name of its function without `_` and `_kernel`.
 CEILINGS = {
     "rms_norm": Ceiling(registers=64),
     "qkv_rope_cache": Ceiling(registers=192, multiplies=True),
@@ -67,7 +61,7 @@ CEILINGS = {
     "partial_sums": Ceiling(registers=255, multiplies=True),
     "gate_up_silu": Ceiling(registers=192, multiplies=True),
     "gate_up_silu_end": Ceiling(registers=64),
-    # Triton 3.6 copies a page's number once for each piece of the page.
+    # Triton 3.6 copies a page number once for each piece of the page.
     "verify_attention": Ceiling(registers=255, multiplies=True, narrow=30),
     "merge_splits": Ceiling(registers=64, wide=False),
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
@@ -90,7 +84,7 @@ Offence = tuple[str, str, str]
 
 
 class Compiled(NamedTuple):
-    """One kernel as one launch on one GPU would have it."""
+    """One kernel, compiled for one launch on one GPU."""
 
     target: str
     model: str
@@ -101,24 +95,31 @@ class Compiled(NamedTuple):
     symbol: str
     binary: str  # Triton's hash of source, specialisation and target
     registers: int
-    stack: int  # bytes a thread: spilled registers, or an array that found no registers
+    stack: int  # bytes per thread: spilled registers, or an array not held in registers
     shared: int
     wide: int  # loads and asynchronous copies of 16 bytes or more
-    narrow: int  # % of the bytes of all asynchronous copies that come in smaller ones
+    narrow: int  # % of the bytes of all asynchronous copies in copies of less than 16
     mma: dict[str, int]
-    loop: int = 0  # instructions in a pass of the loop that multiplies
-    issue_ceiling: float = 0.0  # TB of weights a second if every issue slot is used
+    loop: int = 0  # instructions per pass of the multiplying loop
+    issue_ceiling: float = 0.0  # TB/s of weights with every issue slot used
     rows_multiplied: int = 0
-    l2_over_weights: float = 0.0  # what the blocks ask the L2 for, over the weights' bytes
+    l2_over_weights: float = 0.0  # bytes requested from the L2 over the weights' bytes
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=MODELS, action="append", help="default: all")
-    add("--op", choices=OPS, action="append", help="default: all")
-    add("--target", choices=TARGETS, nargs="+", default=TARGETS)
-    add("--jobs", type=at_least(1), default=2, metavar="N", help="targets compiled at a time")
+    add("--model", choices=MODELS, metavar="MODEL", action="append", help=one_of(MODELS))
+    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
+    add(
+        "--target",
+        choices=TARGETS,
+        nargs="+",
+        default=TARGETS,
+        metavar="GPU",
+        help="of " + ", ".join(TARGETS) + " (default: all)",
+    )
+    add("--jobs", type=at_least(1), default=2, metavar="N", help="targets compiled in parallel")
     add("--write-table", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     return run(parser, compile_all, argv)
 
@@ -131,7 +132,7 @@ def compile_all(args: argparse.Namespace, finish: Finish) -> int:
 
 
 def judge(args: argparse.Namespace, finish: Finish, table_file: Path | None) -> int:
-    """Compile everything, say what offends, and write the table where `table_file` says."""
+    """Compile everything, list the offences, write the table to `table_file` unless it is None."""
     models, ops = args.model or list(MODELS), args.op or list(OPS)
     with (
         args.status.phase("compiling", len(args.target), "targets") as phase,
@@ -171,7 +172,7 @@ def judge(args: argparse.Namespace, finish: Finish, table_file: Path | None) -> 
 def compile_target(
     target: str, models: list[str], ops: list[str]
 ) -> tuple[list[Compiled], list[Offence]]:
-    """Compile what every case launches for one GPU; the second list says what does not compile."""
+    """Compile every case's launches for one GPU -> (kernels, failures to compile)."""
     arch = int(target.removeprefix("sm_"))
     triton.runtime.driver.set_active(Device(arch))
     compiled, failures = [], []
@@ -208,103 +209,11 @@ def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> 
     )
 
 
-def first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().splitlines()[-1].strip()
-
-
-class Device:
-    """A driver for a GPU that is not there. It answers what the compiler asks."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-
-@contextmanager
-def launches_compiled() -> Iterator[list[tuple[str, Any, dict[str, Any], Any]]]:
-    """Within it a launch is compiled and not run; yields what was: the kernel's name, its binary,
-    its arguments by name, and its grid."""
-    launched: list[tuple[str, Any, dict[str, Any], Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        # Triton 3.6 compiles elsewhere if asked to, and hands out a promise.
-        binary = binary.result() if hasattr(binary, "result") else binary
-        given = dict(zip(self.arg_names, args, strict=False)) | options
-        launched.append((op_name(self.__name__), binary, given, grid))
-
-    JITFunction.run = compile_only
-    try:
-        yield launched
-    finally:
-        JITFunction.run = run
-
-
-def op_name(function: str) -> str:
-    return function.strip("_").removesuffix("_kernel")
-
-
-def measure(binary: Any) -> dict[str, Any]:
-    """What one compiled kernel uses, read off its machine code and its PTX."""
-    return {
-        "symbol": binary.metadata.name,
-        "binary": binary.hash,
-        "shared": binary.metadata.shared,
-        **resources(binary.asm["cubin"]),
-        **instructions(binary.asm["ptx"]),
-        "loop": loop_instructions(binary.asm["cubin"]),
-    }
-
-
-def instructions(ptx: str) -> dict[str, Any]:
-    """How wide the loads of a kernel are, and what it multiplies with."""
-    # An asynchronous copy names its bytes behind its addresses; a load its lanes and their width.
-    copies = re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
-    copied = [int(size, 0) for size in copies]
-    loads = re.findall(r"ld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    loaded = [int(lanes or 1) * int(bits) // 8 for lanes, bits in loads]
-    mma = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*?(\.m\d+n\d+k\d+|[\s;])", ptx)
-    kinds = ["".join(kind).strip(" \t\n;") for kind in mma]
-    return {
-        "wide": sum(size >= 16 for size in copied + loaded),
-        "narrow": 100 * sum(size for size in copied if size < 16) // max(1, sum(copied)),
-        "mma": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-    }
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack, by the tool that ships with Triton."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {
-        name: int(re.findall(rf"{word}:(\d+)", text)[0])
-        for name, word in (("registers", "REG"), ("stack", "STACK"))
-    }
-
-
 def offences(kernel: Compiled) -> list[Offence]:
-    """Say what a kernel does that it must not.
+    """The rules that a kernel breaks.
 
-    A tensor-core instruction of another kind would round differently, and Triton chooses among
-    them by the shape of a tile: one kind everywhere is what keeps a row's bits. Many narrow copies
+    Other tensor-core instructions would round differently, and Triton chooses among them by the
+    shape of a tile: a row keeps its bits because one kind is used everywhere. Many narrow copies
     mean that the compiler lost the alignment of a weight or of the cache; a few are page numbers or
     the weights of a norm.
     """
@@ -332,7 +241,7 @@ def offences(kernel: Compiled) -> list[Offence]:
 
 
 def two_binaries(compiled: list[Compiled]) -> list[Offence]:
-    """A symbol must be one binary at every row count, else a step compiles, and may round, anew."""
+    """Symbols with several binaries: the row counts would differ in code, and perhaps in bits."""
     binaries: dict[tuple[str, ...], dict[str, int]] = {}
     for k in compiled:
         seen = binaries.setdefault((k.symbol, k.target, k.model, k.case), {})
@@ -345,7 +254,7 @@ def two_binaries(compiled: list[Compiled]) -> list[Offence]:
 
 
 def together(wrong: list[Offence]) -> list[str]:
-    """A line for each offence of a symbol, whatever the GPUs that show it."""
+    """One line for each offence of a symbol, with the GPUs that show it."""
     targets: dict[tuple[str, str], dict[str, None]] = {}
     for symbol, what, target in wrong:
         targets.setdefault((symbol, what), {})[target] = None
@@ -366,16 +275,16 @@ def kernels() -> set[str]:
 
 
 def table(compiled: list[Compiled]) -> str:
-    """Markdown: a line a kernel and model, a column a GPU."""
+    """Markdown: one line per kernel and model, one column per GPU."""
     targets = list(dict.fromkeys(kernel.target for kernel in compiled))
     lines = [
         "# What the kernels compile to",
         "",
         f"Triton {triton.__version__}, {date.today()}, by `python benchmarks/check_codegen.py "
-        "--write-table`. Cells: registers a thread / KB of shared memory a block / 16-byte loads "
-        "and copies in the code / tensor-core instructions in the code, and of matmuls / the "
-        "issue ceiling, TB/s of weights with every issue slot used / bytes asked of the L2 over "
-        "the weights' bytes. No kernel may spill.",
+        "--write-table`. Cells: registers per thread / KB of shared memory per block / 16-byte "
+        "loads and copies in the code / tensor-core instructions in the code; for matmuls / the "
+        "issue ceiling, TB/s of weights with every issue slot used / bytes requested from the L2 "
+        "over the weights' bytes. No kernel may spill.",
     ]
     for model in dict.fromkeys(kernel.model for kernel in compiled):
         lines += ["", f"## {model}", ""]
@@ -386,7 +295,7 @@ def table(compiled: list[Compiled]) -> str:
         kernels = [kernel for kernel in compiled if kernel.model == model]
         for symbol in dict.fromkeys(kernel.symbol for kernel in kernels):
             same = [kernel for kernel in kernels if kernel.symbol == symbol]
-            rows = ", ".join(str(rows) for rows in dict.fromkeys(k.rows for k in same))
+            rows = ", ".join(map(str, sorted({k.rows for k in same})))
             cells = [
                 ", ".join(dict.fromkeys(cell(k) for k in same if k.target == target))
                 for target in targets

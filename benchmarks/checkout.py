@@ -1,4 +1,4 @@
-"""Imported first by what measures this checkout, so that it is not an installed copy's code."""
+"""Puts this checkout first on sys.path, so that an installed mtpkern is not measured instead."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how they run and report, the machine in words, and prompts."""
+"""Shared by the benchmarks: running and reporting, a description of the machine, prompts."""
 
 import argparse
 import io
@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from checkout import ROOT
@@ -20,9 +20,14 @@ from mtpkern.cli.machine import cpu_model
 from mtpkern.errors import printable
 from mtpkern.outputs import FORCE, output_file, writing
 
+if TYPE_CHECKING:
+    from mtpkern import LLM
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
+
 
 class Finish(Protocol):
-    """Writes a report where --output-json says, prints the last line -> the exit code given."""
+    """Write the report to --output-json, print the last line (the report by default) -> `code`."""
 
     def __call__(
         self, report: dict[str, Any], code: int, line: dict[str, Any] | None = None
@@ -34,15 +39,18 @@ def run(
     measure: Callable[[argparse.Namespace, Finish], int],
     argv: list[str] | None,
 ) -> int:
-    """Run a benchmark as the package's own commands are run -> exit code: 1 is a check that failed,
-    2 a user's mistake. --output-json is claimed before anything is measured; the last line of
-    output is one JSON object, the report itself if nothing else is given."""
-    parser.add_argument("--output-json", type=Path, metavar="OUT", help="write the report there")
+    """Run a benchmark like the package's own commands -> exit code: 1 if a check failed, 2 for a
+    user's mistake. --output-json is checked and locked before anything is measured."""
+    parser.add_argument(
+        "--output-json", type=Path, metavar="OUT", help="write the whole report to OUT"
+    )
     parser.add_argument("--force", action="store_true", help=FORCE)
 
     def claimed(args: argparse.Namespace) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # a long run is followed in a file, too
+            sys.stdout.reconfigure(
+                line_buffering=True
+            )  # so that a long run can be followed in a file
         target = args.output_json
         with output_file(target, force=args.force) if target else nullcontext() as file:
 
@@ -61,15 +69,20 @@ def run(
     return arguments.run(parser, argv)
 
 
+def one_of(names: Iterable[str], default: str = "all") -> str:
+    """Help for an option that is given once for each of some names."""
+    return f"one of {', '.join(names)}; repeatable (default: {default})"
+
+
 def print_row(row: dict[str, Any]) -> None:
-    """Print a row of a report as it is measured, for a program that follows the output: what was
-    measured before a run is stopped is not lost. A terminal shows the table alone."""
+    """Print a row of a report as JSON as soon as it is measured, unless stdout is a terminal: a
+    program that reads the output keeps the rows of a run that is stopped."""
     if not sys.stdout.isatty():
         print(json.dumps({"row": row}))
 
 
 def rows_printed(output: str) -> list[dict[str, Any]]:
-    """What `print_row` wrote; of a process that was killed the last line may be half a line."""
+    """The rows that `print_row` wrote. The last line of a killed process may be incomplete."""
     whole = output[: output.rfind("\n") + 1].splitlines()
     return [json.loads(line)["row"] for line in whole if line.startswith('{"row": ')]
 
@@ -88,9 +101,8 @@ def environment() -> dict[str, Any]:
 
 
 def first_line(facts: dict[str, Any]) -> str:
-    average = " ".join(f"{value:.2f}" for value in facts["load"])
     return (
-        f"device cpu: {facts['cpu']}, {facts['threads']} threads; load {average}; "
+        f"device cpu: {facts['cpu']}, threads: {facts['threads']}; load {averages(facts['load'])}; "
         f"torch {facts['torch']}; mtpkern {facts['mtpkern']}, commit {facts['commit']}"
     )
 
@@ -124,7 +136,7 @@ def nvidia_smi(query: str) -> str:
 
 
 def answer(*command: str) -> str:
-    """What a tool prints; "unknown" where it is missing or fails."""
+    """A tool's output; "unknown" if it is missing or fails."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -132,17 +144,26 @@ def answer(*command: str) -> str:
 
 
 def load() -> list[float]:
-    """Load averages over 1, 5 and 15 minutes; empty where the system has none."""
+    """Load averages over 1, 5 and 15 minutes; empty if the system has none."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
+def averages(load: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in load) or "unknown"
+
+
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it; "unknown" outside of one."""
-    return answer("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+    """The checkout's commit, marked if files differ from it; "unknown" outside a checkout."""
+    git = ("git", "--no-optional-locks", "-C", str(ROOT))
+    name = answer(*git, "describe", "--always", "--abbrev=12")
+    # `describe --dirty` would lock the index, and leave the lock behind if the process is killed.
+    changed = answer(*git, "status", "--porcelain", "--untracked-files=no")
+    return name if changed in ("", "unknown") else f"{name}-dirty"
 
 
 def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:
-    """Prompts of a file in Spec-Bench's form (question_id, category, turns), spread if limited."""
+    """Prompts of a file in Spec-Bench's form (question_id, category, turns); `limit` of them are
+    spread over the categories."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -164,8 +185,14 @@ def read_prompts(file: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows if limit is None else spread(rows, limit)
 
 
+def encode(llm: "LLM", text: str) -> list[int]:
+    """Token ids of a prompt, through the model's chat template if it has one."""
+    chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template
+    return llm.encode([{"role": "user", "content": text}] if chat else text)
+
+
 def spread(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """At most `limit` rows, evenly over the categories and evenly within each; always the same."""
+    """At most `limit` rows, spread evenly over and within the categories; always the same ones."""
     by_category: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         by_category.setdefault(row["category"], []).append(index)

@@ -1,10 +1,10 @@
-"""Compile what the other benchmarks launch, on all cores, into Triton's cache on disk.
+"""Compiles what the other benchmarks launch into Triton's cache on disk, on all cores.
 
     python benchmarks/compile_ahead.py --model llama-3.1-8b --batch 1 --batch 8
 
-A kernel compiles in a second or so on one core, and a benchmark meets hundreds of them one after
-the other. Here the launchers run on tensors without data, which says which binaries they need, and
-each binary is compiled once, in a pool of processes. --arch compiles for a GPU that is not there.
+A kernel takes about a second to compile on one core, and a benchmark needs hundreds, one after the
+other. Here the launchers run on tensors without data to find out which binaries they need, and each
+binary is compiled once, in a pool of processes. --arch compiles for a GPU that is not there.
 The last line is one JSON object.
 """
 
@@ -18,22 +18,21 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
-from bench_steps import TINY, medusa_heads, mtp_module, write_config
-from check_codegen import Device
-from common import Finish, run
-from kernel_cases import MODELS, OPS, STEPS
-from predict_steps import meta_state
+from common import Finish, one_of, run
+from dummy_models import medusa_heads, meta_state, mtp_module, write_config
+from kernel_cases import OPS
+from model_shapes import MODELS, STEPS, TINY
+from offline_compiler import Device
 from triton.runtime.jit import JITFunction
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import NoDrafter
+from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.errors import UserError
 from mtpkern.ops.gpu import GpuOps
@@ -47,11 +46,11 @@ class Job(NamedTuple):
     model: str
     op: str  # "" for a step
     batch: int
-    rows: int  # of a sequence: K + 1
+    rows: int  # per sequence: K + 1
     first: bool  # one case only
 
 
-# What is done for a launch: (kernel, arguments, options).
+# Called for each launch: (kernel, arguments, options).
 Launch = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
 
@@ -62,12 +61,36 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=SHAPES, action="append", help="default: all but tiny")
-    add("--op", choices=OPS, action="append", help="default: all")
-    add("--rows", type=at_least(1), action="append", metavar="N", help="of ops; default: all")
+    add(
+        "--model",
+        choices=SHAPES,
+        metavar="MODEL",
+        action="append",
+        help=one_of(SHAPES, "all but tiny"),
+    )
+    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
+    add(
+        "--rows",
+        type=at_least(1),
+        action="append",
+        metavar="N",
+        help="window rows of ops; repeatable (default: all)",
+    )
     add("--first", action="store_true", help="only the first case of each op")
-    add("--batch", type=at_least(1), action="append", metavar="B", help="of steps; default: none")
-    add("-K", type=at_least(0), action="append", metavar="K", help="of steps; default: 0 and 4")
+    add(
+        "--batch",
+        type=at_least(1),
+        action="append",
+        metavar="B",
+        help="batch of steps; repeatable (default: no steps)",
+    )
+    add(
+        "-K",
+        type=at_least(0),
+        action="append",
+        metavar="K",
+        help="drafts of steps; repeatable (default: 0 and 4)",
+    )
     add("--arch", type=int, metavar="90", help="compute capability (default: this GPU's)")
     add("--jobs", type=at_least(1), default=os.cpu_count(), metavar="N", help="processes")
     add("--count", action="store_true", help="count the binaries and compile none")
@@ -117,7 +140,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def binaries(jobs: list[Job], arch: int) -> list[tuple[Job, int]]:
-    """Where each binary that the jobs need is launched first: the job, and the launch's number."""
+    """The first launch of each binary that the jobs need: the job, and the launch's number."""
     triton.runtime.driver.set_active(Device(arch))
     first: dict[tuple[str, str], tuple[Job, int]] = {}
     for job in jobs:
@@ -150,7 +173,7 @@ def compile_one(arch: int, job: Job, wanted: int) -> None:
 
 
 def launch(job: Job, pdl: bool, on_launch: Launch) -> None:
-    """Run a job's launchers on tensors without data, with `on_launch` for every kernel."""
+    """Run a job's launchers on tensors without data; call `on_launch` for every kernel."""
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         on_launch(self, args, options)
@@ -167,13 +190,14 @@ def launch(job: Job, pdl: bool, on_launch: Launch) -> None:
                     break
             return
         k, ops = job.rows - 1, GpuOps(pdl)
-        # One layer launches what all of them do.
+        # All layers launch the same kernels: one is enough.
         directory = write_config(SHAPES[job.model]._replace(L=1), Path(work) / "model")
         trunk, state = meta_state(directory, job.batch, k, ops)
-        runner = SimpleNamespace(cache=state.cache)
-        llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=ops, runner=runner)
-        drafters = [NgramDrafter(ops), medusa_heads(llm, k), mtp_module(llm)] if k else []
-        for drafter in drafters or [NoDrafter()]:
+        drafters: list[Drafter] = [NoDrafter()]
+        if k:
+            heads = medusa_heads(trunk, k, ops), mtp_module(trunk, state.cache, ops)
+            drafters = [NgramDrafter(ops), *heads]
+        for drafter in drafters:
             decode_step(state, trunk, drafter, ops, logprobs=True)
 
 

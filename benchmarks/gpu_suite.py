@@ -1,18 +1,17 @@
-"""Everything there is to say about a GPU, in one command of at most eight minutes.
+"""All checks and benchmarks for a GPU, in one command of at most eight minutes.
 
     python benchmarks/gpu_suite.py --smoke     # the first answers, in at most 90 seconds
     python benchmarks/gpu_suite.py
 
-Smoke: whether drafts change a bit (check_bits.py), one shape of each op, and steps of a 1B model.
-The whole: the kernel tests, bandwidth and kernels (bench_kernels.py), steps of made-up models
-beside torch's own (bench_steps.py), and end-to-end decoding of the default model beside
-transformers (bench_decode.py). Before either, their kernels are compiled on all cores
-(compile_ahead.py).
+--smoke: whether drafts change a bit (check_bits.py), one shape of each op, and steps of a 1B model.
+The whole suite: the kernel tests, bandwidth and kernels (bench_kernels.py), steps of models with
+random weights beside torch's own (bench_steps.py), and decoding with the default model beside
+transformers (bench_decode.py). Both first compile their kernels on all cores (compile_ahead.py).
 
-Each part is a process of its own under a limit of its own. suite.json and suite.md in
-benchmarks/results/<gpu>-<date>/ are written after every part, and a part that is stopped leaves the
-rows that it had measured. Without a GPU it runs small, to show that it runs; a number of a CPU then
-stands for itself alone.
+Each part is a process of its own with a time limit. suite.json and suite.md in
+benchmarks/results/<gpu>-<date>/ are written after every part; a part that is stopped leaves the
+rows it has measured so far. Without a GPU the suite runs at a small size, to show that it runs; its
+numbers then say nothing about a kernel's speed.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from typing import Any, NamedTuple
 
 import torch
 from checkout import ROOT
-from common import environment, first_line, gpu_environment, gpu_first_line, rows_printed
+from common import environment, first_line, gpu_environment, gpu_first_line, one_of, rows_printed
 
 from mtpkern import arguments
 from mtpkern.arguments import Parser
 from mtpkern.errors import UserError, printable
 from mtpkern.outputs import FORCE, run_directory
 
-# What the whole may take, and --smoke.
+# Time limits of the whole suite and of --smoke.
 SECONDS, SMOKE_SECONDS = 480, 90
 BENCHMARKS = ROOT / "benchmarks"
 REPORT = "suite.json"
 
 
 class Part(NamedTuple):
-    """One process of the suite: its name, its command, and how long it may take."""
+    """One process of the suite: name, command and time limit in seconds."""
 
     name: str
     command: list[str]
@@ -76,7 +75,7 @@ def measure(args: argparse.Namespace) -> int:
 def run_parts(
     args: argparse.Namespace, directory: Path, facts: dict[str, Any], on_gpu: bool
 ) -> int:
-    """Run the suite into a directory; exit code 1 where a part failed."""
+    """Run the suite, writing to a directory -> exit code, 1 if a part failed."""
     report: dict[str, Any] = {"schema": 1, "environment": facts, "parts": {}}
     began = time.monotonic()
     for part in parts(on_gpu, args.smoke):
@@ -85,7 +84,7 @@ def run_parts(
         with args.status.phase(part.name):
             report["parts"][part.name] = result = run(part, directory)
         print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
-        # What is known so far is kept: the machine may be taken away.
+        # Written after every part, so that nothing is lost if the machine goes away.
         (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         (directory / "suite.md").write_text(markdown(report, on_gpu))
     report["seconds"] = time.monotonic() - began
@@ -98,16 +97,23 @@ def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     known = (parts(on_gpu, smoke) for on_gpu in (True, False) for smoke in (True, False))
     names = sorted({part.name for some in known for part in some})
-    parser.add_argument("--smoke", action="store_true", help="the first answers, in 90 seconds")
-    parser.add_argument("--part", choices=names, action="append", help="default: all")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/")
+    parser.add_argument("--smoke", action="store_true", help="first answers, in 90 seconds")
+    parser.add_argument(
+        "--part",
+        choices=names,
+        metavar="PART",
+        action="append",
+        help=one_of(names),
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: benchmarks/results/<gpu>-<date>"
+    )
     parser.add_argument("--force", action="store_true", help=FORCE)
     return parser
 
 
 def parts(on_gpu: bool, smoke: bool) -> list[Part]:
-    """The suite's processes, which take at most SMOKE_SECONDS or SECONDS together; small ones where
-    there is no GPU."""
+    """The suite's processes, together within SMOKE_SECONDS or SECONDS; small ones without a GPU."""
 
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(BENCHMARKS / name), *arguments]
@@ -146,7 +152,7 @@ def parts(on_gpu: bool, smoke: bool) -> list[Part]:
 
 
 def run(part: Part, directory: Path) -> dict[str, Any]:
-    """Run one part; its output goes to a file, and its last line, where it is JSON, is kept."""
+    """Run one part -> its outcome and report; its output goes to a file in `directory`."""
     began = time.monotonic()
     log = directory / f"{part.name}.txt"
     outcome = "passed"
@@ -194,7 +200,7 @@ def markdown(report: dict[str, Any], on_gpu: bool) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of plain values as a table; what is nested stays in the JSON."""
+    """Rows as a table, without their nested values, which are in the JSON only."""
     keys = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
 
     def cell(value: Any) -> str:

@@ -1,9 +1,9 @@
-"""llama.cpp, as in the wheel xllamacpp, as an engine of bench_peers.
+"""llama.cpp as an engine of bench_peers, from the wheel xllamacpp.
 
     PYTHON_WITH_XLLAMACPP peer_llama.py < job.json
 
-llama.cpp counts its decode time from the first token, which comes of the prompt's own pass: the
-tokens that this time was spent on are all but that one.
+llama.cpp's decode time begins after the first token, which the prompt's own pass computes, so that
+token is not counted.
 """
 
 import sys
@@ -23,9 +23,9 @@ class Llama:
         params.n_ctx, params.n_parallel, params.n_gpu_layers = job["context"], 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
         params.warmup, params.verbosity = job["warm_up"], -1
-        # A prompt that comes again is computed again.
         settings = job["settings"]
         self.likeliest = settings.get("likeliest", 0)
+        # A repeated prompt is computed again, except for positions of one text (bench_quality).
         params.cache_prompt, params.cache_ram_mib = bool(self.likeliest), 0
         params.flash_attn_type = getattr(
             xllamacpp.llama_flash_attn_type,
@@ -68,7 +68,7 @@ class Llama:
                 "cache_prompt": bool(self.likeliest),  # positions of one text follow one another
                 "n_probs": self.likeliest,
                 "return_tokens": True,
-                "verbose": True,  # the server's own form of the answer, which has the tokens
+                "verbose": True,  # includes the token ids
             }
         )
         if "__verbose" not in answer:

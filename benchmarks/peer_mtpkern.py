@@ -1,4 +1,4 @@
-"""mtpkern as an engine of bench_peers: plain, or with drafts as it comes."""
+"""mtpkern as an engine of bench_peers: plain, or with its default drafts."""
 
 import sys
 from typing import Any

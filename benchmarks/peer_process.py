@@ -1,8 +1,8 @@
-"""An engine in a process of its own: what it runs, and how bench_peers starts it.
+"""An engine in a process of its own: the loop that it runs, and how bench_peers starts it.
 
 The job arrives as one JSON object on standard input. Each answer goes back as one JSON line on
-standard output, as soon as it is there, and the last line tells of the process itself. Standard
-library only: this file also runs in the environment of another engine.
+standard output as soon as it is complete, and the last line describes the process itself. Only the
+standard library is used: this file also runs in another engine's environment.
 """
 
 import json
@@ -19,13 +19,13 @@ PREFILLS = 2
 
 
 class Failed(Exception):
-    """An engine's process that ended without its last line; the message is what it said."""
+    """An engine's process ended early; the message is the last line of its stderr."""
 
 
 class Answer(NamedTuple):
     """A greedy answer to one prompt, and what its decoding took."""
 
-    tokens: list[int]  # [] where the engine does not tell
+    tokens: list[int]  # [] if the engine does not report them
     timed: int  # tokens that `seconds` were spent on
     seconds: float
     drafted: int = 0
@@ -48,10 +48,10 @@ class Engine(Protocol):
 class Visit(NamedTuple):
     """One process of an engine, from its start to its end."""
 
-    answers: list[Answer]  # of the first prompts: fewer than all where the time was up
+    answers: list[Answer]  # fewer than the prompts if the time was up
     first_answer_seconds: float  # since the process was started
-    prefill_seconds: float  # the shortest; 0 where none was asked for
-    peak_bytes: int | None  # resident memory, None where the system does not tell
+    prefill_seconds: float  # the shortest; 0 if the job has no prefill
+    peak_bytes: int | None  # resident memory; None if the system does not report it
     version: str
 
 
@@ -62,7 +62,7 @@ def serve(open_engine: Callable[[dict[str, Any]], Engine]) -> None:
     `warm_up`, and `seconds`, after which no further prompt is begun.
     """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        os.dup2(2, 1)  # whatever a library prints is no reply
+        os.dup2(2, 1)  # what libraries print goes to stderr
 
         def reply(facts: dict[str, Any]) -> None:
             replies.write(json.dumps(facts) + "\n")
@@ -113,7 +113,7 @@ def visit(command: list[str], job: dict[str, Any]) -> Visit:
                 process.stdin.write(json.dumps(job))
                 process.stdin.close()
             except BrokenPipeError:
-                pass  # it has ended already, and says why on stderr
+                pass  # it has ended already; stderr has the reason
             for line in process.stdout:
                 first = first or time.perf_counter() - begin
                 lines.append(json.loads(line))
@@ -129,9 +129,9 @@ def visit(command: list[str], job: dict[str, Any]) -> Visit:
 
 
 def peak_bytes() -> int | None:
-    """Resident memory of this process at its highest, pages of mapped files included."""
+    """Peak resident memory of this process, pages of mapped files included."""
     try:
-        # ru_maxrss would begin with what the parent had when it forked.
+        # ru_maxrss would include the memory of the parent at the fork.
         with open("/proc/self/status", encoding="ascii") as status:
             fields = dict(line.split(":", 1) for line in status)
         return int(fields["VmHWM"].split()[0]) * 1024

@@ -11,7 +11,7 @@ from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.resolve import resolve_model
 from mtpkern.errors import UserError
 
-# Prompts and answers of all lengths share a cache of this size, so that one compilation serves.
+# One cache size for all prompts and answers, so that the model is compiled once.
 CACHE = 2048
 
 
@@ -26,7 +26,7 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class Peer:
-    """A loaded model, with the leanest decode loop around its forward that its API permits."""
+    """A loaded model, with the shortest decode loop around its forward that the API permits."""
 
     def __init__(self, model: str | None, dtype: torch.dtype, device: torch.device):
         logging.disable_progress_bar()
@@ -48,5 +48,5 @@ class Peer:
         for _ in range(count):
             logits = step(token, past_key_values=cache, logits_to_keep=1).logits
             token = logits[:, -1].argmax(-1, keepdim=True)
-        token.item()  # a GPU's time ends when the last token is there
+        token.item()  # waits for the GPU
         return count, time.perf_counter() - started

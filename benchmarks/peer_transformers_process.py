@@ -12,7 +12,7 @@ from peer_transformers import Peer
 
 
 class Transformers:
-    """Answers have as many tokens as asked for: its loop looks at none of them."""
+    """Answers have exactly max_tokens tokens: the loop does not look at end tokens."""
 
     version = f"transformers {transformers.__version__}, torch {torch.__version__}"
 

@@ -1,14 +1,13 @@
-"""What a step should cost on a GPU, from the launches that it makes and the bytes that they read.
+"""What a step should cost on a GPU, predicted from its launches and the bytes that they read.
 
     python benchmarks/predict_steps.py --model llama-3.1-8b --context 1024
 
-The step is run on tensors without data (torch's meta device), which counts every kernel and every
-operator of torch that it would launch, and the weights that those would read; keys and values are
-counted by formula. A matmul takes as long as the slowest of four bounds says (`bounds.py`): memory,
-L2, instructions issued, which its machine code for an H100 says, and tensor cores; attention as
-long as its keys and values take from memory; every launch a microsecond more. The rates are
-assumptions, and are printed with the result: nothing here is a measurement. The last line is one
-JSON object.
+The step runs on tensors without data (torch's meta device), which counts every kernel and every
+torch operator that it would launch, and the weights that those would read; keys and values are
+counted by formula. A matmul takes as long as the slowest of four bounds (`bounds.py`): memory, L2,
+instructions issued (from its machine code for an H100) and tensor cores. Attention takes as long as
+reading its keys and values from memory. Every launch adds a microsecond. The rates are assumptions
+and are printed with the result; nothing here is a measurement. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,31 +19,25 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
-from bench_steps import TINY, medusa_heads, mtp_module, write_config
-from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, loop_instructions, matmul
-from check_codegen import Device, launches_compiled
-from common import Finish, run
-from kernel_cases import MODELS, PAGE_SIZE, Model
+from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, matmul
+from common import Finish, one_of, run
+from dummy_models import medusa_heads, meta_state, mtp_module, write_config
+from model_shapes import MODELS, TINY, ModelShape
+from offline_compiler import Device, launches_compiled, loop_instructions, op_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpkern.arguments import Parser, at_least
-from mtpkern.cache import KVCache
-from mtpkern.checkpoints.hf_config import read_hf_config
-from mtpkern.decode import DecodeState, decode_step
+from mtpkern.decode import decode_step
 from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.ngram import NgramDrafter
-from mtpkern.model import Llama
-from mtpkern.ops.base import Ops
 from mtpkern.ops.gpu import TRITON
 
-META = torch.device("meta")
-# What torch does without launching anything.
+# Operators of torch that launch nothing.
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "select", "slice", "unsqueeze", "expand", "transpose"),
     *("t", "alias", "split_with_sizes", "permute", "detach"),
@@ -58,15 +51,15 @@ HEADER = (
 
 
 class Trace(TorchDispatchMode):
-    """What a step would launch, and the bytes of weights that its kernels would read."""
+    """The launches of a step, and the bytes of weights that its kernels would read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
         self.weight_bytes = 0
-        self.cached_slots_bytes = 0  # of one cached token of every sequence, in all launches
-        # Matmuls and what adds up their segments: name, function, arguments by place, grid, others
+        self.cached_slots_bytes = 0  # of one cached token per sequence, over all launches
+        # Matmuls and the sums of their segments: name, function, arguments, grid, options.
         self.matmuls: list[tuple[str, Any, tuple[Any, ...], Any, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +69,7 @@ class Trace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def launch(self, name: str, given: dict[str, Any]) -> None:
-        """Count a kernel, whose arguments go by the names of its signature."""
+        """Count a kernel; `given` has its arguments by the names of its signature."""
         self.kernels[name] += 1
         if "w_ptr" in given and name != "rms_norm":
             w = given["w_ptr"]
@@ -89,39 +82,18 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def traced() -> Iterator[Trace]:
-    """Count instead of launching. Whoever wants a value of a tensor is refused: it has none."""
+    """Count launches instead of making them. Tensors have no data: reading a value fails."""
     trace = Trace()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        name = op_name(self.fn.__name__)
         trace.launch(name, given)
         if l2_bytes(given, grid):
             trace.matmuls.append((name, self, args, grid, options))
 
     with patch.object(triton.runtime.jit.JITFunction, "run", run), trace:
         yield trace
-
-
-def meta_state(
-    directory: Path, batch: int, k: int, ops: Ops = TRITON, **options: Any
-) -> tuple[Llama, DecodeState]:
-    """A model and a state without data, of the shapes that config.json names."""
-    config = read_hf_config(directory)
-    trunk = Llama.load(directory, dtype=torch.bfloat16, ops=ops, device=META, dummy=True)
-    cache = KVCache.empty(
-        layers=config.num_layers,
-        pages=8,
-        page_size=PAGE_SIZE,
-        page_table=torch.zeros(batch, 4, dtype=torch.int32, device=META),
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        inverse_frequencies=torch.ones(config.head_dim // 2),
-        rope_scaling=1.0,
-        dtype=torch.bfloat16,
-    )
-    ring = torch.zeros(4, batch, 2 * k + 3, dtype=torch.int64, device=META)
-    return trunk, DecodeState.empty(cache, 200, k, ring=ring, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +106,7 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         f"{ISSUED:.0%} of issue slots used, {MMA / 1e12:.0f} TFLOP/s, {LAUNCH * 1e6} us for every "
         f"launch; context {args.context}; predicted, not measured"
     )
-    shapes: dict[str, Model] = {"tiny": TINY} | MODELS
+    shapes: dict[str, ModelShape] = {"tiny": TINY} | MODELS
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
         for name in args.model or MODELS:
@@ -158,10 +130,18 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], action="append", help="default: all")
-    add("--batch", type=at_least(1), action="append", metavar="B", help="default: 1")
-    add("-K", dest="k", type=at_least(0), default=4)
-    add("--context", type=at_least(1), default=1024)
+    names = ["tiny", *MODELS]
+    default = "all but tiny"
+    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
+    add(
+        "--batch",
+        type=at_least(1),
+        action="append",
+        metavar="B",
+        help="sequences; repeatable (default: 1)",
+    )
+    add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
+    add("--context", type=at_least(1), default=1024, metavar="S", help="cached tokens")
     return parser
 
 
@@ -170,15 +150,12 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one model and batch: plain, and each kind of drafter at K."""
     trunk, state = meta_state(directory, batch, args.k)
-    # What bench_steps needs of an LLM to make heads up.
-    runner = SimpleNamespace(cache=state.cache)
-    llm: Any = SimpleNamespace(trunk=trunk, config=trunk.config, ops=TRITON, runner=runner)
     drafters: list[tuple[str, int, Drafter]] = [("none", 0, NoDrafter())]
     if args.k:
         drafters += [
             ("n-gram", args.k, NgramDrafter(TRITON)),
-            ("medusa", args.k, medusa_heads(llm, args.k)),
-            ("mtp", args.k, mtp_module(llm)),
+            ("medusa", args.k, medusa_heads(trunk, args.k, TRITON)),
+            ("mtp", args.k, mtp_module(trunk, state.cache, TRITON)),
         ]
     plain = 0.0
     for kind, k, drafter in drafters:
@@ -206,7 +183,7 @@ def predict(
 
 
 def matmul_seconds(trace: Trace) -> tuple[float, str]:
-    """What all matmuls of a step take on an H100, and which bound decides for each kernel."""
+    """The time of all matmuls of a step on an H100, and the bound that decides for each kernel."""
     seconds, deciding = 0.0, dict[str, str]()
     for name, function, args, grid, options in trace.matmuls:
         given = dict(zip(function.arg_names, args, strict=False)) | options
@@ -217,7 +194,7 @@ def matmul_seconds(trace: Trace) -> tuple[float, str]:
             ceiling = multiplied.issue_ceiling(instructions, options["num_warps"], GPUS["sm_90"])
             loaded = multiplied.passes * multiplied.bytes_of_pass
             times["memory"] = multiplied.weight_bytes / DRAM
-            # Inputs of one pass have no loop.
+            # A matmul of one pass has no loop.
             times["issue"] = loaded / ceiling / ISSUED if ceiling else 0.0
             times["tensor cores"] = multiplied.flops / MMA
         bound = max(times, key=lambda one: times[one])
@@ -230,7 +207,7 @@ _counted: dict[tuple[object, ...], int] = {}
 
 
 def _instructions(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Instructions in a pass of a matmul's loop on sm_90, compiled once for each shape."""
+    """Instructions per pass of a matmul's loop on sm_90, compiled once per shape."""
     key = (function.fn.__name__, *sorted(item for item in options.items()))
     if key not in _counted:
         triton.runtime.driver.set_active(Device(90))

@@ -1,14 +1,13 @@
-"""Better tile tables for a GPU: every legal value is measured, and the fastest table printed.
+"""Tile tables for a GPU: measures every legal value and prints the fastest table.
 
     python benchmarks/tune.py --model llama-3.1-8b --op linear
 
-Tuned are the functions and constants in KNOBS, one call of them at a time: the same call, such as
-the depth of a tile for a tier of rows, has one value in all cases of all ops that make it. A value
-is legal if the kernels compile with it, fit on the device, and give the bits that the present
-value gives. Times are those of bench_kernels.py, summed over the cases; a value that is less than
-1 % faster than the present one is not worth a change. What is printed is for a person to paste
-into kernels/, with the name of the GPU and the date. Under ttsem, which has no clock, the times
-are the emulation's own. The last line is one JSON object.
+The functions and constants in KNOBS are tuned, one call at a time: a call, such as the tile depth
+for a tier of rows, has one value in all cases of all ops that make it. A value is legal if the
+kernels compile with it, fit on the device, and give the same bits as the present value. Times are
+those of bench_kernels.py, summed over the cases; a gain of less than 1 % is not worth a change. The
+output is for a person to paste into kernels/, with the name of the GPU and the date. Under ttsem,
+which has no clock, the times are those of the emulation. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from unittest.mock import patch
 
 import torch
 from bench_kernels import launch, milliseconds, rotating, tensors
-from bench_steps import TINY
-from common import Finish, run
-from kernel_cases import MODELS, OPS, OTHER_TIERS, STEPS, Case
+from common import Finish, one_of, run
+from kernel_cases import OPS, KernelCase
+from model_shapes import MODELS, OTHER_TIERS, STEPS, TINY
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -41,11 +40,11 @@ WORTH = 0.99  # of the present time
 
 
 class Knob(NamedTuple):
-    """A function that decides on a launch, or a constant, of kernels/<file>.py."""
+    """A function or constant of kernels/<file>.py that decides how a kernel is launched."""
 
     file: str
     name: str
-    values: Callable[[Any], Iterable[Any]]  # those to try beside the one given
+    values: Callable[[Any], Iterable[Any]]  # present value -> values to try beside it
 
 
 def around(value: int) -> list[int]:
@@ -53,7 +52,7 @@ def around(value: int) -> list[int]:
 
 
 def tiles(present: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Depths of a tile with stages of the pipeline."""
+    """Tile depths, each with numbers of pipeline stages."""
     depth, _ = present
     return itertools.product((depth // 2, depth, 2 * depth), range(2, 9))
 
@@ -69,14 +68,14 @@ KNOBS = (
 TUNED = ("linear", "gate_up_silu", "qkv_rope_cache", "medusa_blocks", "verify_attention", "ngram")
 
 # An op's name and one of its cases.
-Use = tuple[str, Case]
+Use = tuple[str, KernelCase]
 # The arguments of a call, positional and named; those of a constant are ().
 Key = tuple[Any, ...]
 Results = tuple[Tensor, ...]
 
 
 class Trial(NamedTuple):
-    """What became of one value: its time summed over the cases, or why it has none."""
+    """One value: its time summed over the cases, or why it is refused."""
 
     value: Any
     ms: float
@@ -90,11 +89,32 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=["tiny", *MODELS], action="append", help="default: all but tiny")
-    add("--op", choices=TUNED, action="append", help="default: all")
-    add("--rows", type=at_least(1), action="append", metavar="N", help="window rows; default: all")
-    add("--knob", choices=[k.name for k in KNOBS], action="append", help="default: all")
-    add("--repeat", type=at_least(1), default=10, metavar="N", help="replays a median is taken of")
+    names = ["tiny", *MODELS]
+    default = "all but tiny"
+    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
+    add(
+        "--op",
+        choices=TUNED,
+        metavar="OP",
+        action="append",
+        help=one_of(TUNED),
+    )
+    add(
+        "--rows",
+        type=at_least(1),
+        action="append",
+        metavar="N",
+        help="window rows; repeatable (default: all)",
+    )
+    names = [knob.name for knob in KNOBS]
+    add(
+        "--knob",
+        choices=names,
+        metavar="KNOB",
+        action="append",
+        help=one_of(names),
+    )
+    add("--repeat", type=at_least(1), default=10, metavar="N", help="replays per median")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
     return parser
 
@@ -152,7 +172,7 @@ def calls_of(knob: Knob, uses: Sequence[Use], pdl: bool) -> dict[Key, tuple[Any,
 
 @contextmanager
 def turned(knob: Knob, answer: Callable[[Key, Any], Any]) -> Iterator[None]:
-    """Within it, a call of the knob gives answer(its key, the value that it gives otherwise)."""
+    """Make a call of the knob return answer(key, the original value)."""
     original = getattr(sys.modules[KERNELS + knob.file], knob.name)
 
     def answered(*args: Any, **named: Any) -> Any:
@@ -170,7 +190,7 @@ def turned(knob: Knob, answer: Callable[[Key, Any], Any]) -> Iterator[None]:
 def try_value(
     knob: Knob, key: Key, value: Any, users: Sequence[tuple[Use, Results]], repeat: int, pdl: bool
 ) -> Trial:
-    """Check the bits of a value in all cases that use it, then time all of them."""
+    """Check a value's bits in all cases that use it, then time them all."""
 
     def answer(called: Key, own: Any) -> Any:
         return value if called == key else own
@@ -186,8 +206,8 @@ def try_value(
         return Trial(value, math.inf, (str(error).strip().splitlines() or ["?"])[-1])
 
 
-def results(case: Case, pdl: bool) -> Results:
-    """What a case gives on the same inputs every time; what it does not write is NaN."""
+def results(case: KernelCase, pdl: bool) -> Results:
+    """The outputs of a case, on the same inputs every time; elements not written are NaN."""
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors
     try:
@@ -196,8 +216,8 @@ def results(case: Case, pdl: bool) -> Results:
         torch.use_deterministic_algorithms(False)
 
 
-def time_of(case: Case, repeat: int, pdl: bool) -> float:
-    """Milliseconds of a case, on inputs that rotate; in emulation of one launch, by the clock."""
+def time_of(case: KernelCase, repeat: int, pdl: bool) -> float:
+    """Milliseconds of a case on rotating inputs; in emulation, wall time of one launch."""
     if torch.version.cuda is None:
         call, begin = case.inputs("cuda"), time.perf_counter()
         call.launch(pdl)
@@ -206,13 +226,13 @@ def time_of(case: Case, repeat: int, pdl: bool) -> float:
 
 
 def choose(trials: Sequence[Trial]) -> Any:
-    """The fastest legal value, or the present one, which is the first, unless it is worth it."""
+    """The fastest legal value, or the present one (the first) if the gain is not worth it."""
     best = min(trials, key=lambda trial: trial.ms)
     return best.value if best.ms < WORTH * trials[0].ms else trials[0].value
 
 
 def table_line(name: str, trials: Sequence[Trial], chosen: Any) -> str:
-    """`name = value`, with what was measured in comments, the fastest first."""
+    """`name = value`, with the measurements in comments, the fastest first."""
     legal = sorted((t for t in trials if not t.refused), key=lambda trial: trial.ms)
     was = "as it is" if chosen == trials[0].value else f"was {trials[0].value}"
     lines = [f"{name} = {chosen}  # {was}"]

@@ -1,7 +1,7 @@
-"""Shared builders: a small random Llama checkpoint, with a small tokenizer, made on the fly.
+"""Fixtures and markers of all tests, and `tiny_checkpoint`: a small random Llama with a tokenizer.
 
-`from conftest import tiny_checkpoint`: a directory in Hugging Face's layout that the package, and
-transformers, can load. Nothing is downloaded.
+The checkpoint is a directory in Hugging Face's layout that mtpkern and transformers can load.
+Nothing is downloaded.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# One thread per worker of pytest-xdist, and in what it starts: more would wait for each other.
+# One thread per worker of pytest-xdist and per process it starts: more would compete for cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -133,13 +133,13 @@ def tiny_checkpoint(
 
 @pytest.fixture(autouse=True)
 def no_status_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What commands print on stderr must not depend on how long they took."""
+    """No progress on stderr, which would depend on how long a command takes."""
     monkeypatch.setattr(status, "SHOWN_AFTER", 3600.0)
 
 
 @pytest.fixture
 def gpu() -> str:
-    """Where kernels run: a CUDA device, or the CPU that ttsem shows as one."""
+    """The device that kernels run on: a CUDA device, or the CPU that ttsem presents as one."""
     if not torch.cuda.is_available():
         pytest.skip("kernels need a GPU, or `python -m ttsem.sanitize pytest -m kernel`")
     return "cuda"
@@ -147,7 +147,7 @@ def gpu() -> str:
 
 @pytest.fixture
 def cuda() -> str:
-    """A real GPU, for what ttsem does not show: graphs, streams, waiting."""
+    """A real GPU, for what ttsem does not emulate: graphs, streams, synchronisation."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return "cuda"

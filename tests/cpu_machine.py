@@ -1,4 +1,4 @@
-"""Compiled CPU kernels for the tests: compiled once, kept where the package keeps its own."""
+"""The compiled CPU kernels for the tests, cached where the package caches its own."""
 
 import ctypes
 from functools import cache

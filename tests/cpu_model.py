@@ -1,4 +1,4 @@
-"""A small model as a compiled program, and decoding with it."""
+"""A small random model as a compiled CPU program, and decoding with it."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Steps about to end, for the tests of `advance` and of what stands for it on a CPU."""
+"""Random inputs for the end of a step, for the tests of `advance` and of its CPU counterpart."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ class Inputs(NamedTuple):
 
 
 def make(batch: int, rows: int, seed: int) -> Inputs:
-    """A batch before the end of a step, drafts right now and then, one sequence finished, and a few
-    rows without a largest logit."""
+    """A batch at the end of a step: some drafts are right, some sequences are finished, and the
+    largest logits of a few rows are not finite."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(*shape: int, high: int = 5) -> Tensor:

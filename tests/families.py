@@ -1,8 +1,8 @@
-"""Small random checkpoints of every plain Llama layout, as `transformers` builds and saves them.
+"""Small random checkpoints of every supported Llama layout, built and saved by `transformers`.
 
-`FAMILIES` is the table; `write_family` writes one row of it to a directory. Every parameter is
-random, norms and biases too (a new model has ones and zeros there, which would hide a mistake),
-and the weights are large enough that a wrong position or a wrong head changes tokens.
+`FAMILIES` is the table; `write_family` writes one row of it to a directory. All parameters are
+random, norms and biases too (the ones and zeros of a new model would hide mistakes), and large
+enough that a wrong position or a wrong head changes tokens.
 """
 
 import json
@@ -144,7 +144,7 @@ def write_family(
 
 
 def _make_mimo(directory: Path, modules: int) -> None:
-    """Say that the checkpoint is a MiMo, and add its MTP layers: like the trunk's, and more."""
+    """Turn the checkpoint into a MiMo: its architecture's name, and MTP layers."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}

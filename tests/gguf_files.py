@@ -1,4 +1,4 @@
-"""Small GGUFs with random weights, written by the library gguf."""
+"""Small GGUFs with random weights, written with the library gguf."""
 
 import gguf
 import numpy as np

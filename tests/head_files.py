@@ -1,4 +1,4 @@
-"""Small random heads of every family, as files: our own layouts and published ones."""
+"""Small random heads of every family as files, in our own layouts and in published ones."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the kernel tests share: outputs that show every wrong write, and the budget of an error."""
+"""For the kernel tests: outputs that reveal stray writes, and the budget of an error."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @contextmanager
 def guarded_output(shape: Sequence[int], dtype: torch.dtype, device: str) -> Iterator[Tensor]:
-    """An output full of NaN (integers: -77) inside a larger tensor of sevens, which must stay."""
+    """An output filled with NaN (integers: -77) inside a tensor of sevens that must not change."""
     around = torch.full([n + 6 for n in shape], 7, dtype=dtype, device=device)
     inside = around[tuple(slice(3, -3) for _ in shape)]
     inside.fill_(float("nan") if dtype.is_floating_point else -77)
@@ -21,8 +21,8 @@ def guarded_output(shape: Sequence[int], dtype: torch.dtype, device: str) -> Ite
 def assert_within_budget(out: Tensor, in_dtype: Tensor, truth: Tensor, *, terms: int) -> None:
     """Assert err(out) <= 2 err(in_dtype), both against `truth` in float64.
 
-    Two things are granted on top, for where luck makes err(in_dtype) small: one rounding to the
-    dtype, and float32 sums of `terms` terms in another order.
+    Since err(in_dtype) may be small by chance, two allowances are added: one rounding to the dtype,
+    and float32 sums of `terms` terms in another order.
     """
     if truth.numel():
         granted = torch.finfo(out.dtype).eps + 2 * torch.finfo(torch.float32).eps * terms**0.5

@@ -1,4 +1,4 @@
-"""Every operator of mtpkern.library with small arguments."""
+"""Small arguments for every operator of mtpkern.library."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ OPERATORS = list(arguments())
 
 
 def moved(given: Given, device: str) -> Given:
-    """The same arguments in memory of their own on `device`, with their strides."""
+    """Copies of the arguments on `device`, with the same strides."""
 
     def there(value: Any) -> Any:
         return value.clone().to(device) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""A paged cache in random page order, NaN wherever nothing was written, for the attention tests."""
+"""A paged KV cache in random page order, filled with NaN, for the attention tests."""
 
 from typing import NamedTuple
 

@@ -1,14 +1,13 @@
-"""A GPU that is not there, for what LLM does on one beside computing: memory, streams, compiling.
+"""A pretended GPU, for what LLM does on one besides computing: memory, streams, compiling.
 
     with pretend_gpu() as gpu:
         llm = LLM(directory, device="cuda")
         gpu.binaries  # what Triton would have compiled by now
 
-All tensors are the CPU's, and fresh ones are zero. A launch computes nothing, except for the one at
-a step's end that tells the host about it, which its definition replaces. Which binary a launch
-needs is asked of Triton's own code, for sm_90. Memory follows the rules of torch's caching
-allocator: graphs of one pool share what was allocated on the same stream, and what was freed stays
-cached until `empty_cache`.
+All tensors are on the CPU, and new ones are zero. Launches compute nothing, except `advance`, which
+runs its definition so that the host is told about each step. Triton's own code says which binary a
+launch needs, for sm_90. Memory follows the rules of torch's caching allocator: graphs of one pool
+share what was allocated on the same stream, and freed memory stays cached until `empty_cache`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MEMORY = 80 << 30
 
 
 class Stream:
-    """Remembers which streams it waited for, and whether that was before anything ran on it."""
+    """A stream that records which streams it waited for."""
 
     def __init__(self) -> None:
         self.waited_for: list[Stream] = []
@@ -63,7 +62,7 @@ class Event:
 
 
 class Graph:
-    """What was launched while it was captured; a replay launches that again."""
+    """The launches of a capture; a replay repeats them."""
 
     def __init__(self) -> None:
         self.launches: list[Callable[[], None]] = []
@@ -74,7 +73,7 @@ class Graph:
 
 
 class Driver:
-    """Answers what Triton asks of a driver before it launches."""
+    """The answers that Triton needs from a driver before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -87,7 +86,7 @@ class Driver:
 
 
 class PretendGpu(TorchFunctionMode):
-    """The device's state: what was compiled, and where its memory is."""
+    """The state of the device: binaries, memory, streams."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +154,7 @@ class PretendGpu(TorchFunctionMode):
     def binary(
         self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[str, str]:
-        """Kernel and specialisation of a launch, as Triton's own code has it."""
+        """Kernel and specialisation of a launch, computed by Triton's own code."""
         *_, binder = kernel.device_caches[Driver().get_current_device()]
         _, specialization, rest = binder(*args, **options)
         return kernel.__name__, f"{specialization} {rest}"
@@ -191,7 +190,7 @@ def _advance(given: dict[str, Any]) -> None:
 
 @contextmanager
 def pretend_gpu() -> Iterator[PretendGpu]:
-    """Show an H100 to torch and Triton while the block runs."""
+    """Present an H100 to torch and Triton inside the block."""
     gpu = PretendGpu()
     handles = iter(range(1, 1 << 20))
     answers: dict[str, Any] = {

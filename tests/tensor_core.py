@@ -1,7 +1,7 @@
-"""Dots as a tensor core adds them, for the CPU that ttsem shows as a GPU.
+"""Dot products summed like a tensor core's, for the CPU that ttsem presents as a GPU.
 
-ttsem's own dot adds one product after another, in which the size of a tile leaves no trace.
-mma.sync m16n8k16 adds sixteen products to a sum at once: what is added in another order shows.
+ttsem's own dot adds one product after another, which hides the size of a tile. mma.sync m16n8k16
+adds sixteen products to a sum at once, so that a different order of the sums shows.
 """
 
 import sys
@@ -14,8 +14,8 @@ import numpy as np
 
 @contextmanager
 def dots_of_sixteen() -> Iterator[None]:
-    """Within it a dot of 16-bit operands is float32 steps of 16 inputs, ascending. On a GPU: no
-    change."""
+    """Inside the block, dots of 16-bit operands add 16 inputs at a time in float32, in ascending
+    order. On a GPU nothing changes."""
     if "ttsem.ops" not in sys.modules:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the installed package holds, from a wheel and an sdist built of a copy of the tree."""
+"""The contents of the installed package, from a wheel and an sdist of a copy of the tree."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ BUILD = "from setuptools import build_meta as b; b.build_wheel('out'); b.build_s
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """The folder of both archives. Built of a copy, so that the tree keeps no stale build/."""
+    """The folder of both archives, built from a copy so that no build/ is left in the tree."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -34,7 +34,7 @@ def wheel(built):
 
 
 def package_files() -> set[str]:
-    """Every file that belongs in the package, under the name that it has when installed."""
+    """Every file of the package, by its name in the installation."""
     mapping = {"mtpkern": "mtpkern", "kernels": "mtpkern/kernels"}
     return {
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
@@ -80,7 +80,7 @@ def test_the_wheel_alone_can_import_its_kernels_folder(built, wheel, tmp_path):
 
 def test_the_sdist_can_build_the_wheel_again(built, wheel, tmp_path):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
-        # Where Python has extraction filters (3.10.12 on), it wants one named.
+        # Python 3.10.12 and later warn unless an extraction filter is named.
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(tmp_path)
     (tree,) = tmp_path.iterdir()

@@ -1,7 +1,7 @@
-"""What a kernel asks of memory: the loads and stores of its launches, counted by element.
+"""The loads and stores of a kernel's launches, counted by element.
 
-ttsem executes kernels one access at a time, so that they can be counted; a GPU cannot tell. Counted
-is what the kernel asks for, masked lanes excepted, whichever cache would answer.
+ttsem executes kernels one access at a time, so they can be counted, which is impossible on a GPU.
+All requested elements count, except in masked lanes, whichever cache would serve them.
 """
 
 import sys
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Traffic:
-    """Every address read and written, with the bytes taken there, in the order of the accesses."""
+    """Every address read and written, with its number of bytes, in order."""
 
     def __init__(self) -> None:
         self.read: list[tuple[np.ndarray, int]] = []
@@ -31,7 +31,7 @@ class Traffic:
         return _count(self.written, tensor)
 
     def bytes_touched(self) -> int:
-        """Bytes that must come from memory and go to it if a cache never forgot: each once."""
+        """Bytes read from and written to memory with an unlimited cache: each counts once."""
         return _distinct_bytes(self.read) + _distinct_bytes(self.written)
 
 
@@ -56,7 +56,7 @@ def _distinct_bytes(accesses: list[tuple[np.ndarray, int]]) -> int:
 
 @contextmanager
 def recorded_traffic() -> Iterator[Traffic]:
-    """Count what launches within it load and store."""
+    """Count the loads and stores of the launches inside the block."""
     if "ttsem.memory" not in sys.modules:
         pytest.skip("only ttsem can count accesses: `python -m ttsem.sanitize pytest -m kernel`")
     memory: Any = sys.modules["ttsem.memory"].Memory

@@ -1,4 +1,4 @@
-"""Small datasets and runs of the trainer."""
+"""Small data sets, heads and plans for the tests of the trainer."""
 
 import json
 from pathlib import Path

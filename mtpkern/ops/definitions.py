@@ -95,8 +95,9 @@ class Definitions(Ops):
         return gate_up_silu_ref(x, norm_w, eps, w.data, w.bias)
 
     def plan(self, cache: KVCache, rows: int, config: ModelConfig) -> DevicePlan:
-        at = window_slots_ref(cache.lengths, cache.page_table, rows, cache.k.shape[2])
-        return DevicePlan(*at, cache.cos, cache.sin, cache.lengths, config.sliding_window)
+        page_size, window = cache.k.shape[2], config.sliding_window
+        slots, positions = window_slots_ref(cache.lengths, cache.page_table, rows, page_size)
+        return DevicePlan(slots, positions, cache.cos, cache.sin, cache.lengths, window)
 
     def qkv_rope_cache(
         self,

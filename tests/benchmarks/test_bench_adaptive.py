@@ -1,4 +1,4 @@
-"""bench_adaptive: drafts against plain decoding in turn, with heads and with hostile drafts."""
+"""bench_adaptive: drafts beside plain decoding in turn, with heads and with hostile drafts."""
 
 import json
 from pathlib import Path
@@ -42,20 +42,20 @@ def test_the_report_has_a_row_for_each_prompt_and_three_together(
         assert sum(row["share_of_steps_by_k"].values()) == pytest.approx(1)
 
 
-def test_hostile_drafts_never_stand(
+def test_hostile_drafts_are_never_accepted(
     bench_adaptive: Any, model: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stood = []
+    accepted_drafts = []
 
     def observe(self: DraftLength, k: int, seconds: float, outcomes: list, count: int) -> None:
-        stood.extend(accepted for _, accepted in outcomes)
+        accepted_drafts.extend(accepted for _, accepted in outcomes)
 
     monkeypatch.setattr(DraftLength, "observe", observe)
     monkeypatch.setattr(DraftLength, "choose", lambda self, windows: self.most)
     llm = LLM(model[1], heads=model[3], max_batch=1)
     bench_adaptive.spoil(llm)
     llm.generate([[5, 6, 7, 8] * 6], SamplingParams(max_tokens=40))
-    assert len(stood) == 40 and not any(stood)
+    assert len(accepted_drafts) == 40 and not any(accepted_drafts)
 
 
 def test_other_tokens_are_red_and_give_no_speed(

@@ -1,4 +1,4 @@
-"""bench_heads: what it prints is what decoding did, and drafts that change tokens turn it red."""
+"""bench_heads: its rows agree with decoding, and drafts that change tokens are red."""
 
 import json
 from pathlib import Path
@@ -34,13 +34,13 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_rows_say_what_decoding_did(bench_heads: Any, arguments: list[str], capsys: Any) -> None:
+def test_rows_agree_with_decoding(bench_heads: Any, arguments: list[str], capsys: Any) -> None:
     more = ["--temperature", "0", "--temperature", "0.9", "--timed", "1"]
     assert bench_heads.main([*arguments, *more]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     named = {(row["heads"], row["temperature"]): row for row in report["rows"]}
     assert len(named) == 10
-    # Speed is of greedy decoding.
+    # Speed is measured for greedy decoding only.
     assert all(row.get("speedup", 1) > 0 for row in report["rows"])
     assert {row["temperature"] for row in report["rows"] if "speedup" in row} == {0}
     llm = LLM(arguments[1], heads=arguments[-1], ngram=False, num_speculative_tokens=3)

@@ -1,8 +1,6 @@
-"""bench_kernels: its check, its arithmetic and its last line, small and with a stopped clock."""
+"""bench_kernels: its check, its arithmetic and its last line, on small shapes at a fixed time."""
 
 import json
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +15,12 @@ TINY = dict(E=48, F=112, Hq=4, Hk=2, D=16, V=307, L=3)
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module, where every call takes 2 ms and is made once."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module; every call is made once and takes 2 ms."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_kernels
-    import kernel_cases
+    import kernel_cases.layers
+    from model_shapes import ModelShape
 
     def two(calls: Any, repeat: int) -> float:
         for call in calls:
@@ -32,15 +31,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(bench_kernels, "milliseconds", two)
     monkeypatch.setattr(bench_kernels, "PROBE_BYTES", 2**18)
     monkeypatch.setattr(bench_kernels, "MAX_SETS", 2)
-    monkeypatch.setattr(kernel_cases, "CONTEXTS", (512,))
-    monkeypatch.setitem(bench_kernels.MODELS, "tiny", kernel_cases.Model(**TINY))
-    monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", kernel_cases.Model(**TINY, qk_norm=True))
-    yield bench_kernels
-    for name in ("bench_kernels", "kernel_cases", "common", "checkout"):
-        sys.modules.pop(name, None)
+    monkeypatch.setattr(kernel_cases.layers, "CONTEXTS", (512,))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny", ModelShape(**TINY))
+    monkeypatch.setitem(bench_kernels.MODELS, "tiny qk", ModelShape(**TINY, qk_norm=True))
+    return bench_kernels
 
 
-def test_without_a_gpu_it_says_so_in_one_line(
+def test_a_missing_gpu_is_reported_in_one_line(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -63,14 +60,14 @@ def test_every_op_is_checked_and_reported(
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan")])
-def test_a_wrong_value_leaves_no_number(
+def test_a_wrong_value_means_no_speed_is_reported(
     bench: ModuleType,
     gpu: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     wrong: float,
 ) -> None:
-    def spoilt(model: Any, B: int, T: int) -> Any:
+    def spoiled(model: Any, B: int, T: int) -> Any:
         for case in bench.OPS["linear"](model, B, T):
             call = case.inputs("cuda")
             yield case._replace(
@@ -79,10 +76,10 @@ def test_a_wrong_value_leaves_no_number(
                 )
             )
 
-    monkeypatch.setattr(bench, "OPS", {"linear": bench.OPS["linear"], "spoilt": spoilt})
+    monkeypatch.setattr(bench, "OPS", {"linear": bench.OPS["linear"], "spoiled": spoiled})
     assert bench.main(["--model", "tiny", "--rows", "5"]) == 1
     printed = capsys.readouterr().out
-    assert "RED: spoilt o" in printed and "RED: linear" not in printed
+    assert "RED: spoiled o" in printed and "RED: linear" not in printed
     assert json.loads(printed.splitlines()[-1])["rows"] == []
 
 
@@ -104,13 +101,13 @@ def test_what_is_timed_is_what_was_checked(bench: Any, pdl: bool) -> None:
 
     zero = partial(torch.zeros, 1)
     call = bench.Call(launch, zero, zero, zero)
-    case = bench.Case("", "", 1 << 30, lambda device: call)
+    case = bench.KernelCase("", "", 1 << 30, lambda device: call)
     bench.check(case, pdl)
     bench.launch(call, pdl)()
     assert launched == [pdl, pdl]
 
 
-def test_reading_adds_up_every_number(bench: ModuleType, gpu: str) -> None:
+def test_the_bandwidth_probe_reads_every_number(bench: ModuleType, gpu: str) -> None:
     x = torch.arange(65536 // 4, device=gpu, dtype=torch.float32)
     out = torch.empty(1, device=gpu)
     bench.read(x, out)
@@ -118,7 +115,7 @@ def test_reading_adds_up_every_number(bench: ModuleType, gpu: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny qk"])
-def test_the_bytes_of_a_rate_are_those_that_the_kernel_touches(
+def test_gbps_counts_the_bytes_that_the_kernel_touches(
     bench: ModuleType, gpu: str, model: str
 ) -> None:
     for op, cases in bench.OPS.items():

@@ -1,4 +1,4 @@
-"""bench_peers: engines in processes of their own, taking turns; no other engine is installed."""
+"""bench_peers: engines in processes of their own, taking turns; the other engines are made up."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_checkpoint
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-# An engine of four lines, and what a process of it runs.
+# The script of a minimal engine.
 ENGINE = """
 import os, sys, time
 sys.path.insert(0, {benchmarks!r})
@@ -30,7 +30,7 @@ class Echo:
 
 serve(lambda job: Echo(job))
 """
-# What peer_llama uses of the wheel, and a record of what it was asked.
+# The part of xllamacpp that peer_llama uses; it records its requests.
 XLLAMACPP = """
 import json, os, types
 __version__ = "0"
@@ -104,7 +104,7 @@ def job(**other: Any) -> dict[str, Any]:
     return usual | {"warm_up": True, "seconds": 100.0, "settings": {}} | other
 
 
-def test_a_visit_brings_back_answers_and_facts_of_the_process(
+def test_a_visit_returns_answers_and_facts_about_the_process(
     peer_process: Any, echo: Callable[..., list[str]]
 ) -> None:
     found = peer_process.visit(echo(), job())
@@ -117,7 +117,7 @@ def test_a_visit_brings_back_answers_and_facts_of_the_process(
     assert peer_process.visit(echo(), job(prefill=[])).prefill_seconds == 0
 
 
-def test_no_prompt_is_begun_after_the_time_is_up(
+def test_no_prompt_is_started_after_the_time_limit(
     peer_process: Any, echo: Callable[..., list[str]]
 ) -> None:
     slow = echo("time.sleep(0.05)")
@@ -125,7 +125,9 @@ def test_no_prompt_is_begun_after_the_time_is_up(
     assert len(peer_process.visit(slow, job()).answers) == 2
 
 
-def test_a_process_that_fails_says_why(peer_process: Any, echo: Callable[..., list[str]]) -> None:
+def test_a_failed_process_reports_its_reason(
+    peer_process: Any, echo: Callable[..., list[str]]
+) -> None:
     with pytest.raises(peer_process.Failed, match="no such tensor"):
         peer_process.visit(echo("raise ValueError('no such tensor')"), job())
     with pytest.raises(peer_process.Failed, match="exit code 3"):
@@ -148,7 +150,7 @@ def test_peak_memory_is_the_process_s_own(
 
 @pytest.fixture
 def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An xllamacpp that every interpreter finds -> what it was asked, a JSON object per line."""
+    """A made-up xllamacpp on PYTHONPATH -> the file of its requests, one JSON object per line."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "xllamacpp.py").write_text(XLLAMACPP)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
@@ -156,7 +158,7 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "notes"
 
 
-def test_llama_cpp_runs_as_it_is_told(peer_process: Any, llama: Path) -> None:
+def test_llama_cpp_runs_with_the_given_settings(peer_process: Any, llama: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "peer_llama.py")]
     given = job(model="m.gguf", context=64, threads=2, max_tokens=5)
     flash = {"flash_attention": True}
@@ -165,7 +167,7 @@ def test_llama_cpp_runs_as_it_is_told(peer_process: Any, llama: Path) -> None:
     drafting = peer_process.visit(
         command, given | {"settings": {"flash_attention": False} | short, "warm_up": False}
     )
-    # The first token comes of the prompt's pass: 4 of 5 are what 0.4 seconds went on.
+    # The prompt's pass computes the first token: 0.4 seconds were spent on 4 of 5.
     assert plain.answers[0] == peer_process.Answer([7] * 5, 4, 0.4, 0, 0)
     assert drafting.answers[0] == peer_process.Answer([7] * 5, 4, 0.4, 8, 4)
     assert plain.prefill_seconds == 0.05 and plain.version == "xllamacpp 0 (a CPU)"
@@ -177,7 +179,7 @@ def test_llama_cpp_runs_as_it_is_told(peer_process: Any, llama: Path) -> None:
 
 
 class Machine:
-    """Engines' processes, made up: rates per engine, and a record of what was started."""
+    """Made-up processes of engines: a rate per engine, and a record of what was started."""
 
     RATES = {"mtpkern plain": 30.0, "mtpkern drafts": 60.0, "transformers": 5.0}
 
@@ -204,10 +206,10 @@ class Machine:
         rate = self.RATES.get(name, 20.0 if settings.get("flash_attention") else 25.0)
         if settings.get("drafts") == "ngram_map_k" and "sizes" in settings:
             rate *= 1.2
-        # The machine is slower from turn to turn, for everybody, and far slower if it is busy.
+        # The machine is slower in each turn, for all engines, and far slower if it is busy.
         rate /= (1 + self.turn) * (4 if self.busy else 1)
         token = 9 if name.startswith("llama") else 8
-        # The last prompt takes twice as long, and one engine does not come to it if it is busy.
+        # The last prompt takes twice as long, and one engine does not reach it if busy.
         prompts, n = asked["prompts"], asked["max_tokens"]
         count = len(prompts) - (self.busy and name == "mtpkern plain")
         answers = [
@@ -271,7 +273,7 @@ def test_the_fastest_settings_are_kept_and_ratios_are_of_the_same_turn(
     timed = [(name, count) for name, count, asked in machine.started if asked["prefill"]]
     turn = [(r["engine"], r["threads"]) for r in rows]
     assert timed == turn + turn[::-1] + turn
-    # The order of each turn is known, and so is what the made-up machine slowed down by.
+    # The order of each turn is known, and so is the made-up machine's slowdown.
     place = {key: [i + 2, 10 + 10 - i + 1, 20 + i + 2] for i, key in enumerate(turn)}
     for row in rows:
         full = {"llama.cpp plain": 25.0, "llama.cpp n-gram": 30.0} | machine.RATES

@@ -1,4 +1,4 @@
-"""check_codegen: what it reads from PTX and what it refuses; CI runs its matrix."""
+"""check_codegen: what it reads from machine code, and what it refuses; CI runs its matrix."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,9 @@ def codegen(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_loads_copies_and_multiplications_are_counted(codegen: Any) -> None:
-    assert codegen.instructions(PTX) == {
+    import offline_compiler
+
+    assert offline_compiler.instructions(PTX) == {
         "wide": 2,
         "narrow": 33,
         "mma": {"mma.sync.m16n8k16": 1, "tcgen05.mma": 1, "wgmma.mma_async.m64n16k16": 1},
@@ -56,21 +58,23 @@ SASS = """
 
 
 def test_the_longest_loop_that_multiplies_is_counted(codegen: Any) -> None:
-    import bounds
+    from offline_compiler import multiplying_loop
 
-    assert bounds.multiplying_loop(SASS) == 4
-    assert bounds.multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
+    assert multiplying_loop(SASS) == 4
+    assert multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
 
 
-# Rows of a step, and bytes that a layer's matmuls may ask the L2 for, over those of its weights.
+# [B, T] of a step, and the most that a layer's matmuls may request from the L2 over its weights.
 @pytest.mark.parametrize(
     ("step", "most"), [((1, 5), 1.25), ((4, 5), 1.5), ((8, 5), 2), ((32, 5), 4)]
 )
-def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
+def test_a_layer_of_8b_requests_little_more_than_its_weights_from_the_l2(
     codegen: Any, step: tuple[int, int], most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bounds
-    from kernel_cases import MODELS, OPS
+    from kernel_cases import OPS
+    from model_shapes import MODELS
+    from triton.runtime.jit import JITFunction
 
     asked, weights = 0, 0
 
@@ -81,7 +85,7 @@ def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
         multiplied = bounds.matmul(given, grid)
         weights += 0 if multiplied is None else multiplied.weight_bytes
 
-    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    monkeypatch.setattr(JITFunction, "run", count)
     for op in ("qkv_rope_cache", "linear", "gate_up_silu"):
         for case in OPS[op](MODELS["llama-3.1-8b"], *step):
             case.inputs("meta").launch(False)
@@ -90,17 +94,18 @@ def test_a_layer_of_8b_asks_the_l2_for_its_weights_and_little_else(
 
 
 @pytest.mark.parametrize("rows", [5, 20, 100, 160])
-def test_the_l2_is_asked_for_what_the_formula_says(
+def test_l2_requests_match_the_formula(
     gpu: str, codegen: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loads and stores of a matmul whose inputs are split, but for the last output."""
+    """The loads and stores of a matmul with split inputs, without those of the output."""
     import bounds
     from traffic import recorded_traffic
+    from triton.runtime.jit import JITFunction
 
     N, K = 100, 1100
     x, w = torch.randn(rows, K).bfloat16().to(gpu), torch.randn(N, K).bfloat16().to(gpu)
     expected = 0
-    run = codegen.JITFunction.run
+    run = JITFunction.run
 
     def count(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
         nonlocal expected
@@ -108,7 +113,7 @@ def test_the_l2_is_asked_for_what_the_formula_says(
         expected += bounds.l2_bytes(given, grid)
         return run(self, *args, grid=grid, **options)
 
-    monkeypatch.setattr(codegen.JITFunction, "run", count)
+    monkeypatch.setattr(JITFunction, "run", count)
     with recorded_traffic() as traffic:
         out = linear(x, w)
     accesses = traffic.read + traffic.written
@@ -161,7 +166,7 @@ def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
 
 @pytest.fixture
 def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Compiles both kernels of an attention on an H100 -> their binaries."""
+    """Compiles both kernels of an attention for an H100 -> their binaries."""
     import triton
 
     from mtpkern.kernels.verify_attention import verify_attention

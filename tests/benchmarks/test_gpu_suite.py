@@ -1,4 +1,4 @@
-"""The suite for a GPU runs where there is none, small, and says so."""
+"""gpu_suite: it runs without a GPU, at a small size, and keeps within its time limits on one."""
 
 import json
 import subprocess
@@ -77,7 +77,7 @@ time.sleep(60)
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for is over."""
+    """Whether a process runs; a zombie does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -85,7 +85,7 @@ def _runs(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-# Seconds in which one core compiles one kernel, and the cores of a machine with such a GPU.
+# Seconds per kernel on one core, and the cores of a machine with such a GPU.
 COMPILING, CORES = 2.0, 16
 
 
@@ -109,10 +109,11 @@ def test_the_suite_stays_within_its_minutes_on_a_cold_cache(
 def test_what_is_compiled_ahead_is_what_is_launched(
     gpu_suite: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tensors without data need the binaries that those of a GPU need."""
+    """Tensors without data need the same binaries as tensors on a GPU."""
     import bench_steps
     import compile_ahead
     import kernel_cases
+    import model_shapes
     from pretend_gpu import pretend_gpu
 
     tiny = ["--model", "tiny"]
@@ -122,8 +123,8 @@ def test_what_is_compiled_ahead_is_what_is_launched(
         for job in jobs:
             compile_ahead.launch(job, True, lambda *launch: ahead.add(gpu.binary(*launch)))
         for op in kernel_cases.OPS:
-            for B, T in kernel_cases.STEPS:
-                for case in kernel_cases.OPS[op](bench_steps.TINY, B, T):
+            for B, T in model_shapes.STEPS:
+                for case in kernel_cases.OPS[op](model_shapes.TINY, B, T):
                     case.inputs("cuda").launch(True)
         assert set(gpu.binaries) <= ahead, "ops"
         assert bench_steps.main([*tiny, "--context", "64", "--repeat", "2"]) == 0

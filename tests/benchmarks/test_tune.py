@@ -1,9 +1,7 @@
-"""tune: the fastest value that keeps the bits is chosen, and tried on all cases that use it."""
+"""tune: the fastest value that keeps the bits is chosen, over all cases that use it."""
 
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +15,14 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with one short context."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import kernel_cases
+    import kernel_cases.layers
     import tune
 
-    monkeypatch.setattr(kernel_cases, "CONTEXTS", (128,))
-    yield tune
-    for name in ("tune", "bench_kernels", "bench_steps", "kernel_cases", "common", "checkout"):
-        sys.modules.pop(name, None)
+    monkeypatch.setattr(kernel_cases.layers, "CONTEXTS", (128,))
+    return tune
 
 
 def test_the_fastest_value_that_keeps_the_bits_is_chosen(tune: ModuleType) -> None:
@@ -36,7 +32,7 @@ def test_the_fastest_value_that_keeps_the_bits_is_chosen(tune: ModuleType) -> No
     assert tune.choose([present, present._replace(value=8)]) == 4
 
 
-def test_without_a_gpu_it_says_so_in_one_line(
+def test_a_missing_gpu_is_reported_in_one_line(
     tune: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -86,7 +82,7 @@ def test_a_call_of_a_table_is_tuned_once_for_all_cases_that_make_it(
 
 
 def test_a_value_with_other_bits_is_refused(tune: ModuleType, gpu: str) -> None:
-    """Granules of 32 keys are as right as those of 64, and round differently."""
+    """Granules of 32 keys are as accurate as those of 64, but round differently."""
     knob = tune.Knob("verify_attention", "KEYS", lambda _: (32,))
     uses = [("verify_attention", case) for case in tune.OPS["verify_attention"](tune.TINY, 1, 5)]
     checked = [(use, tune.results(use[1], False)) for use in uses]
@@ -96,7 +92,7 @@ def test_a_value_with_other_bits_is_refused(tune: ModuleType, gpu: str) -> None:
 
 
 def test_the_cases_have_every_tier_of_rows(tune: ModuleType) -> None:
-    """A tier that no case has would keep its tile, whatever a device says."""
+    """A tier without a case would never be tuned."""
     from mtpkern.kernels._launch import TIERS, row_tier
 
     steps = (*tune.STEPS, *tune.OTHER_TIERS)
