@@ -32,17 +32,8 @@ from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
-from mtpkern.kernels.cpu.weights import (
-    Array,
-    Quants,
-    Weights,
-    from_gguf,
-    interleaved,
-    joined,
-    on_cache_line,
-    pack,
-    rounded,
-)
+from mtpkern.kernels.cpu.quants import Array, Quants, from_gguf, joined, rounded
+from mtpkern.kernels.cpu.weights import Weights, interleaved, on_cache_line, pack
 from mtpkern.threads import physical_cores
 
 PROBE_BYTES, PROBE_READS = 2**29, 5

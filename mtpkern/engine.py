@@ -57,7 +57,7 @@ from mtpkern.drafters.synthetic import draw_counts
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.graph import GraphPool, measure
 from mtpkern.kernels._launch import TIERS
-from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.kernels.sample import sampling_key
 from mtpkern.model import Llama, run_trunk
 from mtpkern.nvtx_ranges import span

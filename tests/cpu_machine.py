@@ -11,7 +11,8 @@ from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, GROUP
 from mtpkern.kernels.cpu.program import Program
-from mtpkern.kernels.cpu.weights import Array, Quants, Weights, rounded
+from mtpkern.kernels.cpu.quants import Array, Quants, of_integers, rounded
+from mtpkern.kernels.cpu.weights import Weights
 
 ROUNDABLE = tuple(name for name in FORMATS if name != "q6_k")
 
@@ -45,7 +46,7 @@ def random_q6_k(N: int, K: int) -> Quants:
     q = rng.integers(0, 64, (N, K), dtype=np.uint8)
     scales = rng.integers(-128, 128, (N, K // 16)).astype(np.int8)
     d = (rng.random((N, -(-K // 256))) / 1000).astype(np.float16)
-    return Quants("q6_k", q, (d, scales))
+    return of_integers("q6_k", q, (d, scales))
 
 
 def random_quants(format: str, N: int, K: int) -> Quants:

@@ -8,7 +8,8 @@ from paged import make_paged
 from mtpkern.kernels.cpu._compile import Kernels
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
-from mtpkern.kernels.cpu.weights import interleaved, pack, rounded
+from mtpkern.kernels.cpu.quants import rounded
+from mtpkern.kernels.cpu.weights import interleaved, pack
 
 V, E, F, HEADS, HK, D, LAYERS, EPS = 333, 64, 96, 6, 2, 32, 3, 1e-5
 

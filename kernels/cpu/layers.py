@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .program import Norm, Pages, Program
-from .weights import Array, Weights
+from .quants import Array
+from .weights import Weights
 
 
 class Layer(NamedTuple):

@@ -25,7 +25,8 @@ from . import _layout as L
 from ._compile import Kernels
 from ._threads import Helpers
 from ._tile import FORMATS, ROUNDED
-from .weights import LANES, Array, Weights, on_cache_line
+from .quants import Array
+from .weights import LANES, Weights, on_cache_line
 
 # A chunk is about this many bytes of weights: small against a phase, large against the counter.
 CHUNK_BYTES = 24 * 1024

@@ -11,6 +11,7 @@ over. Layout of a file (ggml, docs/gguf.md), all little-endian:
     the data, from the next multiple of general.alignment
 """
 
+import functools
 import json
 import math
 import mmap
@@ -137,6 +138,23 @@ def own_name(name: str) -> str:
 
 
 def _read_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
+    if lists:
+        return _parse_header(file, lists=True)
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise ModelLoadError(f"{printable(file)}: {reason(error, file)}") from None
+    return _brief_header(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _brief_header(file: Path, *version: int) -> tuple[dict[str, Any], list[TensorEntry]]:
+    """The header without lists. Loading a model asks for it several times, for one version of the
+    file (inode, size, mtime)."""
+    return _parse_header(file, lists=False)
+
+
+def _parse_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
     try:
         with open(file, "rb") as stream:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:

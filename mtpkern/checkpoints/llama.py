@@ -36,7 +36,7 @@ from mtpkern.checkpoints.tensor_files import (
     row_slices,
 )
 from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_object, reason
-from mtpkern.kernels.cpu.weights import Quants, rounded
+from mtpkern.kernels.cpu.quants import Quants, rounded
 from mtpkern.validation import choice
 
 _LOG = logging.getLogger("mtpkern")

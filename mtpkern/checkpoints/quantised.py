@@ -8,7 +8,7 @@ import torch
 
 from mtpkern.checkpoints.tensor_files import Maps, TensorEntry, expanded, row_slices, stored_rows
 from mtpkern.errors import ModelLoadError
-from mtpkern.kernels.cpu.weights import (
+from mtpkern.kernels.cpu.quants import (
     TORCH_DTYPES,
     Quants,
     from_gguf,

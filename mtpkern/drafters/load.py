@@ -51,7 +51,7 @@ from mtpkern.drafters.published import (
     read_mtp_llama,
     read_speculators,
 )
-from mtpkern.kernels.cpu.weights import GROUP, Quants, rounded
+from mtpkern.kernels.cpu.quants import GROUP, Quants, rounded
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
 

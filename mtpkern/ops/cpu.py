@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.cpu.program import Pages
+from mtpkern.kernels.cpu.quants import Array, Quants
 from mtpkern.kernels.cpu.weights import (
-    Array,
-    Quants,
     Weights,
     interleaved,
     pack,
@@ -96,7 +95,7 @@ class CpuOps(Ops):
     def pack_o(self, w: Tensor | Quants, bias: Tensor | None, head_dim: int) -> Weights:
         quants = quants_of(w)
         if padded_dim(head_dim) != head_dim:
-            heads = quants.q.shape[1] // head_dim
+            heads = quants.shape[1] // head_dim
             quants = quants.take_inputs(padded_heads(heads, head_dim))
         return pack(quants, bias)
 

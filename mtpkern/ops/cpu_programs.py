@@ -19,7 +19,8 @@ from mtpkern.kernels.cpu._compile import Kernels, default_cache
 from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
-from mtpkern.kernels.cpu.weights import LANES, Array, Quants, Weights, padded_heads, rounded
+from mtpkern.kernels.cpu.quants import Array, Quants, rounded
+from mtpkern.kernels.cpu.weights import LANES, Weights, padded_heads
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache

@@ -24,7 +24,7 @@ from mtpkern.checkpoints.llama import (
     load_tensors,
 )
 from mtpkern.config import ModelLoadError, UserError
-from mtpkern.kernels.cpu.weights import Quants, expanded, is_held, joined, rounded, widened
+from mtpkern.kernels.cpu.quants import Quants, expanded, is_held, joined, rounded, widened
 
 E, F, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
 CONFIG = TINY_CONFIG | {
@@ -180,7 +180,7 @@ def test_own_bits_stand_for_what_the_expanded_load_gives(
     kept, plain = load(tmp_path), load(tmp_path, None)
     wanted = fused(true)
     for name, quants in matrices(kept).items():
-        assert (quants.format, quants.q.shape) == (OWN[kind], wanted[name].shape)
+        assert (quants.format, quants.shape) == (OWN[kind], wanted[name].shape)
         assert_same(expanded(quants), wanted[name], name)
         assert_same(matrices(plain)[name], wanted[name], name)
     for name, tensor in load_tensors(tmp_path).items():

@@ -20,7 +20,8 @@ from cpu_machine import (
 from mtpkern.kernels.cpu._compile import Target, target_machine
 from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, form_of, tile_ir
 from mtpkern.kernels.cpu.program import Norm
-from mtpkern.kernels.cpu.weights import Quants, expanded, from_gguf, interleaved, pack, rounded
+from mtpkern.kernels.cpu.quants import expanded, from_gguf, of_integers, rounded
+from mtpkern.kernels.cpu.weights import interleaved, pack
 from mtpkern.kernels.linear import linear_ref, pack_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
@@ -153,14 +154,13 @@ def test_extreme_integers_do_not_saturate(format, compiled):
     N = K = 64
     q = np.where(np.arange(N)[:, None] % 4 < 2, low, high) * np.ones((1, K), int)
     q[1::2, ::2] = high  # pairs of opposite ends
-    kind = np.int8 if low < 0 else np.uint8
     ones = np.ones((N, K // 32), np.float16)
     scales = {
         "q4_1": (ones, -8 * ones),
         "q8": (np.ones(N, np.float32),),
         "q6_k": (ones[:, :1], np.full((N, K // 16), -128, np.int8)),
     }.get(format, (ones,))
-    w = pack(Quants(format, q.astype(kind), scales))
+    w = pack(of_integers(format, q, scales))
     x = np.full((3, K), 127.0, np.float32)
     x[1], x[2, ::2] = -127.0, -127.0
     out = tile(compiled(), w, *as_rounded(x))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mtpkern import LLM, SamplingParams, UserError
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS, vocabulary_format
-from mtpkern.kernels.cpu.weights import expanded, rounded
+from mtpkern.kernels.cpu.quants import expanded, rounded
 from mtpkern.ops.definitions import DEFINITIONS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
