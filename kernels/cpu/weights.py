@@ -6,13 +6,12 @@ padding to 64 bytes per 8 outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ._tile import FLOATS, GROUP, GROUP_BYTES, ROUNDED
+from ._tile import FLOATS, GROUP, ROUNDED
 from .quants import Array, Quants
 
 LANES = 8
@@ -39,12 +38,22 @@ class Weights(NamedTuple):
         return -(-self.in_features // GROUP)
 
 
+def sections(format: str, groups: int) -> list[tuple[int, Any]]:
+    """The parts of a block of 8 outputs, in order: items per output, and their type."""
+    if format in FLOATS:
+        return [(groups * GROUP, np.float32 if format == "fp32" else np.uint16)]
+    if format == "q6_k":
+        return [(6 * groups, np.uint32), (2 * groups, np.int8), (-(-groups // 8), np.float16)]
+    if format == "q8":
+        return [(8 * groups, np.uint32), (1, np.float32)]
+    words, scales = {"q4_0": (4, 1), "q4_1": (4, 2), "q8_0": (8, 1)}[format]
+    return [(words * groups, np.uint32), (scales * groups, np.float16)]
+
+
 def block_bytes(format: str, groups: int) -> int:
-    """Bytes of 8 outputs, as `_tile` computes them."""
-    size = groups * GROUP_BYTES[format]
-    size += 32 if format == "q8" else 0
-    size += -(-groups // 8) * 16 if format == "q6_k" else 0
-    return -(-size // 64) * 64
+    """Bytes of a block of 8 outputs, as `_tile` computes them."""
+    size = sum(count * np.dtype(kind).itemsize for count, kind in sections(format, groups))
+    return -(-size * LANES // 64) * 64
 
 
 def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> Weights:
@@ -56,10 +65,7 @@ def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> W
     N, K = w.shape
     if w.format in ROUNDED and K % GROUP:
         raise ValueError(f"{w.format} needs K to be a multiple of {GROUP}, got {K}")
-    blocks, groups = -(-N // LANES), -(-K // GROUP)
-    data = on_cache_line((blocks, block_bytes(w.format, groups)))
-    q, scales = _padded(w.q, blocks), [_padded(s, blocks) for s in w.scales]
-    _fill(data, w.format, q, scales, blocks, groups)
+    data = _packed(w.format, K, _items(w))
     if bias is None:
         return Weights(w.format, data, N, K, None)
     if bias.shape != (count,):
@@ -67,42 +73,54 @@ def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> W
     values = bias.detach().float().numpy()
     if order is not None:
         values = np.where(order < 0, np.float32(0), values[order])
-    return Weights(w.format, data, N, K, _padded(values, blocks))
+    padded = np.pad(values, (0, -N % LANES))
+    return Weights(w.format, data, N, K, padded)
 
 
-def _fill(
-    data: Array, format: str, q: Array, scales: Sequence[Array], blocks: int, groups: int
-) -> None:
-    """Write the blocks of `data` [blocks, block_bytes]."""
-    if format in FLOATS:
-        K = q.shape[1]
-        size = groups * GROUP * LANES * q.itemsize
-        words = data[:, :size].view(q.dtype).reshape(blocks, -1, LANES)
-        words[:, :K] = q.reshape(blocks, LANES, K).transpose(0, 2, 1)
-        return
+def take_outputs(w: Weights, rows: Array) -> Weights:
+    """The outputs `rows` of a packed matrix without a bias, in that order."""
+    parts = _parts(w.data, w.format, w.groups)
+    items = [part[rows // LANES, :, rows % LANES] for part in parts]
+    data = _packed(w.format, w.in_features, items)
+    return Weights(w.format, data, len(rows), w.in_features, None)
+
+
+def _items(w: Quants) -> list[Array]:
+    """What `sections` lists, by output: [N, items] each."""
+    N, K = w.shape
+    if w.format in FLOATS:
+        return [w.q]
     # Four bytes at a time; what is done to them below stays within each byte.
-    quads: Array = q.view(np.uint32).reshape(blocks, LANES, groups, -1)
-    if format == "q6_k":
-        low = quads & 0x0F0F0F0F
-        halves = ((quads >> 4) & 0x0F0F0F0F).reshape(blocks, LANES, groups, 2, 4)
+    words = np.ascontiguousarray(w.q).view(np.uint32)
+    if w.format == "q6_k":
+        low = words & 0x0F0F0F0F
+        halves = ((words >> 4) & 0x0F0F0F0F).reshape(N, -1, 2, 4)
         high = sum(halves[..., i] << (2 * i) for i in range(4))
-        quads = np.concatenate([low[..., :4] | low[..., 4:] << 4, high], -1)
-    at = groups * LANES * 4 * quads.shape[-1]
-    body = data[:, :at].view(np.uint32).reshape(blocks, groups, -1, LANES)
-    body[:] = quads.transpose(0, 2, 3, 1)
-    if format == "q8":
-        data[:, at : at + 32].view(np.float32)[:] = scales[0].reshape(blocks, LANES)
-        return
-    if format == "q6_k":
-        sixteenths = scales[1].reshape(blocks, LANES, groups, 2).transpose(0, 2, 3, 1)
-        data[:, at : at + groups * 16].view(np.int8)[:] = sixteenths.reshape(blocks, -1)
-        at += groups * 16
-        shared = scales[0].reshape(blocks, LANES, -1).transpose(0, 2, 1).reshape(blocks, -1)
-        data[:, at : at + 2 * shared.shape[1]].view(np.float16)[:] = shared
-        return
-    stacked = np.stack([s.reshape(blocks, LANES, groups).transpose(0, 2, 1) for s in scales], 2)
-    halves = data[:, at : at + 16 * len(scales) * groups].view(np.float16)
-    halves[:] = stacked.reshape(blocks, -1)
+        words = np.concatenate([low[..., :4] | low[..., 4:] << 4, high], -1)
+    scales = list(w.scales)[::-1] if w.format == "q6_k" else [np.stack(w.scales, -1)]
+    return [part.reshape(N, -1) for part in (words, *scales)]
+
+
+def _packed(format: str, in_features: int, items: list[Array]) -> Array:
+    """Items [N, ...] of all outputs -> blocks [ceil(N / 8), block_bytes]."""
+    N, groups = len(items[0]), -(-in_features // GROUP)
+    blocks, missing = -(-N // LANES), -N % LANES
+    data = on_cache_line((blocks, block_bytes(format, groups)))
+    for part, rows in zip(_parts(data, format, groups), items, strict=True):
+        whole = np.pad(rows, ((0, missing), (0, 0))) if missing else rows
+        columns = rows.shape[1]
+        part[:, :columns] = whole.reshape(blocks, LANES, columns).transpose(0, 2, 1)
+    return data
+
+
+def _parts(data: Array, format: str, groups: int) -> list[Array]:
+    """The sections of all blocks as views [blocks, items, 8]."""
+    found, begin = [], 0
+    for count, kind in sections(format, groups):
+        end = begin + count * LANES * np.dtype(kind).itemsize
+        found.append(data[:, begin:end].view(kind).reshape(len(data), count, LANES))
+        begin = end
+    return found
 
 
 def interleaved(gate_features: int) -> Array:
@@ -133,9 +151,3 @@ def on_cache_line(shape: tuple[int, ...], dtype: type = np.uint8) -> Array:
     base = np.zeros(size + 64, np.uint8)
     begin = -base.ctypes.data % 64
     return base[begin : begin + size].view(dtype).reshape(shape)
-
-
-def _padded(values: Array, blocks: int) -> Array:
-    missing = blocks * LANES - len(values)
-    padding = [(0, missing)] + [(0, 0)] * (values.ndim - 1)
-    return np.ascontiguousarray(np.pad(values, padding) if missing else values)

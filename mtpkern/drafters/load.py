@@ -52,6 +52,7 @@ from mtpkern.drafters.published import (
     read_speculators,
 )
 from mtpkern.kernels.cpu.quants import GROUP, Quants, rounded
+from mtpkern.kernels.cpu.weights import take_outputs
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
 
@@ -380,9 +381,10 @@ def _vocabulary(source: _Source, trunk: Llama, ops: Ops) -> tuple[Any, Tensor]:
         return source.packed("vocabulary", ops), ids
     if not reduced:
         return trunk.vocabulary, ids
-    whole = trunk.lm_head
-    some = whole.take(ids.numpy()) if isinstance(whole, Quants) else whole[ids]
-    return ops.pack(some), ids
+    if isinstance(trunk.lm_head, Quants):
+        # Packed, they are in memory already.
+        return take_outputs(trunk.vocabulary, ids.numpy()), ids
+    return ops.pack(trunk.lm_head[ids]), ids
 
 
 def _build_mtp(

@@ -21,7 +21,7 @@ from mtpkern.kernels.cpu._compile import Target, target_machine
 from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, form_of, tile_ir
 from mtpkern.kernels.cpu.program import Norm
 from mtpkern.kernels.cpu.quants import expanded, from_gguf, of_integers, rounded
-from mtpkern.kernels.cpu.weights import interleaved, pack
+from mtpkern.kernels.cpu.weights import interleaved, pack, take_outputs
 from mtpkern.kernels.linear import linear_ref, pack_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
@@ -245,3 +245,11 @@ def test_the_form_follows_the_features():
 def test_weights_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_outputs_taken_from_packed_weights_are_those_of_the_matrix(format):
+    quants = random_quants(format, 21, 512)
+    rows = np.array([20, 0, 7, 7, 13])
+    taken, meant = take_outputs(pack(quants), rows), pack(quants.take(rows))
+    assert taken[2:] == meant[2:] and same_bits(taken.data, meant.data)
