@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers
-from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, GROUP
+from mtpkern.kernels.cpu._formats import FLOATS, FORMATS, GROUP
 from mtpkern.kernels.cpu.program import Program
 from mtpkern.kernels.cpu.quants import Array, Quants, of_integers, rounded
 from mtpkern.kernels.cpu.weights import Weights

@@ -17,27 +17,21 @@ from __future__ import annotations
 import numpy as np
 
 from ._elementary import exp
+from ._intrinsics import compiled
 from ._layout import BF16, FP16, KEYS, SPLIT
-from ._vectors import (
-    compiled,
-    fma,
-    keep,
-    larger,
-    largest,
+from ._memory import (
     load_bfloat8,
     load_f8,
     load_f32,
     load_half8,
     load_i32,
     prefetch,
-    splat,
     store_bfloat8,
     store_f8,
     store_f32,
     store_half8,
-    total,
-    totals,
 )
+from ._vectors import fma, keep, larger, largest, splat, total, totals
 
 F32 = np.float32
 # How many keys ahead the cache is requested.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._intrinsics import compiled
 from ._vectors import (
     bits_float,
-    compiled,
     float_bits,
     fma,
     fma_scalar,

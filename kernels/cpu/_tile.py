@@ -36,32 +36,16 @@ then the scales: q4_0, q8_0 [G][8] fp16; q4_1 [G][2][8] fp16 (d, m); q8 [8] floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 
+from ._dot_products import DOTS
+from ._formats import FACTS, FLOATS, GROUP_BYTES, ROUNDED
+from ._ir import F32, I8, I32, Writer, constant
+
 ROWS = 8
-GROUP = 32
-ROUNDED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k")
-FLOATS = ("bf16", "fp16", "fp32")
-FORMATS = ROUNDED + FLOATS
-# Bytes of a row's facts on one group: dx, sx = dx * sum, and the sum xq of each half, as int32.
-FACTS = 16
-# Bytes of a group of 8 outputs: quants and the scales that every group has.
-GROUP_BYTES = {
-    "q4_0": 144,
-    "q4_1": 160,
-    "q8_0": 272,
-    "q8": 256,
-    "q6_k": 208,
-    "bf16": 512,
-    "fp16": 512,
-    "fp32": 1024,
-}
 # How far ahead weights are requested: groups, and bytes where there are none.
 PREFETCH_GROUPS = 32
 PREFETCH_BYTES = 4096
-
-I8, I16, I32, F32 = "<32 x i8>", "<16 x i16>", "<8 x i32>", "<8 x float>"
 
 
 def form_of(features: set[str], arch: str) -> str:
@@ -89,55 +73,6 @@ def tile_ir(weights: str, form: str) -> str:
             _rounded_tile(writer, weights, form, rows)
     _passes(writer, weights)
     return writer.text()
-
-
-class Writer:
-    """Lines of IR; `op` numbers the values."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.declared: dict[str, None] = {}
-        self.count = 0
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def op(self, text: str) -> str:
-        self.count += 1
-        self.lines.append(f"  %v{self.count} = {text}")
-        return f"%v{self.count}"
-
-    def call(self, result: str, name: str, *arguments: tuple[str, str]) -> str:
-        types = ", ".join(kind for kind, _ in arguments)
-        self.declared[f"declare {result} @{name}({types})"] = None
-        return self.op(f"call {result} @{name}({', '.join(f'{k} {v}' for k, v in arguments)})")
-
-    def at(self, pointer: str, offset: str | int) -> str:
-        """The address `offset` bytes behind a pointer."""
-        return self.op(f"getelementptr i8, ptr {pointer}, i64 {offset}")
-
-    def load(self, kind: str, pointer: str, align: int) -> str:
-        return self.op(f"load {kind}, ptr {pointer}, align {align}")
-
-    def splat(self, scalar: str, value: str, lanes: int) -> str:
-        one = self.op(f"insertelement <{lanes} x {scalar}> poison, {scalar} {value}, i32 0")
-        zeros = f"<{lanes} x i32> zeroinitializer"
-        vector = f"<{lanes} x {scalar}>"
-        return self.op(f"shufflevector {vector} {one}, {vector} poison, {zeros}")
-
-    def fma(self, a: str, b: str, c: str) -> str:
-        return self.call(F32, "llvm.fma.v8f32", (F32, a), (F32, b), (F32, c))
-
-    def prefetch(self, pointer: str) -> None:
-        self.declared["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"] = None
-        self.line(f"  call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 3, i32 1)")
-
-    def text(self) -> str:
-        return "\n".join([*self.declared, *self.lines]) + "\n"
-
-
-def constant(scalar: str, value: int, lanes: int) -> str:
-    return "<" + ", ".join([f"{scalar} {value}"] * lanes) + ">"
 
 
 SIGNATURE = (
@@ -243,10 +178,6 @@ def _fact(o: Writer, facts: str, index: int) -> str:
     return o.splat("i32", o.load("i32", o.at(facts, 8 + 4 * index), 4), 8)
 
 
-def _sum_of_group(o: Writer, fact: Callable[[int], str]) -> str:
-    return o.op(f"add {I32} {fact(0)}, {fact(1)}")
-
-
 def _scales(o: Writer, weights: str) -> list[str]:
     """Float32 lanes of d, and of m; for q6_k d and the int8 scales of both halves."""
 
@@ -289,143 +220,6 @@ def _read_q8(o: Writer, group: str, form: str) -> list[str]:
     if form == "vnni":
         return [o.op(f"xor {I8} {v}, {constant('i8', -128, 32)}") for v in loaded]
     return loaded
-
-
-def _accumulate(o: Writer, form: str, pairs: list[tuple[str, str]], signed: bool) -> str:
-    """Sum of four products per lane over (weights, activations), by 32-bit dot instructions."""
-    total = "zeroinitializer"
-    for w, x in pairs:
-        if form == "vnni":
-            arguments = ((I32, total), (I32, _as_i32(o, w)), (I32, _as_i32(o, x)))
-            total = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
-        elif form == "neon":
-            total = _neon_dot(o, total, w, x)
-        else:
-            total = o.op(f"add {I32} {total}, {_portable_dot(o, w, x, signed)}")
-    return total
-
-
-def _as_i32(o: Writer, vector: str) -> str:
-    return o.op(f"bitcast {I8} {vector} to {I32}")
-
-
-def _neon_dot(o: Writer, total: str, w: str, x: str) -> str:
-    """Weights of up to 7 bits without sign are signed bytes as they stand."""
-    halves = []
-    for h in (0, 1):
-        wide = ", ".join(f"i32 {i}" for i in range(16 * h, 16 * h + 16))
-        four = ", ".join(f"i32 {i}" for i in range(4 * h, 4 * h + 4))
-        part = [o.op(f"shufflevector {I8} {v}, {I8} poison, <16 x i32> <{wide}>") for v in (w, x)]
-        some = o.op(f"shufflevector {I32} {total}, {I32} poison, <4 x i32> <{four}>")
-        arguments = (("<4 x i32>", some), ("<16 x i8>", part[0]), ("<16 x i8>", part[1]))
-        halves.append(o.call("<4 x i32>", "llvm.aarch64.neon.sdot.v4i32.v16i8", *arguments))
-    every = ", ".join(f"i32 {i}" for i in range(8))
-    pair = f"<4 x i32> {halves[0]}, <4 x i32> {halves[1]}"
-    return o.op(f"shufflevector {pair}, <8 x i32> <{every}>")
-
-
-def _portable_dot(o: Writer, w: str, x: str, signed: bool) -> str:
-    wide = o.op(f"{'sext' if signed else 'zext'} {I8} {w} to <32 x i32>")
-    product = o.op(f"mul <32 x i32> {wide}, {o.op(f'sext {I8} {x} to <32 x i32>')}")
-    parts = []
-    for j in range(4):
-        lanes = ", ".join(f"i32 {4 * n + j}" for n in range(8))
-        vector = f"<32 x i32> {product}, <32 x i32> poison"
-        parts.append(o.op(f"shufflevector {vector}, <8 x i32> <{lanes}>"))
-    first, second = (o.op(f"add {I32} {parts[j]}, {parts[j + 1]}") for j in (0, 2))
-    return o.op(f"add {I32} {first}, {second}")
-
-
-def _pairs(o: Writer, w: str, x: str) -> str:
-    """pmaddubsw: products of unsigned w and signed x, added in pairs to 16 bits."""
-    return o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, w), (I8, x))
-
-
-def _widen(o: Writer, pairs: str, factors: str) -> str:
-    """pmaddwd: 16-bit pairs times factors, added in pairs to 32 bits."""
-    return o.call(I32, "llvm.x86.avx2.pmadd.wd", (I16, pairs), (I16, factors))
-
-
-ONES = constant("i16", 1, 16)
-
-
-def _dot_q4(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    if form == "avx2":
-        total = ""
-        for w, x in zip(vectors, quads, strict=True):
-            pairs = _pairs(o, w, x)
-            total = o.op(f"add {I16} {total}, {pairs}") if total else pairs
-        return _widen(o, total, ONES)
-    return _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=False)
-
-
-def _dot_q4_0(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    total = _dot_q4(o, form, vectors, quads, scales, fact)
-    offset = o.op(f"shl {I32} {_sum_of_group(o, fact)}, {constant('i32', 3, 8)}")
-    return o.op(f"sub {I32} {total}, {offset}")
-
-
-def _dot_q8(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    if form == "avx2":
-        total = "zeroinitializer"
-        for w, x in zip(vectors, quads, strict=True):
-            size = o.call(I8, "llvm.abs.v32i8", (I8, w), ("i1", "false"))
-            turned = o.call(I8, "llvm.x86.avx2.psign.b", (I8, x), (I8, w))
-            total = o.op(f"add {I32} {total}, {_widen(o, _pairs(o, size, turned), ONES)}")
-        return total
-    total = _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=True)
-    if form != "vnni":
-        return total
-    offset = o.op(f"shl {I32} {_sum_of_group(o, fact)}, {constant('i32', 7, 8)}")
-    return o.op(f"sub {I32} {total}, {offset}")
-
-
-def _dot_q6(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    pairs, halves = list(zip(vectors, quads, strict=True)), []
-    for half in (0, 1):
-        four = pairs[4 * half : 4 * half + 4]
-        if form == "avx2":
-            two = [
-                o.op(f"add {I16} {_pairs(o, *a)}, {_pairs(o, *b)}") for a, b in (four[:2], four[2:])
-            ]
-            total = o.op(f"add {I32} {_widen(o, two[0], ONES)}, {_widen(o, two[1], ONES)}")
-        else:
-            total = _accumulate(o, form, four, signed=False)
-        offset = o.op(f"shl {I32} {fact(half)}, {constant('i32', 5, 8)}")
-        total = o.op(f"sub {I32} {total}, {offset}")
-        halves.append(o.op(f"mul {I32} {total}, {scales[1 + half]}"))
-    return o.op(f"add {I32} {halves[0]}, {halves[1]}")
-
-
-DOTS = {"q4_0": _dot_q4_0, "q4_1": _dot_q4, "q8_0": _dot_q8, "q8": _dot_q8, "q6_k": _dot_q6}
 
 
 def _float_tile(o: Writer, weights: str, rows: int) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import _layout as L
 from ._compile import Kernels
+from ._formats import FORMATS, ROUNDED
 from ._threads import Helpers
-from ._tile import FORMATS, ROUNDED
 from .quants import Array
 from .weights import LANES, Weights, on_cache_line
 

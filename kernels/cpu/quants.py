@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._tile import FLOATS, FORMATS, GROUP, ROUNDED
+from ._formats import FLOATS, FORMATS, GROUP, ROUNDED
 
 Array = np.ndarray
 # GGUF's block bytes and the inputs that a block holds.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ._tile import FLOATS, GROUP, ROUNDED
+from ._formats import FLOATS, GROUP, ROUNDED
 from .quants import Array, Quants
 
 LANES = 8

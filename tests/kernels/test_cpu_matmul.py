@@ -18,7 +18,8 @@ from cpu_machine import (
 )
 
 from mtpkern.kernels.cpu._compile import Target, target_machine
-from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, form_of, tile_ir
+from mtpkern.kernels.cpu._formats import FLOATS, FORMATS
+from mtpkern.kernels.cpu._tile import form_of, tile_ir
 from mtpkern.kernels.cpu.program import Norm
 from mtpkern.kernels.cpu.quants import expanded, from_gguf, of_integers, rounded
 from mtpkern.kernels.cpu.weights import interleaved, pack, take_outputs

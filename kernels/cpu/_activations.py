@@ -15,21 +15,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._intrinsics import compiled
+from ._memory import load_f8, store_bytes, store_f8, store_f32, store_i32
 from ._vectors import (
-    compiled,
     fma,
     larger,
     largest,
-    load_f8,
     magnitude,
     nearest,
     smaller,
     splat,
     sqrt,
-    store_bytes,
-    store_f8,
-    store_f32,
-    store_i32,
     to_int,
     total,
     total_i,

@@ -1,0 +1,21 @@
+"""Formats of weights; `_tile` has their layouts."""
+
+from __future__ import annotations
+
+GROUP = 32
+ROUNDED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k")
+FLOATS = ("bf16", "fp16", "fp32")
+FORMATS = ROUNDED + FLOATS
+# Bytes of a row's facts on one group: dx, sx = dx * sum, and the sum xq of each half, as int32.
+FACTS = 16
+# Bytes of a group of 8 outputs: quants and the scales that every group has.
+GROUP_BYTES = {
+    "q4_0": 144,
+    "q4_1": 160,
+    "q8_0": 272,
+    "q8": 256,
+    "q6_k": 208,
+    "bf16": 512,
+    "fp16": 512,
+    "fp32": 1024,
+}
