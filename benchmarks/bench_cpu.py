@@ -30,9 +30,9 @@ from mtpkern.cache import rotary_tables
 from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers
-from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
+from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
-from mtpkern.kernels.cpu.quants import Array, Quants, from_gguf, joined, rounded
+from mtpkern.kernels.cpu.quants import Array, Quants, from_gguf, joined, quantise
 from mtpkern.kernels.cpu.weights import Weights, interleaved, on_cache_line, pack
 from mtpkern.threads import physical_cores
 
@@ -46,7 +46,7 @@ class Trunk(NamedTuple):
     """A model's weights, packed."""
 
     embedding: Weights  # [V, E]
-    layers: list[Layer]
+    layers: list[PackedLayer]
     norm: Norm
     vocabulary: Weights  # [V, E]; the embedding itself where they are tied
     heads: int  # query heads
@@ -112,12 +112,12 @@ def random_trunk() -> tuple[Trunk, dict[str, int]]:
 
     def weights(N: int, K: int, format: str, order: Array | None = None) -> Weights:
         w = torch.randn(N, K, generator=generator) / K**0.5
-        return pack(rounded(w, format), order=order)
+        return pack(quantise(w, format), order=order)
 
     s = SMOLLM
     norm = Norm(np.ones(s["E"], np.float32), 1e-5)
     made = [
-        Layer(
+        PackedLayer(
             norm,
             weights((s["heads"] + 2 * s["kv_heads"]) * s["D"], s["E"], "q4_1"),
             weights(s["E"], s["heads"] * s["D"], "q4_1"),
@@ -165,7 +165,7 @@ def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
         qkv = joined(halves_apart(q, heads), halves_apart(k, kv_heads), quants(at + "attn_v"))
         gate_up = joined(quants(at + "ffn_gate"), quants(at + "ffn_up"))
         made.append(
-            Layer(
+            PackedLayer(
                 norm(at + "attn_norm"),
                 pack(qkv),
                 pack(quants(at + "attn_output")),
@@ -210,7 +210,7 @@ def make_step(
     program = Program(kernels, helpers, max_rows=max(ROWS))
     x = program.buffer(trunk.embedding.in_features)
     program.embed(trunk.embedding, x)
-    x = add_layers(program, x, trunk.layers, Cache(k, v, cos, sin, trunk.heads))
+    x = add_layers(program, x, trunk.layers, ModelCache(k, v, cos, sin, trunk.heads))
     logits = program.buffer(trunk.vocabulary.out_features) if keep_logits else None
     program.project(x, trunk.vocabulary, norm=trunk.norm, logits=logits)
     return Step(program, logits)
@@ -267,7 +267,7 @@ def matmuls(kernels: Kernels, helpers: Helpers, formats: list[str] | None) -> di
     cases = {}
     for format in formats or ["q4_1", "q8_0", "bf16"]:
         for name, (N, K) in MATMULS.items():
-            w = pack(rounded(torch.randn(N, K), format))
+            w = pack(quantise(torch.randn(N, K), format))
             count = max(1, 2**26 // w.data.nbytes)
             program = Program(kernels, helpers, max_rows=max(ROWS))
             x, out = program.buffer(K), program.buffer(N)

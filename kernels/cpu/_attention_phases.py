@@ -38,7 +38,7 @@ from ._layout import (
     X_STRIDE,
     X,
 )
-from ._linear import multiply
+from ._matmul import multiply
 from ._memory import atomic_add, atomic_store, load_f8, load_i32, store_f8, word
 from ._vectors import bits_float, fma
 

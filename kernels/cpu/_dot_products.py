@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from ._ir import I8, I16, I32, Writer, constant
 
 
-def _sum_of_group(o: Writer, fact: Callable[[int], str]) -> str:
-    return o.op(f"add {I32} {fact(0)}, {fact(1)}")
+def _sum_of_group(o: Writer, group_sum: Callable[[int], str]) -> str:
+    return o.op(f"add {I32} {group_sum(0)}, {group_sum(1)}")
 
 
 def _accumulate(o: Writer, form: str, pairs: list[tuple[str, str]], signed: bool) -> str:
@@ -33,7 +33,7 @@ def _as_i32(o: Writer, vector: str) -> str:
 
 
 def _neon_dot(o: Writer, total: str, w: str, x: str) -> str:
-    """Weights of up to 7 bits without sign are signed bytes as they stand."""
+    """Weights below 128 are signed bytes too."""
     halves = []
     for h in (0, 1):
         wide = ", ".join(f"i32 {i}" for i in range(16 * h, 16 * h + 16))
@@ -78,7 +78,7 @@ def _dot_q4(
     vectors: list[str],
     quads: Iterator[str],
     scales: list[str],
-    fact: Callable[[int], str],
+    group_sum: Callable[[int], str],
 ) -> str:
     if form == "avx2":
         total = ""
@@ -95,10 +95,10 @@ def _dot_q4_0(
     vectors: list[str],
     quads: Iterator[str],
     scales: list[str],
-    fact: Callable[[int], str],
+    group_sum: Callable[[int], str],
 ) -> str:
-    total = _dot_q4(o, form, vectors, quads, scales, fact)
-    offset = o.op(f"shl {I32} {_sum_of_group(o, fact)}, {constant('i32', 3, 8)}")
+    total = _dot_q4(o, form, vectors, quads, scales, group_sum)
+    offset = o.op(f"shl {I32} {_sum_of_group(o, group_sum)}, {constant('i32', 3, 8)}")
     return o.op(f"sub {I32} {total}, {offset}")
 
 
@@ -108,7 +108,7 @@ def _dot_q8(
     vectors: list[str],
     quads: Iterator[str],
     scales: list[str],
-    fact: Callable[[int], str],
+    group_sum: Callable[[int], str],
 ) -> str:
     if form == "avx2":
         total = "zeroinitializer"
@@ -120,7 +120,7 @@ def _dot_q8(
     total = _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=True)
     if form != "vnni":
         return total
-    offset = o.op(f"shl {I32} {_sum_of_group(o, fact)}, {constant('i32', 7, 8)}")
+    offset = o.op(f"shl {I32} {_sum_of_group(o, group_sum)}, {constant('i32', 7, 8)}")
     return o.op(f"sub {I32} {total}, {offset}")
 
 
@@ -130,7 +130,7 @@ def _dot_q6(
     vectors: list[str],
     quads: Iterator[str],
     scales: list[str],
-    fact: Callable[[int], str],
+    group_sum: Callable[[int], str],
 ) -> str:
     pairs, halves = list(zip(vectors, quads, strict=True)), []
     for half in (0, 1):
@@ -142,7 +142,7 @@ def _dot_q6(
             total = o.op(f"add {I32} {_widen(o, two[0], ONES)}, {_widen(o, two[1], ONES)}")
         else:
             total = _accumulate(o, form, four, signed=False)
-        offset = o.op(f"shl {I32} {fact(half)}, {constant('i32', 5, 8)}")
+        offset = o.op(f"shl {I32} {group_sum(half)}, {constant('i32', 5, 8)}")
         total = o.op(f"sub {I32} {total}, {offset}")
         halves.append(o.op(f"mul {I32} {total}, {scales[1 + half]}"))
     return o.op(f"add {I32} {halves[0]}, {halves[1]}")

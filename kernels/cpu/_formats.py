@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 GROUP = 32
-ROUNDED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k")
+QUANTISED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k")
 FLOATS = ("bf16", "fp16", "fp32")
-FORMATS = ROUNDED + FLOATS
-# Bytes of a row's facts on one group: dx, sx = dx * sum, and the sum xq of each half, as int32.
-FACTS = 16
-# Bytes of a group of 8 outputs: quants and the scales that every group has.
+FORMATS = QUANTISED + FLOATS
+# Bytes of an activation group's statistics: dx, sx = dx * sum(xq), and int32 sums of its halves.
+STATS_BYTES = 16
+# Bytes of a group of 8 outputs: integers, and the scales that every group has.
 GROUP_BYTES = {
     "q4_0": 144,
     "q4_1": 160,

@@ -59,9 +59,9 @@ IEEE_MODE = 0x1F80 if X86 else 0
 
 
 @operation(types.void, *[types.int64] * 9)
-def call_tile(builder, tile, w, x, facts, out, blocks, groups, stride, rows):
+def call_tile(builder, tile, w, x, stats, out, blocks, groups, stride, rows):
     pointer = BYTE.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer] * 4 + [I64] * 4)
-    addresses = [builder.inttoptr(a, pointer) for a in (w, x, facts, out)]
+    addresses = [builder.inttoptr(a, pointer) for a in (w, x, stats, out)]
     function = builder.inttoptr(tile, kind.as_pointer())
     builder.call(function, [*addresses, blocks, groups, stride, rows])

@@ -1,8 +1,7 @@
 """The compiled program: every thread of a step runs `run_program`, phase by phase.
 
 See `_layout` for the memory. A ticket holds the step's epoch beside the next chunk, so a thread
-that comes back late from an earlier step finds another epoch and leaves without having touched
-anything.
+that returns late from an earlier step finds another epoch and leaves without touching anything.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from ._layout import (
     X_STRIDE,
     X,
 )
-from ._linear import activation_bytes, gate_up_chunk, linear_chunk, prepare
+from ._matmul import activation_bytes, gate_up_chunk, linear_chunk, prepare
 from ._memory import atomic_add, atomic_load, compare_swap, load_f8, store_f32, word
 from ._processor import IEEE_MODE, float_mode, pause, set_float_mode, ticks, yield_core
-from ._vectors import bits_float, splat, total
+from ._vectors import bits_float, reduce_add, splat
 from ._vocabulary import embed_row, project_chunk
 
-# Some microseconds, longer than a chunk takes.
+# Some microseconds, longer than a chunk.
 SPINS = 200
 
 
@@ -66,7 +65,7 @@ def chunks_of(head, phase):
 
 @compiled
 def grab(ticket, epoch, chunks):
-    """The next chunk; -1 where all are handed out, -2 where the step is over."""
+    """The next chunk; -1 if all are handed out, -2 if the step is over."""
     while True:
         seen = atomic_load(ticket)
         if seen >> 32 != epoch:
@@ -80,7 +79,7 @@ def grab(ticket, epoch, chunks):
 
 @compiled
 def read_chunk(phase, chunk):
-    """Read one MiB and leave its sum: the memory's speed, measured as a step reads weights."""
+    """Sum one MiB, read as a step reads weights: for measuring bandwidth."""
     begin = word(phase, X) + (chunk << 20)
     a = splat(0.0)
     b = splat(0.0)
@@ -91,7 +90,7 @@ def read_chunk(phase, chunk):
         b = b + load_f8(at + 32)
         c = c + load_f8(at + 64)
         d = d + load_f8(at + 96)
-    store_f32(word(phase, OUT) + 4 * chunk, total((a + b) + (c + d)))
+    store_f32(word(phase, OUT) + 4 * chunk, reduce_add((a + b) + (c + d)))
 
 
 @compiled
@@ -153,7 +152,7 @@ def run_phases(head, epoch, thread):
                 if atomic_load(ticket) >> 32 != epoch:
                     return waited
                 spins += 1
-                # The thread that is waited for may be waiting for this core.
+                # The thread that has the chunk may be waiting for this core.
                 if spins < SPINS:
                     pause()
                 else:
@@ -166,7 +165,7 @@ def run_phases(head, epoch, thread):
 def run_program(head, epoch, thread):
     """Run a step's phases -> the share of the time, in thousandths, that this thread waited.
 
-    The floating-point mode is IEEE's inside and the caller's again behind.
+    The floating-point mode is IEEE's meanwhile; the caller's is restored.
     """
     mode = float_mode()
     set_float_mode(IEEE_MODE)

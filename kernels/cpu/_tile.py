@@ -3,9 +3,9 @@
     out[r, n] = sum_g  d[n, g] dx[r, g] sum_j q[n, g, j] xq[r, g, j]  (+ m[n, g] sx[r, g])   rounded
     out[r, n] = sum_k  w[n, k] x[r, k]                                                       others
 
-Bytes moved: a weight block is read once for up to 8 rows, and from the cache for each 8 rows more.
+Bytes moved: a weight block is read once for up to 8 rows, and from the cache per further 8 rows.
 
-Weights of 4, 6 and 8 bits meet activations of 8 bits, in groups of 32 inputs (`_rounding`). The
+Weights of 4, 6 and 8 bits are multiplied by activations of 8 bits, in groups of 32 inputs. The
 integer sum of a group is exact in every form below; the float sum of an output runs over its groups
 in ascending order by explicit FMA. So a row's bits depend neither on the rows beside it nor on the
 instruction set. Weights of 16 and 32 bits are widened to float32; an output's sum runs over the
@@ -39,11 +39,11 @@ from __future__ import annotations
 from functools import partial
 
 from ._dot_products import DOTS
-from ._formats import FACTS, FLOATS, GROUP_BYTES, ROUNDED
+from ._formats import FLOATS, GROUP_BYTES, QUANTISED, STATS_BYTES
 from ._ir import F32, I8, I32, Writer, constant
 
 ROWS = 8
-# How far ahead weights are requested: groups, and bytes where there are none.
+# How far ahead weights are prefetched: groups, or bytes for formats without groups.
 PREFETCH_GROUPS = 32
 PREFETCH_BYTES = 4096
 
@@ -60,9 +60,9 @@ def form_of(features: set[str], arch: str) -> str:
 def tile_ir(weights: str, form: str) -> str:
     """LLVM IR of `tile_<format>`; every form gives the same bits.
 
-    void tile(w, xq, facts, out, i64 blocks, i64 groups, i64 out_stride, i64 rows): w the first
-    block; xq [rows, 32 groups] int8 and facts [rows, groups, FACTS bytes], or, for weights of 16
-    and 32 bits, x [rows, 32 groups] float32 and nothing; out [rows, 8 blocks] float32, out_stride
+    void tile(w, xq, stats, out, i64 blocks, i64 groups, i64 out_stride, i64 rows): w the first
+    block; xq [rows, 32 groups] int8 and stats [rows, groups] of STATS_BYTES, or, for weights of 16
+    and 32 bits, x [rows, 32 groups] float32 and no stats; out [rows, 8 blocks] float32, out_stride
     elements from row to row.
     """
     writer = Writer()
@@ -70,27 +70,27 @@ def tile_ir(weights: str, form: str) -> str:
         if weights in FLOATS:
             _float_tile(writer, weights, rows)
         else:
-            _rounded_tile(writer, weights, form, rows)
+            _quantised_tile(writer, weights, form, rows)
     _passes(writer, weights)
     return writer.text()
 
 
 SIGNATURE = (
-    "ptr noalias %w, ptr noalias %x, ptr noalias %facts, ptr noalias %out, "
+    "ptr noalias %w, ptr noalias %x, ptr noalias %stats, ptr noalias %out, "
     "i64 %blocks, i64 %groups, i64 %stride"
 )
 
 
 def _passes(o: Writer, weights: str) -> None:
     """Rows of 8, then the rest, over the same blocks."""
-    x_bytes = 32 if weights in ROUNDED else 128
+    x_bytes = 32 if weights in QUANTISED else 128
     o.line(f"define void @tile_{weights}({SIGNATURE}, i64 %rows) {{\nentry:")
-    o.line(f"  %xrow = mul i64 %groups, {x_bytes}\n  %frow = mul i64 %groups, {FACTS}")
+    o.line(f"  %xrow = mul i64 %groups, {x_bytes}\n  %frow = mul i64 %groups, {STATS_BYTES}")
     o.line("  %orow = mul i64 %stride, 4\n  br label %pass\npass:")
     o.line("  %r = phi i64 [0, %entry], [%next, %done]\n  %left = sub i64 %rows, %r")
     o.line("  %xo = mul i64 %r, %xrow\n  %fo = mul i64 %r, %frow\n  %oo = mul i64 %r, %orow")
     o.line("  %xp = getelementptr i8, ptr %x, i64 %xo")
-    o.line("  %fp = getelementptr i8, ptr %facts, i64 %fo")
+    o.line("  %fp = getelementptr i8, ptr %stats, i64 %fo")
     o.line("  %op = getelementptr i8, ptr %out, i64 %oo")
     cases = " ".join(f"i64 {rows}, label %rows{rows}" for rows in range(1, ROWS))
     o.line(f"  switch i64 %left, label %rows{ROWS} [{cases}]")
@@ -126,12 +126,12 @@ def _store(o: Writer, rows: int, sums: list[str]) -> None:
     o.line("  br i1 %more, label %block, label %done\ndone:\n  ret void\n}")
 
 
-def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
+def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     _open(o, weights, rows)
     size = _block_bytes(o, weights)
     quants = {"q4_0": 128, "q4_1": 128, "q6_k": 192}.get(weights, 256)
     o.line("  %xrow = mul i64 %groups, 32")
-    o.line(f"  %frow = mul i64 %groups, {FACTS}\n  %body = mul i64 %groups, {quants}")
+    o.line(f"  %frow = mul i64 %groups, {STATS_BYTES}\n  %body = mul i64 %groups, {quants}")
     o.line("  br label %block\nblock:\n  %b = phi i64 [0, %entry], [%b1, %end]")
     o.line(f"  %offset = mul i64 %b, {size}\n  %wb = getelementptr i8, ptr %w, i64 %offset")
     o.line("  %sb = getelementptr i8, ptr %wb, i64 %body\n  br label %group\ngroup:")
@@ -149,18 +149,18 @@ def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     scales = _scales(o, weights)
     for r in range(rows):
         xr = o.at(o.at("%x", o.op(f"mul i64 %xrow, {r}")), o.op("mul i64 %g, 32"))
-        offset = o.op(f"mul i64 %g, {FACTS}")
-        facts = o.at(o.at("%facts", o.op(f"mul i64 %frow, {r}")), offset)
+        offset = o.op(f"mul i64 %g, {STATS_BYTES}")
+        stats = o.at(o.at("%stats", o.op(f"mul i64 %frow, {r}")), offset)
         quads = (
             o.op(f"bitcast {I32} {o.splat('i32', o.load('i32', o.at(xr, 4 * i), 4), 8)} to {I8}")
             for i in range(8)
         )
-        dx = o.splat("float", o.load("float", facts, 4), 8)
-        total = DOTS[weights](o, form, vectors, quads, scales, partial(_fact, o, facts))
+        dx = o.splat("float", o.load("float", stats, 4), 8)
+        total = DOTS[weights](o, form, vectors, quads, scales, partial(_group_sum, o, stats))
         product = o.op(f"sitofp {I32} {total} to {F32}")
         acc = f"%acc{r}"
         if weights == "q4_1":
-            sx = o.splat("float", o.load("float", o.at(facts, 4), 4), 8)
+            sx = o.splat("float", o.load("float", o.at(stats, 4), 4), 8)
             acc = o.fma(scales[1], sx, acc)
         scale = dx if weights == "q8" else o.op(f"fmul {F32} {scales[0]}, {dx}")
         o.line(f"  %sum{r} = bitcast {F32} {o.fma(product, scale, acc)} to {F32}")
@@ -173,9 +173,9 @@ def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     _store(o, rows, sums)
 
 
-def _fact(o: Writer, facts: str, index: int) -> str:
-    """Lanes of a row's sum of xq over half `index` of the group."""
-    return o.splat("i32", o.load("i32", o.at(facts, 8 + 4 * index), 4), 8)
+def _group_sum(o: Writer, stats: str, index: int) -> str:
+    """A row's sum of xq over half `index` of the group, in all lanes."""
+    return o.splat("i32", o.load("i32", o.at(stats, 8 + 4 * index), 4), 8)
 
 
 def _scales(o: Writer, weights: str) -> list[str]:

@@ -19,7 +19,7 @@ def splat(builder, value):
 
 
 @operation(I8)
-def lane_numbers(builder):
+def lane_ids(builder):
     return ir.Constant(I8.llvm, list(range(LANES)))
 
 
@@ -49,23 +49,23 @@ def sqrt(builder, value):
 
 
 @operation(F8, F8, F8)
-def larger(builder, a, b):
+def maximum(builder, a, b):
     """a where it is larger than b, else b: so b where a is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 @operation(F8, F8, F8)
-def smaller(builder, a, b):
+def minimum(builder, a, b):
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 @operation(F8, F8)
-def magnitude(builder, value):
+def absolute(builder, value):
     return call(builder, "llvm.fabs.v8f32", F8.llvm, value)
 
 
 @operation(F8, F8)
-def nearest(builder, value):
+def round_even(builder, value):
     """The nearest integer, ties to even."""
     return call(builder, "llvm.roundeven.v8f32", F8.llvm, value)
 
@@ -77,11 +77,6 @@ def to_int(builder, value):
 
 
 @operation(F8, I8)
-def to_float(builder, value):
-    return builder.sitofp(value, F8.llvm)
-
-
-@operation(F8, I8)
 def power_of_two(builder, exponent):
     """2^exponent for exponents -126..127."""
     biased = builder.add(exponent, lanes_of(127))
@@ -89,18 +84,18 @@ def power_of_two(builder, exponent):
 
 
 @operation(I8, I8)
-def half_of(builder, value):
+def halve(builder, value):
     return builder.ashr(value, lanes_of(1))
 
 
 @operation(F8, F8, F8)
-def nan_of(builder, source, value):
+def propagate_nan(builder, source, value):
     """value, or NaN in the lanes where source is NaN."""
     return builder.select(builder.fcmp_unordered("uno", source, source), source, value)
 
 
 @operation(F8, F8, types.int64, types.int64)
-def keep(builder, value, begin, end):
+def mask_outside(builder, value, begin, end):
     """Lanes begin..end-1 of value, -inf in the others."""
     lanes = ir.Constant(I8.llvm, list(range(LANES)))
     low = _splat(builder, builder.trunc(begin, I32), I8.llvm)
@@ -123,7 +118,7 @@ def _halves(builder: Any, value: Any, width: int) -> tuple[Any, Any]:
 
 
 @operation(types.float32, F8)
-def total(builder, value):
+def reduce_add(builder, value):
     """Sum of the lanes: i + 4, then i + 2, then the last two."""
     for width in (4, 2, 1):
         value = builder.fadd(*_halves(builder, value, width))
@@ -131,14 +126,14 @@ def total(builder, value):
 
 
 @operation(types.int64, I8)
-def total_i(builder, value):
+def reduce_add_i(builder, value):
     for width in (4, 2, 1):
         value = builder.add(*_halves(builder, value, width))
     return builder.sext(builder.extract_element(value, ir.Constant(I32, 0)), I64)
 
 
 @operation(types.float32, F8)
-def largest(builder, value):
+def reduce_max(builder, value):
     """The largest lane; NaN only where every lane is."""
     for width in (4, 2, 1):
         a, b = _halves(builder, value, width)
@@ -149,8 +144,8 @@ def largest(builder, value):
 
 
 @operation(F8, *[F8] * 8)
-def totals(builder, *values):
-    """The sums of eight vectors, one per lane, each by the tree of `total`."""
+def reduce_add_8(builder, *values):
+    """The sums of eight vectors, one per lane, each by the tree of `reduce_add`."""
     rows = list(values)
     for width in (4, 2, 1):
         runs = [range(start, start + width) for start in range(0, 2 * LANES, 2 * width)]
@@ -172,19 +167,14 @@ def order_key(builder, value):
     return builder.xor(bits, sign)
 
 
-@operation(I8, I8, I8)
-def larger_i(builder, a, b):
-    return builder.select(builder.icmp_signed(">", a, b), a, b)
-
-
 @operation(I8, I8, I8, I8, I8)
-def where_larger(builder, a, b, chosen, other):
+def select_greater(builder, a, b, chosen, other):
     """chosen in the lanes where a > b, other elsewhere."""
     return builder.select(builder.icmp_signed(">", a, b), chosen, other)
 
 
 @operation(types.int64, I8)
-def largest_i(builder, value):
+def reduce_max_i(builder, value):
     for width in (4, 2, 1):
         a, b = _halves(builder, value, width)
         value = builder.select(builder.icmp_signed(">", a, b), a, b)

@@ -32,7 +32,7 @@ from ._layout import (
     WEIGHT_FORMAT,
     WRITE_LOGITS,
 )
-from ._linear import multiply
+from ._matmul import multiply
 from ._memory import (
     atomic_add,
     atomic_store,
@@ -48,17 +48,17 @@ from ._vectors import (
     bits_float,
     float_bits,
     fma,
-    keep,
     key_value,
-    lane_numbers,
-    largest,
-    largest_i,
+    lane_ids,
     lowest_where,
+    mask_outside,
     order_key,
+    reduce_add,
+    reduce_max,
+    reduce_max_i,
+    select_greater,
     splat,
     splat_i,
-    total,
-    where_larger,
 )
 
 F32 = np.float32
@@ -82,20 +82,20 @@ def project_chunk(phase, rows, chunk, scratch, work):
         best = splat_i(INT_MIN)
         ids = splat_i(0)
         for n in range(blocks):
-            key = order_key(keep(load_f8(y + 32 * n), 0, columns - 8 * n))
-            ids = where_larger(key, best, splat_i(n), ids)
-            best = where_larger(key, best, key, best)
-        key = largest_i(best)
+            key = order_key(mask_outside(load_f8(y + 32 * n), 0, columns - 8 * n))
+            ids = select_greater(key, best, splat_i(n), ids)
+            best = select_greater(key, best, key, best)
+        key = reduce_max_i(best)
         m = key_value(key)
         shift = splat(m if m > F32(-np.inf) else F32(0.0))
         z = splat(0.0)
         for n in range(blocks):
-            z = z + exp(keep(load_f8(y + 32 * n), 0, columns - 8 * n) - shift)
-        lane = lowest_where(best, ids * splat_i(8) + lane_numbers(), key)
+            z = z + exp(mask_outside(load_f8(y + 32 * n), 0, columns - 8 * n) - shift)
+        lane = lowest_where(best, ids * splat_i(8) + lane_ids(), key)
         part = word(phase, PARTIALS) + 16 * (word(phase, CHUNKS) * r + chunk)
         # One word of key and id, one of the sum.
         store_i64(part, (key << 32) | (8 * first + lane))
-        store_f32(part + 8, total(z))
+        store_f32(part + 8, reduce_add(z))
     if atomic_add(word(phase, MERGES), 1) == word(phase, CHUNKS) - 1:
         atomic_store(word(phase, MERGES), 0)
         for r in range(rows):
@@ -118,7 +118,7 @@ def merge_project(phase, r):
     for chunk in range(chunks):
         weight = exp(splat(key_value(word(parts, 2 * chunk) >> 32) - shift))
         z = fma(splat(load_f32(parts + 16 * chunk + 8)), weight, z)
-    sum_exp = largest(z)
+    sum_exp = reduce_max(z)
     if not sum_exp == sum_exp:
         m = sum_exp  # the order of logits skips NaN, and their sum does not
     out = word(phase, BEST) + 24 * r

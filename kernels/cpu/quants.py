@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._formats import FLOATS, FORMATS, GROUP, ROUNDED
+from ._formats import FLOATS, FORMATS, GROUP, QUANTISED
 
 Array = np.ndarray
 # GGUF's block bytes and the inputs that a block holds.
@@ -54,7 +54,7 @@ class Quants(NamedTuple):
     def take_inputs(self, columns: Array) -> Quants:
         """The inputs `columns`, in that order; -1 gives an input of zeros. A format that has
         scales per group of inputs becomes fp32."""
-        w = self if self.format in FLOATS else Quants("fp32", expanded(self), ())
+        w = self if self.format in FLOATS else Quants("fp32", dequantise(self), ())
         return Quants(w.format, np.where(columns < 0, w.q.dtype.type(0), w.q[:, columns]), ())
 
 
@@ -116,11 +116,11 @@ def _from_q6_k(blocks: Array, d: Array) -> Quants:
     return Quants("q6_k", q.reshape(N, -1, GROUP), (d, scales))
 
 
-def rounded(w: Tensor, format: str) -> Quants:
+def quantise(w: Tensor, format: str) -> Quants:
     """Round a matrix w [N, K] to a format: to nearest, as GGUF's reference does.
 
-    q6_k is for GGUF files only. ValueError where K is no multiple of 32 for 4 and 8 bits, or where
-    a number is not finite.
+    ValueError for q6_k, which is only read from GGUF files, for a K that is not a multiple of 32
+    (4 and 8 bits), and for values that are not finite.
     """
     if format in FLOATS:
         numbers = w.detach().to(TORCH_DTYPES[format]).contiguous()
@@ -128,7 +128,7 @@ def rounded(w: Tensor, format: str) -> Quants:
             return Quants(format, numbers.view(torch.int16).numpy().view(np.uint16), ())
         values = numbers.numpy()
         return Quants(format, values if format == "fp32" else values.view(np.uint16), ())
-    if format not in ROUNDED or format == "q6_k":
+    if format not in QUANTISED or format == "q6_k":
         raise ValueError(f"w can be rounded to {', '.join(FORMATS)} but q6_k, got {format!r}")
     values = w.detach().float().numpy()
     N, K = values.shape
@@ -183,19 +183,19 @@ def joined(*parts: Quants) -> Quants:
 
 
 def is_held(format: str, other: str) -> bool:
-    """Whether every matrix of `format` has the same values in the format `other`."""
+    """Whether `other` represents every matrix of `format` exactly."""
     return other in (format, "fp32") or (format == "q4_0" and other in ("q4_1", "q8_0"))
 
 
 def widened(w: Quants, format: str) -> Quants:
-    """The same values in a format that holds them (`is_held`).
+    """The same values in a format that represents them exactly (`is_held`).
 
     q4_0 has no m, and its q is 8 more than q8_0's: (q - 8) d = q d + m with m = -8 d, exactly.
     """
     if w.format == format:
         return w
     if format == "fp32":
-        return Quants(format, expanded(w), ())
+        return Quants(format, dequantise(w), ())
     if not is_held(w.format, format):
         raise ValueError(f"{format} does not hold the values of {w.format}")
     (d,) = w.scales
@@ -204,8 +204,8 @@ def widened(w: Quants, format: str) -> Quants:
     return of_integers(format, integers_of(w).astype(np.int8) - np.int8(8), (d,))
 
 
-def expanded(w: Quants) -> Array:
-    """What the quants stand for: [N, K] float32."""
+def dequantise(w: Quants) -> Array:
+    """The values [N, K] as float32."""
     N, K = w.shape
     if w.format == "bf16":
         return (w.q.astype(np.uint32) << 16).view(np.float32)

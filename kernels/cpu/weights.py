@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ._formats import FLOATS, GROUP, ROUNDED
+from ._formats import FLOATS, GROUP, QUANTISED
 from .quants import Array, Quants
 
 LANES = 8
@@ -57,13 +57,13 @@ def block_bytes(format: str, groups: int) -> int:
 
 
 def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> Weights:
-    """Pack quants for the tile; `order` gives the outputs' order, -1 an output of zeros
-    (`interleaved`, `padded_heads`)."""
+    """Pack a matrix for the tile. `order` (`interleaved`, `padded_heads`) lists the outputs to
+    pack, -1 for one of zeros."""
     count = w.shape[0]
     if order is not None:
         w = w.take(order)
     N, K = w.shape
-    if w.format in ROUNDED and K % GROUP:
+    if w.format in QUANTISED and K % GROUP:
         raise ValueError(f"{w.format} needs K to be a multiple of {GROUP}, got {K}")
     data = _packed(w.format, K, _items(w))
     if bias is None:
@@ -124,8 +124,8 @@ def _parts(data: Array, format: str, groups: int) -> list[Array]:
 
 
 def interleaved(gate_features: int) -> Array:
-    """Order of [gate; up] rows that puts 8 gates before their 8 ups, for F = gate_features: [2F],
-    with -1 where F is filled up to whole lanes."""
+    """The order of [gate; up] rows that puts 8 gates before their 8 ups, for F = gate_features:
+    [2F], with -1 for the padding of F to a multiple of 8."""
     gates = np.arange(-(-gate_features // LANES) * LANES)
     gates[gate_features:] = -1
     ups = np.where(gates < 0, -1, gates + gate_features)
@@ -133,7 +133,7 @@ def interleaved(gate_features: int) -> Array:
 
 
 def padded_heads(heads: int, head_dim: int) -> Array:
-    """Order of the outputs of `heads` heads that fills either half of each up to whole lanes:
+    """The order of the outputs of `heads` heads that pads each half of a head to a multiple of 8:
     [heads * padded_dim(head_dim)], with -1 for padding."""
     half = np.full((heads, 2, padded_dim(head_dim) // 2), -1)
     half[:, :, : head_dim // 2] = np.arange(heads * head_dim).reshape(heads, 2, -1)
@@ -141,7 +141,7 @@ def padded_heads(heads: int, head_dim: int) -> Array:
 
 
 def padded_dim(head_dim: int) -> int:
-    """The head dimension that the kernels take: halves, which are rotated, of whole lanes."""
+    """The head dimension of the kernels: halves, which are rotated, are multiples of 8."""
     return 2 * -(-head_dim // (2 * LANES)) * LANES
 
 

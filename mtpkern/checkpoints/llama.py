@@ -36,7 +36,7 @@ from mtpkern.checkpoints.tensor_files import (
     row_slices,
 )
 from mtpkern.config import ModelConfig, ModelLoadError, printable, read_json_object, reason
-from mtpkern.kernels.cpu.quants import Quants, rounded
+from mtpkern.kernels.cpu.quants import Quants, quantise
 from mtpkern.validation import choice
 
 _LOG = logging.getLogger("mtpkern")
@@ -566,4 +566,4 @@ class _Inventor:
     def quants(self, names: list[str], format: str | None) -> Quants:
         """The same, rounded."""
         assert format is not None, "there is no file whose format could be kept"
-        return rounded(self(names), format)
+        return quantise(self(names), format)

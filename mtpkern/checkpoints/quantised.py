@@ -14,7 +14,7 @@ from mtpkern.kernels.cpu.quants import (
     from_gguf,
     is_held,
     joined,
-    rounded,
+    quantise,
     widened,
 )
 
@@ -80,7 +80,7 @@ class Quantiser:
         else:
             try:
                 slices = (expanded(part, self.maps, rows) for rows in row_slices(part))
-                found = joined(*(rounded(values, format) for values in slices))
+                found = joined(*(quantise(values, format) for values in slices))
             except ValueError as error:
                 raise ModelLoadError(f"{part}: {error}") from None
         if not _is_finite(found):

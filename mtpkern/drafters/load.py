@@ -51,7 +51,7 @@ from mtpkern.drafters.published import (
     read_mtp_llama,
     read_speculators,
 )
-from mtpkern.kernels.cpu.quants import GROUP, Quants, rounded
+from mtpkern.kernels.cpu.quants import GROUP, Quants, quantise
 from mtpkern.kernels.cpu.weights import take_outputs
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
@@ -317,7 +317,7 @@ class _Source:
     def _rounded(self, w: Tensor) -> Tensor | Quants:
         quantised = isinstance(self.trunk.lm_head, Quants)
         if quantised and w.dim() == 2 and w.shape[1] % GROUP == 0:
-            return rounded(w, "q8_0")
+            return quantise(w, "q8_0")
         return w
 
 

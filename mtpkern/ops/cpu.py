@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.cpu.program import Pages
+from mtpkern.kernels.cpu.program import LayerCache
 from mtpkern.kernels.cpu.quants import Array, Quants
 from mtpkern.kernels.cpu.weights import (
     Weights,
@@ -371,10 +371,10 @@ def _pages(
     plan: CpuPlan,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
-) -> Pages:
+) -> LayerCache:
     cache, config = plan.cache, plan.config
     settings = (config.num_heads, config.sliding_window, q_norm, k_norm, config.head_dim)
-    return Pages(k_pages, v_pages, cache.cos, cache.sin, *settings)
+    return LayerCache(k_pages, v_pages, cache.cos, cache.sin, *settings)
 
 
 def cpu_ops() -> CpuOps:

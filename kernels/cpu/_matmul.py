@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._activations import norm_row, round_row
+from ._activations import norm_row, quantise_row
 from ._elementary import silu
 from ._intrinsics import compiled
 from ._layout import (
@@ -24,9 +24,9 @@ from ._layout import (
     NORM_W,
     OUT,
     OUT_STRIDE,
+    QUANTISED,
     RESIDUAL,
     RESIDUAL_STRIDE,
-    ROUNDED,
     TILE,
     WEIGHT,
     X_STRIDE,
@@ -41,20 +41,22 @@ F32 = np.float32
 
 @compiled
 def activation_bytes(phase, rows):
-    per_group = 48 if word(phase, ROUNDED) == 1 else 128
+    per_group = 48 if word(phase, QUANTISED) == 1 else 128
     return (rows * word(phase, GROUPS) * per_group + 63) // 64 * 64
 
 
 @compiled
 def prepare(phase, rows, scratch):
-    """Normalise and round a matmul's rows into this thread's scratch."""
+    """Normalise and quantise a matmul's rows into this thread's scratch."""
     x, stride, K = word(phase, X), 4 * word(phase, X_STRIDE), word(phase, INPUTS)
     w, eps = word(phase, NORM_W), bits_float(word(phase, EPS))
     groups = word(phase, GROUPS)
-    if word(phase, ROUNDED) == 1:
-        facts = scratch + rows * groups * 32
+    if word(phase, QUANTISED) == 1:
+        stats = scratch + rows * groups * 32
         for r in range(rows):
-            round_row(x + r * stride, w, eps, K, scratch + 32 * groups * r, facts + 16 * groups * r)
+            quantise_row(
+                x + r * stride, w, eps, K, scratch + 32 * groups * r, stats + 16 * groups * r
+            )
         return
     for r in range(rows):
         out = scratch + 128 * groups * r
@@ -68,8 +70,8 @@ def multiply(phase, rows, scratch, first, blocks, out, stride):
     """Rows of `prepare` times blocks first..first+blocks-1 of the weight, and the bias."""
     groups = word(phase, GROUPS)
     w = word(phase, WEIGHT) + first * word(phase, BLOCK_BYTES)
-    facts = scratch + rows * groups * 32
-    call_tile(word(phase, TILE), w, scratch, facts, out, blocks, groups, stride, rows)
+    stats = scratch + rows * groups * 32
+    call_tile(word(phase, TILE), w, scratch, stats, out, blocks, groups, stride, rows)
     bias = word(phase, BIAS)
     if bias != 0:
         for r in range(rows):
