@@ -11,10 +11,10 @@ from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._formats import FLOATS, FORMATS, GROUP
 from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.program import Program
-from mtpkern.kernels.cpu.quants import Array, Quants, of_integers, quantise
+from mtpkern.kernels.cpu.quants import K_QUANTS, Array, Quants, of_integers, quantise
 from mtpkern.kernels.cpu.weights import Weights
 
-ROUNDABLE = tuple(name for name in FORMATS if name != "q6_k")
+ROUNDABLE = tuple(name for name in FORMATS if name not in K_QUANTS)
 
 
 @cache
@@ -49,9 +49,18 @@ def random_q6_k(N: int, K: int) -> Quants:
     return of_integers("q6_k", q, (d, scales))
 
 
+def random_q4_k(N: int, K: int) -> Quants:
+    rng = np.random.default_rng(4)
+    q, factors = rng.integers(0, 16, (N, K)), rng.integers(0, 64, (2, N, K // 32), dtype=np.uint8)
+    d, m = (rng.random((2, N, -(-K // 256))) / [[[1000]], [[200]]]).astype(np.float16)
+    return of_integers("q4_k", q, (d, m, *factors))
+
+
 def random_quants(format: str, N: int, K: int) -> Quants:
     if format == "q6_k":
         return random_q6_k(N, K)
+    if format == "q4_k":
+        return random_q4_k(N, K)
     generator = torch.Generator().manual_seed(N + K)
     return quantise(torch.randn(N, K, generator=generator) / K**0.5, format)
 

@@ -148,4 +148,11 @@ def _dot_q6(
     return o.op(f"add {I32} {halves[0]}, {halves[1]}")
 
 
-DOTS = {"q4_0": _dot_q4_0, "q4_1": _dot_q4, "q8_0": _dot_q8, "q8": _dot_q8, "q6_k": _dot_q6}
+DOTS = {
+    "q4_0": _dot_q4_0,
+    "q4_1": _dot_q4,
+    "q8_0": _dot_q8,
+    "q8": _dot_q8,
+    "q6_k": _dot_q6,
+    "q4_k": _dot_q4,
+}

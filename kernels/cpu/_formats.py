@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 GROUP = 32
-QUANTISED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k")
+QUANTISED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k", "q4_k")
 FLOATS = ("bf16", "fp16", "fp32")
 FORMATS = QUANTISED + FLOATS
 # Bytes of an activation group's statistics: dx, sx = dx * sum(xq), and int32 sums of its halves.
@@ -15,6 +15,7 @@ GROUP_BYTES = {
     "q8_0": 272,
     "q8": 256,
     "q6_k": 208,
+    "q4_k": 144,
     "bf16": 512,
     "fp16": 512,
     "fp32": 1024,

@@ -24,13 +24,15 @@ Ranges, for xq in -127..127:
            128 * sum xq is taken off again: at most 32 * 255 * 127 = 1,036,320 < 2^24.
 
 Layout of a block of 8 outputs, padded to 64 bytes; G groups of 32 inputs:
-  q4_0, q4_1   [G][4][8 outputs][4] bytes: byte j of i holds input 4 i + j in the low 4 bits and
-               input 16 + 4 i + j in the high ones
+  q4_0, q4_1, q4_k   [G][4][8 outputs][4] bytes: byte j of i holds input 4 i + j in the low 4 bits
+               and input 16 + 4 i + j in the high ones
   q8_0, q8     [G][8][8 outputs][4] int8
   q6_k         [G][4][8][4] low 4 bits as above, then [2][8][4] bytes of 2 high bits: bits 2 i of
                byte j of half h belong to input 16 h + 4 i + j
 then the scales: q4_0, q8_0 [G][8] fp16; q4_1 [G][2][8] fp16 (d, m); q8 [8] float32;
   q6_k         [G][2][8] int8 scales of 16 inputs, then [ceil(G / 8)][8] fp16
+  q4_k         [G][2][8] uint8 scales of d and of m, then [ceil(G / 8)][2][8] fp16; products of fp16
+               and 6 bits are exact in float32
   bf16, fp16, fp32   [K][8]
 """
 
@@ -110,9 +112,9 @@ def _block_bytes(o: Writer, weights: str) -> str:
     size = o.op(f"mul i64 %groups, {GROUP_BYTES[weights]}")
     if weights == "q8":
         size = o.op(f"add i64 {size}, 32")
-    if weights == "q6_k":
+    if shared := {"q6_k": 16, "q4_k": 32}.get(weights):
         eighths = o.op(f"lshr i64 {o.op('add i64 %groups, 7')}, 3")
-        size = o.op(f"add i64 {size}, {o.op(f'mul i64 {eighths}, 16')}")
+        size = o.op(f"add i64 {size}, {o.op(f'mul i64 {eighths}, {shared}')}")
     return o.op(f"and i64 {o.op(f'add i64 {size}, 63')}, -64")
 
 
@@ -129,7 +131,7 @@ def _store(o: Writer, rows: int, sums: list[str]) -> None:
 def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     _open(o, weights, rows)
     size = _block_bytes(o, weights)
-    quants = {"q4_0": 128, "q4_1": 128, "q6_k": 192}.get(weights, 256)
+    quants = {"q8_0": 256, "q8": 256, "q6_k": 192}.get(weights, 128)
     o.line("  %xrow = mul i64 %groups, 32")
     o.line(f"  %frow = mul i64 %groups, {STATS_BYTES}\n  %body = mul i64 %groups, {quants}")
     o.line("  br label %block\nblock:\n  %b = phi i64 [0, %entry], [%b1, %end]")
@@ -144,7 +146,7 @@ def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     ahead = o.at("%wb", o.op(f"mul i64 %g, {step}"))
     for line in range(0, step, 64):
         o.prefetch(o.at(ahead, PREFETCH_GROUPS * step + line))
-    read = {"q4_0": _read_q4, "q4_1": _read_q4, "q6_k": _read_q6}.get(weights, _read_q8)
+    read = {"q8_0": _read_q8, "q8": _read_q8, "q6_k": _read_q6}.get(weights, _read_q4)
     vectors = read(o, group, form)
     scales = _scales(o, weights)
     for r in range(rows):
@@ -159,7 +161,7 @@ def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
         total = DOTS[weights](o, form, vectors, quads, scales, partial(_group_sum, o, stats))
         product = o.op(f"sitofp {I32} {total} to {F32}")
         acc = f"%acc{r}"
-        if weights == "q4_1":
+        if weights in ("q4_1", "q4_k"):
             sx = o.splat("float", o.load("float", o.at(stats, 4), 4), 8)
             acc = o.fma(scales[1], sx, acc)
         scale = dx if weights == "q8" else o.op(f"fmul {F32} {scales[0]}, {dx}")
@@ -191,6 +193,15 @@ def _scales(o: Writer, weights: str) -> list[str]:
         d = o.at(o.at("%sb", o.op("mul i64 %groups, 16")), o.op("mul i64 %eighth, 16"))
         bytes_ = [o.load("<8 x i8>", o.at(pair, 8 * h), 8) for h in (0, 1)]
         return [halves(d), *(o.op(f"sext <8 x i8> {b} to {I32}") for b in bytes_)]
+    if weights == "q4_k":
+        pair = o.at("%sb", o.op("mul i64 %g, 16"))
+        d = o.at("%sb", o.op("mul i64 %groups, 16"))
+        d = o.at(d, o.op(f"mul i64 {o.op('lshr i64 %g, 3')}, 32"))
+        bytes_ = [o.load("<8 x i8>", o.at(pair, 8 * h), 8) for h in (0, 1)]
+        factors = [o.op(f"uitofp <8 x i8> {b} to {F32}") for b in bytes_]
+        scale = o.op(f"fmul {F32} {halves(d)}, {factors[0]}")
+        offset = o.op(f"fmul {F32} {halves(o.at(d, 16))}, {factors[1]}")
+        return [scale, o.op(f"fneg {F32} {offset}")]
     pointer = o.at("%sb", o.op(f"mul i64 %g, {32 if weights == 'q4_1' else 16}"))
     return [halves(pointer)] + ([halves(o.at(pointer, 16))] if weights == "q4_1" else [])
 

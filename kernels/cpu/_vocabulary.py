@@ -62,8 +62,8 @@ from ._vectors import (
 )
 
 F32 = np.float32
-Q4_0, Q4_1, Q8_0, Q8, Q6_K, BFLOAT, HALF, FLOAT = range(8)
-assert FORMATS == ("q4_0", "q4_1", "q8_0", "q8", "q6_k", "bf16", "fp16", "fp32")
+Q4_0, Q4_1, Q8_0, Q8, Q6_K, Q4_K, BFLOAT, HALF, FLOAT = range(9)
+assert FORMATS == ("q4_0", "q4_1", "q8_0", "q8", "q6_k", "q4_k", "bf16", "fp16", "fp32")
 INT_MIN = -(2**31)
 
 
@@ -166,6 +166,11 @@ def embed_row(phase, token, out):
             if kind == Q4_1:
                 d = load_half(scales + 32 * group + 2 * lane)
                 value = F32(q) * d + load_half(scales + 32 * group + 16 + 2 * lane)
+            elif kind == Q4_K:
+                both = scales + 16 * groups + 32 * (group // 8) + 2 * lane
+                d = load_half(both) * F32(load_byte(scales + 16 * group + lane))
+                m = load_half(both + 16) * F32(load_byte(scales + 16 * group + 8 + lane))
+                value = F32(q) * d - m
             else:
                 value = F32(q - 8) * load_half(scales + 16 * group + 2 * lane)
         store_f32(out + 4 * k, value)

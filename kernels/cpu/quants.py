@@ -4,7 +4,7 @@ A value is d q + m, where q is an integer of 4, 6 or 8 bits and d (and m) is sha
 inputs ("q8": by all inputs of an output), or it is a number of 16 or 32 bits.
 
 Bytes per weight: q4_0 0.5625, q4_1 0.625, q8_0 1.0625, q8 1, bf16 and fp16 2, fp32 4 (GGUF's own);
-q6_k is unpacked to a byte per integer.
+q4_k 0.578; q6_k is unpacked to a byte per integer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from ._formats import FLOATS, FORMATS, GROUP, QUANTISED
 
 Array = np.ndarray
 # GGUF's block bytes and the inputs that a block holds.
-BLOCKS = {"q4_0": (18, 32), "q4_1": (20, 32), "q8_0": (34, 32), "q6_k": (210, 256)}
-NIBBLES = ("q4_0", "q4_1")
+BLOCKS = {
+    "q4_0": (18, 32),
+    "q4_1": (20, 32),
+    "q8_0": (34, 32),
+    "q6_k": (210, 256),
+    "q4_k": (144, 256),
+}
+NIBBLES = ("q4_0", "q4_1", "q4_k")
+# Read from GGUF files only.
+K_QUANTS = ("q4_k", "q6_k")
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -31,7 +39,8 @@ class Quants(NamedTuple):
     half and input 16 + i in its high half, as in GGUF), 32 uint8 for q6_k, 32 int8 for q8_0 and q8.
     For 16 and 32 bits q [N, K] holds the numbers themselves, as uint16 or float32.
     scales: d, and m for q4_1, [N, K / 32] fp16; q8 d [N] float32; q6_k d [N, ceil(K / 256)] fp16
-    and an int8 factor per 16 inputs [N, K / 16].
+    and an int8 factor per 16 inputs [N, K / 16]; q4_k d and -m [N, ceil(K / 256)] fp16 and uint8
+    factors of both [N, K / 32].
     Both may be views of a mapped file.
     """
 
@@ -92,6 +101,8 @@ def from_gguf(data: Array, format: str) -> Quants:
 
     if format == "q6_k":
         return _from_q6_k(blocks, half(208))
+    if format == "q4_k":
+        return _from_q4_k(blocks, half(0), half(2))
     if format == "q8_0":
         return Quants(format, blocks[:, :, 2:].view(np.int8), (half(0),))
     if format == "q4_1":
@@ -116,11 +127,30 @@ def _from_q6_k(blocks: Array, d: Array) -> Quants:
     return Quants("q6_k", q.reshape(N, -1, GROUP), (d, scales))
 
 
+def _from_q4_k(blocks: Array, d: Array, m: Array) -> Quants:
+    """Blocks [N, blocks, 144]: d, m, 12 bytes of 6-bit factors, 128 bytes of integers.
+
+    32 bytes of integers hold two groups, one in the low and one in the high halves.
+    """
+    N, count = blocks.shape[:2]
+    packed = blocks[:, :, 4:16].reshape(N, count, 3, 4)
+    # The first four factors of either kind, and the low bits of the other four.
+    first, low = packed[:, :, :2] & 63, packed[:, :, 2:]
+    low = np.concatenate([low & 15, low >> 4], 2)
+    last = low | (packed[:, :, :2] >> 6) << 4
+    factors = np.concatenate([first, last], 3)
+    pairs = blocks[:, :, 16:].reshape(N, count, 4, 1, 32)
+    groups = np.concatenate([pairs & 15, pairs >> 4], 3).reshape(N, -1, 2, 16)
+    q = groups[:, :, 0] | groups[:, :, 1] << 4
+    scales, offsets = (factors[:, :, i].reshape(N, -1) for i in (0, 1))
+    return Quants("q4_k", q, (d, m, scales, offsets))
+
+
 def quantise(w: Tensor, format: str) -> Quants:
     """Round a matrix w [N, K] to a format: to nearest, as GGUF's reference does.
 
-    ValueError for q6_k, which is only read from GGUF files, for a K that is not a multiple of 32
-    (4 and 8 bits), and for values that are not finite.
+    ValueError for K-quants, which are only read from GGUF files, for a K that is not a multiple of
+    32 (4 and 8 bits), and for values that are not finite.
     """
     if format in FLOATS:
         numbers = w.detach().to(TORCH_DTYPES[format]).contiguous()
@@ -128,8 +158,9 @@ def quantise(w: Tensor, format: str) -> Quants:
             return Quants(format, numbers.view(torch.int16).numpy().view(np.uint16), ())
         values = numbers.numpy()
         return Quants(format, values if format == "fp32" else values.view(np.uint16), ())
-    if format not in QUANTISED or format == "q6_k":
-        raise ValueError(f"w can be rounded to {', '.join(FORMATS)} but q6_k, got {format!r}")
+    if format not in QUANTISED or format in K_QUANTS:
+        supported = [name for name in FORMATS if name not in K_QUANTS]
+        raise ValueError(f"w can be rounded to {', '.join(supported)}, got {format!r}")
     values = w.detach().float().numpy()
     N, K = values.shape
     if K % GROUP:
@@ -218,6 +249,10 @@ def dequantise(w: Quants) -> Array:
         d, scales = w.scales
         each = np.repeat(d.astype(np.float32), 16, -1)[:, : K // 16] * scales
         return ((q - 32).reshape(N, -1, 16) * each[..., None]).reshape(N, K)
+    if w.format == "q4_k":
+        d, m = (np.repeat(s.astype(np.float32), 8, -1)[:, : K // GROUP] for s in w.scales[:2])
+        grouped = q.reshape(N, -1, GROUP) * (d * w.scales[2])[..., None]
+        return (grouped - (m * w.scales[3])[..., None]).reshape(N, K)
     d = w.scales[0].astype(np.float32)[..., None]
     offset = w.scales[1].astype(np.float32)[..., None] if w.format == "q4_1" else 0
     grouped = q.reshape(N, -1, GROUP) - (8 if w.format == "q4_0" else 0)

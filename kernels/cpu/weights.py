@@ -44,6 +44,8 @@ def sections(format: str, groups: int) -> list[tuple[int, Any]]:
         return [(groups * GROUP, np.float32 if format == "fp32" else np.uint16)]
     if format == "q6_k":
         return [(6 * groups, np.uint32), (2 * groups, np.int8), (-(-groups // 8), np.float16)]
+    if format == "q4_k":
+        return [(4 * groups, np.uint32), (2 * groups, np.uint8), (-(-groups // 8) * 2, np.float16)]
     if format == "q8":
         return [(8 * groups, np.uint32), (1, np.float32)]
     words, scales = {"q4_0": (4, 1), "q4_1": (4, 2), "q8_0": (8, 1)}[format]
@@ -97,7 +99,12 @@ def _items(w: Quants) -> list[Array]:
         halves = ((words >> 4) & 0x0F0F0F0F).reshape(N, -1, 2, 4)
         high = sum(halves[..., i] << (2 * i) for i in range(4))
         words = np.concatenate([low[..., :4] | low[..., 4:] << 4, high], -1)
-    scales = list(w.scales)[::-1] if w.format == "q6_k" else [np.stack(w.scales, -1)]
+    if w.format == "q6_k":
+        scales = [w.scales[1], w.scales[0]]
+    elif w.format == "q4_k":
+        scales = [np.stack(w.scales[2:], -1), np.stack(w.scales[:2], -1)]
+    else:
+        scales = [np.stack(w.scales, -1)]
     return [part.reshape(N, -1) for part in (words, *scales)]
 
 

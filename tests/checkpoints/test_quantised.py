@@ -37,8 +37,9 @@ CONFIG = TINY_CONFIG | {
 }
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Types that the gguf package expands, but does not make: bytes of a block, and where its fp16 are.
-MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2))}
-OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0", Kind.Q6_K: "q6_k"}
+MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2))}
+OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0"}
+OWN |= {Kind.Q6_K: "q6_k", Kind.Q4_K: "q4_k"}
 OWN |= {Kind.F16: "fp16", Kind.BF16: "bf16", Kind.F32: "fp32"}
 
 
@@ -220,7 +221,7 @@ MIXED: list[tuple[dict[str, Kind], str, str]] = [
         "Q4_0 and Q6_K that form one matrix",
     ),
     ({"q": Kind.F16, "k": Kind.F16, "v": Kind.Q5_0}, "q8_0", "Q5_0 has no kernel"),
-    ({"q": Kind.Q4_K, "k": Kind.Q4_K, "v": Kind.Q6_K}, "q8_0", "Q4_K has no kernel"),
+    ({"q": Kind.Q5_K, "k": Kind.Q5_K, "v": Kind.Q6_K}, "q8_0", "Q5_K has no kernel"),
     ({"q": Kind.Q5_1, "k": Kind.Q5_1, "v": Kind.Q5_1}, "q8_0", "Q5_1 has no kernel"),
 ]
 

@@ -21,14 +21,14 @@ from mtpkern.kernels.cpu._compile import Target, target_machine
 from mtpkern.kernels.cpu._formats import FLOATS, FORMATS
 from mtpkern.kernels.cpu._tile import form_of, tile_ir
 from mtpkern.kernels.cpu.program import Norm
-from mtpkern.kernels.cpu.quants import dequantise, from_gguf, of_integers, quantise
+from mtpkern.kernels.cpu.quants import K_QUANTS, dequantise, from_gguf, of_integers, quantise
 from mtpkern.kernels.cpu.weights import interleaved, pack, take_outputs
 from mtpkern.kernels.linear import linear_ref, pack_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 # Outputs that fill no whole block, K of one group, of several, and of more than one q6_k block.
 SHAPES = [(8, 32), (13, 96), (40, 512)]
-GGUF_FORMATS = ("q4_0", "q4_1", "q8_0", "q6_k", "fp16", "fp32", "bf16")
+GGUF_FORMATS = ("q4_0", "q4_1", "q8_0", "q6_k", "q4_k", "fp16", "fp32", "bf16")
 GGUF_NAMES = {"fp16": "F16", "fp32": "F32", "bf16": "BF16"}
 
 
@@ -43,10 +43,12 @@ def rows(count: int, K: int) -> np.ndarray:
 def gguf_rows(format: str, N: int, K: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows as a GGUF holds them, and what the gguf package says they are."""
     kind = gguf.GGMLQuantizationType[GGUF_NAMES.get(format, format.upper())]
-    if format == "q6_k":
+    if format in K_QUANTS:
+        size, begin, count = {"q6_k": (210, 208, 1), "q4_k": (144, 0, 2)}[format]
         rng = np.random.default_rng(0)
-        blocks = rng.integers(0, 256, (N, K // 256, 210), dtype=np.uint8)
-        blocks[:, :, 208:] = rng.random((N, K // 256, 1)).astype(np.float16).view(np.uint8)
+        blocks = rng.integers(0, 256, (N, K // 256, size), dtype=np.uint8)
+        halves = rng.random((N, K // 256, count)).astype(np.float16)
+        blocks[:, :, begin : begin + 2 * count] = halves.view(np.uint8)
         data = blocks.reshape(N, -1)
     else:
         data = gguf.quantize(rows(N, K), kind)
@@ -151,7 +153,9 @@ def test_every_form_of_the_tile_gives_the_same_bits(format):
 @pytest.mark.parametrize("format", [name for name in FORMATS if name not in FLOATS])
 def test_extreme_integers_do_not_saturate(format, compiled):
     """All weights and activations at their ends, scales of 1: the sum is an integer."""
-    low, high = {"q4_0": (0, 15), "q4_1": (0, 15), "q6_k": (0, 63)}.get(format, (-128, 127))
+    low, high = {"q4_0": (0, 15), "q4_1": (0, 15), "q6_k": (0, 63), "q4_k": (0, 15)}.get(
+        format, (-128, 127)
+    )
     N = K = 64
     q = np.where(np.arange(N)[:, None] % 4 < 2, low, high) * np.ones((1, K), int)
     q[1::2, ::2] = high  # pairs of opposite ends
@@ -160,14 +164,15 @@ def test_extreme_integers_do_not_saturate(format, compiled):
         "q4_1": (ones, -8 * ones),
         "q8": (np.ones(N, np.float32),),
         "q6_k": (ones[:, :1], np.full((N, K // 16), -128, np.int8)),
+        "q4_k": (ones[:, :1], ones[:, :1], *np.full((2, N, K // 32), 63, np.uint8)),
     }.get(format, (ones,))
     w = pack(of_integers(format, q, scales))
     x = np.full((3, K), 127.0, np.float32)
     x[1], x[2, ::2] = -127.0, -127.0
     out = tile(compiled(), w, *as_rounded(x))
-    offset = {"q4_0": 8, "q4_1": 8, "q6_k": 32}.get(format, 0)
+    offset = {"q4_0": 8, "q4_1": 8, "q6_k": 32, "q4_k": 1}.get(format, 0)
     exact = x.astype(np.int64) @ (q - offset).T
-    assert np.array_equal(out[:, :N], exact * (-128 if format == "q6_k" else 1))
+    assert np.array_equal(out[:, :N], exact * {"q6_k": -128, "q4_k": 63}.get(format, 1))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -238,6 +243,7 @@ def test_the_form_follows_the_features():
         (lambda: quantise(torch.ones(8, 33), "q4_0"), "multiple of 32"),
         (lambda: quantise(torch.full((8, 32), torch.nan), "q8_0"), "finite"),
         (lambda: quantise(torch.ones(8, 32), "q6_k"), "q6_k"),
+        (lambda: quantise(torch.ones(8, 32), "q4_k"), "q4_k"),
         (lambda: from_gguf(np.zeros((2, 19), np.uint8), "q4_0"), "q4_0 rows"),
         (lambda: from_gguf(np.zeros((2, 18), np.uint8), "q8"), "format"),
         (lambda: pack(random_quants("q8_0", 8, 32), torch.ones(9)), "bias"),
