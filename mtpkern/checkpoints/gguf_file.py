@@ -138,32 +138,29 @@ def own_name(name: str) -> str:
 
 
 def _read_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
-    if lists:
-        return _parse_header(file, lists=True)
     try:
+        if lists:
+            return _parse_header(file, lists=True)
         facts = file.stat()
-    except OSError as error:
-        raise ModelLoadError(f"{printable(file)}: {reason(error, file)}") from None
-    return _brief_header(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4)
-def _brief_header(file: Path, *version: int) -> tuple[dict[str, Any], list[TensorEntry]]:
-    """The header without lists. Loading a model asks for it several times, for one version of the
-    file (inode, size, mtime)."""
-    return _parse_header(file, lists=False)
-
-
-def _parse_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
-    try:
-        with open(file, "rb") as stream:
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Header(file, content, lists).read()
+        return _brief_header(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     except (struct.error, OverflowError):  # a place beyond the end
         raise ModelLoadError(f"{printable(file)} is not a whole GGUF (it ends early)") from None
     except (OSError, ValueError) as error:
         says = reason(error, file)
         raise ModelLoadError(f"{printable(file)} is not a whole GGUF ({says})") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _brief_header(file: Path, *version: int) -> tuple[dict[str, Any], list[TensorEntry]]:
+    """The header without lists, read once per version of a file (inode, size, mtime): loading a
+    model asks for it several times."""
+    return _parse_header(file, lists=False)
+
+
+def _parse_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
+    with open(file, "rb") as stream:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _Header(file, content, lists).read()
 
 
 class _Header:
