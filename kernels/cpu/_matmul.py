@@ -54,9 +54,8 @@ def prepare(phase, rows, scratch):
     if word(phase, QUANTISED) == 1:
         stats = scratch + rows * groups * 32
         for r in range(rows):
-            quantise_row(
-                x + r * stride, w, eps, K, scratch + 32 * groups * r, stats + 16 * groups * r
-            )
+            xq = scratch + 32 * groups * r
+            quantise_row(x + r * stride, w, eps, K, xq, stats + 16 * groups * r)
         return
     for r in range(rows):
         out = scratch + 128 * groups * r

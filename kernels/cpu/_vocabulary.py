@@ -69,7 +69,7 @@ INT_MIN = -(2**31)
 
 @compiled
 def project_chunk(phase, rows, chunk, scratch, work):
-    """Logits of some columns; of each row its largest one and the sum of exponentials."""
+    """Logits of a chunk's columns; per row, the largest one and the sum of exponentials."""
     first = chunk * word(phase, BLOCKS)
     blocks = min(word(phase, BLOCKS), word(phase, ALL_BLOCKS) - first)
     out, stride = work, 8 * blocks
@@ -104,7 +104,7 @@ def project_chunk(phase, rows, chunk, scratch, work):
 
 @compiled
 def merge_project(phase, r):
-    """Of one row: the likeliest column, its logit, and log(sum(exp(logits)))."""
+    """One row's argmax, its logit, and log(sum(exp(logits)))."""
     chunks = word(phase, CHUNKS)
     parts = word(phase, PARTIALS) + 16 * chunks * r
     best = word(parts, 0)
@@ -120,7 +120,7 @@ def merge_project(phase, r):
         z = fma(splat(load_f32(parts + 16 * chunk + 8)), weight, z)
     sum_exp = reduce_max(z)
     if not sum_exp == sum_exp:
-        m = sum_exp  # the order of logits skips NaN, and their sum does not
+        m = sum_exp  # NaN if a logit is NaN or infinite
     out = word(phase, BEST) + 24 * r
     store_i64(out, best & 0xFFFFFFFF)
     store_i64(out + 8, float_bits(m))

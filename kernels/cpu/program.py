@@ -34,7 +34,7 @@ KV_KINDS = {torch.float32: L.FP32, torch.float16: L.FP16, torch.bfloat16: L.BF16
 
 
 class Norm(NamedTuple):
-    """RMS norm in front of a matmul."""
+    """RMS norm before a matmul."""
 
     w: Array | None  # [K] float32; None: no norm
     eps: float  # of the norms of q and k too
@@ -103,7 +103,7 @@ class Program:
         norm: Norm | None = None,
         residual: Array | None = None,
     ) -> None:
-        """out = x w^T + bias (+ residual), x normed first where `norm` is given; `residual` may be
+        """out = x w^T + bias (+ residual), x normalised first if `norm` is given; `residual` may be
         `out`."""
         fields = self._matmul(x, w, norm) | self._rows(L.OUT, out)
         if residual is not None:
