@@ -11,7 +11,7 @@ INIT = (ROOT / "mtpkern" / "__init__.py").read_text(encoding="utf-8")
 setup(
     name="mtpkern",
     version=re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0],
-    description="Multi-token prediction for Llama models: several tokens a step, the same tokens",
+    description="Multi-token prediction for Llama models: several tokens per step, the same tokens",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
@@ -58,6 +58,7 @@ setup(
             "transformers>=5.0",
             "setuptools>=77",
             "matplotlib>=3.8",
+            "rich>=13",
             "shtab>=1.6",
         ],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "uv==0.13.9"],

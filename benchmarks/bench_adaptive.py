@@ -21,7 +21,8 @@ from common import Finish, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
 from mtpkern.arguments import Parser, at_least
-from mtpkern.drafters.base import CompanionDrafter, Drafter, DraftInput, Drafts
+from mtpkern.drafters.base import Drafter, DraftInput, Drafts
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.status import Phase
 
 TOGETHER = 3

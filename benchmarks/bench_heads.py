@@ -38,7 +38,7 @@ from common import (
 
 from mtpkern import LLM, SamplingParams, UserError
 from mtpkern.arguments import Parser, at_least
-from mtpkern.checkpoints.default_model import model_name, resolve_model
+from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.drafters.load import find_heads
 from mtpkern.errors import printable
 from mtpkern.outputs import output_file, writing

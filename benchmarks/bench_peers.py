@@ -40,8 +40,8 @@ from common import Finish, environment, first_line, load, read_prompts, run
 from peer_process import Failed, Visit, visit
 
 from mtpkern.arguments import Parser, at_least
-from mtpkern.checkpoints.default_model import resolve_model
 from mtpkern.checkpoints.llama import load_config
+from mtpkern.checkpoints.resolve import resolve_model
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.status import Phase
 from mtpkern.threads import physical_cores

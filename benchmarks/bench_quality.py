@@ -25,7 +25,7 @@ from torch import Tensor
 from mtpkern import LLM, UserError
 from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import KVCache
-from mtpkern.checkpoints.default_model import resolve_model
+from mtpkern.checkpoints.resolve import resolve_model
 from mtpkern.errors import printable
 
 WINDOW = 512

@@ -32,8 +32,10 @@ from torch import Tensor
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import Drafter, MedusaDrafter, NgramDrafter, NoDrafter
+from mtpkern.drafters.base import Drafter, NoDrafter
+from mtpkern.drafters.medusa import MedusaDrafter
 from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.graph import GraphPool
 from mtpkern.model import Llama

@@ -16,7 +16,7 @@ from checkout import ROOT
 
 import mtpkern
 from mtpkern import UserError, arguments
-from mtpkern.diagnose import cpu_model
+from mtpkern.cli.machine import cpu_model
 from mtpkern.errors import printable
 from mtpkern.outputs import FORCE, output_file, writing
 

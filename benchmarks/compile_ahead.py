@@ -33,7 +33,8 @@ from triton.runtime.jit import JITFunction
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import NgramDrafter, NoDrafter
+from mtpkern.drafters.base import NoDrafter
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.errors import UserError
 from mtpkern.ops.gpu import with_pdl
 

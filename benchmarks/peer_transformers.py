@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
-from mtpkern.checkpoints.default_model import resolve_model
-from mtpkern.checkpoints.llama import load_tensors
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.resolve import resolve_model
 from mtpkern.errors import UserError
 
 # Prompts and answers of all lengths share a cache of this size, so that one compilation serves.

@@ -35,9 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import KVCache
-from mtpkern.config import ModelConfig
+from mtpkern.checkpoints.hf_config import read_hf_config
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.drafters.base import Drafter, NgramDrafter, NoDrafter
+from mtpkern.drafters.base import Drafter, NoDrafter
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.ops.gpu import TRITON
@@ -106,7 +107,7 @@ def meta_state(
     directory: Path, batch: int, k: int, ops: Ops = TRITON, **options: Any
 ) -> tuple[Llama, DecodeState]:
     """A model and a state without data, of the shapes that config.json names."""
-    config = ModelConfig.from_json(directory)
+    config = read_hf_config(directory)
     trunk = Llama.load(directory, dtype=torch.bfloat16, ops=ops, device=META, dummy=True)
     cache = KVCache.empty(
         layers=config.num_layers,

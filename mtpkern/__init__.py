@@ -1,4 +1,4 @@
-"""mtpkern: Llama-style language models decoded several tokens a step, with the same tokens."""
+"""mtpkern: Llama-style language models decoded several tokens per step, with the same tokens."""
 
 import importlib
 import logging
@@ -6,26 +6,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtpkern.config import ModelLoadError, SamplingParams, UserError
-    from mtpkern.engine import LLM, Completion, Event, Stats
+    from mtpkern.config import SamplingParams
+    from mtpkern.engine import LLM
+    from mtpkern.errors import ModelLoadError, UserError
+    from mtpkern.request import Completion, Event, Stats
 
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "Completion", "Event", "ModelLoadError", "SamplingParams", "Stats", "UserError"]
 
-# A library prints nothing: without a handler of the application's, its log records go nowhere.
+# A library prints nothing: log records are discarded unless the application adds a handler.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# In a checkout the folder kernels/ stands beside this package, and installed it is inside it
-# (setup.py maps it): make `mtpkern.kernels` the same thing in both.
+# In a checkout the folder kernels/ is beside this package, and in an installed copy inside it
+# (setup.py maps it): `mtpkern.kernels` works in both.
 _package = Path(__file__).resolve().parent
 if not (_package / "kernels").is_dir():
     __path__.append(str(_package.parent))
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that `import mtpkern` and `mtpkern --help` do not wait for torch.
+    # Imported on first use, so that `import mtpkern` and `mtpkern --help` do not import torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "config" if name in ("ModelLoadError", "SamplingParams", "UserError") else "engine"
+    homes = {"SamplingParams": "config", "ModelLoadError": "errors", "UserError": "errors"}
+    home = homes.get(name, "engine")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

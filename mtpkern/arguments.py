@@ -1,7 +1,8 @@
-"""What the package's command lines share: a user's mistake, or what the operating system refuses
-(a path, a permission, a full disk, a closed stream), is one line on stderr and exit code 2.
+"""The parser and the error handling of all the package's command lines.
 
-No torch is imported here, so that --help answers at once.
+A user's mistake, and what the operating system refuses (a path, a permission, a full disk, a closed
+stream), is one line on stderr and exit code 2. No torch is imported here, so that --help answers at
+once.
 """
 
 import argparse
@@ -24,11 +25,11 @@ Number = TypeVar("Number", int, float)
 
 
 class UsageError(Exception):
-    """A command line that does not parse."""
+    """A mistake in a command line, or in what it names."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help that gives an option's default where it has one, and keeps an epilog's lines."""
+    """Help texts that end with the option's default, and epilogs that keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -43,13 +44,17 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """With --quiet and --verbose; raises UsageError where argparse would print its usage and exit,
-    and OSError where a help text cannot be printed."""
+    """A parser with --quiet and --verbose.
+
+    Raises UsageError where argparse would print its usage and exit, and OSError if a help text
+    cannot be printed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
+        self._positionals.title = "arguments"
         status.add_options(self)
-        # Of a command and its subcommands, the innermost one says which flags there are.
+        # A subcommand's parser replaces the command's: it is the one whose flags messages name.
         self.set_defaults(parser=self)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -60,15 +65,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Parse `argv` (None: this process's own) and call what it sets as `run` -> exit code.
+    """Parse `argv` (None: this process's own) and call the function `args.run` -> exit code.
 
-    `run` takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
-    2 is a user's mistake, 130 an interrupt, 141 a reader gone away, else what `run` gives.
+    The function takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
+    2 is a user's mistake, 130 an interrupt, 141 a closed pipe, all others are the function's own.
     """
     if not _open_streams():
         return _complain(parser, UsageError("standard output is closed"))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character shows a question mark instead of a traceback.
+        # A character that the encoding lacks becomes a question mark, not a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
@@ -88,13 +93,13 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     except (UsageError, UserError) as error:
         return _complain(parser, error)
     except OSError as error:
-        if error.errno is None:  # a library's own, which may be a fault of the program
+        if error.errno is None:  # raised by a library, possibly a bug of ours
             raise
         return _complain(parser, _refusal(error))
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; UsageError for ones that are too many, most often an unquoted prompt."""
+    """The arguments. Raises UsageError for surplus ones, most often an unquoted prompt's."""
     args, surplus = parser.parse_known_args(argv)
     strange = [text for text in surplus if text.startswith("-")]
     prompt = getattr(args, "prompt", None)
@@ -110,7 +115,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _call(args: argparse.Namespace) -> int:
-    """Run what was asked for; arguments that a UserError names become flags."""
+    """Run the command. Python arguments that a UserError names are shown as flags."""
     try:
         code: int = args.run(args)
     except UserError as error:
@@ -119,10 +124,10 @@ def _call(args: argparse.Namespace) -> int:
 
 
 def as_flags(message: str, parser: argparse.ArgumentParser) -> str:
-    """A message about arguments of Python's, about the flags of the command line instead.
+    """Replace the names of Python arguments in a message with the parser's flags.
 
-    An argument's name is taken for one at the beginning of a message, before "=", and wherever it
-    has an underscore: other names are words of English too.
+    A name with an underscore is replaced everywhere. Others are English words too, and are replaced
+    at the beginning of the message and before "=" only.
     """
     for action in parser._actions:
         flag = next((f for f in action.option_strings if f.startswith("--")), None)
@@ -135,7 +140,7 @@ def as_flags(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def at_least(least: Number) -> Callable[[str], Number]:
-    """An argument's type: a number of the kind of `least`, and no smaller."""
+    """A type for argparse: a finite number of the same type as `least`, and no smaller."""
     kind = type(least)
 
     def parse(text: str) -> Number:
@@ -144,12 +149,12 @@ def at_least(least: Number) -> Callable[[str], Number]:
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls a text that is none
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
     return parse
 
 
 def above_zero(text: str) -> float:
-    """An argument's type: a finite number above zero."""
+    """A type for argparse: a finite number above zero."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
@@ -157,15 +162,18 @@ def above_zero(text: str) -> float:
 
 
 def _command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
-    """What a shell takes to run the same command again."""
+    """The line that runs the same command again in a shell."""
     if argv is None and Path(sys.argv[0]).name == "__main__.py":
         return shlex.join(sys.orig_argv)  # python -m
     return f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
 def _open_streams() -> bool:
-    """Whether there is a standard output. The numbers of closed streams are taken, so that no file
-    is opened under one of them, to get what is printed; errors go nowhere without a stderr."""
+    """Give closed standard streams a descriptor -> whether standard output was open.
+
+    Otherwise the next file to be opened would take the descriptor and receive what is printed.
+    Without a stderr, errors are discarded.
+    """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         descriptor = os.dup(descriptor)
@@ -176,23 +184,24 @@ def _open_streams() -> bool:
 
 
 def _refusal(error: OSError) -> UsageError:
-    """What the operating system refused, in words."""
+    """An error of the operating system, in words."""
     what = str(error.strerror or error)
     try:
         sys.stdout.flush()
     except OSError as pending:
-        # What it still holds cannot be written, whatever else failed.
+        # Its buffer cannot be written, whatever else failed.
         _discard(sys.stdout)
         return UsageError(f"cannot write standard output: {pending.strerror}")
     if error.filename is not None:
         return UsageError(f"{printable(error.filename)}: {what}")
-    # An unbuffered standard output holds nothing. Files have names: see mtpkern.outputs.
+    # An error without a file's name comes from an unbuffered standard output: mtpkern.outputs names
+    # the files that it writes.
     unwritable = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
     return UsageError(f"cannot write standard output: {what}" if unwritable else what)
 
 
 def _discard(stream: IO[str]) -> None:
-    """Let what a stream still holds go nowhere: the interpreter flushes it once more at its end."""
+    """Discard a stream's buffer, which the interpreter would flush once more on exit."""
     descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, stream.fileno())
     os.close(descriptor)
@@ -202,5 +211,5 @@ def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     try:
         print(f"{parser.prog}: error:", " ".join(str(error).split()), file=sys.stderr)
     except OSError:
-        _discard(sys.stderr)  # nobody can be told
+        _discard(sys.stderr)
     return USER_ERROR

@@ -1,7 +1,7 @@
-"""A model's own chat templates, rendered in a sandbox with bounds on what goes in and comes out.
+"""A model's chat templates, rendered in a sandbox with bounds on the size of input and output.
 
-The text is that of transformers' `apply_chat_template`: the same variables, filters and tags, the
-same choice among several templates, the same cut where a message is to be continued.
+The text equals that of transformers' `apply_chat_template`: the same variables, filters and tags,
+the same choice among several templates, the same end for a message to be continued.
 """
 
 import datetime
@@ -15,19 +15,20 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mtpkern.config import ModelLoadError, UserError, printable, read_json_object
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.errors import ModelLoadError, UserError, printable
 from mtpkern.validation import shown
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18
 MAX_RENDERED_CHARACTERS = 1 << 22
 
-# Written behind a message that is to be continued, to find where it ends in the rendered text. The
-# last space is lost where the template strips the message.
-_CUT_HERE = "END_OF_UNFINISHED_MESSAGE "
-# Under which a message's reasoning goes; templates read one of them.
+# Appended to a message that is to be continued, to find its end in the rendered text. The trailing
+# space is missing there if the template strips the message.
+_END_MARK = "END_OF_UNFINISHED_MESSAGE "
+# Keys for a message's reasoning. Each template reads one of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Arguments of transformers' apply_chat_template that no template reads: how to tokenize.
-_NO_VARIABLES = {
+# Arguments of transformers' apply_chat_template that are not variables of templates.
+_NOT_VARIABLES = {
     "messages",
     "tokenize",
     "padding",
@@ -42,8 +43,8 @@ _NO_VARIABLES = {
 
 
 class _Generation(Extension):
-    """{% generation %} marks what a trainer learns from. In a prompt it is a plain block, with
-    variables of its own."""
+    """{% generation %} marks the text that training uses. In a prompt it is a block with its own
+    scope."""
 
     tags = {"generation"}
 
@@ -57,12 +58,12 @@ class _Generation(Extension):
 
 
 class ChatTemplates:
-    """Chat messages -> the text that the model was trained to see; one template, or several."""
+    """Chat messages -> the prompt's text, by one template or a choice of several."""
 
     def __init__(
         self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None
     ):
-        """`sources` is a template, or templates by name; ModelLoadError where one is not valid."""
+        """`sources` is a template, or templates by name. ModelLoadError if one is not valid."""
         self._environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -76,7 +77,7 @@ class ChatTemplates:
         self._templates = {name: self._compile(source) for name, source in named.items()}
 
     def _compile(self, source: str) -> tuple[Template, bool]:
-        """A template, and whether it reads the parts of a message's content."""
+        """A template, and whether it handles a content that is a list of parts."""
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise ModelLoadError(
                 f"chat template must be at most {MAX_TEMPLATE_CHARACTERS} characters, "
@@ -95,7 +96,7 @@ class ChatTemplates:
             raise ModelLoadError(f"chat template is not valid: {printable(error)}") from None
 
     def _choose(self, wanted: str | None, tools: bool) -> tuple[Template, bool]:
-        """A template by name, the source of one, or else "tool_use" for tools, else "default"."""
+        """A template by name or by its source; by default "tool_use" with tools, else "default"."""
         if wanted is not None:
             if not isinstance(wanted, str):
                 raise UserError(f"chat_template must be a string, got {shown(wanted)}")
@@ -104,7 +105,9 @@ class ChatTemplates:
             if name in self._templates:
                 return self._templates[name]
         names = ", ".join(printable(name) for name in sorted(self._templates))
-        raise UserError(f"this model has no default chat template; give chat_template, of: {names}")
+        raise UserError(
+            f"this model has no default chat template; give chat_template, one of: {names}"
+        )
 
     def render(
         self,
@@ -118,17 +121,18 @@ class ChatTemplates:
         continue_final_message: bool | str = False,
         **arguments: Any,
     ) -> str:
-        """The prompt's text; UserError when the template refuses the messages or overflows.
+        """The prompt's text.
 
-        `tools` are JSON schemas, `documents` objects with a title and a text, and `arguments`
-        whatever else the template reads. `chat_template` is the name of one of the model's
-        templates, or a template. With `continue_final_message` the text ends within the last
-        message; a string names the field to continue, which is otherwise its content.
+        `tools` are JSON schemas, `documents` objects with a title and a text, and `arguments` other
+        variables of the template. `chat_template` is the name of one of the model's templates, or a
+        template. With `continue_final_message` the text ends with the last message, unclosed; a
+        string names the field to continue, "content" by default. Raises UserError if the template
+        refuses the messages or writes more than MAX_RENDERED_CHARACTERS.
         """
         if add_generation_prompt and continue_final_message:
             raise UserError("add_generation_prompt and continue_final_message exclude each other")
-        if strange := sorted(_NO_VARIABLES & arguments.keys()):
-            raise UserError(f"{strange[0]} is not an argument of chat templates")
+        if unknown := sorted(_NOT_VARIABLES & arguments.keys()):
+            raise UserError(f"{unknown[0]} is not an argument of chat templates")
         template, keep_parts = self._choose(chat_template, tools is not None)
         chat = [_message(message, keep_parts) for message in messages]
         variables = {
@@ -143,11 +147,11 @@ class ChatTemplates:
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         unfinished = _mark_end(chat, field)
         text = self._write(template, variables, chat)
-        end = text.rfind(_CUT_HERE.strip())
+        end = text.rfind(_END_MARK.strip())
         if end < 0 or unfinished.strip() not in text:
             raise UserError(f"the chat template does not show the {field} that is to be continued")
-        whole = text.startswith(_CUT_HERE, end)
-        return text[:end] if whole else text[:end].rstrip()
+        stripped = not text.startswith(_END_MARK, end)
+        return text[:end].rstrip() if stripped else text[:end]
 
     def _write(
         self, template: Template, variables: Mapping[str, Any], chat: list[dict[str, Any]]
@@ -159,7 +163,7 @@ class ChatTemplates:
                 length += len(piece)
                 if length > MAX_RENDERED_CHARACTERS:
                     break
-        except Exception as error:  # whatever an operation of the template's raises
+        except Exception as error:  # a template's expressions can raise almost anything
             raise UserError(f"chat template refused the messages: {printable(error)}") from None
         if length > MAX_RENDERED_CHARACTERS:
             raise UserError(f"chat template wrote more than {MAX_RENDERED_CHARACTERS} characters")
@@ -169,11 +173,11 @@ class ChatTemplates:
 def load_chat_templates(
     directory: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> ChatTemplates | None:
-    """A directory's templates; None where it has none.
+    """A directory's templates, None if it has none.
 
-    Those in files (chat_template.jinja, and additional_chat_templates/NAME.jinja) replace what
-    tokenizer_config.json has: a template, or a list of them with names. chat_template.json is read
-    where there is nothing else.
+    Template files (chat_template.jinja, and additional_chat_templates/NAME.jinja) take precedence
+    over tokenizer_config.json, which has a template or a list of named ones. chat_template.json is
+    read if there is neither.
     """
     files = {
         path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
@@ -205,7 +209,7 @@ def _read_text(path: Path) -> str:
 
 
 def _plain(what: str, value: Any) -> Any:
-    """A copy of JSON types alone, which hold nothing that a template must not reach."""
+    """A copy made of JSON types alone, through which a template can reach no other objects."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
@@ -224,9 +228,9 @@ def _objects(what: str, values: Any) -> list[dict[str, Any]] | None:
 
 
 def _message(message: Any, keep_parts: bool) -> dict[str, Any]:
-    """A message without the keys that are null; its reasoning stands under each name for it.
+    """A message without its null keys, and with its reasoning under each key for it.
 
-    Its content is text: parts of that type are joined by newlines, unless they are kept.
+    A content that is a list of text parts is joined by newlines, unless `keep_parts`.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UserError(f"messages must be objects with a role and a content, got {shown(message)}")
@@ -251,7 +255,7 @@ def _message(message: Any, keep_parts: bool) -> dict[str, Any]:
 
 
 def _mark_end(chat: list[dict[str, Any]], field: str) -> str:
-    """Mark the end of a field of the last message, in place; -> the text before the mark."""
+    """Append the mark to a field of the last message, in place. Returns the field's text."""
     holder: dict[str, Any] = chat[-1] if chat else {}
     names: tuple[str, ...] = _REASONING if field in _REASONING else (field,)
     text = holder.get(field)
@@ -263,7 +267,7 @@ def _mark_end(chat: list[dict[str, Any]], field: str) -> str:
         raise UserError(f"the last message has no {printable(field)} to continue")
     for name in names:
         if holder.get(name) == text:
-            holder[name] = text + _CUT_HERE
+            holder[name] = text + _END_MARK
     return text
 
 
@@ -282,7 +286,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Unlike jinja2's own filter, which escapes for HTML.
+    # Unlike jinja2's own filter, this one does not escape HTML.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,21 +1,19 @@
-"""Published files that are not safetensors -> directories that load: pickled heads, and GGUF.
+"""`mtpkern convert`: published heads and models in other formats -> directories that load.
 
-A pickle is read by torch's weights-only loader, which runs no code of the file's. Known layouts:
+Pickles are read by torch's weights-only loader, which never runs code from a file. Formats:
 
-    medusa_lm_head.pt   Medusa (Cai et al. 2024), or medusa_lm_head.safetensors:
-                        {h}.{l}.linear.{weight,bias} are head h's blocks, {h}.{l}.weight behind the
+    medusa_lm_head.pt   Medusa heads (Cai et al. 2024), also as .safetensors:
+                        {h}.{l}.linear.{weight,bias} are head h's blocks, {h}.{l}.weight after the
                         last of them is its own vocabulary matrix
-    hydra_lm_head.pt    Hydra (Ankner et al. 2024), beside its config.json: hydra_mlp and
-                        hydra_lm_head, and in Hydra++ one layer below them
-    pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), beside its config.json; or a whole model,
-                        sharded too, beside its config.json and tokenizer
-    consolidated.pth    Meta's multi-token-prediction models (Gloeckle et al. 2024), a trunk with
-                        its heads, beside params.json
-    *.gguf              a whole model, expanded to bfloat16, with its tokenizer; it also loads as
-                        it is
+    hydra_lm_head.pt    Hydra heads (Ankner et al. 2024), with config.json: hydra_mlp and
+                        hydra_lm_head, and in Hydra++ one decoder layer before them
+    pytorch_model.bin   an EAGLE-3 head (Li et al. 2025), with config.json; or a model, in one file
+                        or in shards, with config.json and tokenizer
+    consolidated.pth    a model of Meta's with multi-token-prediction heads (Gloeckle et al. 2024),
+                        with params.json
+    *.gguf              a model with its tokenizer, converted to bfloat16; it also loads directly
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,11 +22,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
-from mtpkern.checkpoints.llama import load_config, load_model, load_tensors
+from mtpkern.checkpoints.json_files import read_json_object, write_json
+from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.meta import convert_meta
+from mtpkern.checkpoints.model_weights import load_model
 from mtpkern.checkpoints.torch_bin import INDEX_FILE, convert_bin, is_model, read_pickle, shards
-from mtpkern.config import read_json_object, resolve_dtype
+from mtpkern.config import resolve_dtype
 from mtpkern.drafters.load import check_heads
 from mtpkern.drafters.published import is_eagle3, read_medusa
 from mtpkern.errors import ModelLoadError, UserError, printable
@@ -48,18 +49,18 @@ FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.t
 
 
 def convert(source: Path, target: Path, *, force: bool = False) -> None:
-    """Convert `source`, a file or a directory that holds one, into the directory `target`, which is
-    new or empty, or holds an earlier conversion and `force` is given.
+    """Convert `source`, a file or a directory with one of KNOWN_FILES, into the directory `target`.
 
-    Raises UserError where there is nothing known in it, what is in it would not load, or the target
-    is in the way; nothing is left behind then.
+    `target` is new or empty, or an earlier conversion that `force` replaces. Raises UserError if
+    the format is not known, the result would not load, or `target` cannot be written; nothing is
+    left behind then.
     """
-    known = [source / name for name in KNOWN_FILES] if source.is_dir() else [source]
-    file = next((path for path in known if path.is_file()), None)
+    candidates = [source / name for name in KNOWN_FILES] if source.is_dir() else [source]
+    file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise UserError(
-            f"{printable(source)} is no file, and no directory with {', '.join(KNOWN_FILES[:-1])} "
-            f"or {KNOWN_FILES[-1]}"
+            f"{printable(source)} is neither a file nor a directory with "
+            f"{', '.join(KNOWN_FILES[:-1])} or {KNOWN_FILES[-1]}"
         )
     with output_directory(target, FILES, force=force, sources=[source]) as work, writing(target):
         if file.suffix == ".gguf":
@@ -70,46 +71,46 @@ def convert(source: Path, target: Path, *, force: bool = False) -> None:
             pickled = file.suffix != ".safetensors"
             _write(read_pickle(file) if pickled else load_tensors(file), work, file)
         else:
-            raise UserError(f"{printable(file)} is not a known kind; known: {', '.join(SUFFIXES)}")
+            raise UserError(f"{printable(file)} has no known suffix; known: {', '.join(SUFFIXES)}")
 
 
 def _write(tensors: dict[str, Tensor], directory: Path, file: Path) -> None:
-    """Write a model's or heads' tensors in a layout that loads, and see that they would."""
-    model = "tok_embeddings.weight" in tensors
-    if model:
+    """Write a model's or heads' tensors in a layout that loads, and check that it does."""
+    is_meta = "tok_embeddings.weight" in tensors
+    if is_meta:
         convert_meta(tensors, directory, file)
     elif is_eagle3(tensors):
         _write_eagle3(tensors, directory, file)
     elif is_model(tensors):
         if file.suffix == ".safetensors":
             raise UserError(f"{printable(file)} is a model in safetensors, which loads as it is")
-        together = shards(file.parent)
-        convert_bin(together if file in together else [file], directory)
+        files = shards(file.parent)
+        convert_bin(files if file in files else [file], directory)
         return
     elif any(name.startswith("hydra_mlp.") for name in tensors):
         _write_hydra(tensors, directory, file)
     else:
         _write_medusa(tensors, directory, file)
     try:
-        if model:
+        if is_meta:
             load_model(directory, dtype=resolve_dtype("auto", load_config(directory)))
-        if not model or any(name.startswith("extra_heads.") for name in tensors):
+        if not is_meta or any(name.startswith("extra_heads.") for name in tensors):
             check_heads(directory)
     except ModelLoadError as error:
-        # The directory goes; its name would tell nobody anything.
-        reason = str(error).replace(printable(directory), printable(file.parent))
-        raise ModelLoadError(reason) from None
+        # The temporary directory is removed, so the message names the source's instead.
+        message = str(error).replace(printable(directory), printable(file.parent))
+        raise ModelLoadError(message) from None
 
 
 def _save(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Write tensors, each with memory of its own: Medusa's blocks of one head may be one tensor."""
-    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    """Write tensors, which may share memory (as do a Medusa head's blocks), as safetensors."""
+    copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     with writing(directory / "model.safetensors"):
-        save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(copies, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_eagle3(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
-    """The same tensors under the same names, beside the same config.json."""
+    """Write the same tensors under the same names, with the same config.json."""
     config = file.with_name("config.json")
     if not config.is_file():
         raise ModelLoadError(f"{printable(file)} is an EAGLE-3 head, which needs its config.json")
@@ -121,11 +122,11 @@ def _write_medusa(tensors: Mapping[str, Tensor], directory: Path, file: Path) ->
     renamed, settings = read_medusa(tensors, {}, None, file)
     _save(renamed, directory)
     settings = {"model_type": "mtpkern_medusa"} | settings
-    (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_json(directory / "config.json", settings)
 
 
 def _write_hydra(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> None:
-    """Sequentials with dropout number their blocks 1, 3, ...; what the trunk has is left out."""
+    """Renumber blocks, which with dropout are 1, 3, ..., and omit tensors of the trunk."""
     config = read_json_object(file.with_name("config.json"))
     if not config.get("grounded_heads") or config.get("hidden_state_offset"):
         raise ModelLoadError(
@@ -157,4 +158,4 @@ def _write_hydra(tensors: Mapping[str, Tensor], directory: Path, file: Path) -> 
         "prefix": any(name.startswith("prefix.") for name in renamed),
     }
     _save(renamed, directory)
-    (directory / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_json(directory / "config.json", settings)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.drafters.base import LEAST_CHANCE, NONE, Drafter, DraftInput, Drafts
+from mtpkern.drafters.base import MIN_PROBABILITY, NONE, Drafter, DraftInput, Drafts
 from mtpkern.drafters.synthetic import force_acceptance
 from mtpkern.kernels.advance import Progress
+from mtpkern.kernels.sample import SamplingRows
 from mtpkern.model import Llama
 from mtpkern.ops import base as ops_base
-from mtpkern.ops.base import Ops, SamplingRows, Withheld
+from mtpkern.ops.base import Ops, Withheld
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,23 @@ def decode_step(
     logprobs: bool = False,
     withheld: Withheld | None = None,
     rows: int | None = None,
-    heads: bool = True,
-    least_chance: float = LEAST_CHANCE,
+    use_heads: bool = True,
+    min_probability: float = MIN_PROBABILITY,
 ) -> StepOutput:
     """Advance every active sequence of `state` by 1 to K + 1 tokens, in place.
 
     The host finds them in the ring, with their log-probabilities where those are asked for, which
     are the model's own, whatever tokens are `withheld`.
-    Only the first `rows` of the window are verified (None: all K + 1). heads=False drafts for the
-    next window without the heads, which otherwise stop where the chance that all their drafts stand
-    is below `least_chance`; both need `ops.host_may_read`.
+    Only the first `rows` of the window are verified (None: all K + 1). use_heads=False drafts the
+    next window without the heads, which otherwise stop where the probability that all their drafts
+    are accepted is below `min_probability`; both need `ops.host_may_read`.
     """
     progress = state.progress
     window = state.window[:, :rows]
     batch, rows = window.shape
 
-    features, projected = ops.forward(model, window, state.cache, drafter.taps, drafter.heads)
+    heads = drafter.parallel_heads
+    features, projected = ops.forward(model, window, state.cache, drafter.taps, heads)
     target = projected.target((batch, rows), progress.lengths, state.sampling, withheld)
     largest = projected.largest((batch, rows))
     chances = projected.logprobs(target) if logprobs else None
@@ -140,21 +142,20 @@ def decode_step(
             accepted=accepted,
             advance=count,
             sampling=state.sampling,
-            heads=heads,
-            least_chance=least_chance,
+            use_heads=use_heads,
+            min_probability=min_probability,
         )
         drafts = draft(state, drafter, step)
     return StepOutput(target, accepted, count, drafts)
 
 
 def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
-    """Let the drafter take in a committed step, and fill the next window with its guesses."""
-    drafter.observe(step)
+    """Give the drafter a committed step, and fill the next window with what it proposes."""
     drafts = drafter.guess(step, state.window.shape[1] - 1)
-    only_fillers = isinstance(drafts.length, int) and drafts.length == 0
+    only_fillers = isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
     if not only_fillers or state.forced is not None:  # forced drafts may be -1, which is no token
         state.window[:, 1:] = drafts.tokens
     progress = state.progress
-    for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.length)):
+    for kept, said in ((progress.source, drafts.source), (progress.drafted, drafts.num_proposed)):
         kept.fill_(said) if isinstance(said, int) else kept.copy_(said)
     return drafts

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache, PagePool, Prefix
-from mtpkern.checkpoints.default_model import model_name, resolve_model
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
+from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import (
     MAX_SPECULATIVE_TOKENS,
@@ -34,25 +34,24 @@ from mtpkern.config import (
 from mtpkern.decode import DecodeState, StepOutput, decode_step, draft, join_taps
 from mtpkern.drafters.base import (
     HEADS,
-    LEAST_CHANCE,
+    MIN_PROBABILITY,
     NGRAM,
     NONE,
-    CompanionDrafter,
     Drafter,
     DraftInput,
     Drafts,
-    NgramDrafter,
     NoDrafter,
 )
 from mtpkern.drafters.draft_length import (
-    Choice,
     DraftLength,
     FixedDraftLength,
     GraphDraftLength,
-    Window,
+    KChooser,
+    Proposal,
 )
 from mtpkern.drafters.load import find_heads, load_heads
-from mtpkern.drafters.mtp import MAX_PENDING
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
+from mtpkern.drafters.pairs import MAX_PENDING
 from mtpkern.drafters.synthetic import draw_counts
 from mtpkern.errors import UserError, counted, printable
 from mtpkern.graph import GraphPool, measure
@@ -112,7 +111,7 @@ class _Flight(NamedTuple):
     number: int
     drafts: int
     slots: tuple[Request | None, ...]
-    windows: tuple[Window | None, ...]
+    windows: tuple[Proposal | None, ...]
     seconds: float
     heads_drafted: int
 
@@ -572,7 +571,7 @@ class LLM:
         state = self._state.view(batch, k)
         state.progress.clock.fill_(self._clock)
         lengths = self._choice(batch, k)
-        windows: list[Window | None] = [None] * batch
+        windows: list[Proposal | None] = [None] * batch
         flights: deque[_Flight] = deque()
         while waiting or any(slots):
             for slot in range(batch):
@@ -599,8 +598,8 @@ class LLM:
         self,
         state: DecodeState,
         slots: list[Request | None],
-        windows: list[Window | None],
-        lengths: Choice,
+        windows: list[Proposal | None],
+        lengths: KChooser,
         logprobs: bool,
     ) -> _Flight:
         """Start a step of the K that `lengths` chooses; `windows` then hold what it drafted."""
@@ -619,7 +618,7 @@ class LLM:
         seconds = time.perf_counter() - started
         return _Flight(self._clock, k, tuple(slots), verified, seconds, heads_drafted)
 
-    def _launch(self, state: DecodeState, k: int, lengths: Choice, logprobs: bool) -> StepOutput:
+    def _launch(self, state: DecodeState, k: int, lengths: KChooser, logprobs: bool) -> StepOutput:
         """Launch a step of K = k one kernel after another, as a GPU's graphs do not."""
         on_host, withheld, batch = self.ops.host_may_read, self._withheld, len(state.window)
         if withheld is not None:
@@ -631,18 +630,18 @@ class LLM:
             self.ops,
             logprobs=logprobs,
             rows=k + 1,
-            heads=lengths.use_heads() if on_host else True,
-            least_chance=lengths.least_chance() if on_host else LEAST_CHANCE,
+            use_heads=lengths.use_heads() if on_host else True,
+            min_probability=lengths.min_probability() if on_host else MIN_PROBABILITY,
             withheld=withheld,
         )
 
-    def _watching(self, lengths: Choice) -> Drafter:
+    def _watching(self, lengths: KChooser) -> Drafter:
         """What sees the next step: on a CPU, sources that rest are spared it."""
         if not self.ops.host_may_read:
             return self.drafter
-        source = lengths.watching()
+        source = lengths.active_source()
         if source == HEADS and self._asleep:
-            self.drafter.forget()
+            self.drafter.mark_gap()
         self._asleep = source != HEADS
         return self.drafter if source == HEADS else self._copier if source == NGRAM else NO_DRAFTER
 
@@ -732,7 +731,7 @@ class LLM:
         self._clock = int(self._state.progress.clock.max())
         return seconds
 
-    def _choice(self, batch: int, k: int) -> Choice:
+    def _choice(self, batch: int, k: int) -> KChooser:
         """What chooses K for this batch, of 0..k."""
         if k and self._adaptive and self.ops.host_may_read:
             self._draft_length.begin(batch)
@@ -751,7 +750,7 @@ class LLM:
         tokens = self._capacity(len(request.prompt) + request.room)
         return -(-tokens // self._cache.k.shape[2])
 
-    def _admit(self, slot: int, request: Request, k: int, lengths: Choice) -> Window | None:
+    def _admit(self, slot: int, request: Request, k: int, lengths: KChooser) -> Proposal | None:
         """Fill a slot: settings, known tokens, and the cache for all but the last of them.
 
         -> what was drafted for its first step, where the host knows.
@@ -793,7 +792,7 @@ class LLM:
         request.stats.prefill_seconds = request.started - started
         request.stats.cached_tokens = begin
         if not k or last is None:
-            return Window(NONE, ()) if self.ops.host_may_read else None
+            return Proposal(NONE, ()) if self.ops.host_may_read else None
         drafts = self._first_drafts(slot, prompt[-1:], *last, k, lengths)
         if not self.ops.host_may_read:
             return None
@@ -807,7 +806,7 @@ class LLM:
         pairs = max(0, min(request.pairs, request.known - self.drafter.lookahead))
         # One row is run in any case: the first drafts are made of it.
         begin = max(0, min(pairs if k else request.known, len(request.prompt) - 2))
-        self.drafter.resume(slot, begin if k else pairs)
+        self.drafter.reset(slot, begin if k else pairs)
         return begin
 
     def _prefill(
@@ -859,7 +858,7 @@ class LLM:
         hidden: Tensor,
         tapped: list[Tensor],
         k: int,
-        lengths: Choice,
+        lengths: KChooser,
     ) -> Drafts:
         """Draft a prompt's first window, from the last row before it.
 
@@ -871,7 +870,7 @@ class LLM:
             self.trunk.norm,
             config.rms_norm_eps,
             self.trunk.vocabulary,
-            self.drafter.heads,
+            self.drafter.parallel_heads,
         )
         one = torch.ones(1, dtype=torch.int64, device=self.device)
         step = DraftInput(
@@ -884,13 +883,13 @@ class LLM:
             advance=one,
             sampling=state.sampling,
             first=slot,
-            heads=lengths.use_heads(),
-            least_chance=lengths.least_chance(),
+            use_heads=lengths.use_heads(),
+            min_probability=lengths.min_probability(),
         )
         return draft(state, self.drafter, step)
 
     def _land(
-        self, flight: _Flight, lengths: Choice, logprobs: bool
+        self, flight: _Flight, lengths: KChooser, logprobs: bool
     ) -> Iterator[tuple[int, Event]]:
         """Hand a step's tokens to their requests, each of which stops where it must."""
         with _READ:
@@ -907,8 +906,8 @@ class LLM:
             if request is not None and not request.finish_reason:
                 record = record._replace(drafted=min(record.drafted, k))
                 if window is None:
-                    window = Window(record.source, (1.0,) * record.drafted)
-                window = window._replace(chances=window.chances[:k])
+                    window = Proposal(record.source, (1.0,) * record.drafted)
+                window = window._replace(probabilities=window.probabilities[:k])
                 outcomes.append((window, min(record.accepted, record.drafted)))
                 taken.append((request, record))
         lengths.observe(k, flight.seconds, outcomes, flight.heads_drafted)
@@ -929,7 +928,7 @@ class LLM:
         if self._prefix_caching:
             # A step may have committed more than the answer took, and an interrupted one less.
             tokens = (request.prompt + request.token_ids)[: int(self._cache.lengths[slot])]
-            pairs = self.drafter.kept(slot, len(tokens))
+            pairs = self.drafter.cached_length(slot, len(tokens))
             self._pool.keep(Prefix(tokens, request.pages, pairs))
         else:
             self._pool.release(request.pages)
@@ -954,26 +953,27 @@ def resolve_device(device: str | torch.device) -> tuple[torch.device, Ops]:
     return torch.device("cuda"), with_pdl(torch.cuda.get_device_capability() >= (9, 0))
 
 
-def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Window | None]:
+def _windows(drafts: Drafts, slots: Sequence[Request | None]) -> list[Proposal | None]:
     """What was drafted for each occupied slot, as the host of a CPU may look at it."""
-    if isinstance(drafts.length, int) and drafts.length == 0:
-        return [None if slot is None else Window(NONE, ()) for slot in slots]
+    if isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0:
+        return [None if slot is None else Proposal(NONE, ()) for slot in slots]
     count = len(slots)
     sources, lengths = (
-        torch.as_tensor(said).expand(count).tolist() for said in (drafts.source, drafts.length)
+        torch.as_tensor(said).expand(count).tolist()
+        for said in (drafts.source, drafts.num_proposed)
     )
     sure = [[1.0] * drafts.tokens.shape[1]] * count
-    chances = sure if drafts.chances is None else drafts.chances.tolist()
-    rows = zip(slots, sources, chances, lengths, strict=True)
+    probabilities = sure if drafts.probabilities is None else drafts.probabilities.tolist()
+    rows = zip(slots, sources, probabilities, lengths, strict=True)
     return [
-        None if slot is None else Window(source, tuple(row[:length]))
+        None if slot is None else Proposal(source, tuple(row[:length]))
         for slot, source, row, length in rows
     ]
 
 
-def _heads_drafted(windows: Sequence[Window | None]) -> int:
+def _heads_drafted(windows: Sequence[Proposal | None]) -> int:
     """How many tokens the heads drafted, where they did."""
-    return max((len(w.chances) for w in windows if w and w.source == HEADS), default=0)
+    return max((len(w.probabilities) for w in windows if w and w.source == HEADS), default=0)
 
 
 def _current(device: torch.device) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoints.llama import LayerWeights, load_config, load_model
+from mtpkern.checkpoints.llama import LayerWeights, load_config
+from mtpkern.checkpoints.model_weights import load_model
 from mtpkern.config import ModelConfig
 from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.ops.base import Ops
@@ -97,24 +98,6 @@ def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:
         ops.pack_gate_up(layer.gate_up, layer.gate_up_bias),
         ops.pack(layer.down, layer.down_bias),
     )
-
-
-def plan_window(cache: KVCache, rows: int, config: ModelConfig, ops: Ops) -> Any:
-    return ops.plan(cache, rows, config)
-
-
-def decoder_layer(
-    x: Tensor,
-    layer: DecoderLayer,
-    eps: float,
-    cache: KVCache,
-    index: int,
-    plan: Any,
-    ops: Ops,
-    *,
-    inputs: Tensor | None = None,
-) -> Tensor:
-    return ops.layer(x, layer, eps, cache, index, plan, inputs=inputs)
 
 
 def run_trunk(

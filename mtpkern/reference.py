@@ -1,8 +1,8 @@
-"""The oracle: what a Llama-style model says, computed in the plainest way.
+"""The oracle: a Llama-style model computed in the plainest way, against which the rest is tested.
 
-For every new token the whole sequence runs through the whole model again. There is no cache, no
-batch, no fused weight and no kernel, and nothing here is shared with the model or the operations
-that this file judges: it knows the checkpoint's own tensor names and torch. It is slow on purpose.
+Every new token is computed from the whole sequence, without cache, batch, fused weights or kernels.
+Nothing is shared with the model and the operations that are tested against this file: it uses
+torch and the checkpoint's tensors alone. It is slow on purpose.
 
     x = embedding[token_ids]
     per layer:  x += attention(norm(x)) Wo;   x += (silu(norm(x) Wgate) * norm(x) Wup) Wdown
@@ -27,11 +27,11 @@ def logits(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Score every next token: token_ids [S] -> [S, V] in `dtype`.
+    """Logits of every next token: token_ids [S] -> [S, V] in `dtype`.
 
-    `tensors` are the checkpoint's, under their published names, as `checkpoint.load_tensors`
-    returns them. Norms, rotations and softmax run in float32, or wider where `dtype` is wider;
-    float64 therefore gives the truth that float32 is measured against.
+    `tensors` are the checkpoint's, as `checkpoints.directory.load_tensors` returns them. Norms,
+    RoPE and softmax run in float32, or in `dtype` if it is wider: float64 gives the truth that
+    float32 is measured against.
     """
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -91,9 +91,9 @@ def generate(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[int]:
-    """Continue `prompt` greedily by at most `max_tokens` token ids, ties to the lowest id.
+    """Continue `prompt` greedily by at most `max_tokens` token ids; ties go to the lowest id.
 
-    It stops after a token of `config.eos_token_ids`, which is the last one returned.
+    Generation stops after a token in `config.eos_token_ids`, which is returned too.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     tokens: list[int] = []
@@ -106,7 +106,7 @@ def generate(
 
 
 def _rotate(x: Tensor, angles: Tensor, scaling: float) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle: x [S, H, D], angles [S, D/2]."""
+    """Rotate each pair (x[i], x[i + D/2]) by its position's angle: x [S, H, D], angles [S, D/2]."""
     cos, sin = angles.cos()[:, None] * scaling, angles.sin()[:, None] * scaling
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -5,8 +5,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from mtpkern.config import SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.drafters.base import SOURCES
+from mtpkern.errors import UserError
 from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer
 

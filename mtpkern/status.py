@@ -1,15 +1,15 @@
-"""Status on stderr while anything takes over a second: a bar on a terminal, lines elsewhere.
+"""Status on stderr for whatever takes over a second: a bar on a terminal, lines elsewhere.
 
     with status.phase("loading", total=30, unit="layers") as phase:
         for layer in layers:
             ...
             phase.advance()
 
-A phase that is over within a second shows nothing. On a terminal its bar disappears at its end. A
-file or a pipe gets one line when the phase has lasted a second, one every half a minute, and one
-with its duration; a phase within another gets lines only where there was none for as long.
-Functions of the library take a Status, by default SILENT; further messages go to the logger
-"mtpkern". No torch is imported here.
+A phase that ends within a second shows nothing. On a terminal its bar disappears when it ends. A
+file or a pipe gets one line after a second, one every half minute, and one with the duration at the
+end; a phase inside another gets lines only if none was printed for half a minute. Functions of the
+library take a Status, by default SILENT; their other messages go to the logger "mtpkern". No torch
+is imported here.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-# Seconds until a phase is shown, between two drawings of a bar, and between two lines.
+# Seconds until a phase is shown, between two updates of a bar, and between two lines.
 SHOWN_AFTER, REDRAWN_AFTER, REPEATED_AFTER = 1.0, 0.2, 30.0
+_BAR_WIDTH, _LEAST_BAR_WIDTH = 20, 5
+_COLUMNS = 80  # of a terminal whose size is unknown
 
 
 class _Bar(tqdm):
@@ -33,17 +35,17 @@ class _Bar(tqdm):
 
 
 class Phase:
-    """One thing that takes a while: what it is, how far it is, and since when."""
+    """One thing that takes a while: what it is, its progress, and when it started."""
 
     def __init__(self, what: str, total: int | None, unit: str, note: str = ""):
         self.what, self.total, self.unit, self.note = what, total, unit, note
         self.done = 0
         self.started = time.time()
-        self.announced = False  # whether a line has said that it began
+        self.announced = False  # whether its first line was printed
         self.bar: _Bar | None = None
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more units as done; `note` replaces what stands at the end of the line."""
+        """Count `count` more units as done; `note` replaces the text at the end of the line."""
         self.done += count
         if note is not None:
             self.note = note
@@ -64,29 +66,31 @@ class Phase:
         return f"{self.what}: " + ", ".join(filter(None, [self._amount(), self.note, duration]))
 
     def brief(self) -> str:
-        """What it is and how far, as it stands before a phase within it."""
+        """Its name and progress, as shown in front of a phase inside it."""
         return f"{self.what} {self._amount()}".rstrip()
 
     def draw(self, stream: TextIO, around: "list[Phase]") -> None:
-        """Draw or redraw the bar of a terminal, behind the phases `around` this one."""
-        # tqdm formats this text: braces in a note must not be taken for its fields.
-        facts = ", ".join(filter(None, [self._amount(), self.note]))
-        facts = facts.replace("{", "{{").replace("}", "}}")
-        if self.total:
-            form = "{desc} {percentage:3.0f}%|{bar:20}| " + facts + ", {elapsed}<{remaining}"
-        else:
-            form = ", ".join(filter(None, ["{desc} {elapsed}", facts]))
+        """Draw or redraw the bar on a terminal, after the names of the phases `around` this one."""
         if self.bar is None:
             self.bar = _Bar(
-                desc=": ".join([*(phase.brief() for phase in around), self.what]) + ":",
-                bar_format=form,
-                total=self.total,
-                file=stream,
-                leave=False,
-                position=0,
-                dynamic_ncols=True,
+                bar_format=" ", file=stream, leave=False, position=0, dynamic_ncols=True
             )
             self.bar.start_t = self.started
+        facts = ", ".join(filter(None, [self._amount(), self.note]))
+        # On a narrow terminal the names around this phase give way first, then the bar.
+        columns = self.bar.format_dict["ncols"] or _COLUMNS
+        room = columns - len(facts) - len(": 100%|| , 00:00<00:00")
+        name = ": ".join([*(phase.brief() for phase in around), self.what])
+        if len(name) > room:
+            name = self.what
+        width = min(_BAR_WIDTH, room - len(name))
+        # tqdm formats this text, so its braces are escaped.
+        name, facts = (text.replace("{", "{{").replace("}", "}}") for text in (name, facts))
+        if self.total:
+            bar = f"|{{bar:{width}}}|" if width >= _LEAST_BAR_WIDTH else ""
+            form = f"{name}: {{percentage:3.0f}}%{bar} {facts}, {{elapsed}}<{{remaining}}"
+        else:
+            form = ", ".join(filter(None, [f"{name}: {{elapsed}}", facts]))
         self.bar.n, self.bar.total, self.bar.bar_format = self.done, self.total, form
         self.bar.refresh()
 
@@ -101,16 +105,16 @@ class Phase:
 
 
 class Status:
-    """Where status goes: `stream` (None: sys.stderr), or nowhere with `quiet`.
+    """Shows phases on `stream` (None: sys.stderr), or nothing if `quiet`.
 
-    Phases nest; the innermost one is shown, behind the names of those around it. A Status belongs
-    to one thread at a time.
+    Phases nest; the innermost one is shown, after the names of those around it. One thread at a
+    time may use a Status.
     """
 
     def __init__(
         self, stream: TextIO | None = None, *, quiet: bool = False, delay: float | None = None
     ):
-        """A phase is shown when it has lasted `delay` seconds, SHOWN_AFTER unless given."""
+        """`delay`: seconds until a phase is shown; None is SHOWN_AFTER."""
         self.stream, self.quiet = stream or sys.stderr, quiet
         self.delay = SHOWN_AFTER if delay is None else delay
         self.terminal = not quiet and steerable(self.stream)
@@ -151,14 +155,14 @@ class Status:
                 self._thread = None
 
     def say(self, text: str) -> None:
-        """Print a line that stays, above any bar; nothing where quiet."""
+        """Print a permanent line above any bar, unless quiet."""
         if not self.quiet:
             with self.paused():
                 self._print(text)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep the terminal's line clear while the block prints something else."""
+        """Clear the bar's line, and do not redraw it while the block prints something else."""
         with self._lock:
             if self._phases:
                 self._phases[-1].erase()
@@ -166,7 +170,7 @@ class Status:
 
     @contextmanager
     def logging(self, level: int = logging.DEBUG) -> Iterator[None]:
-        """Print what the package's loggers record while the block runs, above any bar."""
+        """Print the log records of the package above any bar while the block runs."""
         logger, handler = logging.getLogger("mtpkern"), _Handler(self)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         before = logger.level
@@ -179,13 +183,13 @@ class Status:
             logger.setLevel(before)
 
     def _tick(self) -> None:
-        """Show the innermost phase again and again, until none is left."""
+        """Show the innermost phase repeatedly until none is left."""
         while not self._over.wait(min(REDRAWN_AFTER, self.delay)):
             with self._lock:
                 if self._phases and self._phases[-1].seconds >= self.delay:
                     try:
                         self._show(self._phases[-1])
-                    except OSError:  # nobody reads: no reason to stop the work
+                    except OSError:  # a closed stderr is no reason to stop the work
                         return
 
     def _show(self, phase: Phase) -> None:
@@ -211,7 +215,7 @@ class Status:
 
 
 class _Handler(logging.Handler):
-    """Log records as lines of a Status."""
+    """Prints log records as lines of a Status."""
 
     def __init__(self, status: Status):
         super().__init__()
@@ -225,12 +229,12 @@ SILENT = Status(quiet=True)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command --quiet and --verbose, which `from_arguments` reads."""
-    group = parser.add_argument_group("status on stderr").add_mutually_exclusive_group()
-    # Without a default: the one of a subcommand would replace what stands before its name.
+    """Add --quiet and --verbose, which `from_arguments` reads."""
+    group = parser.add_mutually_exclusive_group()
+    # Without a default: a subcommand's would overwrite a flag given before its name.
     for flag, text in (
-        ("--quiet", "show no status"),
-        ("--verbose", "print what the library logs, too"),
+        ("--quiet", "show no status on stderr"),
+        ("--verbose", "also show the library's log on stderr"),
     ):
         group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
 

@@ -1,7 +1,7 @@
-"""Arguments of the public functions: each check gives the value back, in Python's own type.
+"""Checks of public functions' arguments. Each returns the value as a built-in Python type.
 
-Numbers of numpy and of torch (0-d tensors) are taken for what they are. UserError names the
-argument, what it must be, and what came.
+Numbers may be numpy's, or torch's 0-d tensors. The UserError names the argument, what it must be,
+and the value given.
 """
 
 import math
@@ -34,7 +34,7 @@ def at_least(name: str, value: Any, low: int) -> int:
 def real(name: str, value: Any, low: float, high: float) -> float:
     """A number in low..high."""
     number = _float(value)
-    # Written so that NaN fails it.
+    # Written so that NaN fails the check.
     if number is None or not low <= number <= high:
         _refuse(name, f"a number in {low:g}..{high:g}", value)
     return number
@@ -48,14 +48,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of some words."""
+    """One of `choices`."""
     if not isinstance(value, str) or value not in choices:
         _refuse(name, f"{', '.join(choices[:-1])} or {choices[-1]}", value)
     return value
 
 
 def location(name: str, value: Any) -> str:
-    """A name, or a path as text or as an object."""
+    """A name or a path, as str or os.PathLike."""
     try:
         text = os.fspath(value)
     except TypeError:
@@ -65,17 +65,17 @@ def location(name: str, value: Any) -> str:
     if not text:
         raise UserError(f"{name} is empty: give a name or a path")
     if "\0" in text:
-        raise UserError(f"{name} must not hold a null character")
+        raise UserError(f"{name} must not contain a null character")
     if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in text.split("/")):
-        raise UserError(f"{name} is too long for a file's name, got {shown(text)}")
+        raise UserError(f"{name} is too long for a file name, got {shown(text)}")
     return text
 
 
 def shown(value: Any) -> str:
-    """What came, in few words."""
+    """A value's repr, shortened for an error message."""
     try:
         text = printable(repr(value))
-    except Exception:  # a repr of the caller's own
+    except Exception:  # __repr__ of a user's class
         text = "?"
     return text if len(text) <= 60 else f"{text[:60]}... ({type(value).__name__})"
 
@@ -99,5 +99,5 @@ def _float(value: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _refuse(name: str, wanted: str, value: Any) -> NoReturn:
-    raise UserError(f"{name} must be {wanted}, got {shown(value)}")
+def _refuse(name: str, expected: str, value: Any) -> NoReturn:
+    raise UserError(f"{name} must be {expected}, got {shown(value)}")

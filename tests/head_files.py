@@ -72,7 +72,7 @@ def write_medusa(directory: Path, heads: int = 3, depth: int = 2) -> Path:
 
 
 def published_medusa(heads: int = 3, depth: int = 2) -> dict[str, Tensor]:
-    """What a medusa_lm_head.pt holds: blocks, and behind them each head's own vocabulary."""
+    """The tensors of a medusa_lm_head.pt: blocks, and after them each head's own vocabulary."""
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for h in range(heads):

@@ -1,4 +1,4 @@
-"""The sequential drafters written out slowly, token by token: what the fast ones must equal."""
+"""Slow definitions of the sequential drafters, and a recorder of what the fast ones draft."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.checkpoints.llama import load_tensors
-from mtpkern.config import ModelConfig
-from mtpkern.drafters.base import CompanionDrafter
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.hf_config import read_hf_config
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.ops.cpu import CpuOps
@@ -20,10 +20,10 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 
 
 class Recorder:
-    """Wraps a drafter and keeps what it drafted: known tokens -> drafts, and also their logits."""
+    """Wraps a drafter and records known tokens -> drafts, and the drafts' logits."""
 
     def __init__(self, inner: Any):
-        self.inner, self.taps, self.heads = inner, inner.taps, inner.heads
+        self.inner, self.taps, self.parallel_heads = inner, inner.taps, inner.parallel_heads
         self.drafted: list[tuple[list[int], list[int]]] = []
         self.seen: list[tuple[list[int], list[int], Tensor]] = []  # logits [drafts, vocabulary]
 
@@ -45,16 +45,16 @@ class Recorder:
         for b in range(batch):
             if step.advance[b]:
                 known = step.tokens[b, : int(step.lengths[b]) + 1].tolist()
-                length = int(torch.as_tensor(drafts.length).expand(batch)[b])
-                meant = drafts.tokens[b, :length].tolist()
-                self.drafted.append((known, meant))
-                self.seen.append((known, meant, logits[b]))
+                num_proposed = int(torch.as_tensor(drafts.num_proposed).expand(batch)[b])
+                proposed = drafts.tokens[b, :num_proposed].tolist()
+                self.drafted.append((known, proposed))
+                self.seen.append((known, proposed, logits[b]))
         return drafts
 
 
 def trunk_states(directory: Path, tokens: list[int]) -> list[Tensor]:
     """Hidden states [S, E] after each layer, the last one normed, by a slow float32 forward."""
-    config, w = ModelConfig.from_json(directory), load_tensors(directory)
+    config, w = read_hf_config(directory), load_tensors(directory)
     x = w["model.embed_tokens.weight"][tokens]
     states = []
     for i in range(config.num_layers):
@@ -140,7 +140,7 @@ def watch(llm: LLM) -> Recorder:
 
 
 def agree(draft: int, logits: Tensor, expected: Tensor, ids: Tensor | None = None) -> None:
-    """A draft and its logits [Vd] are those of a definition; row i is of token ids[i]."""
+    """Assert that a draft and its logits [Vd] are as expected; row i is of token ids[i]."""
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     row = int(expected.argmax())
     assert draft == (row if ids is None else ids[row])

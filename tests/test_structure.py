@@ -8,9 +8,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # What reads files and settings, and is read by everything that runs a model.
-FLOOR = {"errors", "validation", "config", "status", "cache", "checkpoints", "tokenizer"} | {
-    "chat_template"
-}
+FLOOR = {
+    "errors",
+    "validation",
+    "config",
+    "rope",
+    "status",
+    "cache",
+    "checkpoints",
+    "tokenizer",
+} | {"chat_template"}
 STEP = FLOOR | {"kernels", "ops", "model", "drafters", "decode", "graph"}
 EVERYTHING = STEP | {
     "library",
@@ -29,48 +36,38 @@ EVERYTHING = STEP | {
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "errors": set(),
+    "rope": set(),
     "status": set(),
     "cache": set(),
     "graph": set(),
     "nvtx_ranges": set(),
     "validation": {"errors"},
     "threads": {"validation"},
-    "outputs": {"errors"},
-    "config": {"errors", "validation"},
-    "chat_template": {"validation", "config"},
-    "tokenizer": {"config", "chat_template", "checkpoints"},
-    "checkpoints": {"config", "errors", "kernels", "outputs", "status", "validation"},
+    "output_paths": {"errors"},
+    "outputs": {"errors", "output_paths"},
+    "config": {"errors", "rope", "validation"},
+    "chat_template": {"errors", "validation", "checkpoints"},
+    "tokenizer": {"config", "errors", "chat_template", "checkpoints"},
+    "checkpoints": {"config", "errors", "kernels", "outputs", "rope", "status", "validation"},
     # cache, config and model as types only.
     "ops": {"errors", "kernels", "cache", "config", "model"},
     "definitions": {"kernels"},
     "library": {"kernels", "definitions"},
     "model": {"config", "cache", "kernels", "ops", "checkpoints"},
-    "drafters": {"config", "cache", "kernels", "ops", "checkpoints", "errors", "model"},
+    "drafters": {"config", "cache", "kernels", "ops", "checkpoints", "errors", "model", "rope"},
     "decode": {"config", "cache", "kernels", "ops", "model", "drafters"},
     "ring": {"kernels"},
     "warmup": {"kernels", "status"},
-    "request": {"config", "drafters", "ring", "tokenizer"},
+    "request": {"config", "drafters", "errors", "ring", "tokenizer"},
     "engine": STEP | {"ring", "request", "threads", "nvtx_ranges", "warmup"},
     "reference": {"config", "checkpoints"},
-    "profile": {"config", "outputs"},
     # What it converts are models and heads.
     "convert": {"config", "errors", "checkpoints", "drafters", "outputs"},
     "arguments": {"errors", "status"},
     "mtpkern": EVERYTHING,
     "train": EVERYTHING | {"mtpkern", "reference", "arguments", "outputs"},
     "integrations": EVERYTHING | {"mtpkern"},
-    "diagnose": EVERYTHING | {"mtpkern"},
-    "cli": EVERYTHING
-    | {
-        "mtpkern",
-        "arguments",
-        "convert",
-        "diagnose",
-        "outputs",
-        "profile",
-        "train",
-        "integrations",
-    },
+    "cli": EVERYTHING | {"mtpkern", "arguments", "convert", "outputs", "train", "integrations"},
     "__main__": {"cli"},
 }
 
@@ -91,9 +88,8 @@ STEP_FILES = (
     "model",
     "cache",
     "graph",
-    "drafters/base",
-    "drafters/mtp",
-    "drafters/layers",
+    *(f"drafters/{name}" for name in ("base", "cached", "pairs", "ngram", "medusa", "hydra")),
+    *(f"drafters/{name}" for name in ("layers", "mtp", "mtp_modules", "eagle3", "synthetic")),
 )
 HOST_READS = {"item", "tolist", "cpu", "numpy"}
 

@@ -1,36 +1,35 @@
-"""What a GGUF says of itself: its metadata, and where its tensors lie.
+"""The header of a GGUF: its metadata, and where its tensors lie.
 
-gguf's own reader takes three seconds for a vocabulary of 49,152, since every token and every merge
-becomes several objects; this one takes a tenth of a second, or a hundredth where lists are stepped
-over. Layout of a file (ggml, docs/gguf.md), all little-endian:
+gguf's own reader takes three seconds for a vocabulary of 49,152, since it creates several objects
+per token and per merge. This one takes a tenth of a second, or a hundredth if lists are skipped.
+File layout (ggml, docs/gguf.md), all little-endian:
 
-    "GGUF", version u32, tensors u64, values u64
-    each value: key, type u32, value; a string is its length u64 and UTF-8, a list its items' type
-    u32, their number u64 and they
-    each tensor: name, dimensions u32, each of them u64, type u32, offset u64 from the data's start
+    "GGUF", version u32, number of tensors u64, number of metadata values u64
+    per value: key, type u32, value; a string is its length u64 and UTF-8, a list its items' type
+    u32, their number u64 and the items
+    per tensor: name, number of dimensions u32, each of them u64, type u32, offset u64 in the data
     the data, from the next multiple of general.alignment
 """
 
 import functools
-import json
 import math
 import mmap
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mtpkern.checkpoints.tensor_files import TensorEntry
-from mtpkern.config import read_json_object
+from mtpkern.checkpoints.tensor_entry import TensorEntry
 from mtpkern.errors import ModelLoadError, printable, reason
 
-# GGUF's architectures that have the Llama layout -> whether their Q and K are in Meta's order.
-# Mistral's models are "llama" there.
+# Architectures of GGUF with the Llama layout -> whether rows of Q and K are interleaved. Mistral's
+# models have the architecture "llama".
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 
-# A directory's GGUF, or in its place a file that says where it is.
-GGUF_FILE, POINTER_FILE = "model.gguf", "model.gguf.json"
+# The GGUF of a model directory.
+GGUF_FILE = "model.gguf"
 
-# Types of metadata by number: those that `struct` reads, by its letter, and two more.
+# Type numbers of metadata: scalars with their `struct` format, and the two others.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _LIST = 8, 9
 _MAX_DIMENSIONS = 4
@@ -55,80 +54,54 @@ _OUTER_NAMES = {
 
 
 def read_gguf(file: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a GGUF under the names of Hugging Face's Llama, or its own where it has none.
+    """Every tensor of a GGUF, under Hugging Face's name if it has one, else under its own.
 
-    ModelLoadError for a file that is no whole GGUF, one part of several, or of an architecture
-    without the Llama layout.
+    Raises ModelLoadError if the file is truncated or malformed, is one part of several, or has an
+    architecture without the Llama layout.
     """
-    values, tensors = _read_header(file, lists=False)
+    metadata, tensors = _read_header(file, lists=False)
     where = printable(file)
-    if values.get("split.count", 0) > 1:
+    if metadata.get("split.count", 0) > 1:
         raise ModelLoadError(
-            f"{where} is one part of {values['split.count']} (split.count): join them with "
+            f"{where} is one part of {metadata['split.count']} (split.count): join them with "
             "`llama-gguf-split --merge`"
         )
-    name = values.get("general.architecture")
-    if name not in ARCHITECTURES:
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
         raise ModelLoadError(
-            f"{where}: general.architecture={printable(name)} is not supported; "
+            f"{where}: general.architecture={printable(architecture)} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    heads: dict[str, int] = {}
-    if ARCHITECTURES[name]:
-        q = values.get(f"{name}.attention.head_count")
-        k = values.get(f"{name}.attention.head_count_kv", q)
-        heads = {"attn_q": q, "attn_k": k}  # type: ignore[dict-item]
+    interleaved_heads: dict[str, Any] = {}
+    if ARCHITECTURES[architecture]:
+        query_heads = metadata.get(f"{architecture}.attention.head_count")
+        kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", query_heads)
+        interleaved_heads = {"attn_q": query_heads, "attn_k": kv_heads}
     entries: dict[str, TensorEntry] = {}
     for entry in tensors:
         parts = entry.name.split(".")
-        if len(parts) == 4 and parts[2] in heads:
-            count = heads[parts[2]]
-            if not isinstance(count, int) or count < 1 or entry.shape[0] % (2 * count):
+        if len(parts) == 4 and parts[2] in interleaved_heads:
+            heads = interleaved_heads[parts[2]]
+            if not isinstance(heads, int) or heads < 1 or entry.shape[0] % (2 * heads):
                 raise ModelLoadError(
                     f"{entry} has {entry.shape[0]} rows, which are not those of "
-                    f"{printable(count)} heads ({name}.attention.head_count)"
+                    f"{printable(heads)} heads ({architecture}.attention.head_count)"
                 )
-            entry = TensorEntry(**vars(entry) | {"heads": count})
-        own = own_name(entry.name)
-        if own in entries:
-            raise ModelLoadError(f"{entry} and {printable(entries[own].name)} are both {own}")
-        entries[own] = entry
+            entry = replace(entry, interleaved_heads=heads)
+        name = hf_name(entry.name)
+        if name in entries:
+            raise ModelLoadError(f"{entry} and {printable(entries[name].name)} are both {name}")
+        entries[name] = entry
     return entries
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """Every value of a GGUF but its tensors. ModelLoadError for a file that is no whole GGUF."""
+    """All metadata of a GGUF. Raises ModelLoadError if the file is truncated or malformed."""
     return _read_header(file, lists=True)[0]
 
 
-def point_to(file: Path, pointer: Path) -> None:
-    """Write where a GGUF lies that belongs to the directory of `pointer`."""
-    facts = file.stat()
-    content = {"file": str(file), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-    pointer.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-def pointed_to(pointer: Path) -> Path:
-    """The GGUF that `point_to` was given; ModelLoadError if it has moved or changed since."""
-    content = read_json_object(pointer)
-    file = Path(str(content.get("file")))
-    try:
-        facts = file.stat()
-    except OSError as error:
-        raise ModelLoadError(
-            f"{printable(file)}, whose tokenizer and settings are in {printable(pointer.parent)}, "
-            f"is gone ({reason(error, file)})"
-        ) from None
-    if (facts.st_size, facts.st_mtime_ns) != (content.get("size"), content.get("mtime_ns")):
-        raise ModelLoadError(
-            f"{printable(file)} has changed since its tokenizer and settings were written to "
-            f"{printable(pointer.parent)}: give the file itself as the model"
-        )
-    return file
-
-
-def own_name(name: str) -> str:
-    """blk.0.attn_q.weight -> model.layers.0.self_attn.q_proj.weight; others stay as they are."""
+def hf_name(name: str) -> str:
+    """blk.0.attn_q.weight -> model.layers.0.self_attn.q_proj.weight; other names are unchanged."""
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
@@ -143,11 +116,12 @@ def _read_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[Tenso
             return _parse_header(file, lists=True)
         facts = file.stat()
         return _brief_header(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    except (struct.error, OverflowError):  # a place beyond the end
+    except (struct.error, OverflowError):  # an offset beyond the end
         raise ModelLoadError(f"{printable(file)} is not a whole GGUF (it ends early)") from None
     except (OSError, ValueError) as error:
-        says = reason(error, file)
-        raise ModelLoadError(f"{printable(file)} is not a whole GGUF ({says})") from None
+        raise ModelLoadError(
+            f"{printable(file)} is not a whole GGUF ({reason(error, file)})"
+        ) from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -160,47 +134,47 @@ def _brief_header(file: Path, *version: int) -> tuple[dict[str, Any], list[Tenso
 def _parse_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
     with open(file, "rb") as stream:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Header(file, content, lists).read()
+            return _HeaderReader(file, content, lists).read()
 
 
-class _Header:
-    """A place in a GGUF's header, which moves on with everything that is read."""
+class _HeaderReader:
+    """Reads a GGUF's header from `position` on. ValueError describes what is malformed."""
 
     def __init__(self, file: Path, content: mmap.mmap, lists: bool):
-        self.file, self.content, self.at, self.lists = file, content, 0, lists
+        self.file, self.content, self.position, self.lists = file, content, 0, lists
 
     def read(self) -> tuple[dict[str, Any], list[TensorEntry]]:
-        magic, version, tensors, values = self.numbers("4sIQQ")
+        magic, version, tensor_count, value_count = self.numbers("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"magic {magic!r}, version {version}; supported: 2 and 3")
-        found = {}
-        for _ in range(values):
+        metadata = {}
+        for _ in range(value_count):
             key, (kind,) = self.string(), self.numbers("I")
-            found[key] = self.value(kind)
-        infos = [self.tensor() for _ in range(tensors)]
-        alignment = found.get("general.alignment", 32)
+            metadata[key] = self.value(kind)
+        infos = [self.tensor_info() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
             raise ValueError(f"general.alignment {alignment!r} is not a multiple of 8")
-        start = -(-self.at // alignment) * alignment
+        start = -(-self.position // alignment) * alignment
         entries = [self.entry(*info, start) for info in infos]
         if len({entry.name for entry in entries}) < len(entries):
             raise ValueError("two tensors have one name")
-        return found, entries
+        return metadata, entries
 
     def numbers(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from("<" + form, self.content, self.at)
-        self.at += struct.calcsize("<" + form)
-        return found
+        values = struct.unpack_from("<" + form, self.content, self.position)
+        self.position += struct.calcsize("<" + form)
+        return values
 
     def string(self) -> str:
         (length,) = self.numbers("Q")
-        begin, self.at = self.at, self.at + length
-        if self.at > len(self.content):
+        begin, self.position = self.position, self.position + length
+        if self.position > len(self.content):
             raise ValueError("it ends early")
-        return self.content[begin : self.at].decode("utf-8")
+        return self.content[begin : self.position].decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A value; of a list that is stepped over, None."""
+        """A value, or None for a list that is skipped."""
         if kind in _SCALARS:
             return self.numbers(_SCALARS[kind])[0]
         if kind == _STRING:
@@ -212,27 +186,27 @@ class _Header:
             form = f"{count}{_SCALARS[item]}"
             if self.lists:
                 return list(self.numbers(form))
-            self.at += struct.calcsize("<" + form)
+            self.position += struct.calcsize("<" + form)
         elif item != _STRING:
             raise ValueError("a list of lists")
         elif self.lists:
             return [self.string() for _ in range(count)]
         else:
-            content, at, length = self.content, self.at, struct.Struct("<Q")
+            content, position, length = self.content, self.position, struct.Struct("<Q")
             for _ in range(count):
-                at += 8 + length.unpack_from(content, at)[0]
-            self.at = at
+                position += 8 + length.unpack_from(content, position)[0]
+            self.position = position
         return None
 
-    def tensor(self) -> tuple[str, tuple[int, ...], str, int, int, int]:
-        """Name, shape, type, and of that numbers and bytes in a block, and the offset."""
-        # Models in other files do without this package.
+    def tensor_info(self) -> tuple[str, tuple[int, ...], str, int, int, int]:
+        """Name, shape, type, the type's numbers and bytes per block, and offset in the data."""
+        # Imported only where a GGUF is read.
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, (dimensions,) = self.string(), self.numbers("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
-        # GGUF lists the fastest dimension first.
+        # GGUF lists the fastest-varying dimension first.
         shape = self.numbers(f"{dimensions}Q")[::-1]
         kind, offset = self.numbers("IQ")
         known = GGMLQuantizationType(kind)
@@ -244,14 +218,14 @@ class _Header:
         shape: tuple[int, ...],
         kind: str,
         block: int,
-        size: int,
+        block_bytes: int,
         offset: int,
         start: int,
     ) -> TensorEntry:
-        count = math.prod(shape)
         if shape[-1] % block:
-            raise ValueError(f"tensor {name} has rows of {shape[-1]}, no multiple of {block}")
-        entry = TensorEntry(self.file, name, kind, shape, start + offset, count // block * size)
+            raise ValueError(f"tensor {name} has rows of {shape[-1]}, not a multiple of {block}")
+        size = math.prod(shape) // block * block_bytes
+        entry = TensorEntry(self.file, name, kind, shape, start + offset, size)
         if entry.offset + entry.size > len(self.content) or entry.offset % 8:
             raise ValueError(f"tensor {name} lies outside it")
         return entry

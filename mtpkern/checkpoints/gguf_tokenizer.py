@@ -1,10 +1,10 @@
-"""A GGUF's tokenizer -> tokenizer.json or tokenizer.model, and the settings beside it.
+"""A GGUF's tokenizer -> tokenizer.json or tokenizer.model, tokenizer_config.json and
+generation_config.json.
 
-A byte-level BPE (tokenizer.ggml.model "gpt2") becomes a tokenizer.json; what cuts a text into words
-has only a name there (tokenizer.ggml.pre). SentencePiece's BPE ("llama") becomes a tokenizer.model.
+Byte-level BPE (tokenizer.ggml.model "gpt2") becomes a tokenizer.json. Its pre-tokenizer is only
+named in the GGUF (tokenizer.ggml.pre). SentencePiece's BPE ("llama") becomes a tokenizer.model.
 """
 
-import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
-    processors,
 )
 
-from mtpkern.checkpoints.tokenizer_files import QWEN_WORDS
+from mtpkern.checkpoints.json_files import write_json
+from mtpkern.checkpoints.tokenizer_files import QWEN_WORDS, add_bos_and_eos
 from mtpkern.errors import ModelLoadError, printable
 
 # GGUF's token types, which are SentencePiece's.
@@ -31,23 +31,23 @@ _CLASSES = {"gpt2": "PreTrainedTokenizerFast", "llama": "LlamaTokenizer"}
 _END = "<|endoftext|>"
 
 
-class _Kind(NamedTuple):
+class _PreTokenizer(NamedTuple):
     """What a name in tokenizer.ggml.pre stands for."""
 
-    words: str | None = None  # how a text is cut; None: as the byte-level step does by itself
-    digits: bool = False  # each digit stands alone
+    words: str | None = None  # regular expression of words; None: the byte-level step's own
+    digits: bool = False  # split numbers into single digits
     nfc: bool = False
-    whole_words: bool = False  # a word that is a token is not put together of merges
-    bos: bool = False  # a text begins with the beginning-of-text token where nothing says
+    whole_words: bool = False  # a word in the vocabulary is one token, without merges
+    bos: bool = False  # texts begin with the BOS token by default
 
 
-# Llama 3 takes digits by threes.
+# Llama 3 splits numbers into groups of up to three digits.
 _LLAMA_WORDS = QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_KINDS = {
-    "smollm": _Kind(digits=True),
-    "gpt-2": _Kind(),
-    "llama-bpe": _Kind(_LLAMA_WORDS, whole_words=True, bos=True),
-    "qwen2": _Kind(QWEN_WORDS, nfc=True),
+_PRE_TOKENIZERS = {
+    "smollm": _PreTokenizer(digits=True),
+    "gpt-2": _PreTokenizer(),
+    "llama-bpe": _PreTokenizer(_LLAMA_WORDS, whole_words=True, bos=True),
+    "qwen2": _PreTokenizer(QWEN_WORDS, nfc=True),
 }
 _SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -59,22 +59,22 @@ _SAMPLING = {
 
 
 def write_tokenizer(directory: Path, metadata: dict[str, Any], config: dict[str, Any]) -> None:
-    """Write the tokenizer's files, with generation_config.json, into an existing directory.
+    """Write the tokenizer files and generation_config.json into an existing directory.
 
-    `config` is what becomes config.json. KeyError for metadata that is missing, ModelLoadError for
-    what is not supported.
+    `config` is the content of config.json. Raises KeyError for missing metadata, ModelLoadError
+    for values that are not supported.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     model = metadata["tokenizer.ggml.model"]
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelLoadError(f"tokenizer.ggml.token_type has {len(types)} of {len(tokens)} tokens")
-    edges = {
-        name: bool(metadata.get(f"tokenizer.ggml.add_{name}_token", _begins(metadata, name)))
+    added = {
+        name: bool(metadata.get(f"tokenizer.ggml.add_{name}_token", _adds(metadata, name)))
         for name in ("bos", "eos")
     }
     if model == "gpt2":
-        _write_byte_level(directory / "tokenizer.json", metadata, types, edges)
+        _write_byte_level(directory / "tokenizer.json", metadata, types, added)
     elif model == "llama":
         _write_pieces(directory / "tokenizer.model", metadata, types)
     else:
@@ -98,13 +98,13 @@ def write_tokenizer(directory: Path, metadata: dict[str, Any], config: dict[str,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config["max_position_embeddings"],
             "chat_template": template,
-            **({f"add_{name}_token": edges[name] for name in edges} if model == "llama" else {}),
+            **({f"add_{name}_token": added[name] for name in added} if model == "llama" else {}),
         },
     )
-    # A chat turn ends with the template's token, a document with <|endoftext|>.
+    # Chat turns end with the template's own token, documents with <|endoftext|>.
     others = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
     ends = [eos, *others, tokens.index(_END) if _END in tokens else None]
-    sampling = {ours: metadata[theirs] for theirs, ours in _SAMPLING.items() if theirs in metadata}
+    sampling = {name: metadata[key] for key, name in _SAMPLING.items() if key in metadata}
     write_json(
         directory / "generation_config.json",
         {
@@ -115,12 +115,13 @@ def write_tokenizer(directory: Path, metadata: dict[str, Any], config: dict[str,
     )
 
 
-def _begins(metadata: dict[str, Any], name: str) -> bool:
-    """Whether a text has a token at its edge where the file does not say, as in llama.cpp."""
+def _adds(metadata: dict[str, Any], name: str) -> bool:
+    """Whether llama.cpp adds the BOS or EOS token to texts if the metadata does not say."""
     if name == "eos":
         return False
-    kind = _KINDS.get(metadata.get("tokenizer.ggml.pre", ""))
-    return metadata["tokenizer.ggml.model"] == "llama" or (kind is not None and kind.bos)
+    pre_tokenizer = _PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""))
+    is_sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
+    return is_sentencepiece or (pre_tokenizer is not None and pre_tokenizer.bos)
 
 
 def _unsupported(name: str, value: Any, supported: str) -> ModelLoadError:
@@ -128,12 +129,12 @@ def _unsupported(name: str, value: Any, supported: str) -> ModelLoadError:
 
 
 def _write_byte_level(
-    file: Path, metadata: dict[str, Any], types: Sequence[int], edges: dict[str, bool]
+    file: Path, metadata: dict[str, Any], types: Sequence[int], added: dict[str, bool]
 ) -> None:
     tokens, pre = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.pre"]
-    if pre not in _KINDS:
-        raise _unsupported("tokenizer.ggml.pre", pre, ", ".join(_KINDS))
-    kind = _KINDS[pre]
+    if pre not in _PRE_TOKENIZERS:
+        raise _unsupported("tokenizer.ggml.pre", pre, ", ".join(_PRE_TOKENIZERS))
+    pre_tokenizer = _PRE_TOKENIZERS[pre]
     for name in ("add_space_prefix", "remove_extra_whitespaces"):
         if metadata.get(f"tokenizer.ggml.{name}"):
             raise _unsupported(f"tokenizer.ggml.{name}", True, "False")
@@ -142,42 +143,38 @@ def _write_byte_level(
         left, right = line.split(" ")
         merges.append((left, right))
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=kind.whole_words)
+    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre_tokenizer.whole_words)
     tokenizer = Tokenizer(bpe)
-    cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if kind.digits else []
-    if kind.words is not None:
-        cuts.append(pre_tokenizers.Split(Regex(kind.words), behavior="isolated"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind.words is None)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
-    if kind.nfc:
+    steps: list[Any] = []
+    if pre_tokenizer.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre_tokenizer.words is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre_tokenizer.words), behavior="isolated"))
+    use_regex = pre_tokenizer.words is None
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pre_tokenizer.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     whole = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in whole])
-    put = {
-        name: tokens[metadata[f"tokenizer.ggml.{name}_token_id"]] for name in edges if edges[name]
-    }
-    if put:
-        before, behind = ([put[name]] if name in put else [] for name in ("bos", "eos"))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *behind],
-            special_tokens=[(token, vocabulary[token]) for token in set(put.values())],
-        )
+    ids = {name: metadata[f"tokenizer.ggml.{name}_token_id"] for name in added if added[name]}
+    add_bos_and_eos(tokenizer, {name: tokens[i] for name, i in ids.items()})
     tokenizer.save(str(file))
 
 
 def _write_pieces(file: Path, metadata: dict[str, Any], types: Sequence[int]) -> None:
-    """A SentencePiece model: its message ModelProto, as sentencepiece_model.proto numbers it."""
+    """Write a SentencePiece model: a ModelProto, with sentencepiece_model.proto's field numbers."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     content = b""
     for token, score, kind in zip(tokens, scores, types, strict=True):
         piece = _field(1, token.encode()) + _field(2, float(score)) + _field(3, kind)
         content += _field(1, piece)
     ids = {
-        name: metadata.get(f"tokenizer.ggml.{theirs}_token_id", -1)
-        for name, theirs in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))
+        name: metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
+        for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))
     }
     if ids["unk"] == -1:
         ids["unk"] = types.index(_UNKNOWN) if _UNKNOWN in types else 0
@@ -186,7 +183,7 @@ def _write_pieces(file: Path, metadata: dict[str, Any], types: Sequence[int]) ->
     flags = (
         metadata.get("tokenizer.ggml.add_space_prefix", True),
         metadata.get("tokenizer.ggml.remove_extra_whitespaces", False),
-        True,  # spaces are written as U+2581
+        True,  # escape_whitespaces: spaces become U+2581
     )
     normalizer = _field(1, b"identity")
     normalizer += b"".join(_field(3 + i, flag) for i, flag in enumerate(flags))
@@ -194,7 +191,7 @@ def _write_pieces(file: Path, metadata: dict[str, Any], types: Sequence[int]) ->
 
 
 def _field(number: int, value: bytes | float | int) -> bytes:
-    """A field of a message in Protocol Buffers' encoding."""
+    """One field of a message in the Protocol Buffers encoding."""
     if isinstance(value, bytes):
         return _varint(number << 3 | 2) + _varint(len(value)) + value
     if isinstance(value, float):
@@ -208,7 +205,3 @@ def _varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

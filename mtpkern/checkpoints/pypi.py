@@ -1,4 +1,4 @@
-"""One file from the Python package index that the user's pip would take it from."""
+"""Downloading one wheel from the Python package index that the user's pip is configured for."""
 
 import base64
 import configparser
@@ -17,46 +17,48 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
-from mtpkern.config import UserError, printable
+from mtpkern.errors import UserError, printable
 from mtpkern.status import Phase, Status
 
 _PUBLIC_INDEX = "https://pypi.org/simple"
 _TIMEOUT_SECONDS = 60
-_POLLED_AFTER_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
 def download_wheel(
     project: str, version: str, file: str, directory: Path, *, size: int, status: Status
 ) -> Path:
-    """Put `file` of a project, of about `size` bytes, into `directory`, by pip where there is pip;
-    the caller checks it.
+    """Download `file` of a project, of about `size` bytes, into `directory`, and return its path.
 
-    What an earlier call left in the directory is gone on with, where pip is not asked and the
-    server gives parts of files; else the download begins anew, which `status` says.
-    Proxies, mirrors and certificates are the user's: pip's settings count either way. UserError
-    when the file cannot be had.
+    The caller verifies the content. pip is used if it is installed; otherwise a partial file that
+    an earlier call left in the directory is resumed, if the server supports ranges. pip's settings
+    for indexes, proxies and certificates apply in both cases. Raises UserError if the download
+    fails.
     """
     with status.phase(f"downloading {project} {version}", size, "B") as phase:
         if importlib.util.find_spec("pip") is not None:
-            if left := list(directory.iterdir()):
-                status.say("an earlier download was cut short; pip begins it anew")
-            for path in left:
+            if leftovers := list(directory.iterdir()):
+                status.say("an earlier download was interrupted; pip restarts it")
+            for path in leftovers:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            _by_pip(project, version, directory, size, phase)
+            _download_with_pip(project, version, directory, size, phase)
         else:
-            _by_simple_index(project, file, directory / file, phase, status)
+            _download_from_simple_index(project, file, directory / file, phase, status)
     if not (directory / file).is_file():
         raise UserError(f"cannot download {project} {version}: the index gave another file")
     return directory / file
 
 
-def _by_pip(project: str, version: str, directory: Path, size: int, phase: Phase) -> None:
+def _download_with_pip(
+    project: str, version: str, directory: Path, size: int, phase: Phase
+) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), "--quiet"]
     command += ["--progress-bar=off", f"{project}=={version}"]
-    # pip downloads into the directory for temporary files: this one, where its size can be seen.
+    # pip downloads to its temporary directory, which lies here so that progress can be measured.
     with (
         tempfile.TemporaryDirectory(dir=directory) as temporary,
         open(Path(temporary) / "errors", "w+b") as errors,
@@ -67,9 +69,9 @@ def _by_pip(project: str, version: str, directory: Path, size: int, phase: Phase
         )
         try:
             while pip.poll() is None:
-                # pip may hold the file twice for a moment: as it came, and in its place.
+                # pip briefly has two copies: the temporary file and the final one.
                 phase.done = min(size, max(phase.done, _bytes_below(directory)))
-                time.sleep(_POLLED_AFTER_SECONDS)
+                time.sleep(_POLL_SECONDS)
         finally:
             pip.kill()
             pip.wait()
@@ -81,19 +83,21 @@ def _by_pip(project: str, version: str, directory: Path, size: int, phase: Phase
 
 
 def _bytes_below(directory: Path) -> int:
-    """The sizes of all files below a directory in which another process makes and moves some."""
+    """The total size of all files below a directory that another process is writing to."""
     total = 0
-    for root, _, names in os.walk(directory):  # passes over directories that are gone meanwhile
+    for root, _, names in os.walk(directory):  # skips directories that have been removed
         for name in names:
             try:
                 total += os.path.getsize(os.path.join(root, name))
-            except OSError:  # moved meanwhile
+            except OSError:  # moved or removed since
                 continue
     return total
 
 
-def _by_simple_index(project: str, file: str, target: Path, phase: Phase, status: Status) -> None:
-    """The simple repository interface, PEP 503: a page of links, one of which is the file's."""
+def _download_from_simple_index(
+    project: str, file: str, target: Path, phase: Phase, status: Status
+) -> None:
+    """Find the file's link on the project's page (PEP 503) and download it."""
     index = _index_url().rstrip("/") + f"/{project}/"
     try:
         with _open(index) as response:
@@ -111,24 +115,24 @@ def _by_simple_index(project: str, file: str, target: Path, phase: Phase, status
 
 
 def _download(url: str, target: Path, phase: Phase, status: Status) -> None:
-    """Get a file; what was not there at the end of an earlier call is asked for (RFC 9110, 14)."""
+    """Download a file, resuming a partial one with a range request (RFC 9110, section 14)."""
     part = target.with_name(target.name + ".part")
-    begun = part.stat().st_size if part.exists() else 0
+    begin = part.stat().st_size if part.exists() else 0
     try:
-        response = _open(url, begun)
+        response = _open(url, begin)
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         response = _open(url)
     with response:
-        kept = response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
-        if begun and kept:
-            status.say(f"an earlier download was cut short; going on after {begun / 1e6:.1f} MB")
-            phase.advance(begun)
-        elif begun:
-            status.say("an earlier download was cut short, and the server begins it anew")
+        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {begin}-")
+        if begin and resumed:
+            status.say(f"resuming an interrupted download after {begin / 1e6:.1f} MB")
+            phase.advance(begin)
+        elif begin:
+            status.say("an earlier download was interrupted, and the server restarts it")
         left = int(response.headers.get("Content-Length") or 0)
-        with open(part, "ab" if kept else "wb") as stream:
+        with open(part, "ab" if resumed else "wb") as stream:
             while block := response.read1(1 << 18):
                 stream.write(block)
                 phase.advance(len(block))
@@ -138,7 +142,8 @@ def _download(url: str, target: Path, phase: Phase, status: Status) -> None:
     part.replace(target)
 
 
-def _open(url: str, begin: int = 0):  # type: ignore[no-untyped-def]
+def _open(url: str, begin: int = 0) -> Any:
+    """The HTTP response for a URL, which may contain a login, from byte `begin` on."""
     parts = urlsplit(url)
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=parts.netloc.split("@")[-1])))
     if begin:
@@ -146,7 +151,7 @@ def _open(url: str, begin: int = 0):  # type: ignore[no-untyped-def]
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         basic = "Basic " + base64.b64encode(login.encode()).decode()
-        # Not for whom the index redirects to.
+        # Not sent to a server that the index redirects to.
         request.add_unredirected_header("Authorization", basic)
     context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT"))
     return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=context)
@@ -179,5 +184,5 @@ def _configured_indexes() -> Iterator[str]:
 
 
 def _no_secrets(text: str) -> str:
-    """The text without the name and password that an index address may carry."""
+    """The text without the login that an index's URL may contain."""
     return printable(re.sub(r"//[^/@\s]*@", "//", text))

@@ -1,4 +1,4 @@
-"""Matrices as quants: a GGUF's own bits, or any checkpoint's numbers rounded at load."""
+"""Matrices as quants: with the bits of a GGUF, or rounded from any checkpoint's numbers."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mtpkern.checkpoints.tensor_files import Maps, TensorEntry, expanded, row_slices, stored_rows
+from mtpkern.checkpoints.tensor_entry import (
+    Maps,
+    TensorEntry,
+    map_row_bytes,
+    read_rows,
+    row_slices,
+)
 from mtpkern.errors import ModelLoadError
 from mtpkern.kernels.cpu.quants import (
     TORCH_DTYPES,
@@ -20,8 +26,8 @@ from mtpkern.kernels.cpu.quants import (
 
 _LOG = logging.getLogger("mtpkern")
 
-# Types in a file -> formats that keep their bits.
-OWN_FORMATS = {
+# Types of tensors in a file -> formats that keep their bits.
+_EXACT_FORMATS = {
     "Q4_0": "q4_0",
     "Q4_1": "q4_1",
     "Q8_0": "q8_0",
@@ -31,66 +37,71 @@ OWN_FORMATS = {
     "BF16": "bf16",
     "F32": "fp32",
 }
-# What any checkpoint can be rounded to, and what other types are rounded to.
+# Formats that any checkpoint can be rounded to, and the one that all other types are rounded to.
 ROUNDED_FORMATS = ("q4_0", "q4_1", "q8_0", "q8", "bf16", "fp16", "fp32")
 _FALLBACK = "q8_0"
 
 
 def vocabulary_format(format: str | None) -> str | None:
-    """The format of embedding and LM head, which 4 bits would hurt most, where layers have
-    `format`."""
+    """The format of the embedding and LM head of a model whose layers are rounded to `format`.
+
+    It has at least 8 bits, since 4 bits reduce quality most in these matrices.
+    """
     return "q8_0" if format in ("q4_0", "q4_1") else format
 
 
-class Quantiser:
-    """Reads named tensors as quants; says once what of a file it cannot keep as it is."""
+class QuantReader:
+    """Reads named matrices as quants, and logs each reason for rounding a GGUF's numbers once."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], maps: Maps):
         self.entries, self.maps = entries, maps
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
-    def __call__(self, names: Sequence[str], format: str | None = None) -> Quants:
-        """The matrices under these names, stacked along their outputs, in `format`.
+    def read(self, names: Sequence[str], format: str | None = None) -> Quants:
+        """The named matrices, stacked along their outputs, in `format`.
 
-        None keeps the file's bits where there are kernels for them. Parts of one matrix share a
-        format: one of theirs if it holds the others exactly, else q8_0. ModelLoadError where a
-        number is not finite, or rows do not divide into the format's groups.
+        None keeps the file's bits where there is a kernel for them. Parts of one matrix share a
+        format: that of one part if it represents the others exactly, else q8_0. Raises
+        ModelLoadError for values that are not finite, or rows that are not a whole number of the
+        format's groups.
         """
         parts = [self.entries[name] for name in names]
-        wanted = self._shared_format(parts) if format is None else format
-        return joined(*(self._read(part, wanted) for part in parts))
+        shared = self._shared_format(parts) if format is None else format
+        return joined(*(self._read_part(part, shared) for part in parts))
 
     def _shared_format(self, parts: Sequence[TensorEntry]) -> str:
         for part in parts:
-            if part.dtype not in OWN_FORMATS:
-                self._say(f"{part.dtype} has no kernel: its tensors are rounded to {_FALLBACK}")
-        formats = sorted({OWN_FORMATS.get(part.dtype, _FALLBACK) for part in parts})
+            if part.dtype not in _EXACT_FORMATS:
+                self._log_once(
+                    f"{part.dtype} has no kernel: its tensors are rounded to {_FALLBACK}"
+                )
+        formats = sorted({_EXACT_FORMATS.get(part.dtype, _FALLBACK) for part in parts})
         for format in formats:
             if all(is_held(other, format) for other in formats):
                 return format
         types = " and ".join(sorted({part.dtype for part in parts}))
-        self._say(f"tensors of {types} that form one matrix here are rounded to {_FALLBACK}")
+        self._log_once(f"tensors of {types} that form one matrix here are rounded to {_FALLBACK}")
         return _FALLBACK
 
-    def _read(self, part: TensorEntry, format: str) -> Quants:
-        own = OWN_FORMATS.get(part.dtype)
-        if own is not None and is_held(own, format):
-            rows = stored_rows(part, self.maps)
-            own_rows = rows[part.order] if part.heads else rows
-            found = widened(from_gguf(own_rows, own), format)
+    def _read_part(self, part: TensorEntry, format: str) -> Quants:
+        exact = _EXACT_FORMATS.get(part.dtype)
+        if exact is not None and is_held(exact, format):
+            rows = map_row_bytes(part, self.maps)
+            rows = rows[part.file_rows] if part.interleaved_heads else rows
+            quants = widened(from_gguf(rows, exact), format)
         else:
             try:
-                slices = (expanded(part, self.maps, rows) for rows in row_slices(part))
-                found = joined(*(quantise(values, format) for values in slices))
+                slices = (read_rows(part, self.maps, rows) for rows in row_slices(part))
+                quants = joined(*(quantise(values, format) for values in slices))
             except ValueError as error:
                 raise ModelLoadError(f"{part}: {error}") from None
-        if not _is_finite(found):
+        if not _is_finite(quants):
             raise ModelLoadError(f"{part} holds values that are not finite in {format}")
-        return found
+        return quants
 
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _log_once(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
             _LOG.warning("%s", message)
 
 
@@ -98,6 +109,6 @@ def _is_finite(w: Quants) -> bool:
     if w.format not in TORCH_DTYPES:
         return all(np.isfinite(s).all() for s in w.scales)
     words = w.q if w.format == "fp32" else w.q.view(np.int16)
-    # The extremes show both NaN (it propagates) and infinity, at the speed of reading.
+    # The extremes reveal infinities, and NaN since it propagates, in one pass over the data.
     low, high = torch.aminmax(torch.from_numpy(words).view(TORCH_DTYPES[w.format]))
     return bool(low.isfinite() and high.isfinite())

@@ -1,16 +1,17 @@
-"""The files that say what a tokenizer is -> one tokenizer, as transformers would make it of them.
+"""The files that define a tokenizer -> one tokenizer, identical to the one transformers makes.
 
     tokenizer.json           a tokenizer of the tokenizers library, with its added tokens
-    vocab.json, merges.txt   its vocabulary and merges alone; tokenizer_config.json names the rest
-    tokenizer.model          a sentencepiece model
+    vocab.json, merges.txt   vocabulary and merges only; tokenizer_config.json has the rest
+    tokenizer.model          a SentencePiece model
     tokenizer_config.json    flags, names of special tokens, and added tokens (added_tokens_decoder)
-    special_tokens_map.json  special tokens, before there was added_tokens_decoder
-    added_tokens.json        added tokens, before there was added_tokens_decoder
+    special_tokens_map.json  special tokens, in the format before added_tokens_decoder
+    added_tokens.json        added tokens, in the format before added_tokens_decoder
 
-Where they disagree: with an added_tokens_decoder, tokenizer_config.json counts alone; without one,
-special_tokens_map.json counts before it, and tokenizer.json before added_tokens.json. An added
-token's flags are then the table's, its id is tokenizer.json's, and a table that states another id
-is refused. add_bos_token and add_eos_token count where there is no tokenizer.json, which says more.
+Precedence: if tokenizer_config.json has an added_tokens_decoder, special_tokens_map.json and
+added_tokens.json are ignored. Otherwise special_tokens_map.json takes precedence over it, and
+tokenizer.json over added_tokens.json. The flags of an added token are the table's and its id is
+tokenizer.json's; a table with another id is refused. add_bos_token and add_eos_token are read only
+if there is no tokenizer.json, which states both itself.
 """
 
 import json
@@ -21,12 +22,13 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from mtpkern.config import ModelLoadError, printable, read_json_object, reason
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.errors import ModelLoadError, printable, reason
 
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# How Qwen cuts a text into words: contractions, letters with one sign before them, single digits,
-# other signs, line ends, spaces.
+# Qwen's words: contractions, letters with up to one other character before them, single digits,
+# punctuation, line breaks, spaces.
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,10 +36,10 @@ QWEN_WORDS = (
 
 
 class _Class(NamedTuple):
-    """A tokenizer class of transformers: the special tokens that it takes for granted."""
+    """A tokenizer class of transformers: its default special tokens and its words."""
 
     defaults: dict[str, str]
-    words: str | None = None  # how it cuts a text, None: as the byte-level step does by itself
+    words: str | None = None  # regular expression of words; None: the byte-level step's own
 
 
 _END = "<|endoftext|>"
@@ -48,11 +50,15 @@ _CLASSES = {
     "GPT2Tokenizer": _Class(dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END)),
     "LlamaTokenizer": _Class({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}),
 }
-_OF_MODEL = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "mimo": "Qwen2Tokenizer"}
+_CLASS_BY_MODEL_TYPE = {
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "mimo": "Qwen2Tokenizer",
+}
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has the files of a tokenizer."""
+    """Whether a directory has a tokenizer."""
     pair = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
     return pair or any(
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
@@ -60,7 +66,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with what the older files beside it say and its class's defaults."""
+    """tokenizer_config.json, merged with special_tokens_map.json and its class's defaults."""
     settings = _read(directory, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         older = _read(directory, "special_tokens_map.json")
@@ -73,7 +79,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like, each a string or an object with a content."""
+    """The text of each `*_token` setting, which is a string or an object with a content."""
     found = {}
     for name, value in settings.items():
         text = value.get("content") if isinstance(value, dict) else value
@@ -83,7 +89,7 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The table of added tokens in tokenizer_config.json or, without one, added_tokens.json."""
+    """Id -> added token, from tokenizer_config.json's table or else from added_tokens.json."""
     table = settings.get("added_tokens_decoder")
     named = special_tokens(settings)
     special = {named[name] for name in _NAMED if name in named}
@@ -114,7 +120,7 @@ def added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[int, Adde
 
 
 def load_library_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """tokenizer.json, or vocab.json and merges.txt, with the added tokens of the other files."""
+    """The tokenizer of tokenizer.json, or of vocab.json and merges.txt, with all added tokens."""
     file = directory / "tokenizer.json"
     if file.is_file():
         try:
@@ -127,11 +133,31 @@ def load_library_tokenizer(directory: Path, settings: Mapping[str, Any]) -> toke
         tokenizer = _from_vocabulary(directory, settings)
     _add_tokens(tokenizer, directory, settings)
     if not file.is_file():
-        _add_edges(tokenizer, settings)
-    # Left over from training: a prompt is never cut or filled up in silence.
+        named = special_tokens(settings)
+        add_bos_and_eos(
+            tokenizer,
+            {
+                name: named[f"{name}_token"]
+                for name in ("bos", "eos")
+                if settings.get(f"add_{name}_token") and f"{name}_token" in named
+            },
+        )
+    # Settings left over from training, which would silently truncate or pad a prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def add_bos_and_eos(tokenizer: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> None:
+    """Make the tokenizer begin texts with `tokens["bos"]` and end them with `tokens["eos"]`, if
+    given."""
+    if not tokens:
+        return
+    bos, eos = ([tokens[name]] if name in tokens else [] for name in ("bos", "eos"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A", *eos],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in set(tokens.values())],
+    )
 
 
 def _read(directory: Path, name: str) -> dict[str, Any]:
@@ -139,19 +165,21 @@ def _read(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _class_name(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """The tokenizer class that the files name, or the one of the model's type."""
+    """The tokenizer class named by the files, or else the one for the model's type."""
     name = settings.get("tokenizer_class")
     if name is None:
         config = _read(directory, "config.json")
-        name = config.get("tokenizer_class") or _OF_MODEL.get(str(config.get("model_type")))
+        name = config.get("tokenizer_class") or _CLASS_BY_MODEL_TYPE.get(
+            str(config.get("model_type"))
+        )
     if name is None and not (directory / "tokenizer.json").is_file():
-        # What sentencepiece models were made for.
+        # transformers' default for SentencePiece models.
         name = "LlamaTokenizer" if (directory / "tokenizer.model").is_file() else None
     return None if name is None else str(name).removesuffix("Fast")
 
 
 def _extra_tokens(settings: Mapping[str, Any]) -> list[Any] | dict[str, Any]:
-    """Special tokens beside the usual ones: a list, or an object that names them."""
+    """Special tokens besides `_NAMED`: a list, or an object of named ones."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
         raise ModelLoadError("tokenizer_config.json: extra_special_tokens must be a list of tokens")
@@ -159,22 +187,22 @@ def _extra_tokens(settings: Mapping[str, Any]) -> list[Any] | dict[str, Any]:
 
 
 def _from_vocabulary(directory: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """A byte-level BPE of vocab.json and merges.txt, of a class that is known."""
+    """The byte-level BPE of vocab.json and merges.txt, if its class is supported."""
     name = _class_name(directory, settings)
-    known = ("Qwen2Tokenizer", "GPT2Tokenizer")
-    if name not in known:
+    supported = ("Qwen2Tokenizer", "GPT2Tokenizer")
+    if name not in supported:
         raise ModelLoadError(
             f"{printable(directory)} has vocab.json and merges.txt of tokenizer_class "
-            f"{printable(name)}, which is not supported; supported: {', '.join(known)}, or a "
+            f"{printable(name)}, which is not supported; supported: {', '.join(supported)}, or a "
             "tokenizer.json"
         )
     files = str(directory / "vocab.json"), str(directory / "merges.txt")
     try:
         vocabulary, merges = models.BPE.read_file(*files)
-        # Added tokens have places of their own, which the library gives only to a vocabulary's.
-        taken = set(vocabulary.values())
+        # Added tokens keep their ids only if they are part of the vocabulary.
+        used_ids = set(vocabulary.values())
         for token_id, token in added_tokens(directory, settings).items():
-            if token_id not in taken:
+            if token_id not in used_ids:
                 vocabulary.setdefault(token.content, token_id)
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except ModelLoadError:
@@ -184,13 +212,13 @@ def _from_vocabulary(directory: Path, settings: Mapping[str, Any]) -> tokenizers
             f"{printable(directory)}: vocab.json and merges.txt cannot be read: "
             f"{reason(error, directory)}"
         ) from None
-    spaced, words = bool(settings.get("add_prefix_space")), _CLASSES[name].words
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=spaced, use_regex=words is None)
+    prefix_space, words = bool(settings.get("add_prefix_space")), _CLASSES[name].words
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=words is None)
     tokenizer.pre_tokenizer = byte_level
     if words is not None:
         tokenizer.normalizer = normalizers.NFC()
-        cut = pre_tokenizers.Split(Regex(words), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
+        split = pre_tokenizers.Split(Regex(words), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -198,11 +226,11 @@ def _from_vocabulary(directory: Path, settings: Mapping[str, Any]) -> tokenizers
 def _add_tokens(
     tokenizer: tokenizers.Tokenizer, directory: Path, settings: Mapping[str, Any]
 ) -> None:
-    """Add what the tables list, and special tokens that no table lists."""
+    """Add the tokens of the tables, and special tokens that are in no table."""
     own = tokenizer.get_added_tokens_decoder()
     table = added_tokens(directory, settings)
     if "added_tokens_decoder" not in settings:
-        # tokenizer.json is the newer of the two.
+        # tokenizer.json takes precedence over added_tokens.json.
         table |= own
     named = {name: settings[name] for name in special_tokens(settings)}
     extra = _extra_tokens(settings)
@@ -213,7 +241,7 @@ def _add_tokens(
     for token in table.values():
         token.special = token.special or token.content in special
     listed = {token.content for token in (*table.values(), *own.values())}
-    # Of a token named twice, the flags of the later one count.
+    # If a token is listed twice, the later flags apply.
     values: list[Any] = []
     for value in (*(named[name] for name in order), *extra):
         if value not in values:
@@ -222,7 +250,7 @@ def _add_tokens(
     unlisted = [token for token in all_special if token.content not in listed]
     tokenizer.add_tokens([*table.values(), *unlisted])
     if _class_name(directory, settings) == "Qwen2Tokenizer":
-        # It gives all special tokens the same flags.
+        # This class gives all special tokens the same flags.
         tokenizer.add_tokens([AddedToken(token.content, special=True) for token in all_special])
     for token_id, token in table.items():
         found = tokenizer.token_to_id(token.content)
@@ -240,7 +268,7 @@ def _add_tokens(
 
 
 def _special(value: Any) -> AddedToken:
-    """A special token with the flags that its setting has, if that is an object."""
+    """A special token, with the flags of its setting if that is an object."""
     flags = value if isinstance(value, dict) else {"content": value}
     if not isinstance(flags.get("content"), str):
         raise ModelLoadError(
@@ -248,19 +276,3 @@ def _special(value: Any) -> AddedToken:
         )
     kept = {flag: bool(flags[flag]) for flag in _FLAGS if flag in flags}
     return AddedToken(flags["content"], **(kept | {"special": True}))
-
-
-def _add_edges(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """The tokens that the flags put before and behind a text."""
-    named = special_tokens(settings)
-    edges = {
-        name: named[f"{name}_token"]
-        for name in ("bos", "eos")
-        if settings.get(f"add_{name}_token") and f"{name}_token" in named
-    }
-    if edges:
-        before, behind = ([edges[name]] if name in edges else [] for name in ("bos", "eos"))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *behind],
-            special_tokens=[(t, tokenizer.token_to_id(t)) for t in set(edges.values())],
-        )

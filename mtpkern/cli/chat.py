@@ -10,56 +10,54 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.generate import (
-    add_answer_options,
-    open_model,
-    print_stream,
-    sampling_params,
-    shown,
-    summary,
-)
+from mtpkern.cli.display import print_stream, summary, with_progress
+from mtpkern.cli.options import add_answer_options, open_model, sampling_params
+from mtpkern.errors import counted
+from mtpkern.status import Status
 
 if TYPE_CHECKING:
-    from mtpkern.config import SamplingParams
-    from mtpkern.engine import LLM
-    from mtpkern.request import Event, Stats
+    from mtpkern import LLM, Event, SamplingParams, Stats
 
 _log = logging.getLogger(__name__)
 
 _HISTORY_LINES = 1000
 _HELP = """\
-/reset        start over; the system message stays
+/reset        start over; keep the system message
 /system TEXT  set the system message; without TEXT, show it
-/stats        what the last whole answer cost, and how full the context is
-/help         these lines
-/exit         leave, as Ctrl-D does
-Ctrl-C stops an answer and keeps what was said."""
+/stats        show the last answer's statistics and the context in use
+/help         show this list
+/exit         leave, like Ctrl-D
+Ctrl-C stops an answer and keeps what was printed."""
 
 
 def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "chat",
+        usage="mtpkern chat [OPTION ...]",
         help="have a conversation",
-        description="Have a conversation. On a terminal, lines are edited and remembered, Ctrl-C "
-        "stops an answer, Ctrl-D leaves, and /help lists the commands. Otherwise each line of "
-        "standard input is a turn or a command, and standard output gets the answers.",
+        description="Have a conversation. On a terminal there is line editing with a history, "
+        "Ctrl-C stops an answer, Ctrl-D leaves, and /help lists the commands. Otherwise each line "
+        "of standard input is a turn or a command, and the answers go to standard output.",
         epilog="examples:\n"
         '  mtpkern chat --system "Answer in one sentence."\n'
         "  mtpkern chat --temperature 0.7 < turns.txt",
     )
     command.set_defaults(run=_chat)
+    command.add_argument(
+        "--system", metavar="TEXT", help="the system message (default: the chat template's own)"
+    )
     add_answer_options(command)
 
 
 def _chat(args: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise UsageError("standard input is closed")
-    with args.status.phase("starting"):
+    with args.status.phase("starting"):  # importing torch takes a second or two
         from mtpkern.engine import resolve_device
         from mtpkern.errors import UserError
 
     _, ops = resolve_device(args.device)
-    # On a CPU, a turn runs what is new in it only: the cache is kept.
+    # On a CPU the cache is kept, so that a turn only runs what is new in it.
     llm = open_model(args, prefix_caching=ops.host_may_read)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise UsageError(
@@ -74,13 +72,15 @@ def _chat(args: argparse.Namespace) -> int:
             break
         try:
             if line.startswith("/"):
-                print(conversation.command(line), file=sys.stderr)
+                print(conversation.run_command(line), file=sys.stderr)
             elif line:
-                conversation.take_turn(line, args)
+                conversation.take_turn(line, args.status)
         except (UserError, UsageError) as error:
             if not terminal:
                 raise
-            print(f"error: {error} (/reset starts over)", file=sys.stderr)
+            # Only a turn, which may not fit the context, is a UserError.
+            hint = " (/reset starts over)" if isinstance(error, UserError) else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
     return 0
 
 
@@ -92,34 +92,32 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.stats: Stats | None = None
 
-    def take_turn(self, text: str, args: argparse.Namespace) -> None:
+    def take_turn(self, text: str, status: Status) -> None:
         """Answer a message, and print the answer as it comes.
 
-        One that was stopped is remembered as far as it was printed; a message without an answer is
-        not.
+        An answer that was stopped is kept as far as it was printed. A message that was not answered
+        at all is dropped.
         """
         message = {"role": "user", "content": text}
-        said: list[str] = []
+        answer: list[str] = []
         last = None
         try:
             with _stoppable() as stop, closing(self._events(message)) as events:
-                counted = _until(stop, events, said)
-                if not sys.stdout.isatty():
-                    counted = shown(counted, args.status, self.params)
-                last = print_stream(counted)
-        except KeyboardInterrupt:  # the second Ctrl-C: a step is not waited for
+                until_stopped = _until(stop, events, answer)
+                last = print_stream(with_progress(until_stopped, status, self.params.max_tokens))
+        except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for the current step
             pass
-        if said:
-            self.messages += [message, {"role": "assistant", "content": "".join(said)}]
+        if answer:
+            self.messages += [message, {"role": "assistant", "content": "".join(answer)}]
         if last is None or last.completion is None:
-            print("[stopped]" if said else "[stopped before it began]", file=sys.stderr)
+            print("[stopped]" if answer else "[stopped before it began]", file=sys.stderr)
             return
         self.stats = last.completion.stats
         if last.completion.finish_reason == "length":
-            print(f"[cut after {self.stats.new_tokens} tokens]", file=sys.stderr)
+            print(f"[cut after {counted(self.stats.new_tokens, 'token')}]", file=sys.stderr)
 
-    def command(self, line: str) -> str:
-        """Do what a line that begins with / says -> what to tell the user."""
+    def run_command(self, line: str) -> str:
+        """Run a line that begins with / -> what to tell the user."""
         name, _, rest = line.partition(" ")
         if name == "/reset":
             self.messages = []
@@ -144,15 +142,15 @@ class Conversation:
             return "nothing was answered yet"
         used = len(self.llm.encode([*self._opening(), *self.messages])) if self.messages else 0
         return (
-            f"{summary(self.stats)}\n{len(self.messages) // 2} turns, {used} of "
+            f"{summary(self.stats)}\n{counted(len(self.messages) // 2, 'turn')}, {used} of "
             f"{self.llm.max_length} tokens; loaded in {self.llm.load_seconds:.1f} s"
         )
 
 
-def _until(stop: Flag, events: "Iterator[Event]", said: list[str]) -> "Iterator[Event]":
-    """The same events up to where `stop` is set; their texts go to `said`."""
+def _until(stop: Flag, events: "Iterator[Event]", texts: list[str]) -> "Iterator[Event]":
+    """The same events until `stop` is set; their texts are added to `texts`."""
     for event in events:
-        said.append(event.text)
+        texts.append(event.text)
         yield event
         if stop.is_set():
             return
@@ -176,7 +174,7 @@ def _stoppable() -> Iterator[Flag]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines from a terminal, with editing and a history where there is readline."""
+    """Lines typed on a terminal, with editing and a history if Python has readline."""
     with _history():
         while True:
             try:
@@ -192,7 +190,7 @@ def _typed_lines() -> Iterator[str]:
                 print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
                 continue
             except UnicodeDecodeError:
-                print("error: that is not UTF-8 text", file=sys.stderr)
+                print("error: this line is not UTF-8 text", file=sys.stderr)
                 continue
             yield line.strip()
 
@@ -207,15 +205,15 @@ def _piped_lines() -> Iterator[str]:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """What was typed before, while the block runs, and what is typed in it, later."""
+    """The history of lines typed, read before the block and saved after it."""
     try:
         import readline
     except ImportError:  # Windows
         yield
         return
-    from mtpkern.checkpoints.default_model import default_model_directory
+    from mtpkern.checkpoints.model_cache import cache_directory
 
-    file = default_model_directory().parent / "chat_history"
+    file = cache_directory() / "chat_history"
     try:
         readline.read_history_file(file)
     except OSError as error:

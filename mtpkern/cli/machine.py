@@ -1,41 +1,69 @@
-"""mtpkern profile and doctor: this machine and what it does."""
+"""Facts about this machine: its CPU, its free memory, how fast it reads memory."""
 
-import argparse
-from typing import Any
+import math
+import platform
+import time
+from pathlib import Path
 
-from mtpkern.cli.tables import print_table
-from mtpkern.outputs import FORCE
+import torch
 
+from mtpkern.errors import counted
 
-def add_commands(commands: Any) -> None:
-    profile = commands.add_parser(
-        "profile",
-        help="profile an answer with Nsight",
-        description="Print the profiler's command for `mtpkern generate ARGUMENTS`, and run it.",
-        epilog='example:\n  mtpkern profile nsys "Why is the sky blue?" --max-tokens 32',
-    )
-    profile.add_argument("-o", "--output", default="mtpkern", help="the report")
-    profile.add_argument("--force", action="store_true", help=FORCE)
-    profile.add_argument("tool", choices=("nsys", "ncu"), help="Nsight Systems or Nsight Compute")
-    profile.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
-    profile.set_defaults(run=_profile)
-    doctor = commands.add_parser(
-        "doctor",
-        help="versions, this machine, what runs where",
-        epilog="example:\n  mtpkern doctor",
-    )
-    doctor.set_defaults(run=_doctor)
+_MIB = 1 << 20
+SMALLEST_BUFFER, LARGEST_BUFFER = 64 * _MIB, 1024 * _MIB
+_READS = 5
 
 
-def _profile(args: argparse.Namespace) -> int:
-    from mtpkern.profile import run_profiler
+def measure_read_bandwidth(working_set: int) -> float:
+    """Bytes per second at which all threads read `working_set` bytes, the best of a few passes.
 
-    prompt = args.arguments or ["Why is the sky blue?"]
-    return run_profiler(args.tool, prompt, args.output, force=args.force)
+    The buffer is as large as one step's weights, within 64 MiB to 1 GiB, because weights that fit
+    the last-level cache are not read from memory.
+    """
+    size = max(SMALLEST_BUFFER, min(LARGEST_BUFFER, working_set))
+    buffer = torch.ones(size // 4, dtype=torch.float32)
+    best = math.inf
+    for _ in range(1 + _READS):
+        started = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - started)
+    return buffer.nbytes / best
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from mtpkern.diagnose import describe_machine
+def describe_bandwidth(bandwidth: float) -> str:
+    return f"{bandwidth / 1e9:.1f} GB/s, measured on the CPU with {describe_threads()}"
 
-    print_table(describe_machine())
-    return 0
+
+def describe_threads() -> str:
+    """The threads that torch computes with, in words."""
+    return counted(torch.get_num_threads(), "thread")
+
+
+def available_memory() -> int | None:
+    """Bytes of free memory, or None if the system does not report them."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has it
+        return None
+    (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(free) * 1024
+
+
+def cpu_model() -> str:
+    """The CPU's model name, or its architecture if the system does not report a name."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set extensions in Linux's spelling; empty elsewhere."""
+    return next((set(line.split()) for line in _cpuinfo() if line.startswith("flags")), set())
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has it
+        return []

@@ -1,1 +1,1 @@
-"""What proposes tokens: heads, the sequence itself, and how many of them."""
+"""Drafters: what proposes tokens, how it is loaded, and how many tokens it proposes."""

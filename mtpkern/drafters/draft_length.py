@@ -1,87 +1,87 @@
-"""How many tokens to draft: the K that gives the most tokens per second, by what was measured.
+"""How many tokens to draft: the K that gives the most tokens per second, from measured costs.
 
     gain(K) = extra tokens expected - speed x (seconds(K) - seconds(0)) / seconds(0)
 
-in plain steps: what a window of K drafts brings beyond one token, less what it takes beyond a plain
-step, at the speed (tokens per plain step's time) that decoding has anyway. The best K is that of
-the highest gain, and K = 0, plain decoding, has gain 0.
+The gain is in tokens: what K drafts add to the one token of a plain step, less what their extra
+time would have brought at the present speed (tokens per duration of a plain step). The best K has
+the highest gain; K = 0, plain decoding, has gain 0.
 
-`GraphDraftLength` chooses before a step, for a GPU, where the host is some steps ahead and sees no
-draft. `DraftLength` chooses after drafting, for a CPU, where the host knows which source drafted
-and how sure it was.
+`GraphDraftLength` is for a GPU: it chooses before a step is launched, and the host, some steps
+ahead of the device, does not know the drafts. `DraftLength` is for a CPU: it chooses after
+drafting, and knows which source drafted and with which probabilities.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
 from typing import NamedTuple, Protocol
 
-from mtpkern.drafters.base import HEADS, LEAST_CHANCE, NGRAM, NONE, SOURCES
+from mtpkern.drafters.base import HEADS, MIN_PROBABILITY, NGRAM, NONE, SOURCES
+from mtpkern.drafters.timings import Timings
 
-# Weight of the newest observation in a running mean: it forgets in some hundred steps.
+# Weight of the newest observation in a running mean, which follows changes in about 100 steps.
 NEWEST = 0.02
-# Before anything was seen, drafts stand often enough to be worth trying.
+# Acceptance rate assumed before any observation: high enough that drafts are tried.
 PRIOR = 0.7
-# What trying out drafts may cost, of a second's tokens.
+# Share of the tokens per second that probes may cost.
 PROBE_BUDGET = 0.01
 # A probe drafts in one step and verifies in the next.
 PROBE_STEPS = 2
 
 
-class Window(NamedTuple):
-    """What one sequence could verify: where its drafts came from, and how sure the source was that
-    each stands where those before it stand (1 where it does not say)."""
+class Proposal(NamedTuple):
+    """The drafts of one sequence: their source, and for each the source's own estimate that it is
+    accepted if those before it are (1 from a source without estimates)."""
 
     source: int
-    chances: Sequence[float]
+    probabilities: Sequence[float]
 
 
-class Choice(Protocol):
-    """Chooses K, step by step."""
+class KChooser(Protocol):
+    """Chooses K for each step of a batch."""
 
-    def choose(self, windows: Sequence[Window]) -> int:
-        """K of the next step, given what was drafted for each active sequence (none: unknown)."""
+    def choose(self, proposals: Sequence[Proposal]) -> int:
+        """K of the next step, given the drafts of each active sequence (empty if unknown)."""
 
     def use_heads(self) -> bool:
         """Whether the heads should draft at the end of the next step."""
 
-    def watching(self) -> int:
-        """Which source must see the next step at least: HEADS (all do), NGRAM, or NONE."""
+    def active_source(self) -> int:
+        """Who is given the next step: HEADS (heads and n-gram), NGRAM alone, or NONE."""
 
-    def least_chance(self) -> float:
-        """The chance of standing from which on one more draft of the heads is worth its cost."""
+    def min_probability(self) -> float:
+        """From which probability of acceptance one more draft of the heads is worth its cost."""
 
     def spend(self, seconds: float, drafted: int) -> None:
-        """Take in that heads drafted so many tokens outside of a step, for a first window."""
+        """Account for `drafted` tokens that the heads drafted outside of a step, after a prompt."""
 
     def observe(
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
-        """Take in a step of K = k that took `seconds`: each active sequence's window, cut to k, and
-        how many of its drafts stood, and how many tokens the heads drafted behind it (0: none)."""
+        """Learn from a step of K = k that took `seconds`: `outcomes` has each active sequence's
+        proposal, cut to k, and how many of its drafts were accepted; `drafted` is how many tokens
+        the heads drafted at the step's end."""
 
 
 class FixedDraftLength:
-    """The K that the caller asked for, in every step."""
+    """The K that the caller asked for, at every step."""
 
     def __init__(self, k: int):
         self.k = k
 
-    def choose(self, windows: Sequence[Window]) -> int:
+    def choose(self, proposals: Sequence[Proposal]) -> int:
         return self.k
 
     def use_heads(self) -> bool:
         return True
 
-    def watching(self) -> int:
+    def active_source(self) -> int:
         return HEADS
 
-    def least_chance(self) -> float:
-        return LEAST_CHANCE
+    def min_probability(self) -> float:
+        return MIN_PROBABILITY
 
     def spend(self, seconds: float, drafted: int) -> None:
         pass
@@ -90,50 +90,50 @@ class FixedDraftLength:
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
         pass
 
 
 class GraphDraftLength(FixedDraftLength):
-    """Chooses K for one batch size, step by step. `seconds` maps each K that has a graph to the
-    cost of its step; it must hold 0."""
+    """Chooses K among those with a CUDA graph, for one batch size."""
 
     def __init__(self, seconds: Mapping[int, float]):
+        """`seconds` maps each K that has a graph, 0 included, to the duration of its step."""
         if 0 not in seconds or min(seconds.values()) <= 0:
             raise ValueError(f"seconds must hold K = 0 and be positive, got {dict(seconds)}")
         super().__init__(max(seconds))
         self.seconds = dict(seconds)
-        self.stands = [PRIOR] * self.k
-        self._probing = 0  # steps left of a probe
-        self._since = 0  # steps since the last one
+        self.acceptance_rates = [PRIOR] * self.k
+        self._probing = 0  # remaining steps of a probe
+        self._since = 0  # steps since the last probe
 
     def observe(
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
-        for window, accepted in outcomes:
-            for i in range(min(len(window.chances), accepted + 1)):
-                self.stands[i] += NEWEST * ((i < accepted) - self.stands[i])
+        for proposal, accepted in outcomes:
+            for i in range(min(len(proposal.probabilities), accepted + 1)):
+                self.acceptance_rates[i] += NEWEST * ((i < accepted) - self.acceptance_rates[i])
 
     def tokens(self, k: int) -> float:
-        """Tokens that a step with K = k is expected to emit."""
+        """How many tokens a step of K = k is expected to emit."""
         emitted, reached = 1.0, 1.0
-        for stands in self.stands[:k]:
-            reached *= stands
+        for rate in self.acceptance_rates[:k]:
+            reached *= rate
             emitted += reached
         return emitted
 
     def best(self) -> int:
-        """The K of the highest rate; the smaller one where two are level."""
+        """The K with the most tokens per second; of equal ones the smallest."""
         return max(sorted(self.seconds), key=lambda k: self.tokens(k) / self.seconds[k])
 
-    def choose(self, windows: Sequence[Window]) -> int:
-        """K of the next step: the best one, or now and then the largest, to see what that does."""
+    def choose(self, proposals: Sequence[Proposal]) -> int:
+        """K of the next step: the best one, or now and then the largest, as a probe."""
         best = self.best()
         if self._probing == 0 and best < self.k:
             self._since += 1
@@ -145,72 +145,35 @@ class GraphDraftLength(FixedDraftLength):
         return best
 
     def _interval(self, best: int) -> int:
-        """Steps between probes, so that what they lose stays within the budget."""
+        """Steps between probes, so that their cost stays within the budget."""
         lost = self.seconds[self.k] / self.seconds[best] - 1 / self.tokens(best)
         return max(16, round(PROBE_STEPS * lost / PROBE_BUDGET))
 
 
-# Timings of which the median counts, of each row count.
-TIMINGS = 7
-# A loss account in plain steps: what drafting may lose before it has earned anything, at the start
-# and then again for each prompt, where the heads have paid lately and where they have not; what it
-# may keep of earnings, and what it may lose of each token.
+# How much time drafting may lose, in durations of a plain step: at first (START), from the start
+# of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
+# much it has earned (MOST_CREDIT), and per token (LOSS).
 START, RENEWED, DOUBTED, MOST_CREDIT = 6.0, 2.5, 1.0, 16.0
 LOSS = 0.005
-# Plain steps that a call of the heads is expected to bring before any was seen.
+# The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
-# Observations that a source's prior counts for, and the floor of a new one's weight.
+# How many observations a prior counts for, and the least weight of a new draft and a new gain.
 PRIOR_COUNT, NEWEST_DRAFT, NEWEST_GAIN = 4.0, 0.02, 0.05
-# Steps after which an option that does not pay is tried again, twice as many each time it has not
-# paid, and at most; and steps after which a plain one is timed again.
+# Steps until a source that does not pay is tried again, doubled after each failure up to
+# MOST_RETRY; steps until a plain step is timed again (REFRESH).
 RETRY, MOST_RETRY, REFRESH = 32, 256, 128
-# AWAKE: steps before such a try in which the heads observe steps again, and steps after the last
-# copy that are all searched for another one; after those, one of LOOKS steps is.
+# The heads are given steps again AWAKE steps before they are tried. For AWAKE steps after the last
+# n-gram match each step is searched for another one, after that one step in LOOKS.
 AWAKE, LOOKS = 16, 4
 
 
-class Timings:
-    """Seconds by count, as measured: the median of the latest few, and lines in between."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, deque[float]] = {}
-        self._median: dict[int, float] = {}
-
-    def observe(self, count: int, seconds: float) -> None:
-        seen = self._seen.setdefault(count, deque(maxlen=TIMINGS))
-        seen.append(seconds)
-        self._median[count] = median(seen)
-
-    def __bool__(self) -> bool:
-        return bool(self._median)
-
-    def __call__(self, count: int) -> float:
-        """Seconds for `count`: measured, or on the line through the nearest two that were.
-
-        Beyond the largest count the line goes on; below the smallest it is level.
-        """
-        known = self._median
-        if count in known:
-            return known[count]
-        if not known:
-            return 0.0
-        below = max((n for n in known if n < count), default=None)
-        above = min((n for n in known if n > count), default=None)
-        if below is None:
-            return known[min(known)]
-        if above is None:
-            below, above = max((n for n in known if n < below), default=0), below
-        low, high = known.get(below, 0.0), known[above]
-        return max(low, low + (high - low) * (count - below) / (above - below))
-
-
 class DraftLength:
-    """Chooses K on a CPU, step by step, for any batch size; learns from every step.
+    """Chooses K on a CPU, for any batch size, and learns from every step.
 
-    Costs are of rows: a step of `batch` windows of K drafts has batch x (K + 1). The chance that a
-    draft stands is the source's own, times how much more or less often such drafts stood so far.
-    Heads draft as long as that brings more than it takes. An account of what drafting lost keeps
-    the whole within `LOSS` of plain decoding however wrong every estimate is.
+    A step's cost is that of its rows, batch x (K + 1). The probability that a draft is accepted is
+    the source's own estimate, corrected by how often its drafts were accepted so far. The heads
+    draft as long as that brings more than it costs. An account of what drafting has lost keeps
+    decoding within `LOSS` of plain decoding, however wrong the estimates are.
     """
 
     def __init__(self, most: int):
@@ -218,22 +181,22 @@ class DraftLength:
         self.most = most
         self.seconds = Timings()  # of a step, by its rows, drafting left out
         self.drafting = Timings()  # of the heads, by how many tokens they draft
-        self.trust = [[PRIOR] * most for _ in SOURCES]  # stood over expected, by source, position
-        self.gain = HOPE  # plain steps that a call of the heads brings, a running mean
-        self.speed = 1.0  # tokens per plain step's time, a running mean
-        self.credit = START
+        self.trust = [[PRIOR] * most for _ in SOURCES]  # accepted / expected, by source, position
+        self.gain = HOPE  # tokens gained by a call of the heads, a running mean
+        self.speed = 1.0  # tokens per duration of a plain step, a running mean
+        self.credit = START  # what drafting may still lose, in durations of a plain step
         self._weight = [[PRIOR_COUNT] * most for _ in SOURCES]
-        self._calls = 0  # of the heads, whose windows were verified
-        self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since last tried
+        self._calls = 0  # calls of the heads whose drafts were verified
+        self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since the last try
         self._rest = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps between tries
-        self._unrefreshed = 0  # steps since a plain one
-        self._unmatched = 0  # steps since there was something to copy
+        self._unrefreshed = 0  # steps since the last plain one
+        self._unmatched = 0  # steps since the last n-gram match
         self._drafted = 0  # tokens that the heads drafted in the last step
-        self._warm = False  # whether the heads have run: the first time sets things up
+        self._warm = False  # whether the heads have run: the first call includes one-time work
         self._batch = 1
 
     def begin(self, batch: int) -> None:
-        """Begin a run of `batch` sequences at a time."""
+        """Start a run of `batch` sequences at a time."""
         self._batch = batch
         self._drafted = 0
         if self._warm:
@@ -243,33 +206,33 @@ class DraftLength:
         """Seconds of a step without drafts."""
         return self.seconds(self._batch)
 
-    def extra(self, windows: Sequence[Window], k: int) -> float:
-        """Tokens beyond one, of an average sequence, that windows cut to k drafts should bring."""
+    def extra(self, proposals: Sequence[Proposal], k: int) -> float:
+        """How many of k drafts are expected to be accepted, on average over the sequences."""
         total = 0.0
-        for source, chances in windows:
-            stands = 1.0
-            for chance, trust in zip(chances[:k], self._believed(source), strict=False):
-                stands *= min(1.0, chance * trust)
-                total += stands
-        return total / max(1, len(windows))
+        for source, probabilities in proposals:
+            reached = 1.0
+            for probability, trust in zip(probabilities[:k], self._trusted(source), strict=False):
+                reached *= min(1.0, probability * trust)
+                total += reached
+        return total / max(1, len(proposals))
 
     def price(self, k: int) -> float:
-        """What a window of k drafts takes beyond a plain step, in tokens."""
+        """What verifying k drafts costs beyond a plain step, in tokens."""
         plain = self.plain()
         beyond = self.seconds(self._batch * (k + 1)) - plain
         return self.speed * max(0.0, beyond) / plain if plain else 0.0
 
-    def choose(self, windows: Sequence[Window]) -> int:
-        most = max((len(chances) for _, chances in windows), default=0)
+    def choose(self, proposals: Sequence[Proposal]) -> int:
+        most = max((len(probabilities) for _, probabilities in proposals), default=0)
         self._unrefreshed += 1
         if self._unrefreshed > REFRESH:
             return 0
-        # Drafts that the heads were paid for are verified whatever the account says.
+        # The heads' time is already spent: their drafts may be verified whatever the credit is.
         lengths = [k for k in range(most + 1) if self._drafted or self.price(k) <= self.credit]
-        gains = {k: self.extra(windows, k) - self.price(k) for k in lengths}
+        gains = {k: self.extra(proposals, k) - self.price(k) for k in lengths}
         best = max(gains, key=gains.__getitem__, default=0)
         if best == 0 and len(gains) > 1:
-            sources = {source for source, chances in windows if chances}
+            sources = {source for source, probabilities in proposals if probabilities}
             if all(self._idle[source] >= self._rest[source] for source in sources):
                 best = max(lengths[1:], key=gains.__getitem__)
         return best
@@ -279,12 +242,12 @@ class DraftLength:
             return False
         return self.gain >= 0 or self._idle[HEADS] >= self._rest[HEADS]
 
-    def watching(self) -> int:
+    def active_source(self) -> int:
         if self.gain >= 0 or self._idle[HEADS] + AWAKE >= self._rest[HEADS]:
             return HEADS
         return NGRAM if self._unmatched < AWAKE or self._unmatched % LOOKS == 0 else NONE
 
-    def least_chance(self) -> float:
+    def min_probability(self) -> float:
         plain = self.plain()
         if not plain:
             return 0.0
@@ -303,7 +266,7 @@ class DraftLength:
         self,
         k: int,
         seconds: float,
-        outcomes: Sequence[tuple[Window, int]],
+        outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
     ) -> None:
         rows = self._batch * (k + 1)
@@ -311,8 +274,7 @@ class DraftLength:
         if drafted and not self._warm:
             seconds, self._warm = known or seconds, True
         elif drafted:
-            # After a rest the heads first take in what they have missed, which is no price of a
-            # draft.
+            # After a rest the heads first write the pairs that they missed: not a cost of drafting.
             if self._drafted:
                 self.drafting.observe(drafted, max(0.0, seconds - known) if known else 0.0)
         else:
@@ -320,9 +282,9 @@ class DraftLength:
         if k == 0:
             self._unrefreshed = 0
         plain, active = self.plain(), max(1, len(outcomes))
-        for (source, chances), accepted in outcomes:
-            for i, chance in enumerate(chances[: accepted + 1]):
-                self._believe(source, i, chance, i < accepted)
+        for (source, probabilities), accepted in outcomes:
+            for i, probability in enumerate(probabilities[: accepted + 1]):
+                self._update_trust(source, i, probability, i < accepted)
         extra = sum(accepted for _, accepted in outcomes) / active
         spent = seconds / plain
         self.speed += NEWEST_GAIN * ((1 + extra) / spent - self.speed)
@@ -335,37 +297,39 @@ class DraftLength:
         self._unmatched = 0 if copied else self._unmatched + 1
         if self._drafted:
             by_heads = sum(accepted for (source, _), accepted in outcomes if source == HEADS)
-            self._earn(by_heads / active - self.price(k) - self._draft_price(self._drafted))
+            self._update_gain(by_heads / active - self.price(k) - self._draft_price(self._drafted))
         elif not drafted:
-            # What was found not to pay is doubted more the longer ago that was.
+            # An estimate loses weight with age, so that a source that did not pay is tried again.
             self.gain *= 1 - NEWEST_GAIN / 2
         self._drafted = drafted
 
     def _draft_price(self, drafts: int = 1) -> float:
+        """What it costs that the heads draft `drafts` tokens, in tokens."""
         plain = self.plain()
         return self.speed * self.drafting(drafts) / plain if plain else 0.0
 
-    def _believed(self, source: int) -> Iterator[float]:
-        """The trust by position; one that was never seen has that of the one before it."""
-        believed = PRIOR
+    def _trusted(self, source: int) -> Iterator[float]:
+        """The trust by position; one without observations has that of the position before it."""
+        trusted = PRIOR
         for trust, weight in zip(self.trust[source], self._weight[source], strict=True):
-            believed = trust if weight > PRIOR_COUNT else believed
-            yield believed
+            trusted = trust if weight > PRIOR_COUNT else trusted
+            yield trusted
 
-    def _earn(self, gain: float) -> None:
+    def _update_gain(self, gain: float) -> None:
         self._calls += 1
         self.gain += max(NEWEST_GAIN, 1 / (self._calls + PRIOR_COUNT)) * (gain - self.gain)
 
-    def _believe(self, source: int, position: int, chance: float, stood: bool) -> None:
-        """Move a source's trust towards what was just seen, in proportion to its own chance."""
+    def _update_trust(self, source: int, position: int, probability: float, accepted: bool) -> None:
+        """Move the trust so that probability x trust approaches the observed acceptance rate."""
         weight = self._weight[source]
         weight[position] = min(weight[position] + 1, 1 / NEWEST_DRAFT)
         trust = self.trust[source]
-        trust[position] += (stood - chance * trust[position]) / weight[position]
+        trust[position] += (accepted - probability * trust[position]) / weight[position]
         trust[position] = min(max(trust[position], 0.0), 2.0)
 
-    def _note_tries(self, k: int, outcomes: Sequence[tuple[Window, int]]) -> None:
-        tried = {source for (source, chances), _ in outcomes if k and chances}
+    def _note_tries(self, k: int, outcomes: Sequence[tuple[Proposal, int]]) -> None:
+        """Double the rest of a source that was tried and had no draft accepted."""
+        tried = {source for (source, probabilities), _ in outcomes if k and probabilities}
         paid = {source for (source, _), accepted in outcomes if accepted}
         for source in self._idle:
             if source in paid:

@@ -16,13 +16,7 @@ from torch import Tensor
 
 from mtpkern.kernels.cpu.program import LayerCache
 from mtpkern.kernels.cpu.quants import Array, Quants
-from mtpkern.kernels.cpu.weights import (
-    Weights,
-    interleaved,
-    pack,
-    padded_dim,
-    padded_heads,
-)
+from mtpkern.kernels.cpu.weights import Weights, interleaved, pack, padded_dim, padded_heads
 from mtpkern.kernels.sample import SamplingRows, sample_ref
 from mtpkern.ops.base import Ops, Projected, positions_of
 from mtpkern.ops.cpu_programs import (

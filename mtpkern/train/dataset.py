@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtpkern.config import UserError, printable, read_json_object
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.errors import UserError, printable
 from mtpkern.outputs import clear, writing
 
 TOP = 64

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.checkpoints.llama import fingerprint, load_model
-from mtpkern.config import ModelConfig, UserError
+from mtpkern.checkpoints.llama import fingerprint
+from mtpkern.checkpoints.model_weights import load_model
+from mtpkern.config import ModelConfig
+from mtpkern.errors import UserError
 from mtpkern.kernels.sample import gumbel_ref, sampling_key
 from mtpkern.status import SILENT, Phase, Status
 from mtpkern.tokenizer import Tokenizer

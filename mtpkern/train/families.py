@@ -20,16 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtpkern.checkpoints.default_model import model_name
-from mtpkern.checkpoints.llama import (
-    final_norm,
-    fingerprint,
-    layer_parts,
-    load_config,
-    load_tensors,
-)
-from mtpkern.config import ModelConfig, RopeConfig, UserError, printable, read_json_object
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.checkpoints.llama import final_norm, fingerprint, layer_parts, load_config
+from mtpkern.checkpoints.resolve import model_name
+from mtpkern.config import ModelConfig
+from mtpkern.errors import UserError, printable
 from mtpkern.outputs import writing
+from mtpkern.rope import RopeConfig
 from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
 from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
 from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads

@@ -67,8 +67,8 @@ def _invent(a: argparse.Namespace) -> int:
 def _lines(a: argparse.Namespace) -> list[str]:
     import torch
 
-    from mtpkern.checkpoints.default_model import resolve_model
     from mtpkern.checkpoints.llama import load_config
+    from mtpkern.checkpoints.resolve import resolve_model
     from mtpkern.engine import resolve_device
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import fastest_dtype, measure_answers

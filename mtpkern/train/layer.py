@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtpkern.config import RopeConfig
+from mtpkern.rope import RopeConfig
 
 
 class Layer(nn.Module):

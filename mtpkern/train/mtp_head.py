@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtpkern.config import RopeConfig
+from mtpkern.rope import RopeConfig
 from mtpkern.train.layer import Layer, rows
 
 NORMS = (

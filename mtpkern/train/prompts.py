@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mtpkern.arguments import Parser, run
-from mtpkern.config import UserError, printable
+from mtpkern.errors import UserError, printable
 from mtpkern.outputs import FORCE, output_file, writing
 from mtpkern.status import Phase
 

@@ -43,10 +43,10 @@ def _record(a: argparse.Namespace) -> int:
 
 def _answer(a: argparse.Namespace) -> int:
     # Here, so that --help answers at once.
-    from mtpkern.checkpoints.default_model import resolve_model
     from mtpkern.checkpoints.llama import load_config
-    from mtpkern.config import UserError
+    from mtpkern.checkpoints.resolve import resolve_model
     from mtpkern.engine import resolve_device
+    from mtpkern.errors import UserError
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import fastest_dtype, measure_answers
     from mtpkern.train.distill import Trunk, digest, read_prompts, record, slot_size

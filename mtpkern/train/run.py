@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtpkern.checkpoints.default_model import model_name, resolve_model
-from mtpkern.checkpoints.llama import fingerprint, load_config, load_tensors
-from mtpkern.config import ModelConfig, UserError, printable, read_json_object
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.json_files import read_json_object
+from mtpkern.checkpoints.llama import fingerprint, load_config
+from mtpkern.checkpoints.resolve import model_name, resolve_model
+from mtpkern.config import ModelConfig
 from mtpkern.drafters.load import find_heads
 from mtpkern.engine import resolve_device
-from mtpkern.errors import counted
+from mtpkern.errors import UserError, counted, printable
 from mtpkern.outputs import run_directory, writing
 from mtpkern.status import SILENT, Phase, Status
 from mtpkern.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ from head_files import write_mtp
 
 from mtpkern.config import SamplingParams
 from mtpkern.drafters.draft_length import DraftLength
-from mtpkern.engine import LLM, Completion
+from mtpkern.engine import LLM
+from mtpkern.request import Completion
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -10,7 +10,8 @@ from conftest import tiny_checkpoint
 from gguf_files import write_gguf
 
 from mtpkern import LLM, SamplingParams, reference
-from mtpkern.checkpoints.llama import load_config, load_tensors
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.llama import load_config
 from mtpkern.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -1,4 +1,4 @@
-"""Chat templates, against what transformers makes of the same messages.
+"""Chat templates, compared with transformers on the same messages.
 
 The templates are small ones of our own, in the ways of the published families: what each reads and
 writes, and the corners of Jinja that it needs.
@@ -16,8 +16,8 @@ from conftest import tiny_checkpoint, write_tiny_tokenizer
 
 from mtpkern import cli
 from mtpkern.chat_template import ChatTemplates
-from mtpkern.config import ModelLoadError, UserError
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.tokenizer import Tokenizer
 
 TEMPLATES = {
@@ -94,7 +94,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def both(directory: Path, template: Any) -> tuple[Tokenizer, Any]:
-    """Our tokenizer and transformers', of the same directory with this template."""
+    """Our tokenizer and transformers', for the same directory with this template."""
     write_tiny_tokenizer(directory)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -113,7 +113,7 @@ READS_PARTS = re.compile(r"\.text\b|\['text'\]")
 
 
 def joined(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose parts are one text."""
+    """A message whose content is a list of text parts."""
     parts = message.get("content")
     if not isinstance(parts, list) or any("text" not in part for part in parts):
         return message
@@ -121,7 +121,7 @@ def joined(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def agree(ours: Tokenizer, theirs: Any, messages: Any, **arguments: Any) -> str | None:
-    """The text and ids on which both agree; None where both refuse."""
+    """The text and ids that both produce, None if both refuse the messages."""
     given = copy.deepcopy((messages, arguments))
     with_start = arguments.setdefault(
         "add_generation_prompt", not arguments.get("continue_final_message")
@@ -218,7 +218,7 @@ def test_without_a_default_template_the_names_are_listed(tmp_path: Path) -> None
     ours, theirs = both(tmp_path, NAMED[1:])
     assert agree(ours, theirs, [user("hi")]) is None
     assert agree(ours, theirs, [user("hi")], tools=[WEATHER]) == "tools 1 hi"
-    with pytest.raises(UserError, match="no default chat template; give .*, of: rag, tool_use"):
+    with pytest.raises(UserError, match="no default chat template; give .*, one of: rag, tool_use"):
         ours.apply_chat_template([user("hi")])
 
 

@@ -11,8 +11,10 @@ import torch
 from conftest import TINY_CONFIG, tiny_checkpoint, tiny_tensors, write_sharded
 from safetensors.torch import load_file, save_file
 
-from mtpkern.checkpoints.llama import load_config, load_model, load_tensors
-from mtpkern.config import ModelLoadError
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.llama import load_config
+from mtpkern.checkpoints.model_weights import load_model
+from mtpkern.errors import ModelLoadError
 
 ODD = {
     "attention_bias": True,
@@ -230,7 +232,7 @@ def test_raw_tensors_come_under_their_names_in_any_dtype(tmp_path):
 
 MEASURE = """
 import resource, sys, torch
-from mtpkern.checkpoints.llama import load_model
+from mtpkern.checkpoints.model_weights import load_model
 load_model(sys.argv[1] + "/small", dtype=torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_model(sys.argv[1] + "/large", dtype=torch.bfloat16)

@@ -9,13 +9,10 @@ from conftest import TINY_CONFIG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpkern.config import (
-    ModelConfig,
-    ModelLoadError,
-    RopeConfig,
-    SamplingParams,
-    UserError,
-)
+from mtpkern.checkpoints.hf_config import read_hf_config
+from mtpkern.config import SamplingParams
+from mtpkern.errors import ModelLoadError, UserError
+from mtpkern.rope import RopeConfig
 
 LLAMA3 = {
     "factor": 8.0,
@@ -36,8 +33,8 @@ def test_both_spellings_of_a_config_mean_the_same():
         "rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5},
     }
     del new["rope_theta"]
-    parsed = ModelConfig.from_json(old)
-    assert parsed == ModelConfig.from_json(new)
+    parsed = read_hf_config(old)
+    assert parsed == read_hf_config(new)
     assert parsed.dtype is torch.bfloat16
     assert parsed.rope == RopeConfig(kind="llama3", theta=5e5, **LLAMA3)
 
@@ -46,29 +43,29 @@ def test_fields_that_are_left_out_have_the_layouts_defaults():
     config = {
         k: v for k, v in TINY_CONFIG.items() if k not in ("num_key_value_heads", "rope_theta")
     }
-    parsed = ModelConfig.from_json(config)
+    parsed = read_hf_config(config)
     assert (parsed.num_kv_heads, parsed.head_dim, parsed.rope.theta) == (6, 8, 10000.0)
     assert (parsed.qkv_bias, parsed.o_bias, parsed.mlp_bias) == (False, False, False)
-    assert ModelConfig.from_json(TINY_CONFIG | {"head_dim": 10}).head_dim == 10
+    assert read_hf_config(TINY_CONFIG | {"head_dim": 10}).head_dim == 10
 
 
 def test_end_of_text_ids_are_those_of_generation_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     for ids, expected in [([7, 0, 7], (7, 0)), (5, (5,)), (None, (2,)), ([], (2,))]:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert ModelConfig.from_json(tmp_path).eos_token_ids == expected
-        assert ModelConfig.from_json(tmp_path / "config.json").eos_token_ids == expected
-    assert ModelConfig.from_json(TINY_CONFIG).eos_token_ids == (2,)
+        assert read_hf_config(tmp_path).eos_token_ids == expected
+        assert read_hf_config(tmp_path / "config.json").eos_token_ids == expected
+    assert read_hf_config(TINY_CONFIG).eos_token_ids == (2,)
 
 
 @pytest.mark.parametrize("key", ["do_sample", "temperature", "max_new_tokens", "stop_strings"])
 def test_what_generation_config_asks_for_is_remarked_on(tmp_path, key):
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, key: 3}))
-    (remark,) = ModelConfig.from_json(tmp_path).remarks
+    (remark,) = read_hf_config(tmp_path).remarks
     assert remark == f"generation_config.json: not applied: {key}=3"
     (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": 1, key: None}))
-    assert ModelConfig.from_json(tmp_path).remarks == ()
+    assert read_hf_config(tmp_path).remarks == ()
 
 
 FAMILY = {
@@ -91,9 +88,7 @@ def test_keys_that_are_left_out_mean_what_they_mean_to_transformers(model_type):
         "intermediate_size": 64,
     }
     theirs = getattr(transformers, config_class)(**content)
-    ours = ModelConfig.from_json(
-        content | {"model_type": model_type, "architectures": [architecture]}
-    )
+    ours = read_hf_config(content | {"model_type": model_type, "architectures": [architecture]})
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
@@ -101,8 +96,8 @@ def test_keys_that_are_left_out_mean_what_they_mean_to_transformers(model_type):
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    # What is there and null is not what is left out.
-    null = ModelConfig.from_json(
+    # A key that is null does not have the default of an omitted key.
+    null = read_hf_config(
         content | {"model_type": model_type, "num_key_value_heads": None, "sliding_window": None}
     )
     assert (null.num_kv_heads, null.sliding_window) == (32, 0)
@@ -132,9 +127,9 @@ def test_a_window_is_every_layers_or_none(given_window, window):
         content["layer_types"] = [f"{kind}_attention" for kind in given_window["layer_types"]]
     if isinstance(window, str):
         with pytest.raises(ModelLoadError, match=window):
-            ModelConfig.from_json(content)
+            read_hf_config(content)
     else:
-        assert ModelConfig.from_json(content).sliding_window == window
+        assert read_hf_config(content).sliding_window == window
 
 
 @pytest.mark.parametrize(
@@ -149,7 +144,7 @@ def test_a_window_is_every_layers_or_none(given_window, window):
     ],
 )
 def test_a_context_is_as_long_as_its_rotations_are_stretched_for(rope, positions):
-    config = ModelConfig.from_json(TINY_CONFIG | {"rope_scaling": rope})
+    config = read_hf_config(TINY_CONFIG | {"rope_scaling": rope})
     assert config.max_position_embeddings == positions
 
 
@@ -188,7 +183,7 @@ def test_rope_settings_in_several_places_are_read_as_transformers_reads_them(giv
     content = {k: v for k, v in TINY_CONFIG.items() if k != "rope_theta"} | {"head_dim": 16}
     content = json.loads(json.dumps(content | given_rope | beside))
     try:
-        config = ModelConfig.from_json(json.loads(json.dumps(content)))
+        config = read_hf_config(json.loads(json.dumps(content)))
     except ModelLoadError as error:
         assert "missing" in str(error)
         return
@@ -236,7 +231,7 @@ def test_rope_settings_in_several_places_are_read_as_transformers_reads_them(giv
 )
 def test_what_is_not_supported_is_refused_by_name(overrides, message):
     with pytest.raises(ModelLoadError, match=message) as refusal:
-        ModelConfig.from_json(TINY_CONFIG | overrides)
+        read_hf_config(TINY_CONFIG | overrides)
     assert "\n" not in str(refusal.value)
 
 
@@ -244,12 +239,12 @@ def test_what_is_not_supported_is_refused_by_name(overrides, message):
 def test_a_config_that_is_not_an_object_is_one_clear_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelLoadError, match="config.json"):
-        ModelConfig.from_json(tmp_path)
+        read_hf_config(tmp_path)
 
 
 def test_control_characters_of_a_config_do_not_reach_the_terminal():
     with pytest.raises(ModelLoadError) as refusal:
-        ModelConfig.from_json(TINY_CONFIG | {"architectures": ["\x1b[31mEvil\n"]})
+        read_hf_config(TINY_CONFIG | {"architectures": ["\x1b[31mEvil\n"]})
     assert str(refusal.value).isprintable()
 
 
@@ -269,7 +264,7 @@ def test_rope_frequencies_are_those_of_transformers(rope, head_dim):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     content = TINY_CONFIG | {"head_dim": head_dim, "rope_scaling": rope, "rope_theta": 20000.0}
     theirs = llama.LlamaRotaryEmbedding(llama.LlamaConfig(**content))
-    ours, factor = ModelConfig.from_json(content).rope.inverse_frequencies(head_dim)
+    ours, factor = read_hf_config(content).rope.inverse_frequencies(head_dim)
     torch.testing.assert_close(ours, theirs.inv_freq, rtol=2e-6, atol=0)
     assert factor == pytest.approx(theirs.attention_scaling)
 

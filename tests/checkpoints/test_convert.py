@@ -1,4 +1,4 @@
-"""convert: pickled heads become a directory that loads, and a hostile file becomes an error."""
+"""convert: pickled heads become a directory that loads, and a hostile file is an error."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from head_files import published_hydra, published_medusa, write_eagle3
 from safetensors.torch import load_file
 
 from mtpkern import cli
-from mtpkern.config import ModelLoadError, UserError
 from mtpkern.convert import MEDUSA_FILE, convert
 from mtpkern.drafters.load import load_heads
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 
 
 def test_heads_and_depth_are_counted_whatever_the_config_says(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_heads_and_depth_are_counted_whatever_the_config_says(tmp_path: Path) ->
 
 
 def test_blocks_that_are_one_tensor_convert(tmp_path: Path) -> None:
-    """Medusa makes a head's blocks as [block] * layers: one tensor under several names."""
+    """Medusa builds a head's blocks as [block] * layers: one tensor under several names."""
     tensors = published_medusa(heads=2, depth=2)
     for name in list(tensors):
         if ".1.linear" in name:
@@ -75,7 +75,7 @@ def test_what_is_not_a_file_of_heads_is_refused_and_leaves_nothing(
 
 
 def damages(tensors: dict[str, Any], config: dict[str, Any]) -> Any:
-    """Heads that are broken, or other than they should be, one way at a time."""
+    """Heads that are malformed, each in one way."""
     for name in tensors:
         tensor = tensors[name]
         yield f"without {name}", {n: t for n, t in tensors.items() if n != name}, config
@@ -96,7 +96,7 @@ def damages(tensors: dict[str, Any], config: dict[str, Any]) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eagle3", "medusa", "hydra", "hydra with a layer"])
 def test_what_converts_loads(kind: str, tmp_path: Path) -> None:
-    """And what would not load does not convert, whatever is wrong with it."""
+    """Heads that would not load are not converted, whatever is wrong with them."""
     layers = 8 if kind == "eagle3" else 3
     trunk = LLM(tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=layers), heads="none")
     source, name = tmp_path / "source", "medusa_lm_head.pt"
@@ -125,7 +125,7 @@ def test_what_converts_loads(kind: str, tmp_path: Path) -> None:
             assert not target.exists() and number and ".heads" not in str(error), what
             refused += 1
             continue
-        # Of another model's sizes, perhaps, which is no fault of the heads'.
+        # Heads with the sizes of another model are valid themselves.
         try:
             load_heads(target, trunk.trunk, trunk._cache, ops=trunk.ops)
         except ModelLoadError as error:
@@ -143,7 +143,7 @@ def test_the_command_names_what_it_made_and_what_it_cannot(tmp_path: Path, capsy
     assert cli.main(["convert", str(tmp_path / "x.pt"), target]) == 2
     assert "holds config.json, model.safetensors already" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
-    assert f"no directory with {MEDUSA_FILE}, " in capsys.readouterr().err
+    assert f"neither a file nor a directory with {MEDUSA_FILE}, " in capsys.readouterr().err
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(UserError, match="is not a known kind"):
+    with pytest.raises(UserError, match="has no known suffix"):
         convert(tmp_path / "x.zip", tmp_path / "other")

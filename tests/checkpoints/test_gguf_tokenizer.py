@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF metadata give the ids of the tokenizers that they were made of."""
+"""Tokenizers converted from GGUF metadata produce the ids of the original tokenizers."""
 
 import inspect
 import json
@@ -14,10 +14,12 @@ from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
 from mtpkern.checkpoints.gguf_tokenizer import write_tokenizer
-from mtpkern.checkpoints.llama import load_config, load_tensors
-from mtpkern.config import ModelLoadError, RopeConfig
+from mtpkern.checkpoints.llama import load_config
+from mtpkern.errors import ModelLoadError
+from mtpkern.rope import RopeConfig
 from mtpkern.tokenizer import Tokenizer
 
 TEXTS = [
@@ -34,7 +36,7 @@ SETTINGS = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
-    """Tokens and merges of a byte-level BPE that reach over the ends of words."""
+    """Tokens and merges of a byte-level BPE, some of which span several words."""
     library = Library(BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -89,10 +91,10 @@ def test_llama_3_cuts_words_as_transformers_does(trained: dict[str, Any], tmp_pa
     ours = from_metadata(tmp_path, trained, "llama-bpe")
     written = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     assert written["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": pattern}
-    # Its texts begin with a token unless the file says otherwise, and the others' do not.
+    # Its texts begin with BOS by default; those of the others do not.
     assert ours.encode("a")[0] == 1 and from_metadata(tmp_path, trained, "qwen2").encode("a")[0] > 2
     assert from_metadata(tmp_path, trained, "llama-bpe", add_bos_token=False).encode("a")[0] > 2
-    # A word that is a token stays whole, though no merges lead there.
+    # A word in the vocabulary is one token, even without merges that produce it.
     word = {"tokens": [*trained["tokens"], "zebra"], "merges": trained["merges"]}
     assert from_metadata(tmp_path, word, "llama-bpe").encode("zebra") == [
         1,
@@ -165,7 +167,7 @@ def test_other_tokenizers_are_refused_by_name(
 
 
 def llama3_factors(factor: float, head_dim: int, theta: float) -> torch.Tensor:
-    """What llama.cpp's converter writes for Llama 3.1: by wavelength, in Python's floats."""
+    """The factors that llama.cpp's converter writes for Llama 3.1, computed from wavelengths."""
     found = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * 3.141592653589793 * theta ** (i / head_dim)

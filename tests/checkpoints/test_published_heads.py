@@ -31,20 +31,22 @@ from slow_drafters import PROMPT, agree, slow_layer, trunk_states, watch
 from torch import Tensor
 
 from mtpkern import reference
-from mtpkern.checkpoints.llama import fingerprint, load_config, load_tensors
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.llama import fingerprint, load_config
+from mtpkern.config import SamplingParams
 from mtpkern.convert import convert
-from mtpkern.drafters.base import NgramDrafter
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.drafters.load import PRETRAINED, find_heads
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 PROMPTS = [PROMPT, [30], [50 + i % 9 for i in range(140)]]
 
 
 def recorded(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], list[int], Tensor]]:
-    """What the drafter drafted behind which tokens, and its logits, every few steps."""
+    """Every few steps: the known tokens, what was drafted after them, and the drafts' logits."""
     recorder = watch(llm)
     llm.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
     assert len(recorder.drafted) > 30
@@ -125,7 +127,7 @@ def test_metas_models_convert_and_draft_with_the_heads_they_bring_along(tmp_path
 def test_metas_models_without_their_sizes_are_refused(tmp_path: Path) -> None:
     write_meta(tmp_path / "meta")
     (tmp_path / "meta" / "params.json").write_text("{}")
-    with pytest.raises(ModelLoadError, match="are no model of Meta's: 'n_heads'"):
+    with pytest.raises(ModelLoadError, match="are not a model of Meta's: 'n_heads'"):
         convert(tmp_path / "meta", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -538,11 +540,11 @@ def test_heads_that_rested_draft_what_heads_that_never_rested_do(
             return len(asked) > rested
 
         monkeypatch.setattr(FixedDraftLength, "use_heads", use_heads)
-        # One token per step, so that both runs draft behind the same tokens.
+        # One token per step, so that both runs draft after the same tokens.
         monkeypatch.setattr(FixedDraftLength, "choose", lambda self, windows: 0)
         recorder = watch(llm)
         llm.generate(PROMPTS, SamplingParams(max_tokens=200, ignore_eos=True))
-        drafted.append({tuple(known): meant for known, meant in recorder.drafted})
+        drafted.append({tuple(known): proposed for known, proposed in recorder.drafted})
         llm.drafter.drafter = recorder.inner
     always, late = drafted
     both = always.keys() & late.keys()
@@ -553,7 +555,7 @@ def test_heads_that_rested_draft_what_heads_that_never_rested_do(
 
 
 @pytest.mark.parametrize("kind", ["mimo", "mtp_llama"])
-def test_a_model_that_brings_heads_runs_on_made_up_weights(kind: str, tmp_path: Path) -> None:
+def test_a_model_that_includes_heads_runs_on_made_up_weights(kind: str, tmp_path: Path) -> None:
     """Of its config.json alone, and then without the heads."""
     write_family("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -570,7 +572,7 @@ def test_the_oracle_answers_as_an_mtp_llama_does(tmp_path: Path) -> None:
     assert answer.token_ids == reference.generate(config, tensors, PROMPT, 24)
 
 
-def test_a_model_that_predicts_one_token_brings_no_heads(tmp_path: Path) -> None:
+def test_a_model_that_predicts_one_token_includes_no_heads(tmp_path: Path) -> None:
     write_meta(tmp_path / "meta", ahead=1)
     convert(tmp_path / "meta", tmp_path / "model")
     llm = LLM(tmp_path / "model", max_length=300)

@@ -1,4 +1,4 @@
-"""Matrices in their file's own bits, or rounded at load: what they stand for, bit for bit."""
+"""Matrices with the bits of their file, or rounded at load: their values, bit for bit."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -14,16 +14,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import NAMES, TOKENS
 from safetensors.torch import save_file
 
+from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf, describe_gguf
-from mtpkern.checkpoints.llama import (
-    ModelWeights,
-    check_checkpoint,
-    fingerprint,
-    load_config,
-    load_model,
-    load_tensors,
-)
-from mtpkern.config import ModelLoadError, UserError
+from mtpkern.checkpoints.llama import check_checkpoint, fingerprint, load_config
+from mtpkern.checkpoints.model_weights import ModelWeights, load_model
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.cpu.quants import Quants, dequantise, is_held, joined, quantise, widened
 
 E, F, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
@@ -36,7 +31,7 @@ CONFIG = TINY_CONFIG | {
     "num_key_value_heads": KV_HEADS,
 }
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
-# Types that the gguf package expands, but does not make: bytes of a block, and where its fp16 are.
+# Types that the gguf package only dequantises: bytes per block, and offsets of its fp16 values.
 MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2))}
 OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0"}
 OWN |= {Kind.Q6_K: "q6_k", Kind.Q4_K: "q4_k"}
@@ -44,7 +39,7 @@ OWN |= {Kind.F16: "fp16", Kind.BF16: "bf16", Kind.F32: "fp32"}
 
 
 def model_tensors(arch: str, tied: bool) -> dict[str, torch.Tensor]:
-    """Float32 tensors in Hugging Face's names, with what the architecture adds to Llama's."""
+    """Float32 tensors under Hugging Face's names, with those added by the architecture."""
     tensors = tiny_tensors(CONFIG | {"tie_word_embeddings": tied})
     generator = torch.Generator().manual_seed(1)
     for i in range(LAYERS):
@@ -60,7 +55,7 @@ def model_tensors(arch: str, tied: bool) -> dict[str, torch.Tensor]:
 
 
 def stored(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """A matrix as a file holds it; random blocks where the package cannot quantise."""
+    """A matrix as stored in a file; random blocks for types that the package cannot quantise."""
     if kind in FLOATS:
         return values.astype(FLOATS[kind])
     if kind not in MADE_UP:
@@ -83,7 +78,7 @@ def write_model(
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     damage: Callable[[str, np.ndarray], None] = lambda name, data: None,
 ) -> dict[str, torch.Tensor]:
-    """Write model.gguf with its config.json and tokenizer -> what its tensors stand for.
+    """Write model.gguf with its config.json and tokenizer -> what its tensors represent.
 
     `kind` is the type of each matrix, by its name. `damage` may change a matrix's bytes.
     """
@@ -143,7 +138,7 @@ def load(directory: Path, weights: str | None = "auto") -> ModelWeights:
 
 
 def matrices(w: ModelWeights) -> dict[str, Any]:
-    """Every matrix under a name of its own."""
+    """Every matrix of the weights, by name."""
     found = {f"{i}.{f}": getattr(w.layers[i], f) for i in range(LAYERS) for f in FUSED}
     return found | {"embedding": w.embedding, "lm_head": w.lm_head}
 
@@ -157,7 +152,7 @@ FUSED = {
 
 
 def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `matrices` are to stand for."""
+    """The values that `matrices` must represent."""
     found = {
         f"{i}.{field}": torch.cat([tensors[f"model.layers.{i}.{n}.weight"] for n in names])
         for i in range(LAYERS)
@@ -200,7 +195,7 @@ def test_own_bits_stand_for_what_the_expanded_load_gives(
 
 def test_mistral_is_llama_with_heads_of_another_size(tmp_path: Path) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
-        # The same rows are twice as many heads of half the size: permuted otherwise.
+        # Twice as many heads of half the size have the same rows in another order.
         for name, value in (("head_count", 8), ("head_count_kv", 4), ("key_length", 32)):
             del writer.kv_data[0][f"llama.attention.{name}"]
             writer.add_uint32(f"llama.attention.{name}", value)
@@ -250,7 +245,7 @@ def test_parts_of_one_matrix_share_a_format(
             for part, held in zip(parts, exact, strict=True)
         ]
         assert_same(dequantise(layer.qkv), torch.cat(wanted), "qkv")
-    # Two layers, one line.
+    # Logged once for two layers.
     assert sum(says in line for line in caplog.messages) == (1 if says else len(caplog.messages))
     assert bool(says) == bool(caplog.messages)
 
@@ -299,7 +294,7 @@ def test_a_gguf_and_its_conversion_are_the_same_model(tmp_path: Path) -> None:
     a, b = (load_model(tmp_path / name, dtype=torch.bfloat16)[1] for name in "ab")
     for name, tensor in matrices(a).items():
         assert_same(tensor, matrices(b)[name], name)
-    # One value of one matrix, if it is among those that are looked at.
+    # One of the values that the fingerprint samples.
     tensors = {name: t.clone() for name, t in load_tensors(tmp_path / "b").items()}
     tensors["model.layers.1.self_attn.k_proj.weight"][-1, -1] += 1
     save_file(tensors, tmp_path / "b" / "model.safetensors")
@@ -309,7 +304,7 @@ def test_a_gguf_and_its_conversion_are_the_same_model(tmp_path: Path) -> None:
 def test_safetensors_count_before_a_gguf_beside_them(tmp_path: Path) -> None:
     write_model(tmp_path, Kind.Q4_1)
     convert_gguf(tmp_path / "model.gguf", tmp_path)
-    assert "model.gguf beside it is not" in load_config(tmp_path).remarks[-1]
+    assert "model.gguf beside it is ignored" in load_config(tmp_path).remarks[-1]
     assert {entry.dtype for entry in check_checkpoint(tmp_path)[1].values()} == {"BF16"}
 
 

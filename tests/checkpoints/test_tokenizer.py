@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer file, chat templates, and streams of whole characters."""
+"""Both kinds of tokenizer file, chat templates, and streaming of complete characters."""
 
 import io
 import json
@@ -15,8 +15,9 @@ from tokenizers import decoders, models, normalizers
 
 from mtpkern.chat_template import MAX_RENDERED_CHARACTERS, MAX_TEMPLATE_CHARACTERS, ChatTemplates
 from mtpkern.checkpoints.llama import load_config
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.ring import StepRecord
 from mtpkern.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def sentencepiece_model(directory):
 
 
 def byte_fallback_json(directory):
-    """A tokenizer.json that spells as sentencepiece does (Llama 2's form)."""
+    """A tokenizer.json in SentencePiece's scheme, as Llama 2 has."""
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + ["\u2581"]
     vocabulary = {piece: i for i, piece in enumerate(pieces + [chr(c) for c in range(97, 123)])}
     tokenizer = Library(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
@@ -145,7 +146,7 @@ def test_special_tokens_leave_no_text(tmp_path):
 
 
 def test_a_prompt_is_never_cut_or_filled_up(tmp_path):
-    """A trainer's truncation and padding may stand in the file."""
+    """The file may contain the truncation and padding used in training."""
     file = byte_level(tmp_path) / "tokenizer.json"
     plain = Tokenizer.from_directory(tmp_path)
     left_over = Library.from_file(str(file))
@@ -307,7 +308,7 @@ def test_what_follows_a_text_keeps_its_first_space(kind, tmp_path):
 
 
 def test_a_continued_text_and_its_answer_are_one_and_a_turn_has_no_space_before(tmp_path):
-    """Through generate, with a model that answers with a word."""
+    """Through generate, with a model that always answers with one word."""
     tiny_checkpoint(tmp_path, vocab_size=340, eos_token_id=None)
     (tmp_path / "tokenizer_config.json").unlink()
     byte_fallback_json(tmp_path)

@@ -1,4 +1,4 @@
-"""The files that describe one tokenizer, against what transformers makes of them."""
+"""The files that define a tokenizer, compared with transformers on the same files."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mtpkern import LLM
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
-from mtpkern.config import ModelLoadError, UserError
-from mtpkern.diagnose import describe_checkpoint
+from mtpkern.cli.inspect import describe_checkpoint
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.tokenizer import Tokenizer
 
 NAMES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1 and 2 of tokenizer.json
@@ -43,7 +43,7 @@ named = st.dictionaries(st.sampled_from(("bos_token", "eos_token", "unk_token"))
 
 @st.composite
 def added(draw: Any, first: int) -> dict[str, Any]:
-    """Tokens behind the vocabulary, by id, in any order."""
+    """Tokens added after the vocabulary, by id, in any order."""
     order = draw(st.lists(st.sampled_from(OTHERS), unique=True))
     return {
         str(first + i): draw(flags) | {"content": content, "single_word": False}
@@ -53,7 +53,7 @@ def added(draw: Any, first: int) -> dict[str, Any]:
 
 @st.composite
 def descriptions(draw: Any, first: int = SIZE) -> dict[str, dict[str, Any]]:
-    """Contents of the files beside a vocabulary."""
+    """Contents of the files that accompany a vocabulary."""
     config: dict[str, Any] = draw(named) | {"clean_up_tokenization_spaces": False}
     for name in ("add_bos_token", "add_eos_token"):
         if draw(st.booleans()):
@@ -113,7 +113,7 @@ def test_tables_beside_tokenizer_json(files: dict[str, dict[str, Any]], tmp_path
 
 
 def split_vocabulary(directory: Path) -> int:
-    """Take tokenizer.json apart into vocab.json and merges.txt, without special tokens."""
+    """Split tokenizer.json into vocab.json and merges.txt, without special tokens."""
     content = json.loads((directory / "tokenizer.json").read_text())
     (directory / "tokenizer.json").unlink()
     vocabulary = content["model"]["vocab"]
@@ -140,7 +140,7 @@ def test_a_vocabulary_and_its_merges(
 
 
 def test_a_model_with_a_vocabulary_and_merges_answers(tmp_path: Path) -> None:
-    """As a fine-tune of Qwen is saved by its slow tokenizer."""
+    """As the slow tokenizer of a fine-tuned Qwen saves it."""
     tiny_checkpoint(tmp_path)
     text = "the <|im_start|>dog"
     split_vocabulary(tmp_path)
@@ -234,5 +234,5 @@ def test_a_token_of_every_prompt_beyond_the_models_vocabulary_is_refused_at_load
     config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<s>", "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.from_directory(tmp_path)
-    with pytest.raises(ModelLoadError, match="puts token .* into every prompt"):
+    with pytest.raises(ModelLoadError, match="adds token .* to every prompt"):
         tokenizer.check_against(load_config(tmp_path))

@@ -1,4 +1,4 @@
-"""Where two files or keys of a checkpoint disagree, the one that counts in transformers counts."""
+"""Where two files or keys disagree, the one that transformers uses takes precedence."""
 
 import json
 import logging
@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtpkern import LLM, SamplingParams
+from mtpkern.checkpoints.hf_config import read_hf_config
 from mtpkern.checkpoints.llama import load_config
-from mtpkern.config import ModelConfig, ModelLoadError
-from mtpkern.diagnose import describe_checkpoint
+from mtpkern.cli.inspect import describe_checkpoint
+from mtpkern.errors import ModelLoadError
 
 PROMPT = [1, 40, 17, 5, 93, 40, 17, 66, 2, 81, 12, 7, 29]
 NEW_TOKENS = 16
@@ -32,7 +33,7 @@ def edit(directory: Path, file: str = "config.json", /, **values: Any) -> None:
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Replace the tensors of the single file by `change` of them."""
+    """Replace the tensors of the single file by `change(tensors)`."""
     tensors = change(load_file(directory / "model.safetensors"))
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
@@ -176,7 +177,7 @@ def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
     single = (tmp_path / "other" / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(single)
     assert ours(directory) == theirs(directory) != of_index
-    assert "model.safetensors.index.json beside it is not" in dict(
+    assert "model.safetensors.index.json beside it is ignored" in dict(
         describe_checkpoint(directory)
     ).get("remark", "")
 
@@ -277,7 +278,7 @@ def test_a_config_without_a_dtype_leaves_it_to_the_tensors(
     write_family("tied", tmp_path)
     rewrite(tmp_path, lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
     edit(tmp_path, dtype=..., torch_dtype=None)
-    assert ModelConfig.from_json(tmp_path).dtype is None
+    assert read_hf_config(tmp_path).dtype is None
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert LLM(tmp_path, max_length=32).dtype == model.dtype == dtype
     edit(tmp_path, dtype="float32", torch_dtype="bfloat16")

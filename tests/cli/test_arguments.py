@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtpkern import LLM, SamplingParams, UserError, validation
-from mtpkern.checkpoints import default_model
+from mtpkern.checkpoints import resolve
 from mtpkern.errors import ModelLoadError
 
 TEXT = "the quick brown fox jumps over the lazy dog "
@@ -124,9 +124,9 @@ def test_arguments_of_a_model(name: str, value: Any, directory: Path, hub_is_emp
 @pytest.fixture
 def hub_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> Path:
-        raise ModelLoadError(f"hub model {name!a} cannot be had")
+        raise ModelLoadError(f"cannot get {name!a} from the hub")
 
-    monkeypatch.setattr(default_model, "_hub_snapshot", nothing)
+    monkeypatch.setattr(resolve, "_hub_snapshot", nothing)
 
 
 @pytest.mark.parametrize("method", ["generate", "stream", "encode", "chat"])

@@ -14,9 +14,10 @@ from conftest import tiny_checkpoint, tiny_tensors
 from safetensors.torch import load_file, save_file
 
 import mtpkern
-from mtpkern import LLM, SamplingParams, cli
+from mtpkern import LLM, SamplingParams
 from mtpkern.arguments import Parser
 from mtpkern.cli import main
+from mtpkern.cli.main import build_parser
 
 PROMPT = "the quick brown fox jumps over the lazy dog and then the"
 STATS = {
@@ -266,6 +267,19 @@ def test_help_does_not_wait_for_torch():
     )
 
 
+@pytest.mark.parametrize("command", [["generate", ""], ["generate", "x", "-K", "many"], ["train"]])
+def test_a_mistake_that_can_be_seen_at_once_does_not_wait_for_torch(command):
+    program = (
+        "import sys, mtpkern.cli as c\n"
+        f"assert c.main({command!r}) == 2 and 'torch' not in sys.modules"
+    )
+    root = str(Path(mtpkern.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, env=environment
+    )
+
+
 @pytest.mark.slow
 def test_generate_imports_neither_gguf_nor_transformers(model):
     program = (
@@ -453,7 +467,7 @@ def test_doctor_names_versions_and_the_device(capsys, monkeypatch, tmp_path):
 
 def commands() -> dict[str, Parser]:
     """Every command by name, and the whole."""
-    parser = cli._parser()
+    parser = build_parser()
     (action,) = parser._subparsers._group_actions
     return {"": parser} | action.choices
 

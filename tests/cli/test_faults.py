@@ -23,6 +23,7 @@ from head_files import published_medusa, write_medusa
 from training import record_answers
 
 from mtpkern import cli
+from mtpkern.cli.main import build_parser
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import invent, joint, prompts, record
 
@@ -233,13 +234,17 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[Any, str], list[str]]]] 
         benchmark("check_bits"),
         lambda f, out: ["--model", "tiny", "--tokens", "40", "-K", "2", "--output-json", out],
     ),
+    "record_terminal": (
+        benchmark("record_terminal"),
+        lambda f, out: ["--out", out, "--", sys.executable, "-c", "pass"],
+    ),
     "gpu_suite": (
         benchmark("gpu_suite"),
         lambda f, out: ["--part", "steps", "--output", out],
     ),
 }
 # Commands that print nothing, and those that have nothing to run on here.
-SILENT = {"record", "invent", "prompts"}
+SILENT = {"record", "invent", "prompts", "record_terminal"}
 # codegen and bench_cpu run for minutes, gpu_suite's test runs bench_steps, and bench_peers needs
 # another engine.
 NO_FURTHER = {"check_codegen", "bench_kernels", "bench_steps", "bench_cpu", "bench_peers", "tune"}
@@ -248,7 +253,8 @@ if importlib.util.find_spec("triton") is None:
     for absent in TRITON:
         del COMMANDS[absent]
 # Benchmarks that report by `finish`, which need not measure to do so.
-BRIEF = {path.stem for path in BENCHMARKS.glob("*.py")} & COMMANDS.keys() - {"gpu_suite"}
+BRIEF = {path.stem for path in BENCHMARKS.glob("*.py")} & COMMANDS.keys()
+BRIEF -= {"gpu_suite", "record_terminal"}
 DIRECTORIES = {"convert", "train", "record", "joint", "gpu_suite"}
 WRITERS = [
     name
@@ -294,8 +300,8 @@ def test_every_command_is_walked() -> None:
         if "\ndef main(" in path.read_text():
             assert path.stem in COMMANDS
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["--help"])
-    commands = next(a for a in cli._parser()._actions if a.choices).choices
+        build_parser().parse_args(["--help"])
+    commands = next(a for a in build_parser()._actions if a.choices).choices
     assert set(commands) <= set(COMMANDS)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mtpkern import cli, nvtx_ranges
-from mtpkern.profile import profiler_command
+from mtpkern.cli.main import build_parser
+from mtpkern.cli.profile import profiler_command
 
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
@@ -41,7 +42,7 @@ def test_a_profiler_that_is_not_there_is_named(monkeypatch: Any, capsys: Any) ->
 def test_the_generate_command_takes_what_is_passed_on() -> None:
     command = profiler_command("ncu", ["x"], "out")
     arguments = command[command.index("mtpkern") + 1 :]
-    assert cli._parser().parse_args(arguments).no_graph
+    assert build_parser().parse_args(arguments).no_graph
 
 
 def test_a_range_is_balanced_and_free_where_nobody_can_listen(monkeypatch: Any) -> None:

@@ -3,6 +3,8 @@
 import argparse
 import io
 import logging
+import os
+import struct
 import subprocess
 import sys
 import time
@@ -79,6 +81,29 @@ def test_a_terminal_gets_a_bar_that_leaves_a_clean_line():
         assert "loading:  50%|" in stream.screen()[-1]
     assert stream.screen() == [""]
     assert "\x1b" not in stream.getvalue(), "no colours, no hidden cursor"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("columns", "bar"), [(70, True), (50, False)])
+def test_on_a_narrow_terminal_the_bar_gives_way_to_the_numbers(columns, bar):
+    import fcntl
+    import termios
+
+    terminal, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    seen = Terminal()
+    with open(theirs, "w", encoding="utf-8") as stream, open(terminal, "rb", 0) as reader:
+        shown = Status(stream, delay=0.01)
+        with shown.phase("measuring a few things"), shown.phase("loading", 30, "layers") as phase:
+            phase.advance(15, "a note")
+
+            def numbers_are_shown():
+                seen.write(reader.read(4096).decode(errors="replace"))
+                return seen.screen()[-1].endswith(" 15/30 layers, a note, 00:00<00:00")
+
+            wait_for(numbers_are_shown)
+            line = seen.screen()[-1]
+    assert line.startswith("loading:  50%") and len(line) < columns and ("|" in line) == bar
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mtpkern import LLM, ModelLoadError, SamplingParams, UserError
 from mtpkern.arguments import Parser, as_flags
-from mtpkern.checkpoints import default_model
+from mtpkern.checkpoints import resolve
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.cli import main
 from mtpkern.convert import MEDUSA_FILE, convert
@@ -172,23 +172,23 @@ def test_a_mistyped_path_is_said_to_be_one_before_a_hub_is_asked(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(default_model, "_hub_snapshot", lambda name: asked.append(name) or tmp_path)
+    monkeypatch.setattr(resolve, "_hub_snapshot", lambda name: asked.append(name) or tmp_path)
     monkeypatch.chdir(tmp_path)
     tiny_checkpoint(tmp_path / "models" / "llama-tiny")
     for name, message in (
         ("./foo", "no such directory"),
         ("~/no/such/foo", r"no such directory"),
         ("foo/bar/baz", r"no such directory \(foo does not exist\)"),
-        ("models/lama-tiny", "no such directory; is models/llama-tiny meant?"),
-        ("models/other", "no hub id either where a directory models exists"),
-        (str(tmp_path / "model" / "llama-tiny"), "model does not exist.*; is .*/models meant"),
+        ("models/lama-tiny", "no such directory; did you mean models/llama-tiny?"),
+        ("models/other", "not taken as a hub id, since a directory models exists"),
+        (str(tmp_path / "model" / "llama-tiny"), "model does not exist.*; did you mean .*/models?"),
         ("org/", "no such directory"),
     ):
         with pytest.raises(UserError, match=message):
-            default_model.resolve_model(name)
+            resolve.resolve_model(name)
     assert asked == []
-    assert default_model.resolve_model("models/llama-tiny") == Path("models/llama-tiny")
-    default_model.resolve_model("organisation/name")
+    assert resolve.resolve_model("models/llama-tiny") == Path("models/llama-tiny")
+    resolve.resolve_model("organisation/name")
     assert asked == ["organisation/name"]
 
 
@@ -371,7 +371,7 @@ def test_a_file_of_weights_given_as_a_model_says_to_give_its_directory(model: Pa
 
 
 def test_a_hub_id_without_the_hubs_package_says_what_to_install(monkeypatch: Any) -> None:
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mtpkern\[hub\]'"):
         LLM("organisation/name")
     setup = (Path(__file__).parents[2] / "setup.py").read_text()

@@ -12,16 +12,9 @@ from families import write_family
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.drafters.base import (
-    HEADS,
-    CompanionDrafter,
-    Drafter,
-    DraftInput,
-    Drafts,
-    NgramDrafter,
-    NoDrafter,
-)
-from mtpkern.drafters.draft_length import DraftLength, Window
+from mtpkern.drafters.base import HEADS, Drafter, DraftInput, Drafts, NoDrafter
+from mtpkern.drafters.draft_length import DraftLength, Proposal
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.ops.definitions import DEFINITIONS
 
@@ -147,13 +140,13 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
     answers = [p + c.token_ids for p, c in zip(PROMPTS, expected, strict=True)]
     generator, chosen = random.Random(5), []
 
-    def choose(self: DraftLength, windows: Sequence[Window]) -> int:
-        chosen.append(generator.randint(0, max((len(w.chances) for w in windows), default=0)))
+    def choose(self: DraftLength, windows: Sequence[Proposal]) -> int:
+        chosen.append(generator.randint(0, max((len(w.probabilities) for w in windows), default=0)))
         return chosen[-1]
 
     monkeypatch.setattr(DraftLength, "choose", choose)
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: generator.random() < 0.5)
-    monkeypatch.setattr(DraftLength, "watching", lambda self: generator.choice([0, 1, 1, 2]))
+    monkeypatch.setattr(DraftLength, "active_source", lambda self: generator.choice([0, 1, 1, 2]))
     llm.drafter = CompanionDrafter(NgramDrafter(DEFINITIONS, 2), make(answers), DEFINITIONS)
     for completion, plain in zip(llm.generate(PROMPTS, params), expected, strict=True):
         assert completion.token_ids == plain.token_ids

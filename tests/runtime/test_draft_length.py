@@ -1,4 +1,4 @@
-"""DraftLength: the K that gives the most tokens a second, found and kept, at a bounded price."""
+"""DraftLength finds the K with the most tokens per second, at a bounded cost."""
 
 import random
 from typing import Any
@@ -14,33 +14,33 @@ from mtpkern.drafters.draft_length import (
     DraftLength,
     FixedDraftLength,
     GraphDraftLength,
-    Timings,
-    Window,
+    Proposal,
 )
+from mtpkern.drafters.timings import Timings
 
 FLAT = {0: 1.0, 1: 1.01, 2: 1.02, 4: 1.04}
 STEEP = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
 
 
 def observe(chooser: GraphDraftLength, drafted: int, accepted: int) -> None:
-    chooser.observe(4, 0.0, [(Window(HEADS, (1.0,) * drafted), accepted)], 0)
+    chooser.observe(4, 0.0, [(Proposal(HEADS, (1.0,) * drafted), accepted)], 0)
 
 
 def simulate(
     chooser: GraphDraftLength, rates: list[float], steps: int, seed: int = 0
 ) -> tuple[int, float]:
     """Tokens and seconds of a run whose drafts stand at `rates`; the K of the step before says how
-    many of a window's drafts are meant."""
+    many drafts were proposed."""
     generator = random.Random(seed)
-    tokens, seconds, meant = 0, 0.0, 0
+    tokens, seconds, num_proposed = 0, 0.0, 0
     for _ in range(steps):
         k = chooser.choose([])
-        drafted = min(meant, k)
+        drafted = min(num_proposed, k)
         accepted = 0
         while accepted < drafted and generator.random() < rates[accepted]:
             accepted += 1
         observe(chooser, drafted, accepted)
-        tokens, seconds, meant = tokens + accepted + 1, seconds + chooser.seconds[k], k
+        tokens, seconds, num_proposed = tokens + accepted + 1, seconds + chooser.seconds[k], k
     return tokens, seconds
 
 
@@ -76,7 +76,7 @@ def test_drafts_that_become_good_are_noticed() -> None:
 
 def test_expected_tokens_are_a_sum_of_products() -> None:
     chooser = GraphDraftLength(FLAT)
-    chooser.stands = [0.5, 0.4, 0.1, 1.0]
+    chooser.acceptance_rates = [0.5, 0.4, 0.1, 1.0]
     assert chooser.tokens(0) == 1
     assert chooser.tokens(2) == pytest.approx(1 + 0.5 + 0.2)
     assert chooser.tokens(4) == pytest.approx(1 + 0.5 + 0.2 + 0.02 + 0.02)
@@ -85,12 +85,12 @@ def test_expected_tokens_are_a_sum_of_products() -> None:
 
 def test_what_was_not_reached_is_not_counted() -> None:
     chooser = GraphDraftLength(FLAT)
-    before = list(chooser.stands)
+    before = list(chooser.acceptance_rates)
     observe(chooser, 3, 1)  # the first stood, the second fell, the third was never reached
-    assert chooser.stands[0] > before[0] and chooser.stands[1] < before[1]
-    assert chooser.stands[2:] == before[2:]
+    assert chooser.acceptance_rates[0] > before[0] and chooser.acceptance_rates[1] < before[1]
+    assert chooser.acceptance_rates[2:] == before[2:]
     observe(chooser, 0, 0)
-    assert chooser.stands[2:] == before[2:]
+    assert chooser.acceptance_rates[2:] == before[2:]
 
 
 def test_costs_without_plain_decoding_are_refused() -> None:
@@ -102,8 +102,8 @@ class Machine:
     """Decoding in a model: what steps cost in plain steps, and which drafts there are and stand.
 
     `row` is the cost of one more row, `pass_` of a token that the heads draft. Heads claim
-    `claimed` for each draft, which stands at `stands`; a share `matches` of the steps has copies,
-    which stand at `copied`. `noise` is a relative standard deviation of each timing.
+    `claimed` for each draft, which is accepted at `rate`; a share `matches` of the steps has
+    copies, which are accepted at `copied`. `noise` is a relative standard deviation of each timing.
     """
 
     def __init__(
@@ -112,48 +112,48 @@ class Machine:
         pass_: float,
         *,
         claimed: float = 0.8,
-        stands: float = 0.8,
+        rate: float = 0.8,
         matches: float = 0.0,
         copied: float = 0.0,
         noise: float = 0.0,
         batch: int = 1,
     ):
         self.row, self.pass_, self.noise, self.batch = row, pass_, noise, batch
-        self.claimed, self.stands, self.matches, self.copied = claimed, stands, matches, copied
+        self.claimed, self.rate, self.matches, self.copied = claimed, rate, matches, copied
         self.generator = random.Random(3)
 
     def step(self, k: int) -> float:
         return (1 + self.row * (k + 1) * self.batch) * (1 + self.generator.gauss(0, self.noise))
 
-    def window(self, use_heads: bool, least: float) -> Window:
+    def window(self, use_heads: bool, least: float) -> Proposal:
         if self.generator.random() < self.matches:
-            return Window(NGRAM, (1.0,) * 4)
+            return Proposal(NGRAM, (1.0,) * 4)
         if not use_heads:
-            return Window(NONE, ())
+            return Proposal(NONE, ())
         drafts = 1
         while drafts < 4 and self.claimed**drafts >= least:
             drafts += 1
-        return Window(HEADS, (self.claimed,) * drafts)
+        return Proposal(HEADS, (self.claimed,) * drafts)
 
-    def stood(self, window: Window, k: int) -> int:
-        rate = self.copied if window.source == NGRAM else self.stands
-        drafted = min(k, len(window.chances))
+    def stood(self, window: Proposal, k: int) -> int:
+        rate = self.copied if window.source == NGRAM else self.rate
+        drafted = min(k, len(window.probabilities))
         return next((i for i in range(drafted) if self.generator.random() >= rate), drafted)
 
     def run(self, chooser: DraftLength | FixedDraftLength, tokens: int) -> float:
         """Decode that many tokens per sequence -> the rate over that of plain decoding."""
         seconds, emitted = 0.0, 0.0
-        windows = [Window(NONE, ())] * self.batch
+        windows = [Proposal(NONE, ())] * self.batch
         while emitted < tokens:
             k = chooser.choose(windows)
-            use, least = chooser.use_heads(), chooser.least_chance()
+            use, least = chooser.use_heads(), chooser.min_probability()
             stood = [self.stood(window, k) for window in windows]
             outcomes = [
-                (window._replace(chances=window.chances[:k]), accepted)
+                (window._replace(probabilities=window.probabilities[:k]), accepted)
                 for window, accepted in zip(windows, stood, strict=True)
             ]
             windows = [self.window(use, least) for _ in windows]
-            drafted = max((len(w.chances) for w in windows if w.source == HEADS), default=0)
+            drafted = max((len(w.probabilities) for w in windows if w.source == HEADS), default=0)
             took = self.step(k) + drafted * self.pass_
             chooser.observe(k, took, outcomes, drafted)
             seconds += took
@@ -171,7 +171,7 @@ class Machine:
         return chooser
 
 
-HOSTILE: dict[str, Any] = dict(claimed=0.95, stands=0.0, matches=0.3, copied=0.0)
+HOSTILE: dict[str, Any] = dict(claimed=0.95, rate=0.0, matches=0.3, copied=0.0)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
@@ -188,10 +188,10 @@ def test_hostile_drafts_cost_less_than_two_percent(row: float, batch: int, noise
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("row", "stands", "least"), [(0.02, 0.8, 2.1), (0.02, 0.5, 1.35), (0.3, 0.8, 1.15)]
+    ("row", "rate", "least"), [(0.02, 0.8, 2.1), (0.02, 0.5, 1.35), (0.3, 0.8, 1.15)]
 )
-def test_good_drafts_are_used(row: float, stands: float, least: float, batch: int) -> None:
-    machine = Machine(row, 0.1, stands=stands, batch=batch, noise=0.02)
+def test_good_drafts_are_used(row: float, rate: float, least: float, batch: int) -> None:
+    machine = Machine(row, 0.1, rate=rate, batch=batch, noise=0.02)
     chooser = machine.loaded()
     if batch == 1:
         assert machine.run(chooser, 400) > least
@@ -199,7 +199,7 @@ def test_good_drafts_are_used(row: float, stands: float, least: float, batch: in
 
 
 def test_copies_are_used_while_heads_rest() -> None:
-    machine = Machine(0.1, 0.4, claimed=0.9, stands=0.0, matches=0.5, copied=0.9)
+    machine = Machine(0.1, 0.4, claimed=0.9, rate=0.0, matches=0.5, copied=0.9)
     chooser = machine.loaded()
     assert machine.run(chooser, 2000) > 1.5
     assert not chooser.use_heads()
@@ -208,30 +208,30 @@ def test_copies_are_used_while_heads_rest() -> None:
 def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None:
     chooser = DraftLength(4)
     chooser.seconds.observe(1, 0.01)
-    assert chooser.watching() == HEADS
+    assert chooser.active_source() == HEADS
     chooser.gain, chooser._idle[HEADS] = -0.5, 0
-    plain = [(Window(NONE, ()), 0)]
+    plain = [(Proposal(NONE, ()), 0)]
     seen = []
     for _ in range(RETRY):
-        seen.append(chooser.watching())
+        seen.append(chooser.active_source())
         chooser.observe(0, 0.01, plain, 0)
     assert seen[:AWAKE] == [NGRAM] * AWAKE and seen[AWAKE:] == [HEADS] * (RETRY - AWAKE)
     chooser._rest[HEADS], chooser._idle[HEADS] = 256, 0
     seen = []
     for _ in range(4 * LOOKS):
-        seen.append(chooser.watching())
+        seen.append(chooser.active_source())
         chooser.observe(0, 0.01, plain, 0)
     assert seen.count(NGRAM) == 4 and seen.count(NONE) == 4 * (LOOKS - 1)
-    chooser.observe(0, 0.01, [(Window(NGRAM, (1.0,)), 0)], 0)
-    assert chooser.watching() == NGRAM
+    chooser.observe(0, 0.01, [(Proposal(NGRAM, (1.0,)), 0)], 0)
+    assert chooser.active_source() == NGRAM
 
 
 def test_drafts_that_become_good_are_noticed_on_a_cpu() -> None:
-    machine = Machine(0.05, 0.1, claimed=0.8, stands=0.0)
+    machine = Machine(0.05, 0.1, claimed=0.8, rate=0.0)
     chooser = machine.loaded()
     machine.run(chooser, 1000)
     assert not chooser.use_heads()
-    machine.stands = 0.8
+    machine.rate = 0.8
     machine.run(chooser, 1500)
     assert machine.run(chooser, 500) > 1.7
 

@@ -15,9 +15,11 @@ from cpu_machine import poison
 from safetensors.torch import load_file, save_file
 
 from mtpkern import engine
-from mtpkern.config import SamplingParams, UserError
-from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
+from mtpkern.config import SamplingParams
+from mtpkern.drafters.base import HEADS, DraftInput, Drafts
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import UserError
 from mtpkern.ops.definitions import DEFINITIONS
 
 TEXT = "the quick brown fox jumps over the lazy dog "

@@ -1,4 +1,4 @@
-"""The drafters, each against its definition, written out slowly; and none of them moves a token."""
+"""The drafters, each against a slow definition; and none of them changes a token."""
 
 import itertools
 import json
@@ -24,17 +24,19 @@ from safetensors.torch import save_file
 from slow_drafters import PROMPT, agree, eagle3_layer, slow_layer, trunk_states, watch
 from torch import Tensor
 
-from mtpkern.checkpoints.llama import load_tensors
-from mtpkern.config import ModelLoadError, SamplingParams, UserError
-from mtpkern.drafters.base import HEADS, NGRAM, NONE, CompanionDrafter, Drafts, NoDrafter
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.config import SamplingParams
+from mtpkern.drafters.base import HEADS, NGRAM, NONE, Drafts, NoDrafter
 from mtpkern.drafters.draft_length import DraftLength
 from mtpkern.drafters.mtp import MtpDrafter
+from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 
 def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor]) -> None:
-    """Hold what a sequential head drafted to its definition: everything anew for every draft."""
+    """Compare a sequential head's drafts with its definition, computed anew for every draft."""
     known, drafts, logits = seen
     w, settings = load_tensors(heads), json.loads((heads / "config.json").read_text())
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
@@ -54,7 +56,7 @@ def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor
         x = slow_layer(x, w, *sizes, settings["head_dim"], settings["rope_theta"])
         out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
         agree(draft, row, (out @ embedding[ids].T)[0], ids)
-        # The next row pairs what this one made with the token that it drafted.
+        # The next pair has this row's output and its draft.
         hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
@@ -64,7 +66,7 @@ def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor
 def test_a_sequential_head_drafts_what_its_definition_says(
     taps: tuple[int, ...], ngram: bool, tmp_path: Path
 ) -> None:
-    """Also when committed pairs waited because the n-gram's copy was used in between."""
+    """Also after steps in which the n-gram's copy was used and the pairs waited."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads", taps=taps, reduced=len(taps) != 2)
     llm = LLM(trunk, heads=heads, ngram=ngram, num_speculative_tokens=3, max_length=300)
@@ -81,9 +83,7 @@ def test_a_sequential_head_drafts_what_its_definition_says(
 
 
 @pytest.mark.parametrize("ngram", [False, True])
-def test_a_mimo_checkpoint_drafts_with_the_layer_it_brings_along(
-    ngram: bool, tmp_path: Path
-) -> None:
+def test_a_mimo_checkpoint_drafts_with_the_layer_it_includes(ngram: bool, tmp_path: Path) -> None:
     """Prompts of one token and of many: the first pair of each has an embedding of zeros."""
     model = write_family("mimo", tmp_path)
     llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=3, max_length=300)
@@ -210,8 +210,8 @@ def test_heads_never_change_a_token(
         assert plain.stats.steps == 60
 
 
-def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) -> None:
-    """The heads' pending rows hold 64: a text that only repeats itself must not lose any."""
+def test_a_long_run_of_copies_is_written_before_the_buffer_overflows(tmp_path: Path) -> None:
+    """64 pairs may be pending: a text that only repeats itself must not lose any."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, num_speculative_tokens=2, max_length=400)
@@ -234,22 +234,22 @@ def test_a_long_run_of_copies_is_taken_in_before_it_overflows(tmp_path: Path) ->
         check_mtp(heads, trunk, seen)
 
 
-def test_heads_that_were_asleep_go_on_behind_a_gap_of_zeros(
+def test_heads_that_rested_continue_after_a_gap_of_zeros(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies in the gap, here NaN, has no part in their drafts, and no token changes."""
+    """Earlier contents of the gap, here NaN, do not change their drafts, nor any token."""
     trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
     params = SamplingParams(max_tokens=90, ignore_eos=True, logprobs=True)
     steps = itertools.count()
 
-    def watching(self: DraftLength) -> int:
+    def active_source(self: DraftLength) -> int:
         return HEADS if next(steps) % 60 not in range(10, 40) else NONE
 
-    monkeypatch.setattr(DraftLength, "watching", watching)
+    monkeypatch.setattr(DraftLength, "active_source", active_source)
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: True)
-    monkeypatch.setattr(DraftLength, "least_chance", lambda self: 0.0)
+    monkeypatch.setattr(DraftLength, "min_probability", lambda self: 0.0)
     monkeypatch.setattr(
-        DraftLength, "choose", lambda self, w: max((len(s.chances) for s in w), default=0)
+        DraftLength, "choose", lambda self, w: max((len(s.probabilities) for s in w), default=0)
     )
     seen = {}
     for filler in (0.0, 9.0, torch.nan):
@@ -269,7 +269,7 @@ def test_heads_that_were_asleep_go_on_behind_a_gap_of_zeros(
 
 
 def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:
-    """The head takes in as many rows of each as of the one that waits for most."""
+    """The head runs as many rows of each sequence as of the one with the most pending pairs."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, num_speculative_tokens=2, max_length=160, max_batch=2)
@@ -353,7 +353,7 @@ def test_an_eagle3_head_of_another_kind_is_refused(tmp_path: Path) -> None:
             LLM(trunk, heads=heads)
 
 
-def test_an_eagle3_heads_rotation_is_read_wherever_it_stands(tmp_path: Path) -> None:
+def test_an_eagle3_heads_rope_theta_is_found_under_either_name(tmp_path: Path) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)
     heads = write_eagle3(tmp_path / "heads")
     config = heads / "config.json"

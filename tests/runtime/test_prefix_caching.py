@@ -11,10 +11,12 @@ from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
 
 from mtpkern.cache import PagePool, Prefix
-from mtpkern.config import SamplingParams, UserError
-from mtpkern.drafters.base import CompanionDrafter
-from mtpkern.engine import LLM, Completion
+from mtpkern.config import SamplingParams
+from mtpkern.drafters.ngram import CompanionDrafter
+from mtpkern.engine import LLM
+from mtpkern.errors import UserError
 from mtpkern.ops.gpu import TRITON
+from mtpkern.request import Completion
 
 LENGTH = 512
 

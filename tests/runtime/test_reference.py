@@ -8,7 +8,8 @@ from families import FAMILIES, write_family
 from torch.testing import assert_close
 
 from mtpkern import reference
-from mtpkern.checkpoints.llama import load_config, load_tensors
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.llama import load_config
 
 PROMPT = [1, 40, 17, 5, 93, 40, 17, 66, 2, 81, 12, 7, 29]
 NEW_TOKENS = 64

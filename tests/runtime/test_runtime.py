@@ -12,10 +12,12 @@ from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
 
 from mtpkern import engine
-from mtpkern.config import SamplingParams, UserError
-from mtpkern.drafters.base import HEADS, DraftInput, Drafts, NgramDrafter
+from mtpkern.config import SamplingParams
+from mtpkern.drafters.base import HEADS, DraftInput, Drafts
 from mtpkern.drafters.draft_length import GraphDraftLength
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
+from mtpkern.errors import UserError
 from mtpkern.ops import base as ops
 from mtpkern.ops.definitions import DEFINITIONS
 from mtpkern.ops.gpu import TRITON

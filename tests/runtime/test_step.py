@@ -9,15 +9,9 @@ from conftest import TINY_CONFIG, tiny_checkpoint
 from head_files import write_hydra, write_medusa, write_mtp, write_published
 
 from mtpkern.decode import DecodeState, decode_step
-from mtpkern.drafters.base import (
-    CompanionDrafter,
-    Drafter,
-    DraftInput,
-    Drafts,
-    NgramDrafter,
-    NoDrafter,
-)
+from mtpkern.drafters.base import Drafter, DraftInput, Drafts, NoDrafter
 from mtpkern.drafters.load import load_heads
+from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.model import Llama
 from mtpkern.ops.gpu import TRITON
 
@@ -142,7 +136,7 @@ def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_pa
             decode_step(state.view(1, k), trunk, drafter, TRITON)
         read.append(trace.weight_bytes)
         assert trace.kernels["vocabulary_tiles"] == 1
-    blocks = heads.heads[0]
+    blocks = heads.parallel_heads[0]
     assert read[1] - read[0] == blocks.numel() * blocks.element_size()
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mtpkern.config import SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
+from mtpkern.errors import UserError
 from mtpkern.ops.definitions import Definitions
 from mtpkern.request import EncodedPrompt, Request
 from mtpkern.tokenizer import Tokenizer

@@ -9,9 +9,10 @@ import torch
 from conftest import TINY_CONFIG, tiny_checkpoint
 
 from mtpkern import cli
-from mtpkern.config import SamplingParams, UserError
+from mtpkern.config import SamplingParams
 from mtpkern.drafters.synthetic import PERIOD, draw_counts
 from mtpkern.engine import LLM
+from mtpkern.errors import UserError
 
 
 @pytest.mark.parametrize("rates", [[1.0, 1.0, 0.0], [0.8, 0.6, 0.4], [0.0, 1.0, 1.0]])

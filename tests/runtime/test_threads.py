@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mtpkern import threads
-from mtpkern.config import UserError
+from mtpkern.errors import UserError
 from mtpkern.threads import physical_cores, use_threads
 
 

@@ -70,7 +70,7 @@ def test_heads_beside_quants_have_8_bits_and_cost_no_token(tmp_path: Path) -> No
             num_speculative_tokens=3,
             max_length=128,
         )
-        kept[weights] = llm.drafter.heads[0][0].format
+        kept[weights] = llm.drafter.parallel_heads[0][0].format
         drafted, plain = (
             llm.generate(PROMPTS, PARAMS, speculate=speculate) for speculate in (True, False)
         )

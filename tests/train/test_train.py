@@ -27,11 +27,15 @@ from training import (
 )
 
 from mtpkern import cli
-from mtpkern.checkpoints.llama import fingerprint, layer_parts, load_config, load_tensors
-from mtpkern.config import ModelConfig, ModelLoadError, RopeConfig, SamplingParams, UserError
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.hf_config import read_hf_config
+from mtpkern.checkpoints.llama import fingerprint, layer_parts, load_config
+from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
+from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.reference import logits as reference_logits
+from mtpkern.rope import RopeConfig
 from mtpkern.train import FAMILIES, budget, distill, fit, invent, joint, prompts, record, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
@@ -203,9 +207,7 @@ def test_a_model_of_too_few_layers_is_refused(tmp_path: Path):
 def untrained_head(family: str) -> Any:
     if family == "layers":
         shapes = {
-            n: s
-            for part in layer_parts(ModelConfig.from_json(TINY_CONFIG)).values()
-            for n, s in part
+            n: s for part in layer_parts(read_hf_config(TINY_CONFIG)).values() for n, s in part
         }
         shapes["norm.weight"] = (E,)
         tensors = {f"{h}.{n}": torch.ones(s) for n, s in shapes.items() for h in range(3)}

@@ -12,9 +12,10 @@ from head_files import write_medusa
 from training import RECIPE, random_head, record_answers, small_plan
 
 from mtpkern import cli, status
-from mtpkern.checkpoints.llama import load_tensors
-from mtpkern.config import UserError, read_json_object
+from mtpkern.checkpoints.directory import load_tensors
+from mtpkern.checkpoints.json_files import read_json_object
 from mtpkern.drafters.load import PRETRAINED
+from mtpkern.errors import UserError
 from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.status import SILENT, Status
 from mtpkern.tokenizer import Tokenizer

@@ -1,0 +1,215 @@
+"""The pairs that a head with a key/value cache has yet to write there.
+
+Such a head writes one entry per committed token, made of a pair: the model's hidden states at that
+token (its features) and the token after it. A step commits accepted + 1 tokens per sequence, and so
+that many pairs. `CachedDrafter` holds them in one of two ways:
+
+    PendingPairs   where the host may read values inside a step (a CPU): pairs wait until the head
+                   drafts again, so that a step without its drafts costs next to nothing
+    StepPairs      under a CUDA graph, where each step drafts: the step's own pairs
+
+The modules of `ModulesDrafter` also need tokens further ahead, so that a sequence's last pairs are
+written from drafts first. These `open_pairs` stay, and are written again once their tokens are
+known.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtpkern.cache import KVCache
+from mtpkern.drafters.base import DraftInput
+
+# How many pairs of a sequence may wait, those of the next window included.
+MAX_PENDING = 64
+# How many of them are kept while the heads are not used, since their drafts do not pay.
+LATEST = 16
+
+
+class Pairs(NamedTuple):
+    """The pairs to write before drafting, n for each of B sequences; W is the features' width."""
+
+    features: Tensor  # [B, n, W]
+    tokens: Tensor  # [B, n + open_pairs] int64, the token after each row, and those after the last
+    begin: Tensor  # [B] int64, the cache position of a sequence's first pair
+    last: Tensor  # [B] int64, the index of its last pair, 0..n-1; pairs after that are padding
+
+
+class StepPairs:
+    """The pairs of the step at hand, and the open ones before them: no value decides a shape.
+
+    After steps without drafts the cache has gaps: drafts are poorer, tokens the same.
+    """
+
+    def __init__(self, cache: KVCache, width: int, dtype: torch.dtype, open_pairs: int):
+        """`cache` is the head's own; features are [.., width] of `dtype`."""
+        self.cache, self.open_pairs = cache, open_pairs
+        shape = (len(cache.lengths), open_pairs, width)
+        self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
+
+    def take(self, step: DraftInput) -> Pairs:
+        """The pairs to write at a step, which count as written from now on."""
+        begin = step.lengths - step.advance
+        if not self.open_pairs:
+            return Pairs(step.features, step.target, begin, step.accepted)
+        # Open pairs and the step's own, side by side, as many as there may be.
+        some = slice(step.first, step.first + len(step.lengths))
+        lengths, pending, own = self.cache.lengths[some], self.pending[some], step.features
+        before = begin
+        begin = torch.maximum(torch.minimum(lengths, before), before - self.open_pairs)
+        count = before - begin
+        index = count[:, None] + torch.arange(own.shape[1], device=begin.device)
+        features = torch.cat([pending, own], 1)
+        features.scatter_(1, index[:, :, None].expand_as(own), own)
+        tokens = tokens_from(step, begin + 1, features.shape[1] + self.open_pairs)
+        lengths.copy_(torch.maximum(step.lengths - self.open_pairs, begin))
+        pending.copy_(rows_from(features, lengths - begin, self.open_pairs))
+        return Pairs(features, tokens, begin, count + step.accepted)
+
+    def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
+        return ()
+
+    def mark_gap(self) -> None:
+        pass
+
+    def reset(self, sequence: int, length: int) -> None:
+        self.cache.lengths[sequence] = length
+
+
+class PendingPairs:
+    """Pairs that wait in a buffer, in order, for as long as the head does not draft.
+
+    A step that is only observed is noted as it is, and its rows are copied to the buffer later,
+    together with those of other steps: observing must cost next to nothing.
+    """
+
+    def __init__(self, cache: KVCache, width: int, dtype: torch.dtype, open_pairs: int):
+        """`cache` is the head's own; features are [.., width] of `dtype`."""
+        self.cache, self.open_pairs = cache, open_pairs
+        # The last row of each sequence receives rows that were not accepted.
+        shape = (len(cache.lengths), MAX_PENDING + 1, width)
+        self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
+        self._noted: list[DraftInput] = []  # steps of the same slots, not yet in `pending`
+        # Sequences for which steps were committed that were never noted.
+        self._missed: set[int] = set()
+
+    def take(self, step: DraftInput) -> Pairs:
+        """The pairs to write at a step, which count as written from now on."""
+        self._note(step)
+        self._copy_noted()
+        some = slice(step.first, step.first + len(step.lengths))
+        lengths, pending = self.cache.lengths[some], self.pending[some]
+        begin = lengths.clone()
+        waiting = (step.lengths - begin).clamp_(min=1)
+        rows = int(waiting.max())
+        features = pending[:, :rows]
+        tokens = tokens_from(step, begin + 1, rows + self.open_pairs)
+        lengths.copy_(step.lengths)
+        if self.open_pairs:
+            features = features.clone()
+            lengths.copy_(torch.maximum(step.lengths - self.open_pairs, begin))
+            remaining = rows_from(pending, lengths - begin, self.open_pairs)
+            pending[:, : self.open_pairs] = remaining
+        return Pairs(features, tokens, begin, waiting - 1)
+
+    def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """Note a step -> pairs to be written without drafting, since the buffer is half full: the
+        slot, features [n, W] and the token [n] after each."""
+        # The next step overwrites lengths and features.
+        self._note(step._replace(lengths=step.lengths.clone(), features=step.features.clone()))
+        # Noted rows may take half of the buffer: a quarter of it, and one more step.
+        if len(self._noted) * step.features.shape[1] < MAX_PENDING // 4:
+            return ()
+        self._copy_noted()
+        some = slice(step.first, step.first + len(step.lengths))
+        lengths, pending = self.cache.lengths[some], self.pending[some]
+        waiting = step.lengths - lengths
+        if bool(waiting.max() < MAX_PENDING // 2):
+            return ()
+        counts = [int(count) for count in waiting]
+        if not step.use_heads:
+            for b, count in enumerate(counts):
+                self._drop_oldest(step.first + b, count - LATEST)
+            return ()
+        tokens = tokens_from(step, lengths + 1, max(counts))
+        return [
+            (step.first + b, pending[b, :count].clone(), tokens[b, :count])
+            for b, count in enumerate(counts)
+            if count > 0
+        ]
+
+    def mark_gap(self) -> None:
+        """Steps were committed that were not noted: drop those noted before them."""
+        self._noted.clear()
+        self._missed = set(range(len(self.cache.lengths)))
+
+    def reset(self, sequence: int, length: int) -> None:
+        self._copy_noted()
+        self._missed.discard(sequence)
+        self.cache.lengths[sequence] = length
+
+    def _note(self, step: DraftInput) -> None:
+        if self._noted:
+            noted = self._noted[0]
+            if (noted.first, len(noted.features)) != (step.first, len(step.features)):
+                self._copy_noted()
+        self._noted.append(step)
+
+    def _copy_noted(self) -> None:
+        """Copy the committed rows of noted steps to the buffer, after those that are there."""
+        if not self._noted:
+            return
+        noted, self._noted = self._noted, []
+        first, batch = noted[0].first, len(noted[0].lengths)
+        pending = self.pending[first : first + batch]
+        index: list[int] = []
+        for b, begin in enumerate(map(int, self.cache.lengths[first : first + batch])):
+            if first + b in self._missed:
+                start = int(noted[0].lengths[b] - noted[0].advance[b])
+                self._leave_gap(first + b, start - begin)
+                self._missed.remove(first + b)
+                begin = start
+            row = b * pending.shape[1] - begin
+            for step in noted:
+                end, count = int(step.lengths[b]), int(step.advance[b])
+                index += range(row + end - count, row + end)
+                rejected = row + begin + MAX_PENDING
+                index += [rejected] * (step.features.shape[1] - count)
+        features = torch.cat([step.features for step in noted], 1).flatten(0, 1)
+        pending.flatten(0, 1).index_copy_(0, torch.tensor(index), features)
+
+    def _drop_oldest(self, sequence: int, count: int) -> None:
+        """Leave zeros in the cache in place of a sequence's first `count` pairs. While the heads
+        are not used, writing keys and values costs more than the better drafts later bring."""
+        if count <= 0:
+            return
+        self._leave_gap(sequence, count)
+        pending = self.pending[sequence]
+        pending[:LATEST] = pending[count : count + LATEST].clone()
+
+    def _leave_gap(self, sequence: int, count: int) -> None:
+        """Fill the next `count` positions of a sequence with zeros, and continue after them."""
+        cache = self.cache
+        begin, page_size = int(cache.lengths[sequence]), cache.k.shape[2]
+        at = torch.arange(begin, begin + count)
+        slots = cache.page_table[sequence].long()[at // page_size] * page_size + at % page_size
+        for pages in (cache.k, cache.v):
+            pages.flatten(1, 2).index_fill_(1, slots, 0)
+        cache.lengths[sequence] += count
+
+
+def tokens_from(step: DraftInput, begin: Tensor, count: int) -> Tensor:
+    """The `count` tokens of each sequence from position begin [B] on: [B, count].
+
+    Those of sequences with fewer than `count` are undefined after their last.
+    """
+    index = begin[:, None] + torch.arange(count, device=begin.device)
+    return step.tokens.gather(1, index.clamp_(max=step.tokens.shape[1] - 1))
+
+
+def rows_from(rows: Tensor, begin: Tensor, count: int) -> Tensor:
+    """The `count` rows of each sequence from index begin [B] on: [B, n, W] -> [B, count, W]."""
+    index = begin[:, None] + torch.arange(count, device=begin.device)
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
