@@ -30,14 +30,10 @@ from mtpkern.arguments import Parser, at_least
 from mtpkern.cache import rotary_tables
 from mtpkern.kernels.cpu._compile import Kernels, default_cache, host_target
 from mtpkern.kernels.cpu._threads import Helpers
-from mtpkern.kernels.cpu.layers import Cache, add_layers
+from mtpkern.kernels.cpu.layers import ModelCache, add_layers
 from mtpkern.kernels.cpu.program import Program
-from mtpkern.kernels.cpu.weights import (
-    Array,
-    on_cache_line,
-    pack,
-    rounded,
-)
+from mtpkern.kernels.cpu.quants import Array, quantise
+from mtpkern.kernels.cpu.weights import on_cache_line, pack
 from mtpkern.threads import physical_cores
 
 PROBE_BYTES, PROBE_READS = 2**29, 5
@@ -140,7 +136,7 @@ def make_step(
     program = Program(kernels, helpers, max_rows=max(ROWS))
     x = program.buffer(trunk.embedding.in_features)
     program.embed(trunk.embedding, x)
-    x = add_layers(program, x, trunk.layers, Cache(k, v, cos, sin, trunk.heads))
+    x = add_layers(program, x, trunk.layers, ModelCache(k, v, cos, sin, trunk.heads))
     logits = program.buffer(trunk.vocabulary.out_features) if keep_logits else None
     program.project(x, trunk.vocabulary, norm=trunk.norm, logits=logits)
     return Step(program, logits)
@@ -203,7 +199,7 @@ def matmuls(kernels: Kernels, helpers: Helpers, formats: list[str] | None) -> di
     cases = {}
     for format in formats or ["q4_1", "q8_0", "bf16"]:
         for name, (N, K) in MATMULS.items():
-            w = pack(rounded(torch.randn(N, K), format))
+            w = pack(quantise(torch.randn(N, K), format))
             count = max(1, 2**26 // w.data.nbytes)
             program = Program(kernels, helpers, max_rows=max(ROWS))
             x, out = program.buffer(K), program.buffer(N)

@@ -8,18 +8,10 @@ import numpy as np
 import torch
 
 from mtpkern.errors import UserError, printable
-from mtpkern.kernels.cpu.layers import Layer
+from mtpkern.kernels.cpu.layers import PackedLayer
 from mtpkern.kernels.cpu.program import Norm
-from mtpkern.kernels.cpu.weights import (
-    Array,
-    Quants,
-    Weights,
-    from_gguf,
-    interleaved,
-    joined,
-    pack,
-    rounded,
-)
+from mtpkern.kernels.cpu.quants import Array, Quants, from_gguf, joined, quantise
+from mtpkern.kernels.cpu.weights import Weights, interleaved, pack
 
 SMOLLM = {"E": 576, "F": 1536, "heads": 9, "kv_heads": 3, "D": 64, "layers": 30, "V": 49152}
 
@@ -28,7 +20,7 @@ class Trunk(NamedTuple):
     """The weights of a Llama, packed."""
 
     embedding: Weights  # [V, E]
-    layers: list[Layer]
+    layers: list[PackedLayer]
     norm: Norm
     vocabulary: Weights  # [V, E]; the embedding itself if they are tied
     heads: int  # query heads
@@ -40,12 +32,12 @@ def random_trunk() -> tuple[Trunk, dict[str, int]]:
 
     def weights(N: int, K: int, format: str, order: Array | None = None) -> Weights:
         w = torch.randn(N, K, generator=generator) / K**0.5
-        return pack(rounded(w, format), order=order)
+        return pack(quantise(w, format), order=order)
 
     s = SMOLLM
     norm = Norm(np.ones(s["E"], np.float32), 1e-5)
     made = [
-        Layer(
+        PackedLayer(
             norm,
             weights((s["heads"] + 2 * s["kv_heads"]) * s["D"], s["E"], "q4_1"),
             weights(s["E"], s["heads"] * s["D"], "q4_1"),
@@ -83,7 +75,7 @@ def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
         return Norm(np.ascontiguousarray(tensors[f"{name}.weight"].data, np.float32), eps)
 
     def halves_apart(w: Quants, count: int) -> Quants:
-        rows = np.arange(len(w.q)).reshape(count, -1, 2)
+        rows = np.arange(w.shape[0]).reshape(count, -1, 2)
         return w.take(rows.swapaxes(1, 2).reshape(-1))
 
     made = []
@@ -93,12 +85,12 @@ def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
         qkv = joined(halves_apart(q, heads), halves_apart(k, kv_heads), quants(at + "attn_v"))
         gate_up = joined(quants(at + "ffn_gate"), quants(at + "ffn_up"))
         made.append(
-            Layer(
+            PackedLayer(
                 norm(at + "attn_norm"),
                 pack(qkv),
                 pack(quants(at + "attn_output")),
                 norm(at + "ffn_norm"),
-                pack(gate_up, order=interleaved(len(gate_up.q) // 2)),
+                pack(gate_up, order=interleaved(gate_up.shape[0] // 2)),
                 pack(quants(at + "ffn_down")),
             )
         )

@@ -15,7 +15,7 @@ from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.load import load_heads
 from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.errors import UserError, printable
-from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.ops.cpu import CpuOps

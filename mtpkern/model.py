@@ -16,7 +16,7 @@ from torch import Tensor
 from mtpkern.checkpoints.llama import LayerWeights, load_config
 from mtpkern.checkpoints.model_weights import load_model
 from mtpkern.config import ModelConfig
-from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.ops.base import Ops
 
 

@@ -6,9 +6,10 @@ from cpu_machine import helpers, kernels
 from paged import make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels
-from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
+from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
-from mtpkern.kernels.cpu.weights import interleaved, pack, rounded
+from mtpkern.kernels.cpu.quants import quantise
+from mtpkern.kernels.cpu.weights import interleaved, pack
 
 V, E, F, HEADS, HK, D, LAYERS, EPS = 333, 64, 96, 6, 2, 32, 3, 1e-5
 
@@ -30,7 +31,7 @@ def tensors(index: int) -> dict[str, torch.Tensor]:
     } | {name: 1 + normal(E, seed=10 * index + i) / 10 for i, name in ((5, "in"), (6, "post"))}
 
 
-def decoder_layers(format: str) -> list[Layer]:
+def decoder_layers(format: str) -> list[PackedLayer]:
     def norm(w: torch.Tensor) -> Norm:
         return Norm(w.numpy(), EPS)
 
@@ -39,13 +40,15 @@ def decoder_layers(format: str) -> list[Layer]:
         w = tensors(index)
         packed = {
             name: pack(
-                rounded(w[name], format), None, interleaved(F) if name == "gate_up" else None
+                quantise(w[name], format), None, interleaved(F) if name == "gate_up" else None
             )
             for name in ("qkv", "o", "gate_up", "down")
         }
         ends = norm(w["in"]), norm(w["post"])
         made.append(
-            Layer(ends[0], packed["qkv"], packed["o"], ends[1], packed["gate_up"], packed["down"])
+            PackedLayer(
+                ends[0], packed["qkv"], packed["o"], ends[1], packed["gate_up"], packed["down"]
+            )
         )
     return made
 
@@ -72,9 +75,9 @@ class Model:
         self.program = Program(
             compiled or kernels(), helpers(threads), max_rows=max_rows, max_batch=batch
         )
-        x, embedding = self.program.buffer(E), pack(rounded(normal(V, E, seed=99), format))
+        x, embedding = self.program.buffer(E), pack(quantise(normal(V, E, seed=99), format))
         self.program.embed(embedding, x)
-        cache = Cache(self.k, self.v, self.paged.cos, self.paged.sin, HEADS)
+        cache = ModelCache(self.k, self.v, self.paged.cos, self.paged.sin, HEADS)
         # Side by side, as what taps several layers wants them.
         tapped = self.program.buffer(2 * E)
         self.taps = [tapped[:, :E], tapped[:, E:]]

@@ -5,9 +5,9 @@
 The definition is `kernels/verify_attention.py`'s. A tile of keys is widened to float32 once for all
 window rows and all query heads that share it. Splits lie at absolute positions; a split's scores
 are summed over D in 8 lanes, its exponentials over keys in 8 lanes, its values over keys in
-ascending order; splits are merged in ascending order by whoever finishes the last one of a head.
+ascending order; splits are merged in ascending order by the thread that finishes a head.
 So a row's bits depend on its own position and keys only. Keys that a row does not see are neither
-multiplied nor added: what lies in their slots, NaN included, has no effect on it.
+multiplied nor added, so the contents of their slots, even NaN, have no effect.
 
 Bytes moved: the cache once per step; per split and row 4 (D + 8) of partial results.
 """
@@ -17,30 +17,24 @@ from __future__ import annotations
 import numpy as np
 
 from ._elementary import exp
+from ._intrinsics import compiled
 from ._layout import BF16, FP16, KEYS, SPLIT
-from ._vectors import (
-    compiled,
-    fma,
-    keep,
-    larger,
-    largest,
+from ._memory import (
     load_bfloat8,
     load_f8,
     load_f32,
     load_half8,
     load_i32,
     prefetch,
-    splat,
     store_bfloat8,
     store_f8,
     store_f32,
     store_half8,
-    total,
-    totals,
 )
+from ._vectors import fma, mask_outside, maximum, reduce_add, reduce_add_8, reduce_max, splat
 
 F32 = np.float32
-# How many keys ahead the cache is requested.
+# Keys that are prefetched ahead.
 AHEAD = 16
 
 
@@ -111,7 +105,7 @@ def score_eight(q, keys, D):
         s5 = fma(x, load_f8(k + 5 * row), s5)
         s6 = fma(x, load_f8(k + 6 * row), s6)
         s7 = fma(x, load_f8(k + 7 * row), s7)
-    return totals(s0, s1, s2, s3, s4, s5, s6, s7)
+    return reduce_add_8(s0, s1, s2, s3, s4, s5, s6, s7)
 
 
 @compiled
@@ -124,16 +118,16 @@ def score_tile(q, keys, start, count, begin, end, D, scale, scores):
             store_f8(out, splat(F32(-np.inf)))
         else:
             s = score_eight(q, keys + 4 * D * (n - start), D) * splat(scale)
-            store_f8(out, keep(s, begin - n, end - n))
+            store_f8(out, mask_outside(s, begin - n, end - n))
 
 
 @compiled
 def exponentials(scores, count, partial):
-    """Turn scores into exponentials; their maximum and sum go to the head of `partial`."""
+    """Turn scores into exponentials; their maximum and sum are stored at `partial`."""
     most = splat(F32(-np.inf))
     for n in range(0, 4 * count, 32):
-        most = larger(load_f8(scores + n), most)
-    m = largest(most)
+        most = maximum(load_f8(scores + n), most)
+    m = reduce_max(most)
     shift = splat(m if m > F32(-np.inf) else F32(0.0))
     z = splat(0.0)
     for n in range(0, 4 * count, 32):
@@ -141,7 +135,7 @@ def exponentials(scores, count, partial):
         store_f8(scores + n, p)
         z = z + p
     store_f32(partial, m)
-    store_f32(partial + 4, total(z))
+    store_f32(partial + 4, reduce_add(z))
 
 
 @compiled
@@ -205,7 +199,7 @@ def attend_split(
     partial_head,
     work,
 ):
-    """Leave each row's maximum, sum and, from byte 32 on, weighted values [D] in its partial."""
+    """Store each row's maximum, sum and, from byte 32 on, weighted values [D] in its partial."""
     low = split * SPLIT
     # Tiles of keys are aligned like pages, so that each lies in one.
     begin = max(low, first_seen(length, sliding) // KEYS * KEYS)
@@ -268,7 +262,7 @@ def merge_splits(partial, first, last, size, D, out):
         shift = splat(m_new if m_new > F32(-np.inf) else F32(0.0))
         decay = exp(splat(m) - shift)
         weight = exp(splat(m_split) - shift)
-        z = largest(fma(splat(z), decay, splat(load_f32(part + 4)) * weight))
+        z = reduce_max(fma(splat(z), decay, splat(load_f32(part + 4)) * weight))
         for d in range(0, 4 * D, 32):
             store_f8(out + d, fma(load_f8(out + d), decay, load_f8(part + 32 + d) * weight))
         m = m_new

@@ -1,10 +1,10 @@
-"""Compiled once per machine: LLVM IR to object files in the user's cache directory, and back.
+"""Compilation, once per machine: LLVM IR to object files in the user's cache directory.
 
 IR comes from two places: matmul tiles are written as LLVM vectors (`_tile`), everything else is
-Python that Numba translates (`_program` and what it imports). Both give position-independent
-objects without addresses of the process that made them. A later process loads those objects and
-imports neither. The key is a hash of every file of this folder, the versions of llvmlite, Numba and
-Python, and the CPU and its features; where the directory cannot be written, objects live in memory.
+Python that Numba translates (`_program`, `_step_end` and what they import). Both give
+position-independent objects without absolute addresses. A later process loads them and imports
+neither. The key is a hash of every file of this folder, the versions of llvmlite, Numba and Python,
+and the CPU and its features. If the directory is not writable, objects stay in memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
 @cache
 def host_target() -> Target:
-    """This machine; ValueError where it lacks what the kernels need."""
+    """This machine; ValueError if it lacks instructions that the kernels need."""
     found = llvm.get_host_cpu_features()
     names = {name for name, there in found.items() if there}
     if platform.machine().lower() in ("x86_64", "amd64") and not names >= BASELINE:
@@ -56,7 +56,7 @@ def host_target() -> Target:
 
 
 def emit_object(ir: str, target: Target, *, optimise: bool) -> bytes:
-    """An object file of IR; `optimise` for IR that no compiler has seen yet."""
+    """An object file of IR; `optimise` runs LLVM's -O3 passes first."""
     module = llvm.parse_assembly(ir)
     module.verify()
     machine = target_machine(target)
@@ -88,8 +88,8 @@ def default_cache() -> Path:
 class Kernels:
     """Entry points by name, compiled on first use.
 
-    `directory` holds object files between processes, or is None to keep nothing. `on_compile(name)`
-    is called before something is compiled that no earlier run left there.
+    `directory` keeps object files between processes (None: they are not kept). `on_compile(name)`
+    is called before a unit is compiled that the directory lacks.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Kernels:
     ):
         self.target = host_target() if target is None else target
         self.directory, self.on_compile = directory, on_compile
-        self.compiled: list[str] = []  # what no earlier run had left
+        self.compiled: list[str] = []  # units that were not in the directory
         self._key = _key(self.target)
         self._addresses: dict[str, int] = {}
         self._kept: list[object] = []
@@ -163,7 +163,7 @@ class Kernels:
         self._addresses[name] = library[name]
 
 
-# A name is never used twice in a process.
+# Libraries of a process have distinct names.
 _numbers = itertools.count()
 
 
@@ -184,15 +184,15 @@ def _key(target: Target) -> str:
 
 
 def _checked(content: bytes) -> bytes:
-    """The object in a cache file; ValueError where the file is not whole."""
+    """The object in a cache file; ValueError if the file is truncated or damaged."""
     digest, image = content[:32], content[32:]
     if hashlib.sha256(image).digest() != digest:
-        raise ValueError("not a whole object file")
+        raise ValueError("the object file is damaged")
     return image
 
 
 def _write(file: Path, image: bytes) -> None:
-    """Write in one rename; a directory that cannot be written is no error."""
+    """Write atomically, by a rename; a directory that is not writable is not an error."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._intrinsics import compiled
 from ._vectors import (
     bits_float,
-    compiled,
     float_bits,
     fma,
     fma_scalar,
-    half_of,
-    larger,
-    nan_of,
-    nearest,
+    halve,
+    maximum,
+    minimum,
     power_of_two,
-    smaller,
+    propagate_nan,
+    round_even,
     splat,
     to_int,
 )
@@ -29,9 +29,9 @@ F32 = np.float32
 
 @compiled
 def exp(x):
-    """e^x: 0 below -104 and infinity above 89, denormals in between as they are."""
-    bounded = larger(smaller(x, splat(89.0)), splat(-105.0))
-    n = nearest(bounded * splat(1.44269504088896341))
+    """e^x: 0 below -104, infinity above 89; denormal results are kept."""
+    bounded = maximum(minimum(x, splat(89.0)), splat(-105.0))
+    n = round_even(bounded * splat(1.44269504088896341))
     r = fma(n, splat(-0.693359375), bounded)
     r = fma(n, splat(2.12194440e-4), r)
     p = splat(1.9875691500e-4)
@@ -41,10 +41,10 @@ def exp(x):
     p = fma(p, r, splat(1.6666665459e-1))
     p = fma(p, r, splat(5.0000001201e-1))
     y = fma(p, r * r, r) + splat(1.0)
-    # In two factors, since n spans -152..129.
+    # Two factors, since n is in -152..129.
     exponent = to_int(n)
-    half = half_of(exponent)
-    return nan_of(x, y * power_of_two(half) * power_of_two(exponent - half))
+    half = halve(exponent)
+    return propagate_nan(x, y * power_of_two(half) * power_of_two(exponent - half))
 
 
 @compiled

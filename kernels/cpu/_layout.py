@@ -1,8 +1,8 @@
-"""How a program lies in memory: int64 words that Python writes and compiled code reads.
+"""The memory layout of a program: int64 words that Python writes and compiled code reads.
 
 A program is a list of phases, each an operation on all rows of a step, cut into chunks. Threads
-take chunks from a counter, and a phase is over when its chunks are done, whoever did them: a thread
-that is late, or was suspended between two chunks, delays nobody.
+take chunks from a counter, and a phase ends when its chunks are done, no matter by which threads: a
+thread that is late, or suspended between two chunks, delays nobody.
 """
 
 # Operations.
@@ -44,13 +44,13 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     ALL_BLOCKS,
     INPUTS,  # K; rows are padded with zeros to whole lanes
     GROUPS,  # of 32 inputs
-    ROUNDED,  # 1: activations are rounded to 8 bits
+    QUANTISED,  # 1: activations are quantised to 8 bits
     BIAS,  # address of [8 ALL_BLOCKS] float32, or 0
     OUTPUTS,  # N
     HEADS,  # query heads
     KV_HEADS,
     HEAD_DIM,  # padded
-    HEAD_COUNT,  # numbers of a head that are not padding
+    HEAD_COUNT,  # numbers per head that are not padding
     K_PAGES,  # address of [pages, page_size, Hk, D]
     V_PAGES,
     PAGE_SIZE,
@@ -61,7 +61,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     K_NORM,
     SLIDING,  # positions that a row sees; 0: all
     SCALE,  # float32 bits
-    PARTIALS,  # address of what chunks leave for the merge
+    PARTIALS,  # address of the chunks' partial results
     MERGES,  # address of int64 counters, zero between phases
     MAX_SPLITS,
     BEST,  # out, address of [R, 3] 64-bit words: id, value bits, log-sum-exp bits
@@ -72,15 +72,15 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
 
 FP32, FP16, BF16 = range(3)
 
-# Counters that different threads change lie on cache lines of their own.
+# Counters that several threads change have a cache line each.
 COUNTER_WORDS = 8
 CLOSED = 2**31 - 1
 
-# Keys of a split of the cache: split i holds the same keys however long a sequence is.
+# Keys per split of the cache: split i holds the same keys whatever the length of the sequence.
 SPLIT = 128
-# Keys that are widened to float32 at a time.
+# Keys that are converted to float32 at a time.
 KEYS = 32
-# Blocks of 8 outputs in a chunk of the vocabulary: sums of exponentials go by chunk.
+# Blocks of 8 outputs in a chunk of the vocabulary; sums of exponentials are taken per chunk.
 VOCABULARY_BLOCKS = 32
 
 # Words of `end_step`.

@@ -8,6 +8,7 @@ strides in elements.
 
 from __future__ import annotations
 
+from ._intrinsics import compiled
 from ._layout import (
     ACCEPTED,
     ACTIVE,
@@ -42,15 +43,10 @@ from ._layout import (
     WINDOW,
     WINDOW_STRIDE,
 )
-from ._vectors import compiled, load_f32, load_i32, load_i64, store_byte, store_i64
+from ._memory import load_f32, load_i32, load_i64, store_byte, store_i64, word
 
 # Step numbers in the ring wrap at this, as in kernels/advance.py.
 STEP_MASK = 2**31 - 1
-
-
-@compiled
-def word(at, index):
-    return load_i64(at + 8 * index)
 
 
 @compiled

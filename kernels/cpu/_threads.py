@@ -1,8 +1,8 @@
 """Persistent helper threads for steps.
 
-A step needs none of them: its first thread is the caller, and a phase is over when its chunks are
-done. So helpers may be late, busy with another caller's step, or gone after a fork, and the step
-still ends, with the same bits. Between steps they wait in the kernel, not in a loop.
+No step depends on them: its first thread is the caller, and a phase ends when its chunks are done.
+So helpers may be late, busy with another caller's step, or gone after a fork, and the step still
+ends, with the same bits. Between steps they block in the kernel; they do not spin.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from queue import SimpleQueue
 
 Job = Callable[[int], object]
 
-# Helpers are worth less than nothing where other processes take their cores: the caller then waits
-# for chunks of suspended threads. Above so many thousandths of waiting, averaged over some steps,
-# one helper fewer is called for a while.
+# If other processes take the cores, helpers slow a step down: its caller waits for chunks of
+# suspended threads. If the caller waits more than PATIENCE thousandths of a step, averaged over
+# AVERAGED steps, one helper fewer is called for PENALTY steps.
 PATIENCE = 330
 AVERAGED = 8
 PENALTY = 64
 
 
 class Helpers:
-    """`threads` - 1 helpers; thread 0 of every step is its caller."""
+    """`threads` - 1 helper threads; thread 0 of every step is its caller."""
 
     def __init__(self, threads: int):
         if threads < 1:
@@ -43,7 +43,7 @@ class Helpers:
             queue.put(job)
 
     def learn(self, waited: int) -> None:
-        """Take note of a step whose caller waited for so many thousandths of it."""
+        """Record the share of a step, in thousandths, that its caller waited."""
         if self.active < self.threads - 1:
             self._penalty -= 1
             if self._penalty <= 0:
@@ -64,7 +64,7 @@ class Helpers:
         self._queues, self._process = [], -1
 
     def _start(self) -> None:
-        # A child of a fork has the object but no threads, and perhaps a lock that nobody frees.
+        # After a fork the child has no threads, and the lock may have been held by one.
         if self._process != -1:
             self._lock = threading.Lock()
         with self._lock:

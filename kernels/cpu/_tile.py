@@ -3,9 +3,9 @@
     out[r, n] = sum_g  d[n, g] dx[r, g] sum_j q[n, g, j] xq[r, g, j]  (+ m[n, g] sx[r, g])   rounded
     out[r, n] = sum_k  w[n, k] x[r, k]                                                       others
 
-Bytes moved: a weight block is read once for up to 8 rows, and from the cache for each 8 rows more.
+Bytes moved: a weight block is read once for up to 8 rows, and from the cache per further 8 rows.
 
-Weights of 4, 6 and 8 bits meet activations of 8 bits, in groups of 32 inputs (`_rounding`). The
+Weights of 4, 6 and 8 bits are multiplied by activations of 8 bits, in groups of 32 inputs. The
 integer sum of a group is exact in every form below; the float sum of an output runs over its groups
 in ascending order by explicit FMA. So a row's bits depend neither on the rows beside it nor on the
 instruction set. Weights of 16 and 32 bits are widened to float32; an output's sum runs over the
@@ -24,44 +24,30 @@ Ranges, for xq in -127..127:
            128 * sum xq is taken off again: at most 32 * 255 * 127 = 1,036,320 < 2^24.
 
 Layout of a block of 8 outputs, padded to 64 bytes; G groups of 32 inputs:
-  q4_0, q4_1   [G][4][8 outputs][4] bytes: byte j of i holds input 4 i + j in the low 4 bits and
-               input 16 + 4 i + j in the high ones
+  q4_0, q4_1, q4_k   [G][4][8 outputs][4] bytes: byte j of i holds input 4 i + j in the low 4 bits
+               and input 16 + 4 i + j in the high ones
   q8_0, q8     [G][8][8 outputs][4] int8
   q6_k         [G][4][8][4] low 4 bits as above, then [2][8][4] bytes of 2 high bits: bits 2 i of
                byte j of half h belong to input 16 h + 4 i + j
 then the scales: q4_0, q8_0 [G][8] fp16; q4_1 [G][2][8] fp16 (d, m); q8 [8] float32;
   q6_k         [G][2][8] int8 scales of 16 inputs, then [ceil(G / 8)][8] fp16
+  q4_k         [G][2][8] uint8 scales of d and of m, then [ceil(G / 8)][2][8] fp16; products of fp16
+               and 6 bits are exact in float32
   bf16, fp16, fp32   [K][8]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 
+from ._dot_products import DOTS
+from ._formats import FLOATS, GROUP_BYTES, QUANTISED, STATS_BYTES
+from ._ir import F32, I8, I32, Writer, constant
+
 ROWS = 8
-GROUP = 32
-ROUNDED = ("q4_0", "q4_1", "q8_0", "q8", "q6_k")
-FLOATS = ("bf16", "fp16", "fp32")
-FORMATS = ROUNDED + FLOATS
-# Bytes of a row's facts on one group: dx, sx = dx * sum, and the sum xq of each half, as int32.
-FACTS = 16
-# Bytes of a group of 8 outputs: quants and the scales that every group has.
-GROUP_BYTES = {
-    "q4_0": 144,
-    "q4_1": 160,
-    "q8_0": 272,
-    "q8": 256,
-    "q6_k": 208,
-    "bf16": 512,
-    "fp16": 512,
-    "fp32": 1024,
-}
-# How far ahead weights are requested: groups, and bytes where there are none.
+# How far ahead weights are prefetched: groups, or bytes for formats without groups.
 PREFETCH_GROUPS = 32
 PREFETCH_BYTES = 4096
-
-I8, I16, I32, F32 = "<32 x i8>", "<16 x i16>", "<8 x i32>", "<8 x float>"
 
 
 def form_of(features: set[str], arch: str) -> str:
@@ -76,9 +62,9 @@ def form_of(features: set[str], arch: str) -> str:
 def tile_ir(weights: str, form: str) -> str:
     """LLVM IR of `tile_<format>`; every form gives the same bits.
 
-    void tile(w, xq, facts, out, i64 blocks, i64 groups, i64 out_stride, i64 rows): w the first
-    block; xq [rows, 32 groups] int8 and facts [rows, groups, FACTS bytes], or, for weights of 16
-    and 32 bits, x [rows, 32 groups] float32 and nothing; out [rows, 8 blocks] float32, out_stride
+    void tile(w, xq, stats, out, i64 blocks, i64 groups, i64 out_stride, i64 rows): w the first
+    block; xq [rows, 32 groups] int8 and stats [rows, groups] of STATS_BYTES, or, for weights of 16
+    and 32 bits, x [rows, 32 groups] float32 and no stats; out [rows, 8 blocks] float32, out_stride
     elements from row to row.
     """
     writer = Writer()
@@ -86,76 +72,27 @@ def tile_ir(weights: str, form: str) -> str:
         if weights in FLOATS:
             _float_tile(writer, weights, rows)
         else:
-            _rounded_tile(writer, weights, form, rows)
+            _quantised_tile(writer, weights, form, rows)
     _passes(writer, weights)
     return writer.text()
 
 
-class Writer:
-    """Lines of IR; `op` numbers the values."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.declared: dict[str, None] = {}
-        self.count = 0
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def op(self, text: str) -> str:
-        self.count += 1
-        self.lines.append(f"  %v{self.count} = {text}")
-        return f"%v{self.count}"
-
-    def call(self, result: str, name: str, *arguments: tuple[str, str]) -> str:
-        types = ", ".join(kind for kind, _ in arguments)
-        self.declared[f"declare {result} @{name}({types})"] = None
-        return self.op(f"call {result} @{name}({', '.join(f'{k} {v}' for k, v in arguments)})")
-
-    def at(self, pointer: str, offset: str | int) -> str:
-        """The address `offset` bytes behind a pointer."""
-        return self.op(f"getelementptr i8, ptr {pointer}, i64 {offset}")
-
-    def load(self, kind: str, pointer: str, align: int) -> str:
-        return self.op(f"load {kind}, ptr {pointer}, align {align}")
-
-    def splat(self, scalar: str, value: str, lanes: int) -> str:
-        one = self.op(f"insertelement <{lanes} x {scalar}> poison, {scalar} {value}, i32 0")
-        zeros = f"<{lanes} x i32> zeroinitializer"
-        vector = f"<{lanes} x {scalar}>"
-        return self.op(f"shufflevector {vector} {one}, {vector} poison, {zeros}")
-
-    def fma(self, a: str, b: str, c: str) -> str:
-        return self.call(F32, "llvm.fma.v8f32", (F32, a), (F32, b), (F32, c))
-
-    def prefetch(self, pointer: str) -> None:
-        self.declared["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"] = None
-        self.line(f"  call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 3, i32 1)")
-
-    def text(self) -> str:
-        return "\n".join([*self.declared, *self.lines]) + "\n"
-
-
-def constant(scalar: str, value: int, lanes: int) -> str:
-    return "<" + ", ".join([f"{scalar} {value}"] * lanes) + ">"
-
-
 SIGNATURE = (
-    "ptr noalias %w, ptr noalias %x, ptr noalias %facts, ptr noalias %out, "
+    "ptr noalias %w, ptr noalias %x, ptr noalias %stats, ptr noalias %out, "
     "i64 %blocks, i64 %groups, i64 %stride"
 )
 
 
 def _passes(o: Writer, weights: str) -> None:
     """Rows of 8, then the rest, over the same blocks."""
-    x_bytes = 32 if weights in ROUNDED else 128
+    x_bytes = 32 if weights in QUANTISED else 128
     o.line(f"define void @tile_{weights}({SIGNATURE}, i64 %rows) {{\nentry:")
-    o.line(f"  %xrow = mul i64 %groups, {x_bytes}\n  %frow = mul i64 %groups, {FACTS}")
+    o.line(f"  %xrow = mul i64 %groups, {x_bytes}\n  %frow = mul i64 %groups, {STATS_BYTES}")
     o.line("  %orow = mul i64 %stride, 4\n  br label %pass\npass:")
     o.line("  %r = phi i64 [0, %entry], [%next, %done]\n  %left = sub i64 %rows, %r")
     o.line("  %xo = mul i64 %r, %xrow\n  %fo = mul i64 %r, %frow\n  %oo = mul i64 %r, %orow")
     o.line("  %xp = getelementptr i8, ptr %x, i64 %xo")
-    o.line("  %fp = getelementptr i8, ptr %facts, i64 %fo")
+    o.line("  %fp = getelementptr i8, ptr %stats, i64 %fo")
     o.line("  %op = getelementptr i8, ptr %out, i64 %oo")
     cases = " ".join(f"i64 {rows}, label %rows{rows}" for rows in range(1, ROWS))
     o.line(f"  switch i64 %left, label %rows{ROWS} [{cases}]")
@@ -175,9 +112,9 @@ def _block_bytes(o: Writer, weights: str) -> str:
     size = o.op(f"mul i64 %groups, {GROUP_BYTES[weights]}")
     if weights == "q8":
         size = o.op(f"add i64 {size}, 32")
-    if weights == "q6_k":
+    if shared := {"q6_k": 16, "q4_k": 32}.get(weights):
         eighths = o.op(f"lshr i64 {o.op('add i64 %groups, 7')}, 3")
-        size = o.op(f"add i64 {size}, {o.op(f'mul i64 {eighths}, 16')}")
+        size = o.op(f"add i64 {size}, {o.op(f'mul i64 {eighths}, {shared}')}")
     return o.op(f"and i64 {o.op(f'add i64 {size}, 63')}, -64")
 
 
@@ -191,12 +128,12 @@ def _store(o: Writer, rows: int, sums: list[str]) -> None:
     o.line("  br i1 %more, label %block, label %done\ndone:\n  ret void\n}")
 
 
-def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
+def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     _open(o, weights, rows)
     size = _block_bytes(o, weights)
-    quants = {"q4_0": 128, "q4_1": 128, "q6_k": 192}.get(weights, 256)
+    quants = {"q8_0": 256, "q8": 256, "q6_k": 192}.get(weights, 128)
     o.line("  %xrow = mul i64 %groups, 32")
-    o.line(f"  %frow = mul i64 %groups, {FACTS}\n  %body = mul i64 %groups, {quants}")
+    o.line(f"  %frow = mul i64 %groups, {STATS_BYTES}\n  %body = mul i64 %groups, {quants}")
     o.line("  br label %block\nblock:\n  %b = phi i64 [0, %entry], [%b1, %end]")
     o.line(f"  %offset = mul i64 %b, {size}\n  %wb = getelementptr i8, ptr %w, i64 %offset")
     o.line("  %sb = getelementptr i8, ptr %wb, i64 %body\n  br label %group\ngroup:")
@@ -209,23 +146,23 @@ def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     ahead = o.at("%wb", o.op(f"mul i64 %g, {step}"))
     for line in range(0, step, 64):
         o.prefetch(o.at(ahead, PREFETCH_GROUPS * step + line))
-    read = {"q4_0": _read_q4, "q4_1": _read_q4, "q6_k": _read_q6}.get(weights, _read_q8)
+    read = {"q8_0": _read_q8, "q8": _read_q8, "q6_k": _read_q6}.get(weights, _read_q4)
     vectors = read(o, group, form)
     scales = _scales(o, weights)
     for r in range(rows):
         xr = o.at(o.at("%x", o.op(f"mul i64 %xrow, {r}")), o.op("mul i64 %g, 32"))
-        offset = o.op(f"mul i64 %g, {FACTS}")
-        facts = o.at(o.at("%facts", o.op(f"mul i64 %frow, {r}")), offset)
+        offset = o.op(f"mul i64 %g, {STATS_BYTES}")
+        stats = o.at(o.at("%stats", o.op(f"mul i64 %frow, {r}")), offset)
         quads = (
             o.op(f"bitcast {I32} {o.splat('i32', o.load('i32', o.at(xr, 4 * i), 4), 8)} to {I8}")
             for i in range(8)
         )
-        dx = o.splat("float", o.load("float", facts, 4), 8)
-        total = DOTS[weights](o, form, vectors, quads, scales, partial(_fact, o, facts))
+        dx = o.splat("float", o.load("float", stats, 4), 8)
+        total = DOTS[weights](o, form, vectors, quads, scales, partial(_group_sum, o, stats))
         product = o.op(f"sitofp {I32} {total} to {F32}")
         acc = f"%acc{r}"
-        if weights == "q4_1":
-            sx = o.splat("float", o.load("float", o.at(facts, 4), 4), 8)
+        if weights in ("q4_1", "q4_k"):
+            sx = o.splat("float", o.load("float", o.at(stats, 4), 4), 8)
             acc = o.fma(scales[1], sx, acc)
         scale = dx if weights == "q8" else o.op(f"fmul {F32} {scales[0]}, {dx}")
         o.line(f"  %sum{r} = bitcast {F32} {o.fma(product, scale, acc)} to {F32}")
@@ -238,13 +175,9 @@ def _rounded_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     _store(o, rows, sums)
 
 
-def _fact(o: Writer, facts: str, index: int) -> str:
-    """Lanes of a row's sum of xq over half `index` of the group."""
-    return o.splat("i32", o.load("i32", o.at(facts, 8 + 4 * index), 4), 8)
-
-
-def _sum_of_group(o: Writer, fact: Callable[[int], str]) -> str:
-    return o.op(f"add {I32} {fact(0)}, {fact(1)}")
+def _group_sum(o: Writer, stats: str, index: int) -> str:
+    """A row's sum of xq over half `index` of the group, in all lanes."""
+    return o.splat("i32", o.load("i32", o.at(stats, 8 + 4 * index), 4), 8)
 
 
 def _scales(o: Writer, weights: str) -> list[str]:
@@ -260,6 +193,15 @@ def _scales(o: Writer, weights: str) -> list[str]:
         d = o.at(o.at("%sb", o.op("mul i64 %groups, 16")), o.op("mul i64 %eighth, 16"))
         bytes_ = [o.load("<8 x i8>", o.at(pair, 8 * h), 8) for h in (0, 1)]
         return [halves(d), *(o.op(f"sext <8 x i8> {b} to {I32}") for b in bytes_)]
+    if weights == "q4_k":
+        pair = o.at("%sb", o.op("mul i64 %g, 16"))
+        d = o.at("%sb", o.op("mul i64 %groups, 16"))
+        d = o.at(d, o.op(f"mul i64 {o.op('lshr i64 %g, 3')}, 32"))
+        bytes_ = [o.load("<8 x i8>", o.at(pair, 8 * h), 8) for h in (0, 1)]
+        factors = [o.op(f"uitofp <8 x i8> {b} to {F32}") for b in bytes_]
+        scale = o.op(f"fmul {F32} {halves(d)}, {factors[0]}")
+        offset = o.op(f"fmul {F32} {halves(o.at(d, 16))}, {factors[1]}")
+        return [scale, o.op(f"fneg {F32} {offset}")]
     pointer = o.at("%sb", o.op(f"mul i64 %g, {32 if weights == 'q4_1' else 16}"))
     return [halves(pointer)] + ([halves(o.at(pointer, 16))] if weights == "q4_1" else [])
 
@@ -289,143 +231,6 @@ def _read_q8(o: Writer, group: str, form: str) -> list[str]:
     if form == "vnni":
         return [o.op(f"xor {I8} {v}, {constant('i8', -128, 32)}") for v in loaded]
     return loaded
-
-
-def _accumulate(o: Writer, form: str, pairs: list[tuple[str, str]], signed: bool) -> str:
-    """Sum of four products per lane over (weights, activations), by 32-bit dot instructions."""
-    total = "zeroinitializer"
-    for w, x in pairs:
-        if form == "vnni":
-            arguments = ((I32, total), (I32, _as_i32(o, w)), (I32, _as_i32(o, x)))
-            total = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
-        elif form == "neon":
-            total = _neon_dot(o, total, w, x)
-        else:
-            total = o.op(f"add {I32} {total}, {_portable_dot(o, w, x, signed)}")
-    return total
-
-
-def _as_i32(o: Writer, vector: str) -> str:
-    return o.op(f"bitcast {I8} {vector} to {I32}")
-
-
-def _neon_dot(o: Writer, total: str, w: str, x: str) -> str:
-    """Weights of up to 7 bits without sign are signed bytes as they stand."""
-    halves = []
-    for h in (0, 1):
-        wide = ", ".join(f"i32 {i}" for i in range(16 * h, 16 * h + 16))
-        four = ", ".join(f"i32 {i}" for i in range(4 * h, 4 * h + 4))
-        part = [o.op(f"shufflevector {I8} {v}, {I8} poison, <16 x i32> <{wide}>") for v in (w, x)]
-        some = o.op(f"shufflevector {I32} {total}, {I32} poison, <4 x i32> <{four}>")
-        arguments = (("<4 x i32>", some), ("<16 x i8>", part[0]), ("<16 x i8>", part[1]))
-        halves.append(o.call("<4 x i32>", "llvm.aarch64.neon.sdot.v4i32.v16i8", *arguments))
-    every = ", ".join(f"i32 {i}" for i in range(8))
-    pair = f"<4 x i32> {halves[0]}, <4 x i32> {halves[1]}"
-    return o.op(f"shufflevector {pair}, <8 x i32> <{every}>")
-
-
-def _portable_dot(o: Writer, w: str, x: str, signed: bool) -> str:
-    wide = o.op(f"{'sext' if signed else 'zext'} {I8} {w} to <32 x i32>")
-    product = o.op(f"mul <32 x i32> {wide}, {o.op(f'sext {I8} {x} to <32 x i32>')}")
-    parts = []
-    for j in range(4):
-        lanes = ", ".join(f"i32 {4 * n + j}" for n in range(8))
-        vector = f"<32 x i32> {product}, <32 x i32> poison"
-        parts.append(o.op(f"shufflevector {vector}, <8 x i32> <{lanes}>"))
-    first, second = (o.op(f"add {I32} {parts[j]}, {parts[j + 1]}") for j in (0, 2))
-    return o.op(f"add {I32} {first}, {second}")
-
-
-def _pairs(o: Writer, w: str, x: str) -> str:
-    """pmaddubsw: products of unsigned w and signed x, added in pairs to 16 bits."""
-    return o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, w), (I8, x))
-
-
-def _widen(o: Writer, pairs: str, factors: str) -> str:
-    """pmaddwd: 16-bit pairs times factors, added in pairs to 32 bits."""
-    return o.call(I32, "llvm.x86.avx2.pmadd.wd", (I16, pairs), (I16, factors))
-
-
-ONES = constant("i16", 1, 16)
-
-
-def _dot_q4(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    if form == "avx2":
-        total = ""
-        for w, x in zip(vectors, quads, strict=True):
-            pairs = _pairs(o, w, x)
-            total = o.op(f"add {I16} {total}, {pairs}") if total else pairs
-        return _widen(o, total, ONES)
-    return _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=False)
-
-
-def _dot_q4_0(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    total = _dot_q4(o, form, vectors, quads, scales, fact)
-    offset = o.op(f"shl {I32} {_sum_of_group(o, fact)}, {constant('i32', 3, 8)}")
-    return o.op(f"sub {I32} {total}, {offset}")
-
-
-def _dot_q8(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    if form == "avx2":
-        total = "zeroinitializer"
-        for w, x in zip(vectors, quads, strict=True):
-            size = o.call(I8, "llvm.abs.v32i8", (I8, w), ("i1", "false"))
-            turned = o.call(I8, "llvm.x86.avx2.psign.b", (I8, x), (I8, w))
-            total = o.op(f"add {I32} {total}, {_widen(o, _pairs(o, size, turned), ONES)}")
-        return total
-    total = _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=True)
-    if form != "vnni":
-        return total
-    offset = o.op(f"shl {I32} {_sum_of_group(o, fact)}, {constant('i32', 7, 8)}")
-    return o.op(f"sub {I32} {total}, {offset}")
-
-
-def _dot_q6(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    fact: Callable[[int], str],
-) -> str:
-    pairs, halves = list(zip(vectors, quads, strict=True)), []
-    for half in (0, 1):
-        four = pairs[4 * half : 4 * half + 4]
-        if form == "avx2":
-            two = [
-                o.op(f"add {I16} {_pairs(o, *a)}, {_pairs(o, *b)}") for a, b in (four[:2], four[2:])
-            ]
-            total = o.op(f"add {I32} {_widen(o, two[0], ONES)}, {_widen(o, two[1], ONES)}")
-        else:
-            total = _accumulate(o, form, four, signed=False)
-        offset = o.op(f"shl {I32} {fact(half)}, {constant('i32', 5, 8)}")
-        total = o.op(f"sub {I32} {total}, {offset}")
-        halves.append(o.op(f"mul {I32} {total}, {scales[1 + half]}"))
-    return o.op(f"add {I32} {halves[0]}, {halves[1]}")
-
-
-DOTS = {"q4_0": _dot_q4_0, "q4_1": _dot_q4, "q8_0": _dot_q8, "q8": _dot_q8, "q6_k": _dot_q6}
 
 
 def _float_tile(o: Writer, weights: str, rows: int) -> None:

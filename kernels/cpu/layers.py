@@ -2,8 +2,8 @@
 
     per layer  x += o(attend(qkv(norm(x)))),  x += down(silu(gate) * up)
 
-Bytes moved: every weight once for up to 8 rows, from memory once for up to about 40 (chunks stay in
-the cache between passes); the cache of keys and values once.
+Bytes moved: every weight once, for up to about 40 rows (beyond 8 rows, chunks are read again from
+the processor's cache); keys and values once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .program import Norm, Pages, Program
-from .weights import Array, Weights
+from .program import LayerCache, Norm, Program
+from .quants import Array
+from .weights import Weights
 
 
-class Layer(NamedTuple):
+class PackedLayer(NamedTuple):
     """One decoder layer: Llama, Mistral, Qwen2 (biases in qkv), Qwen3 (q and k norms)."""
 
     input_norm: Norm
@@ -30,8 +31,8 @@ class Layer(NamedTuple):
     k_norm: Array | None = None
 
 
-class Cache(NamedTuple):
-    """Keys and values of all layers, and how heads lie in them."""
+class ModelCache(NamedTuple):
+    """Keys and values of all layers, and the layout of their heads."""
 
     k: Tensor  # [L, pages, page_size, Hk, D]
     v: Tensor
@@ -39,32 +40,32 @@ class Cache(NamedTuple):
     sin: Tensor  # its first half negated
     heads: int  # query heads
     sliding: int = 0  # positions that a row sees; 0: all
-    head_dim: int = 0  # see `program.Pages`
+    head_dim: int = 0  # see `LayerCache`
 
 
 def add_layers(
     program: Program,
     x: Array,
-    layers: Sequence[Layer],
-    cache: Cache,
+    layers: Sequence[PackedLayer],
+    cache: ModelCache,
     taps: Mapping[int, Array] | None = None,
     inputs: Array | None = None,
 ) -> Array:
-    """Add layers that begin with the hidden states x [max_rows, E] -> those after the last of them;
-    x itself may be overwritten.
+    """Add layers to a program -> the hidden states [max_rows, E] after the last one.
 
-    `taps` are where hidden states are to be kept, by the layer after which they are, counted from
-    1. `inputs` [max_rows, any] is what the first layer attends with where that is not x (EAGLE-3).
+    x [max_rows, E] are the hidden states before the first layer; they may be overwritten. `taps`
+    maps a layer, counted from 1, to the buffer for the hidden states after it. `inputs`
+    [max_rows, any] replaces x as the input of the first layer's attention (EAGLE-3).
     """
     E, first = layers[0].o.out_features, layers[0]
     qkv, attended = program.buffer(first.qkv.out_features), program.buffer(first.o.in_features)
     gated = program.buffer(first.down.in_features)
     taps = taps or {}
     for index, layer in enumerate(layers):
-        # A layer adds to its input in place, but leaves a tapped one as it is.
+        # A layer adds to its input in place, unless that is tapped.
         out = x if index not in taps else program.buffer(E)
         out = taps.get(index + 1, out)
-        pages = Pages(
+        pages = LayerCache(
             cache.k[index],
             cache.v[index],
             cache.cos,

@@ -1,4 +1,4 @@
-"""A step as a list of phases: built once, run with any number of rows up to its capacity.
+"""A step as a list of phases: built once, then run with any number of rows up to its capacity.
 
     program = Program(kernels, helpers, max_rows=8, max_batch=1)
     h = program.buffer(E)
@@ -23,24 +23,25 @@ from torch import Tensor
 
 from . import _layout as L
 from ._compile import Kernels
+from ._formats import FORMATS, QUANTISED
 from ._threads import Helpers
-from ._tile import FORMATS, ROUNDED
-from .weights import LANES, Array, Weights, on_cache_line
+from .quants import Array
+from .weights import LANES, Weights, on_cache_line
 
-# A chunk is about this many bytes of weights: small against a phase, large against the counter.
+# Bytes of weights per chunk: small beside a phase, large beside the cost of a ticket.
 CHUNK_BYTES = 24 * 1024
 KV_KINDS = {torch.float32: L.FP32, torch.float16: L.FP16, torch.bfloat16: L.BF16}
 
 
 class Norm(NamedTuple):
-    """RMS norm in front of a matmul."""
+    """RMS norm before a matmul."""
 
-    w: Array | None  # [K] float32; None: rows are taken as they are
+    w: Array | None  # [K] float32; None: no norm
     eps: float  # of the norms of q and k too
 
 
-class Pages(NamedTuple):
-    """One layer's cache and how rows lie in it."""
+class LayerCache(NamedTuple):
+    """One layer's keys and values, and the layout of their heads."""
 
     k: Tensor  # [pages, page_size, Hk, D], contiguous
     v: Tensor
@@ -50,7 +51,7 @@ class Pages(NamedTuple):
     sliding: int = 0  # positions that a row sees; 0: all
     q_norm: Array | None = None  # [D] float32
     k_norm: Array | None = None
-    # Numbers of a head that are not padding; 0: all D. The others are zeros, at the end of either
+    # Numbers per head that are not padding; 0: all D. The padding, zeros, is at the end of each
     # half.
     head_dim: int = 0
 
@@ -66,7 +67,7 @@ class Program:
         self._phases: list[dict[int, int]] = []
         self._kept: list[object] = []
         self._scratch = 0
-        # Of all attention phases, which run one after the other.
+        # Shared by all attention phases, which run one after the other.
         self._partials, self._merges = 0, 0
         self._tokens, self._positions, self._page_size = 2**31, 2**31, 2**31
         self._lock = threading.Lock()
@@ -82,16 +83,16 @@ class Program:
 
     def embed(self, w: Weights, out: Array) -> None:
         """out[r] = row ids[r] of w [V, E]."""
-        facts = self._weight(w) | self._rows(L.OUT, out)
+        fields = self._weight(w) | self._rows(L.OUT, out)
         self._tokens = min(self._tokens, w.out_features)
-        self._add(L.EMBED, 1, facts | {L.WEIGHT_FORMAT: FORMATS.index(w.format), L.TILE: 0})
+        self._add(L.EMBED, 1, fields | {L.WEIGHT_FORMAT: FORMATS.index(w.format), L.TILE: 0})
 
     def norm(self, x: Array, norm: Norm, out: Array) -> None:
         """out = rms_norm(x)"""
         if norm.w is None:
             raise ValueError("norm must have weights")
-        facts = self._rows(L.X, x) | self._rows(L.OUT, out) | self._normed(norm)
-        self._add(L.NORM, 1, facts | {L.INPUTS: len(norm.w)})
+        fields = self._rows(L.X, x) | self._rows(L.OUT, out) | self._normed(norm)
+        self._add(L.NORM, 1, fields | {L.INPUTS: len(norm.w)})
 
     def linear(
         self,
@@ -102,46 +103,48 @@ class Program:
         norm: Norm | None = None,
         residual: Array | None = None,
     ) -> None:
-        """out = x w^T + bias (+ residual), x normed first where `norm` is given; `residual` may be
+        """out = x w^T + bias (+ residual), x normalised first if `norm` is given; `residual` may be
         `out`."""
-        facts = self._matmul(x, w, norm) | self._rows(L.OUT, out)
+        fields = self._matmul(x, w, norm) | self._rows(L.OUT, out)
         if residual is not None:
-            facts |= self._rows(L.RESIDUAL, residual)
-        self._chunked(L.LINEAR, w, 1, facts)
+            fields |= self._rows(L.RESIDUAL, residual)
+        self._chunked(L.LINEAR, w, 1, fields)
 
     def gate_up_silu(self, x: Array, w: Weights, out: Array, *, norm: Norm | None = None) -> None:
         """out = silu(gate) * up, w packed in the order `interleaved` gives."""
-        facts = self._matmul(x, w, norm) | self._rows(L.OUT, out)
-        self._chunked(L.GATE_UP, w, 2, facts)
+        fields = self._matmul(x, w, norm) | self._rows(L.OUT, out)
+        self._chunked(L.GATE_UP, w, 2, fields)
 
     def qkv_rope_cache(
-        self, x: Array, w: Weights, qkv: Array, pages: Pages, *, norm: Norm | None = None
+        self, x: Array, w: Weights, qkv: Array, pages: LayerCache, *, norm: Norm | None = None
     ) -> None:
         """qkv = x w^T + bias, q and k rotated; k and v written at lengths[b] + t of the pages."""
-        facts = self._matmul(x, w, norm) | self._rows(L.OUT, qkv) | self._paged(pages)
+        fields = self._matmul(x, w, norm) | self._rows(L.OUT, qkv) | self._paged(pages)
         for field, weight in ((L.Q_NORM, pages.q_norm), (L.K_NORM, pages.k_norm)):
             if weight is not None:
-                facts[field] = self._address(weight)
-        D, chunks = facts[L.HEAD_DIM], facts[L.HEADS] + 2 * facts[L.KV_HEADS]
+                fields[field] = self._address(weight)
+        D, chunks = fields[L.HEAD_DIM], fields[L.HEADS] + 2 * fields[L.KV_HEADS]
         if w.out_features != chunks * D:
             raise ValueError(f"w must have {chunks} heads of {D}, got {w.out_features} outputs")
-        self._add(L.QKV, chunks, facts | {L.BLOCKS: D // LANES})
+        self._add(L.QKV, chunks, fields | {L.BLOCKS: D // LANES})
 
-    def attend(self, q: Array, out: Array, pages: Pages, *, scale: float | None = None) -> None:
-        """out [R, Hq D] = attention of q [R, >= Hq D] to the pages, `scale` 1 / sqrt(D), where D is
-        without padding."""
-        facts = self._rows(L.X, q) | self._rows(L.OUT, out) | self._paged(pages)
-        D, Hk = facts[L.HEAD_DIM], facts[L.KV_HEADS]
+    def attend(
+        self, q: Array, out: Array, pages: LayerCache, *, scale: float | None = None
+    ) -> None:
+        """out [R, Hq D] = attention of q [R, >= Hq D] to the pages; `scale` is 1 / sqrt(D) unless
+        given, D without padding."""
+        fields = self._rows(L.X, q) | self._rows(L.OUT, out) | self._paged(pages)
+        D, Hk = fields[L.HEAD_DIM], fields[L.KV_HEADS]
         splits = -(-pages.cos.shape[0] // L.SPLIT)
         self._partials = max(self._partials, self.max_rows * pages.heads * splits * (D + LANES))
         self._merges = max(self._merges, self.max_batch * Hk)
-        facts |= {
-            L.SCALE: float_bits(facts[L.HEAD_COUNT] ** -0.5 if scale is None else scale),
+        fields |= {
+            L.SCALE: float_bits(fields[L.HEAD_COUNT] ** -0.5 if scale is None else scale),
             L.MAX_SPLITS: splits,
         }
         rows = self.max_rows * pages.heads // Hk
         self._scratch = max(self._scratch, 4 * (L.KEYS * D + rows * L.SPLIT))
-        self._add(L.ATTEND, 0, facts)
+        self._add(L.ATTEND, 0, fields)
 
     def project(
         self, x: Array, w: Weights, *, norm: Norm | None = None, logits: Array | None = None
@@ -150,31 +153,31 @@ class Program:
         column (ties to the lowest), its logit's bits and those of log(sum(exp(logits))), both NaN
         where a logit is."""
         best = np.zeros((self.max_rows, 3), np.int64)
-        facts = self._matmul(x, w, norm)
+        fields = self._matmul(x, w, norm)
         chunks = -(-w.blocks // L.VOCABULARY_BLOCKS)
         partials = np.zeros((self.max_rows, chunks, 2), np.int64)
         merges = on_cache_line((1, L.COUNTER_WORDS), np.int64)
-        facts |= {
+        fields |= {
             L.BLOCKS: L.VOCABULARY_BLOCKS,
             L.BEST: self._address(best),
             L.PARTIALS: self._address(partials),
             L.MERGES: self._address(merges),
         }
         if logits is not None:
-            facts |= self._rows(L.OUT, logits) | {L.WRITE_LOGITS: 1}
-        self._work(facts, L.VOCABULARY_BLOCKS)
-        self._add(L.PROJECT, chunks, facts)
+            fields |= self._rows(L.OUT, logits) | {L.WRITE_LOGITS: 1}
+        self._work(fields, L.VOCABULARY_BLOCKS)
+        self._add(L.PROJECT, chunks, fields)
         return best
 
     def read(self, memory: Array) -> None:
-        """Read memory, whole MiB: what a step's weights cost at the least."""
+        """Read memory, in whole MiB: a lower bound of the time that reading weights takes."""
         sums = np.zeros(memory.nbytes >> 20, np.float32)
-        facts = {L.X: self._address(memory), L.OUT: self._address(sums)}
-        self._add(L.READ, len(sums), facts)
+        fields = {L.X: self._address(memory), L.OUT: self._address(sums)}
+        self._add(L.READ, len(sums), fields)
 
     def run(self, rows: int, batch: int = 1) -> int:
-        """Run all phases for `rows` = T rows of each of `batch` sequences; `ids`, `lengths` and
-        `page_table` say which. -> the share of the time, in thousandths, that the calling thread
+        """Run all phases for `rows` = T rows of each of `batch` sequences, described by `ids`,
+        `lengths` and `page_table` -> the share of the time, in thousandths, that the calling thread
         waited for helpers."""
         with self._lock:
             if self._table is None:
@@ -186,8 +189,8 @@ class Program:
                 self._table_seen = self.page_table
                 head[L.PAGE_TABLE] = self.page_table.ctypes.data
                 head[L.TABLE_STRIDE] = self.page_table.shape[1]
-            # Opened with all counters clear, and closed again before anything changes: a helper
-            # that comes late finds nothing to do.
+            # Tickets are opened once all counters are clear, and closed before anything else
+            # changes: a helper that is late finds nothing to do.
             self._epoch = (self._epoch + 1) % 2**31
             epoch = self._epoch
             self._done[:] = 0
@@ -199,7 +202,7 @@ class Program:
             return waited
 
     def _check(self, rows: int, batch: int) -> None:
-        """Refuse what would be read outside of the model's memory."""
+        """ValueError for ids, lengths or counts that lie outside of the model's memory."""
         if not 1 <= rows * batch <= self.max_rows or not 1 <= batch <= self.max_batch:
             raise ValueError(
                 f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "
@@ -217,10 +220,10 @@ class Program:
         merges = on_cache_line((self._merges, L.COUNTER_WORDS), np.int64)
         shared = {L.PARTIALS: self._address(partials), L.MERGES: self._address(merges)}
         self._table = on_cache_line((len(self._phases), L.PHASE_WORDS), np.int64)
-        for row, facts in zip(self._table, self._phases, strict=True):
-            if facts[L.OP] == L.ATTEND:
-                facts |= shared
-            for field, value in facts.items():
+        for row, fields in zip(self._table, self._phases, strict=True):
+            if fields[L.OP] == L.ATTEND:
+                fields |= shared
+            for field, value in fields.items():
                 row[field] = value
         counters = (len(self._phases), L.COUNTER_WORDS)
         self._tickets, self._done = (on_cache_line(counters, np.int64) for _ in range(2))
@@ -234,31 +237,31 @@ class Program:
         self._kept.append(scratch)
         self._run, self._at = self.kernels.entry("run_program"), head.ctypes.data
 
-    def _add(self, op: int, chunks: int, facts: dict[int, int]) -> None:
+    def _add(self, op: int, chunks: int, fields: dict[int, int]) -> None:
         if self._table is not None:
-            raise ValueError("a program that has run takes no more phases")
-        self._phases.append(facts | {L.OP: op, L.CHUNKS: chunks})
+            raise ValueError("phases must be added before the program's first run")
+        self._phases.append(fields | {L.OP: op, L.CHUNKS: chunks})
 
-    def _chunked(self, op: int, w: Weights, multiple: int, facts: dict[int, int]) -> None:
+    def _chunked(self, op: int, w: Weights, multiple: int, fields: dict[int, int]) -> None:
         blocks = max(1, CHUNK_BYTES // w.data.shape[1] // multiple) * multiple
         blocks = min(blocks, w.blocks)
-        self._work(facts, blocks)
-        self._add(op, -(-w.blocks // blocks), facts | {L.BLOCKS: blocks})
+        self._work(fields, blocks)
+        self._add(op, -(-w.blocks // blocks), fields | {L.BLOCKS: blocks})
 
     def _matmul(self, x: Array, w: Weights, norm: Norm | None) -> dict[int, int]:
-        facts = self._rows(L.X, x) | self._weight(w)
+        fields = self._rows(L.X, x) | self._weight(w)
         if x.shape[1] < w.in_features:
             raise ValueError(f"x must be [R, {w.in_features}] to match w, got {list(x.shape)}")
         if norm is not None:
             if norm.w is not None and len(norm.w) != w.in_features:
                 raise ValueError(f"norm must be [{w.in_features}], got [{len(norm.w)}]")
-            facts |= self._normed(norm)
-        self._work(facts, w.blocks if w.blocks < 64 else 64)
-        return facts
+            fields |= self._normed(norm)
+        self._work(fields, w.blocks if w.blocks < 64 else 64)
+        return fields
 
-    def _work(self, facts: dict[int, int], blocks: int) -> None:
-        """Room for prepared rows and `blocks` blocks of their outputs."""
-        per_row = facts[L.GROUPS] * (48 if facts[L.ROUNDED] else 128) + 64
+    def _work(self, fields: dict[int, int], blocks: int) -> None:
+        """Reserve scratch for prepared rows and `blocks` blocks of their outputs."""
+        per_row = fields[L.GROUPS] * (48 if fields[L.QUANTISED] else 128) + 64
         self._scratch = max(self._scratch, self.max_rows * (per_row + 4 * LANES * blocks))
 
     def _weight(self, w: Weights) -> dict[int, int]:
@@ -270,7 +273,7 @@ class Program:
             L.INPUTS: w.in_features,
             L.OUTPUTS: w.out_features,
             L.GROUPS: w.groups,
-            L.ROUNDED: int(w.format in ROUNDED),
+            L.QUANTISED: int(w.format in QUANTISED),
             L.BIAS: 0 if w.bias is None else self._address(w.bias),
         }
 
@@ -285,7 +288,7 @@ class Program:
             raise ValueError(f"rows must be float32 [R, columns], got {rows.dtype} {rows.shape}")
         return {field: self._address(rows), field + 1: rows.strides[0] // 4}
 
-    def _paged(self, pages: Pages) -> dict[int, int]:
+    def _paged(self, pages: LayerCache) -> dict[int, int]:
         _, page_size, Hk, D = pages.k.shape
         if D % 16 or page_size % L.KEYS or pages.heads % Hk:
             raise ValueError(
@@ -312,7 +315,7 @@ class Program:
         }
 
     def keep(self, *objects: object) -> None:
-        """Keep what the program's owner names it by."""
+        """Keep references to objects for as long as the program lives."""
         self._kept.extend(objects)
 
     def _address(self, array: Array) -> int:

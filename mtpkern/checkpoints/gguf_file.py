@@ -11,6 +11,7 @@ File layout (ggml, docs/gguf.md), all little-endian:
     the data, from the next multiple of general.alignment
 """
 
+import functools
 import math
 import mmap
 import struct
@@ -111,15 +112,29 @@ def hf_name(name: str) -> str:
 
 def _read_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
     try:
-        with open(file, "rb") as stream:
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _HeaderReader(file, content, lists).read()
+        if lists:
+            return _parse_header(file, lists=True)
+        facts = file.stat()
+        return _brief_header(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     except (struct.error, OverflowError):  # an offset beyond the end
         raise ModelLoadError(f"{printable(file)} is not a whole GGUF (it ends early)") from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"{printable(file)} is not a whole GGUF ({reason(error, file)})"
         ) from None
+
+
+@functools.lru_cache(maxsize=4)
+def _brief_header(file: Path, *version: int) -> tuple[dict[str, Any], list[TensorEntry]]:
+    """The header without lists, read once per version of a file (inode, size, mtime): loading a
+    model asks for it several times."""
+    return _parse_header(file, lists=False)
+
+
+def _parse_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
+    with open(file, "rb") as stream:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _HeaderReader(file, content, lists).read()
 
 
 class _HeaderReader:

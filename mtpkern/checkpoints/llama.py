@@ -37,7 +37,7 @@ from mtpkern.checkpoints.tensor_entry import (
 )
 from mtpkern.config import ModelConfig
 from mtpkern.errors import ModelLoadError, printable
-from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.kernels.cpu.quants import Quants
 
 
 @dataclass(frozen=True)

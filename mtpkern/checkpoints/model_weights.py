@@ -38,7 +38,7 @@ from mtpkern.checkpoints.tensor_entry import (
 )
 from mtpkern.config import ModelConfig
 from mtpkern.errors import ModelLoadError
-from mtpkern.kernels.cpu.weights import Quants, rounded
+from mtpkern.kernels.cpu.quants import Quants, quantise
 from mtpkern.validation import choice
 
 _LOG = logging.getLogger("mtpkern")
@@ -186,4 +186,4 @@ class _RandomTensors:
     def quants(self, names: list[str], format: str | None) -> Quants:
         """Random matrices for these names, rounded to `format`."""
         assert format is not None, "random weights have no file whose format could be kept"
-        return rounded(self.read(names), format)
+        return quantise(self.read(names), format)

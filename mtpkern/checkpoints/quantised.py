@@ -14,13 +14,13 @@ from mtpkern.checkpoints.tensor_entry import (
     row_slices,
 )
 from mtpkern.errors import ModelLoadError
-from mtpkern.kernels.cpu.weights import (
+from mtpkern.kernels.cpu.quants import (
     TORCH_DTYPES,
     Quants,
     from_gguf,
     is_held,
     joined,
-    rounded,
+    quantise,
     widened,
 )
 
@@ -32,6 +32,7 @@ _EXACT_FORMATS = {
     "Q4_1": "q4_1",
     "Q8_0": "q8_0",
     "Q6_K": "q6_k",
+    "Q4_K": "q4_k",
     "F16": "fp16",
     "BF16": "bf16",
     "F32": "fp32",
@@ -91,7 +92,7 @@ class QuantReader:
         else:
             try:
                 slices = (read_rows(part, self.maps, rows) for rows in row_slices(part))
-                quants = joined(*(rounded(values, format) for values in slices))
+                quants = joined(*(quantise(values, format) for values in slices))
             except ValueError as error:
                 raise ModelLoadError(f"{part}: {error}") from None
         if not _is_finite(quants):

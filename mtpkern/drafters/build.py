@@ -17,8 +17,9 @@ from mtpkern.drafters.medusa import MedusaDrafter, OwnVocabularyDrafter
 from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.drafters.mtp_modules import ModulesDrafter
 from mtpkern.drafters.shapes import mtp_layer_config
-from mtpkern.kernels.cpu._tile import GROUP
-from mtpkern.kernels.cpu.weights import Quants, rounded
+from mtpkern.kernels.cpu._formats import GROUP
+from mtpkern.kernels.cpu.quants import Quants, quantise
+from mtpkern.kernels.cpu.weights import take_outputs
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
 
@@ -63,9 +64,10 @@ class HeadTensors:
             return self.packed("vocabulary", ops), ids
         if not reduced:
             return trunk.vocabulary, ids
-        lm_head = trunk.lm_head
-        rows = lm_head.take(ids.numpy()) if isinstance(lm_head, Quants) else lm_head[ids]
-        return ops.pack(rows), ids
+        if isinstance(trunk.lm_head, Quants):
+            # Packed, they are in memory already.
+            return take_outputs(trunk.vocabulary, ids.numpy()), ids
+        return ops.pack(trunk.lm_head[ids]), ids
 
     def _converted(self, name: str) -> Tensor:
         return self.tensors[name].to(self.trunk.norm.device, self.trunk.dtype)
@@ -73,7 +75,7 @@ class HeadTensors:
     def _rounded(self, w: Tensor) -> Tensor | Quants:
         quantised = isinstance(self.trunk.lm_head, Quants)
         if quantised and w.dim() == 2 and w.shape[1] % GROUP == 0:
-            return rounded(w, "q8_0")
+            return quantise(w, "q8_0")
         return w
 
 

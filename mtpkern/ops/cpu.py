@@ -14,16 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.cpu.program import Pages
-from mtpkern.kernels.cpu.weights import (
-    Array,
-    Quants,
-    Weights,
-    interleaved,
-    pack,
-    padded_dim,
-    padded_heads,
-)
+from mtpkern.kernels.cpu.program import LayerCache
+from mtpkern.kernels.cpu.quants import Array, Quants
+from mtpkern.kernels.cpu.weights import Weights, interleaved, pack, padded_dim, padded_heads
 from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.ops.base import Ops, Projected, positions_of
 from mtpkern.ops.cpu_programs import (
@@ -96,7 +89,7 @@ class CpuOps(Ops):
     def pack_o(self, w: Tensor | Quants, bias: Tensor | None, head_dim: int) -> Weights:
         quants = quants_of(w)
         if padded_dim(head_dim) != head_dim:
-            heads = quants.q.shape[1] // head_dim
+            heads = quants.shape[1] // head_dim
             quants = quants.take_inputs(padded_heads(heads, head_dim))
         return pack(quants, bias)
 
@@ -372,7 +365,7 @@ def _pages(
     plan: CpuPlan,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
-) -> Pages:
+) -> LayerCache:
     cache, config = plan.cache, plan.config
     settings = (config.num_heads, config.sliding_window, q_norm, k_norm, config.head_dim)
-    return Pages(k_pages, v_pages, cache.cos, cache.sin, *settings)
+    return LayerCache(k_pages, v_pages, cache.cos, cache.sin, *settings)

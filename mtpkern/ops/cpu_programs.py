@@ -17,9 +17,10 @@ from torch import Tensor
 from mtpkern.errors import UserError
 from mtpkern.kernels.cpu._compile import Kernels, default_cache
 from mtpkern.kernels.cpu._threads import Helpers
-from mtpkern.kernels.cpu.layers import Cache, Layer, add_layers
+from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
 from mtpkern.kernels.cpu.program import Norm, Program
-from mtpkern.kernels.cpu.weights import LANES, Array, Quants, Weights, padded_heads, rounded
+from mtpkern.kernels.cpu.quants import Array, Quants, quantise
+from mtpkern.kernels.cpu.weights import LANES, Weights, padded_heads
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -170,7 +171,7 @@ def joined(made: Sequence[Tensor]) -> Tensor:
 
 
 def quants_of(w: Tensor | Quants) -> Quants:
-    return w if isinstance(w, Quants) else rounded(w, FORMATS[w.dtype])
+    return w if isinstance(w, Quants) else quantise(w, FORMATS[w.dtype])
 
 
 def norm_of(w: Tensor | None, eps: float) -> Norm:
@@ -185,8 +186,8 @@ def head_norm(w: Tensor | None) -> Array | None:
     return np.where(order < 0, np.float32(0), w.float().numpy()[order])
 
 
-def layer_of(layer: DecoderLayer, eps: float) -> Layer:
-    return Layer(
+def layer_of(layer: DecoderLayer, eps: float) -> PackedLayer:
+    return PackedLayer(
         norm_of(layer.input_norm, eps),
         layer.qkv,
         layer.o,
@@ -198,10 +199,10 @@ def layer_of(layer: DecoderLayer, eps: float) -> Layer:
     )
 
 
-def cache_of(cache: KVCache, config: ModelConfig, layers: slice) -> Cache:
+def cache_of(cache: KVCache, config: ModelConfig, layers: slice) -> ModelCache:
     heads, sliding, head_dim = config.num_heads, config.sliding_window, config.head_dim
     k, v = cache.k[layers], cache.v[layers]
-    return Cache(k, v, cache.cos, cache.sin, heads, sliding, head_dim)
+    return ModelCache(k, v, cache.cos, cache.sin, heads, sliding, head_dim)
 
 
 def add_trunk(program: Program, model: Llama, cache: KVCache, taps: Mapping[int, Array]) -> Array:

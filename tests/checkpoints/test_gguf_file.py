@@ -36,6 +36,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "mtpkern"
 
 
+def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    before = read_entries(file)
+    assert read_entries(file) == before
+    changed = write_gguf(tmp_path / "other.gguf", change=lambda w: w.add_string("a.b", 99 * "c"))
+    os.replace(changed, file)
+    assert read_entries(file) != before
+
+
 def test_the_header_says_what_ggufs_own_reader_says(tmp_path: Path) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
         writer.add_array("some.floats", [1.5, -2.0])

@@ -19,7 +19,7 @@ from mtpkern.checkpoints.gguf import convert_gguf, describe_gguf
 from mtpkern.checkpoints.llama import check_checkpoint, fingerprint, load_config
 from mtpkern.checkpoints.model_weights import ModelWeights, load_model
 from mtpkern.errors import ModelLoadError, UserError
-from mtpkern.kernels.cpu.weights import Quants, expanded, is_held, joined, rounded, widened
+from mtpkern.kernels.cpu.quants import Quants, dequantise, is_held, joined, quantise, widened
 
 E, F, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
 CONFIG = TINY_CONFIG | {
@@ -32,8 +32,9 @@ CONFIG = TINY_CONFIG | {
 }
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Types that the gguf package only dequantises: bytes per block, and offsets of its fp16 values.
-MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2))}
-OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0", Kind.Q6_K: "q6_k"}
+MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2))}
+OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0"}
+OWN |= {Kind.Q6_K: "q6_k", Kind.Q4_K: "q4_k"}
 OWN |= {Kind.F16: "fp16", Kind.BF16: "bf16", Kind.F32: "fp32"}
 
 
@@ -175,8 +176,8 @@ def test_own_bits_stand_for_what_the_expanded_load_gives(
     kept, plain = load(tmp_path), load(tmp_path, None)
     wanted = fused(true)
     for name, quants in matrices(kept).items():
-        assert (quants.format, quants.q.shape) == (OWN[kind], wanted[name].shape)
-        assert_same(expanded(quants), wanted[name], name)
+        assert (quants.format, quants.shape) == (OWN[kind], wanted[name].shape)
+        assert_same(dequantise(quants), wanted[name], name)
         assert_same(matrices(plain)[name], wanted[name], name)
     for name, tensor in load_tensors(tmp_path).items():
         assert_same(tensor.float(), true[name], name)
@@ -215,7 +216,7 @@ MIXED: list[tuple[dict[str, Kind], str, str]] = [
         "Q4_0 and Q6_K that form one matrix",
     ),
     ({"q": Kind.F16, "k": Kind.F16, "v": Kind.Q5_0}, "q8_0", "Q5_0 has no kernel"),
-    ({"q": Kind.Q4_K, "k": Kind.Q4_K, "v": Kind.Q6_K}, "q8_0", "Q4_K has no kernel"),
+    ({"q": Kind.Q5_K, "k": Kind.Q5_K, "v": Kind.Q6_K}, "q8_0", "Q5_K has no kernel"),
     ({"q": Kind.Q5_1, "k": Kind.Q5_1, "v": Kind.Q5_1}, "q8_0", "Q5_1 has no kernel"),
 ]
 
@@ -240,10 +241,10 @@ def test_parts_of_one_matrix_share_a_format(
         parts = [true[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv"]
         exact = [is_held(OWN.get(kinds[name], ""), format) for name in "qkv"]
         wanted = [
-            part if held else torch.from_numpy(expanded(rounded(part, format)))
+            part if held else torch.from_numpy(dequantise(quantise(part, format)))
             for part, held in zip(parts, exact, strict=True)
         ]
-        assert_same(expanded(layer.qkv), torch.cat(wanted), "qkv")
+        assert_same(dequantise(layer.qkv), torch.cat(wanted), "qkv")
     # Logged once for two layers.
     assert sum(says in line for line in caplog.messages) == (1 if says else len(caplog.messages))
     assert bool(says) == bool(caplog.messages)
@@ -260,7 +261,7 @@ def test_any_checkpoint_is_rounded_at_load(format: str, tied: bool, tmp_path: Pa
     for name, quants in matrices(w).items():
         outer = name in ("embedding", "lm_head") and format in ("q4_0", "q4_1")
         assert quants.format == ("q8_0" if outer else format)
-        assert_same(expanded(quants), expanded(rounded(true[name], quants.format)), name)
+        assert_same(dequantise(quants), dequantise(quantise(true[name], quants.format)), name)
     assert (w.lm_head is w.embedding) == tied and w.norm.dtype == torch.float32
     made_up = load_model(tmp_path, dtype=torch.bfloat16, weights=format, dummy=True)[1]
     assert {n: m.format for n, m in matrices(made_up).items()} == {
@@ -271,10 +272,10 @@ def test_any_checkpoint_is_rounded_at_load(format: str, tied: bool, tmp_path: Pa
 def test_a_gguf_can_be_rounded_too(tmp_path: Path) -> None:
     true = fused(write_model(tmp_path, lambda name: Kind.Q4_0 if "mlp" in name else Kind.Q6_K))
     w = matrices(load(tmp_path, "q4_0"))
-    assert_same(expanded(w["0.down"]), true["0.down"], "kept as it is")
-    assert_same(expanded(w["0.o"]), expanded(rounded(true["0.o"], "q4_0")), "rounded")
+    assert_same(dequantise(w["0.down"]), true["0.down"], "kept as it is")
+    assert_same(dequantise(w["0.o"]), dequantise(quantise(true["0.o"], "q4_0")), "rounded")
     assert w["embedding"].format == "q8_0"
-    assert_same(expanded(matrices(load(tmp_path, "fp32"))["0.qkv"]), true["0.qkv"], "all held")
+    assert_same(dequantise(matrices(load(tmp_path, "fp32"))["0.qkv"]), true["0.qkv"], "all held")
 
 
 def test_auto_leaves_safetensors_as_they_are(tmp_path: Path) -> None:
@@ -334,13 +335,13 @@ def test_rows_that_do_not_divide_and_other_formats_are_refused(tmp_path: Path) -
 
 
 VALUES = {
-    "q4_0": lambda w: rounded(w, "q4_0"),
-    "q4_1": lambda w: rounded(w, "q4_1"),
-    "q8_0": lambda w: rounded(w, "q8_0"),
-    "q8": lambda w: rounded(w, "q8"),
-    "bf16": lambda w: rounded(w, "bf16"),
-    "fp16": lambda w: rounded(w, "fp16"),
-    "fp32": lambda w: rounded(w, "fp32"),
+    "q4_0": lambda w: quantise(w, "q4_0"),
+    "q4_1": lambda w: quantise(w, "q4_1"),
+    "q8_0": lambda w: quantise(w, "q8_0"),
+    "q8": lambda w: quantise(w, "q8"),
+    "bf16": lambda w: quantise(w, "bf16"),
+    "fp16": lambda w: quantise(w, "fp16"),
+    "fp32": lambda w: quantise(w, "fp32"),
 }
 
 
@@ -351,7 +352,7 @@ def test_a_wider_format_holds_the_same_values(format: str, other: str) -> None:
     if is_held(format, other):
         wide = widened(w, other)
         assert (wide.format, wide.q.dtype) == (other, VALUES[other](torch.zeros(1, 32)).q.dtype)
-        assert expanded(wide).tobytes() == expanded(w).tobytes()
+        assert dequantise(wide).tobytes() == dequantise(w).tobytes()
     else:
         with pytest.raises(ValueError, match=f"{other} does not hold the values of {format}"):
             widened(w, other)
@@ -362,6 +363,6 @@ def test_matrices_are_joined_along_their_outputs(format: str) -> None:
     parts = [VALUES[format](torch.randn(rows, 64)) for rows in (1, 5, 3)]
     whole = joined(*parts)
     assert isinstance(whole, Quants) and whole.format == format
-    assert_same(expanded(whole), np.concatenate([expanded(part) for part in parts]), format)
+    assert_same(dequantise(whole), np.concatenate([dequantise(part) for part in parts]), format)
     with pytest.raises(ValueError, match="K=64 like the first, got"):
         joined(parts[0], VALUES[format](torch.zeros(1, 32)))

@@ -18,15 +18,23 @@ from cpu_machine import (
 )
 
 from mtpkern.kernels.cpu._compile import Target, target_machine
-from mtpkern.kernels.cpu._tile import FLOATS, FORMATS, form_of, tile_ir
+from mtpkern.kernels.cpu._formats import FLOATS, FORMATS
+from mtpkern.kernels.cpu._tile import form_of, tile_ir
 from mtpkern.kernels.cpu.program import Norm
-from mtpkern.kernels.cpu.weights import Quants, expanded, from_gguf, interleaved, pack, rounded
+from mtpkern.kernels.cpu.quants import (
+    K_QUANTS,
+    dequantise,
+    from_gguf,
+    of_integers,
+    quantise,
+)
+from mtpkern.kernels.cpu.weights import interleaved, pack, take_outputs
 from mtpkern.kernels.linear import linear_ref
 from mtpkern.kernels.rms_norm import rms_norm_ref
 
 # Outputs that fill no whole block, K of one group, of several, and of more than one q6_k block.
 SHAPES = [(8, 32), (13, 96), (40, 512)]
-GGUF_FORMATS = ("q4_0", "q4_1", "q8_0", "q6_k", "fp16", "fp32", "bf16")
+GGUF_FORMATS = ("q4_0", "q4_1", "q8_0", "q6_k", "q4_k", "fp16", "fp32", "bf16")
 GGUF_NAMES = {"fp16": "F16", "fp32": "F32", "bf16": "BF16"}
 
 
@@ -41,10 +49,12 @@ def rows(count: int, K: int) -> np.ndarray:
 def gguf_rows(format: str, N: int, K: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows as a GGUF holds them, and what the gguf package says they are."""
     kind = gguf.GGMLQuantizationType[GGUF_NAMES.get(format, format.upper())]
-    if format == "q6_k":
+    if format in K_QUANTS:
+        size, begin, count = {"q6_k": (210, 208, 1), "q4_k": (144, 0, 2)}[format]
         rng = np.random.default_rng(0)
-        blocks = rng.integers(0, 256, (N, K // 256, 210), dtype=np.uint8)
-        blocks[:, :, 208:] = rng.random((N, K // 256, 1)).astype(np.float16).view(np.uint8)
+        blocks = rng.integers(0, 256, (N, K // 256, size), dtype=np.uint8)
+        halves = rng.random((N, K // 256, count)).astype(np.float16)
+        blocks[:, :, begin : begin + 2 * count] = halves.view(np.uint8)
         data = blocks.reshape(N, -1)
     else:
         data = gguf.quantize(rows(N, K), kind)
@@ -54,20 +64,20 @@ def gguf_rows(format: str, N: int, K: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_gguf_blocks_keep_their_values(format):
     data, values = gguf_rows(format, 13, 512)
-    assert np.array_equal(expanded(from_gguf(data, format)), values.astype(np.float32))
+    assert np.array_equal(dequantise(from_gguf(data, format)), values.astype(np.float32))
 
 
 @pytest.mark.parametrize("format", [name for name in ROUNDABLE if name not in FLOATS])
 def test_rounding_errs_by_half_a_step(format):
     w = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
-    quants = rounded(w, format)
+    quants = quantise(w, format)
     span = w.view(24, -1, 32).abs().amax(-1)
     if format == "q8":
         span = w.abs().amax(-1, keepdim=True).expand(-1, 3)
     steps = {"q4_0": 8, "q4_1": 7, "q8_0": 127, "q8": 127}[format]
     # q4_0's grid is not symmetric: a number opposite the largest may miss a whole step.
     share = {"q4_0": 1.0, "q4_1": 0.5}.get(format, 0.5)
-    error = (torch.from_numpy(expanded(quants)) - w).abs().view(24, -1, 32).amax(-1)
+    error = (torch.from_numpy(dequantise(quants)) - w).abs().view(24, -1, 32).amax(-1)
     assert (error <= span / steps * (share + 0.02)).all()
 
 
@@ -79,19 +89,19 @@ def test_packed_rows_come_back_as_they_were(format):
     p.embed(pack(quants), out)
     p.ids[:] = np.arange(13)
     p.run(13)
-    np.testing.assert_allclose(out, expanded(quants), rtol=2e-7)
+    np.testing.assert_allclose(out, dequantise(quants), rtol=2e-7)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_tile_is_the_product_of_its_own_roundings(format):
     for N, K in shapes(format):
         quants, x = random_quants(format, N, K), rows(11, K)
-        prepared, facts = activations(format, x)
-        out = tile(kernels(), pack(quants), prepared, facts)
+        prepared, stats = activations(format, x)
+        out = tile(kernels(), pack(quants), prepared, stats)
         meant = prepared.astype(np.float64)
         if format not in FLOATS:
-            meant = (meant.reshape(11, -1, 32) * facts[..., :1]).reshape(11, K)
-        w = expanded(quants).astype(np.float64)
+            meant = (meant.reshape(11, -1, 32) * stats[..., :1]).reshape(11, K)
+        w = dequantise(quants).astype(np.float64)
         budget = 2**-23 * (K // 16 + 8) * (np.abs(meant) @ np.abs(w).T)
         assert (np.abs(out[:, :N] - meant @ w.T) <= budget).all()
         assert (out[:, N:] == 0).all()
@@ -108,7 +118,7 @@ def test_linear_is_the_definition_within_the_rounding_of_activations(format):
     source[:], added[:] = x, residual
     p.linear(source, pack(quants, bias), out, norm=Norm(norm_w.numpy(), 1e-5), residual=added)
     p.run(5)
-    w = torch.from_numpy(expanded(quants))
+    w = torch.from_numpy(dequantise(quants))
     normed = rms_norm_ref(x, norm_w, 1e-5)
     truth = linear_ref(normed, w, bias, residual=residual)
     # Half a step of 1/127 of the group's largest activation, or the order of a float32 sum.
@@ -121,11 +131,11 @@ def test_linear_is_the_definition_within_the_rounding_of_activations(format):
 def test_a_row_keeps_its_bits_among_any_rows_blocks_and_threads(format):
     N, K = 40, 512
     w, x = pack(random_quants(format, N, K)), rows(21, K)
-    prepared, facts = activations(format, x)
-    whole = tile(kernels(), w, prepared, facts)
+    prepared, stats = activations(format, x)
+    whole = tile(kernels(), w, prepared, stats)
     for first, count in ((0, 1), (3, 2), (4, 5), (5, 8), (2, 19)):
         part = slice(first, first + count)
-        some = facts if format in FLOATS else np.ascontiguousarray(facts[part])
+        some = stats if format in FLOATS else np.ascontiguousarray(stats[part])
         assert same_bits(tile(kernels(), w, prepared[part], some), whole[part])
         assert same_bits(tile(kernels(), w, prepared[part], some, blocks=2), whole[part])
     for threads in (1, 2, 3):
@@ -140,33 +150,35 @@ def test_a_row_keeps_its_bits_among_any_rows_blocks_and_threads(format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_form_of_the_tile_gives_the_same_bits(format):
     w, x = pack(random_quants(format, 16, 512)), rows(9, 512)
-    prepared, facts = activations(format, x)
-    expected = tile(kernels(), w, prepared, facts)
-    assert same_bits(tile(portable_kernels(), w, prepared, facts), expected)
+    prepared, stats = activations(format, x)
+    expected = tile(kernels(), w, prepared, stats)
+    assert same_bits(tile(portable_kernels(), w, prepared, stats), expected)
 
 
 @pytest.mark.parametrize("compiled", [kernels, portable_kernels])
 @pytest.mark.parametrize("format", [name for name in FORMATS if name not in FLOATS])
 def test_extreme_integers_do_not_saturate(format, compiled):
     """All weights and activations at their ends, scales of 1: the sum is an integer."""
-    low, high = {"q4_0": (0, 15), "q4_1": (0, 15), "q6_k": (0, 63)}.get(format, (-128, 127))
+    low, high = {"q4_0": (0, 15), "q4_1": (0, 15), "q6_k": (0, 63), "q4_k": (0, 15)}.get(
+        format, (-128, 127)
+    )
     N = K = 64
     q = np.where(np.arange(N)[:, None] % 4 < 2, low, high) * np.ones((1, K), int)
     q[1::2, ::2] = high  # pairs of opposite ends
-    kind = np.int8 if low < 0 else np.uint8
     ones = np.ones((N, K // 32), np.float16)
     scales = {
         "q4_1": (ones, -8 * ones),
         "q8": (np.ones(N, np.float32),),
         "q6_k": (ones[:, :1], np.full((N, K // 16), -128, np.int8)),
+        "q4_k": (ones[:, :1], ones[:, :1], *np.full((2, N, K // 32), 63, np.uint8)),
     }.get(format, (ones,))
-    w = pack(Quants(format, q.astype(kind), scales))
+    w = pack(of_integers(format, q, scales))
     x = np.full((3, K), 127.0, np.float32)
     x[1], x[2, ::2] = -127.0, -127.0
     out = tile(compiled(), w, *as_rounded(x))
-    offset = {"q4_0": 8, "q4_1": 8, "q6_k": 32}.get(format, 0)
+    offset = {"q4_0": 8, "q4_1": 8, "q6_k": 32, "q4_k": 1}.get(format, 0)
     exact = x.astype(np.int64) @ (q - offset).T
-    assert np.array_equal(out[:, :N], exact * (-128 if format == "q6_k" else 1))
+    assert np.array_equal(out[:, :N], exact * {"q6_k": -128, "q4_k": 63}.get(format, 1))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -234,9 +246,10 @@ def test_the_form_follows_the_features():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: rounded(torch.ones(8, 33), "q4_0"), "multiple of 32"),
-        (lambda: rounded(torch.full((8, 32), torch.nan), "q8_0"), "finite"),
-        (lambda: rounded(torch.ones(8, 32), "q6_k"), "q6_k"),
+        (lambda: quantise(torch.ones(8, 33), "q4_0"), "multiple of 32"),
+        (lambda: quantise(torch.full((8, 32), torch.nan), "q8_0"), "finite"),
+        (lambda: quantise(torch.ones(8, 32), "q6_k"), "q6_k"),
+        (lambda: quantise(torch.ones(8, 32), "q4_k"), "q4_k"),
         (lambda: from_gguf(np.zeros((2, 19), np.uint8), "q4_0"), "q4_0 rows"),
         (lambda: from_gguf(np.zeros((2, 18), np.uint8), "q8"), "format"),
         (lambda: pack(random_quants("q8_0", 8, 32), torch.ones(9)), "bias"),
@@ -245,3 +258,11 @@ def test_the_form_follows_the_features():
 def test_weights_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_outputs_taken_from_packed_weights_are_those_of_the_matrix(format):
+    quants = random_quants(format, 21, 512)
+    rows = np.array([20, 0, 7, 7, 13])
+    taken, meant = take_outputs(pack(quants), rows), pack(quants.take(rows))
+    assert taken[2:] == meant[2:] and same_bits(taken.data, meant.data)

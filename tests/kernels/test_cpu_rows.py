@@ -9,7 +9,7 @@ from paged import Paged, fill, make_paged
 
 from mtpkern.kernels.cpu._compile import Kernels
 from mtpkern.kernels.cpu._layout import SPLIT
-from mtpkern.kernels.cpu.program import Norm, Pages, Program
+from mtpkern.kernels.cpu.program import LayerCache, Norm, Program
 from mtpkern.kernels.cpu.weights import interleaved, pack
 from mtpkern.kernels.gate_up_silu import gate_up_silu_ref
 from mtpkern.kernels.linear import linear_ref
@@ -110,7 +110,7 @@ def test_q_k_and_v_are_the_definition(dtype, normed):
     source, out = p.buffer(E), p.buffer(heads * D)
     source[:] = x
     arrays = [None if n is None else n.numpy() for n in head_norms]
-    pages = Pages(ours.k[0], ours.v[0], ours.cos, ours.sin, HK * GROUP, 0, *arrays)
+    pages = LayerCache(ours.k[0], ours.v[0], ours.cos, ours.sin, HK * GROUP, 0, *arrays)
     p.qkv_rope_cache(source, pack(floats(w), bias), out, pages, norm=Norm(norm_w.numpy(), 1e-5))
     p.lengths[:] = LENGTHS
     p.run(ROWS, len(LENGTHS))
@@ -132,7 +132,7 @@ def attended(
     p = make_program(paged, batch, rows, threads)
     source, out = p.buffer(heads * head_dim), p.buffer(heads * head_dim)
     source[:] = q.reshape(batch * rows, -1)
-    p.attend(source, out, Pages(paged.k[0], paged.v[0], paged.cos, paged.sin, heads, window))
+    p.attend(source, out, LayerCache(paged.k[0], paged.v[0], paged.cos, paged.sin, heads, window))
     p.lengths[:] = lengths
     p.run(rows, batch)
     return out.reshape(batch, rows, heads, head_dim)

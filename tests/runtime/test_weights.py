@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mtpkern import LLM, SamplingParams, UserError
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS, vocabulary_format
-from mtpkern.kernels.cpu.weights import expanded, rounded
+from mtpkern.kernels.cpu.quants import dequantise, quantise
 from mtpkern.ops.definitions import DEFINITIONS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
@@ -23,7 +23,9 @@ def write_rounded(source: Path, target: Path, format: str) -> Path:
     tensors = load_file(tiny_checkpoint(target, **SIZES) / "model.safetensors")
     for name, w in load_file(source / "model.safetensors").items():
         own = vocabulary_format(format) if "embed" in name else format
-        tensors[name] = torch.from_numpy(expanded(rounded(w, own or format))) if w.dim() == 2 else w
+        tensors[name] = (
+            torch.from_numpy(dequantise(quantise(w, own or format))) if w.dim() == 2 else w
+        )
     save_file(tensors, target / "model.safetensors")
     return target
 

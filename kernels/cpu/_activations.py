@@ -1,38 +1,34 @@
-"""Rows made ready for a matmul: RMS norm, then activations rounded to 8 bits in groups of 32.
+"""Activations prepared for a matmul: RMS norm, then 8 bits per value in groups of 32.
 
     y = x / sqrt(mean(x^2) + eps) * w          (Zhang and Sennrich 2019, equation 4)
     dx = max |y| / 127;  xq = round(y / dx), ties to even;  per group, as in llama.cpp's Q8_0
 
-Facts of a group beside xq: dx, dx * sum(xq), and the sums of its first and its last 16 xq.
+Statistics stored per group: dx, dx * sum(xq), and the sums of its first and its last 16 xq.
 
 Bytes moved: 4 K read, K + K / 2 written per row, within the cache.
 
-|xq| <= 127, so sums of 32 are exact in float32. A group with a number that is not finite has dx =
-NaN, and so has every output that it enters; where 1 / dx overflows, dx and the group count as 0.
+|xq| <= 127, so sums of 32 are exact in float32. A group that holds a non-finite number has dx =
+NaN, which makes NaN of every output of its row; where 1 / dx overflows, dx and xq are 0.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ._intrinsics import compiled
+from ._memory import load_f8, store_bytes, store_f8, store_f32, store_i32
 from ._vectors import (
-    compiled,
+    absolute,
     fma,
-    larger,
-    largest,
-    load_f8,
-    magnitude,
-    nearest,
-    smaller,
+    maximum,
+    minimum,
+    reduce_add,
+    reduce_add_i,
+    reduce_max,
+    round_even,
     splat,
     sqrt,
-    store_bytes,
-    store_f8,
-    store_f32,
-    store_i32,
     to_int,
-    total,
-    total_i,
 )
 
 F32 = np.float32
@@ -40,8 +36,8 @@ F32 = np.float32
 
 @compiled
 def inverse_rms(x, K, count, eps):
-    """1 / sqrt(sum(x^2) / count + eps) of the K numbers at address x, and zeros up to whole lanes
-    behind them."""
+    """1 / sqrt(sum(x^2) / count + eps) of the K numbers at address x, which are padded with zeros
+    to a multiple of 8."""
     a = splat(0.0)
     b = splat(0.0)
     c = splat(0.0)
@@ -61,14 +57,13 @@ def inverse_rms(x, K, count, eps):
         v = load_f8(x + 4 * k)
         a = fma(v, v, a)
         k += 8
-    mean = total((a + b) + (c + d)) / F32(count)
+    mean = reduce_add((a + b) + (c + d)) / F32(count)
     return F32(1.0) / sqrt(mean + eps)
 
 
 @compiled
 def norm_row(x, w, eps, K, count, out):
-    """RMS-normalise K numbers, `count` of which are not padding; without weights (w = 0) copy
-    them."""
+    """RMS-normalise K numbers, `count` of which are not padding; if w is 0, copy them."""
     if w == 0:
         for k in range(0, K, 8):
             store_f8(out + 4 * k, load_f8(x + 4 * k))
@@ -79,60 +74,60 @@ def norm_row(x, w, eps, K, count, out):
 
 
 @compiled
-def round_group(v0, v1, v2, v3, xq, facts):
-    most = larger(larger(magnitude(v0), magnitude(v1)), larger(magnitude(v2), magnitude(v3)))
-    # 0 x infinity and 0 x NaN are NaN, everything else is 0.
+def quantise_group(v0, v1, v2, v3, xq, stats):
+    most = maximum(maximum(absolute(v0), absolute(v1)), maximum(absolute(v2), absolute(v3)))
+    # 0, or NaN if one of the numbers is infinite or NaN.
     zero = splat(0.0)
     finite = fma(v0, zero, fma(v1, zero, fma(v2, zero, v3 * zero)))
-    dx = largest(most) / F32(127.0) + total(finite)
+    dx = reduce_max(most) / F32(127.0) + reduce_add(finite)
     inverse = F32(1.0) / dx
     if not inverse < F32(np.inf):
-        # Too small to divide by, or NaN: nothing is left of the numbers.
+        # dx is too small to divide by, or NaN.
         inverse = F32(0.0)
         dx = dx * F32(0.0)
     d = splat(inverse)
     low = splat(-127.0)
     high = splat(127.0)
-    q0 = to_int(nearest(smaller(larger(v0 * d, low), high)))
-    q1 = to_int(nearest(smaller(larger(v1 * d, low), high)))
-    q2 = to_int(nearest(smaller(larger(v2 * d, low), high)))
-    q3 = to_int(nearest(smaller(larger(v3 * d, low), high)))
+    q0 = to_int(round_even(minimum(maximum(v0 * d, low), high)))
+    q1 = to_int(round_even(minimum(maximum(v1 * d, low), high)))
+    q2 = to_int(round_even(minimum(maximum(v2 * d, low), high)))
+    q3 = to_int(round_even(minimum(maximum(v3 * d, low), high)))
     store_bytes(xq, q0)
     store_bytes(xq + 8, q1)
     store_bytes(xq + 16, q2)
     store_bytes(xq + 24, q3)
-    first = total_i(q0 + q1)
-    last = total_i(q2 + q3)
-    store_f32(facts, dx)
-    store_f32(facts + 4, dx * F32(first + last))
-    store_i32(facts + 8, first)
-    store_i32(facts + 12, last)
+    first = reduce_add_i(q0 + q1)
+    last = reduce_add_i(q2 + q3)
+    store_f32(stats, dx)
+    store_f32(stats + 4, dx * F32(first + last))
+    store_i32(stats + 8, first)
+    store_i32(stats + 12, last)
 
 
 @compiled
-def round_row(x, w, eps, K, xq, facts):
-    """Normalise (unless w is 0) and round K numbers, K a multiple of 32."""
+def quantise_row(x, w, eps, K, xq, stats):
+    """Normalise (unless w is 0) and quantise K numbers, K a multiple of 32."""
     if w == 0:
         for g in range(K // 32):
             a = x + 128 * g
-            round_group(
+            quantise_group(
                 load_f8(a),
                 load_f8(a + 32),
                 load_f8(a + 64),
                 load_f8(a + 96),
                 xq + 32 * g,
-                facts + 16 * g,
+                stats + 16 * g,
             )
         return
     r = splat(inverse_rms(x, K, K, eps))
     for g in range(K // 32):
         a = x + 128 * g
         b = w + 128 * g
-        round_group(
+        quantise_group(
             load_f8(a) * r * load_f8(b),
             load_f8(a + 32) * r * load_f8(b + 32),
             load_f8(a + 64) * r * load_f8(b + 64),
             load_f8(a + 96) * r * load_f8(b + 96),
             xq + 32 * g,
-            facts + 16 * g,
+            stats + 16 * g,
         )
