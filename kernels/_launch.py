@@ -1,4 +1,4 @@
-"""Shared by all launchers: the guarded import of Triton, kernel symbols, tile sizes, checks.
+"""Shared by all launchers: Triton where it is installed, kernel symbols, tile sizes, checks.
 
 The sizes depend on a weight's shape and on the tier of rows only, so that every launch of an op
 uses the same ones and a row's bits do not depend on them.
@@ -6,17 +6,28 @@ uses the same ones and a row's bits do not depend on them.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS and Windows; the definitions work without it
-    triton = tl = None
+# There is no wheel for macOS and Windows; the definitions work without it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Triton is imported when the first kernel is compiled, since it takes 0.2 s and 70 MB, which the
+# CPU does without. Until then, in every module that has kernels, `tl` is None, device functions are
+# plain Python and constants are integers; `import_triton` replaces them.
+tl: Any = None  # triton.language
+
+# The globals of the modules that have kernels, by id.
+_scopes: dict[int, dict[str, Any]] = {}
+_devices: set[Callable[..., Any]] = set()
+_imported = False
 
 # The blocks that saturate the device, at least: one per multiprocessor of an H100.
 FILL = 132
@@ -53,23 +64,8 @@ def jit(
     """
 
     def decorate(fn: Callable[..., Any]) -> Any:
-        op = fn.__name__.strip("_").removesuffix("_kernel")
         reference = definition or f"{fn.__module__.rpartition('.')[2]}_ref"
-        if triton is None:
-            return _Kernel(fn, None, reference)
-
-        def symbol(specialization: Any) -> str:
-            values = (specialization.constants[name] for name in named)
-            return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
-
-        compiled = triton.jit(
-            fn,
-            repr=symbol,
-            do_not_specialize=(*COUNTS, *PER_SEQUENCE_STRIDES, *do_not_specialize),
-            do_not_specialize_on_alignment=PER_SEQUENCE,
-            launch_metadata=_costs,
-        )
-        return _Kernel(fn, compiled, reference)
+        return _Kernel(fn, named, do_not_specialize, reference)
 
     return decorate
 
@@ -77,9 +73,36 @@ def jit(
 class _Kernel:
     """A kernel whose launch raises an error that names its definition where it cannot run."""
 
-    def __init__(self, fn: Callable[..., Any], compiled: Any, definition: str):
-        self.compiled, self.definition = compiled, definition
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        named: tuple[str, ...],
+        do_not_specialize: tuple[str, ...],
+        definition: str,
+    ):
+        _record(fn)
+        self.fn, self.named, self.definition = fn, named, definition
+        self.do_not_specialize = (*COUNTS, *PER_SEQUENCE_STRIDES, *do_not_specialize)
         self.arguments = fn.__code__.co_varnames
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """Triton's function, or None where Triton is not installed."""
+        op = self.fn.__name__.strip("_").removesuffix("_kernel")
+
+        def symbol(specialization: Any) -> str:
+            values = (specialization.constants[name] for name in self.named)
+            return "_".join([f"mtpkern_{op}", *(str(int(value)) for value in values)])
+
+        if not HAS_TRITON:
+            return None
+        return import_triton().jit(
+            self.fn,
+            repr=symbol,
+            do_not_specialize=self.do_not_specialize,
+            do_not_specialize_on_alignment=PER_SEQUENCE,
+            launch_metadata=_costs,
+        )
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         """A launch over `grid`: the kernel's arguments, `num_warps`, `pdl` and further options."""
@@ -123,9 +146,47 @@ def _costs(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     return costs
 
 
+class _Constant(int):
+    """What `constant` returns before Triton is imported."""
+
+
+def constant(value: int) -> Any:
+    """A constant of a module that its kernels may read."""
+    return tl.constexpr(value) if _imported else _Constant(value)
+
+
 def device(fn: Callable[..., Any]) -> Any:
     """Compile a function that kernels call."""
-    return fn if triton is None else triton.jit(fn)
+    _record(fn)
+    _devices.add(fn)
+    return _jitted(fn) if _imported else fn
+
+
+def _record(fn: Callable[..., Any]) -> None:
+    """Record that the module of `fn` has kernels."""
+    _scopes[id(fn.__globals__)] = fn.__globals__
+
+
+@functools.cache
+def import_triton() -> Any:
+    """The module triton, imported at the first call; ImportError where it is not installed."""
+    global tl, _imported
+    triton = importlib.import_module("triton")
+    tl, _imported = importlib.import_module("triton.language"), True
+    for scope in _scopes.values():
+        for name, value in scope.items():
+            if name == "tl":
+                scope[name] = tl
+            elif isinstance(value, _Constant):
+                scope[name] = tl.constexpr(int(value))
+            elif isinstance(value, FunctionType) and value in _devices:
+                scope[name] = _jitted(value)
+    return triton
+
+
+@functools.cache
+def _jitted(fn: Callable[..., Any]) -> Any:
+    return importlib.import_module("triton").jit(fn)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ._launch import device, tl
+from ._launch import constant, device, tl
 
 # Below and above the rank of every value.
-LOWEST, HIGHEST = -(2**63), 2**63 - 1
-if tl is not None:
-    LOWEST, HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
+LOWEST, HIGHEST = constant(-(2**63)), constant(2**63 - 1)
 
 
 @device

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from mtpkern.errors import UserError
+from mtpkern.kernels._launch import HAS_TRITON
 from mtpkern.ops.base import Ops
 from mtpkern.ops.cpu import CpuOps
-from mtpkern.ops.gpu import HAS_TRITON, GpuOps
+from mtpkern.ops.gpu import GpuOps
 from mtpkern.validation import choice
 
 

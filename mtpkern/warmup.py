@@ -20,7 +20,7 @@ from mtpkern.drafters.base import NoDrafter
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.errors import UserError
 from mtpkern.graph import GraphPool, measure
-from mtpkern.kernels._launch import TIERS, triton
+from mtpkern.kernels._launch import TIERS, import_triton
 from mtpkern.request import EncodedPrompt, Request
 from mtpkern.runner import Batch, Runner
 from mtpkern.status import Phase
@@ -120,7 +120,7 @@ def noting_kernels(phase: Phase) -> Iterator[None]:
         op = fn.name.rpartition(".")[2].strip("_").removesuffix("_kernel")
         phase.advance(0, f"kernel {count}: {op}")
 
-    runtime = triton.knobs.runtime
+    runtime = import_triton().knobs.runtime
     before, runtime.jit_cache_hook = runtime.jit_cache_hook, note
     try:
         yield

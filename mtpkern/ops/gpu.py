@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtpkern.kernels._launch import triton
 from mtpkern.kernels.advance import Progress, advance
 from mtpkern.kernels.gate_up_silu import gate_up_silu
 from mtpkern.kernels.linear import linear
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from mtpkern.cache import KVCache
     from mtpkern.config import ModelConfig
     from mtpkern.model import Llama
-
-HAS_TRITON = triton is not None
 
 
 class GreedyProjection(NamedTuple):

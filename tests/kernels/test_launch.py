@@ -1,6 +1,9 @@
 """Launchers without a GPU: each says that it needs one, and names the definition that does not."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +55,19 @@ def test_every_kernel_names_a_definition_that_exists(path: Path) -> None:
 def test_memory_that_a_gpu_reads_is_not_refused(cuda: str) -> None:
     pinned = torch.zeros(4, 8).pin_memory()
     assert _launch._is_reachable(pinned) and not _launch._is_reachable(torch.zeros(4))
+
+
+def test_triton_is_imported_by_the_first_kernel_that_is_compiled() -> None:
+    pytest.importorskip("triton")
+    program = """
+import sys
+import mtpkern.engine
+from mtpkern.kernels import _ranking, linear
+assert "triton" not in sys.modules and linear.tl is None
+linear._linear_kernel.compiled
+import triton
+assert linear.tl is triton.language
+assert isinstance(_ranking.LOWEST, triton.language.constexpr)
+assert isinstance(_ranking.rank, triton.runtime.JITFunction)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)

@@ -11,14 +11,14 @@ from conftest import tiny_checkpoint
 from families import write_family
 from head_files import write_medusa, write_mtp
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from pretend_gpu import pretend_gpu  # noqa: E402
 
 from mtpkern import device  # noqa: E402
 from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
-from mtpkern.kernels._launch import TIERS, triton  # noqa: E402
+from mtpkern.kernels._launch import TIERS  # noqa: E402
 from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
 from mtpkern.ops import prefill  # noqa: E402
 from mtpkern.ops.definitions import DEFINITIONS, Definitions  # noqa: E402
