@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "ring": {"kernels"},
     "request": {"config", "drafters", "errors", "ring", "tokenizer"},
     "prompts": {"config", "errors", "request", "tokenizer", "validation"},
-    "device": {"errors", "ops", "validation"},
+    "device": {"errors", "kernels", "ops", "validation"},
     "prefill": {"cache", "decode", "device", "drafters", "model", "ops"},
     "runner": STEP | {"device", "prefill", "request", "ring"},
     "scheduler": {"cache", "drafters", "errors", "nvtx_ranges", "request", "runner"},
@@ -84,7 +84,7 @@ ARROWS: dict[str, set[str]] = {
 
 STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
 LIBRARIES: dict[str, set[str]] = {
-    "kernels": STANDARD | {"torch", "triton", "hashlib"},
+    "kernels": STANDARD | {"torch", "triton", "hashlib", "importlib", "sys", "types"},
     "kernels.cpu": STANDARD
     | {"torch", "numpy", "numba", "llvmlite"}
     | {"contextlib", "ctypes", "hashlib", "importlib", "itertools", "operator", "os", "pathlib"}
