@@ -10,8 +10,9 @@ from conftest import tiny_checkpoint
 
 from mtpkern.train import distill, fit
 from mtpkern.train.fit import Recipe
-from mtpkern.train.mtp_head import HeadConfig, MtpHead
-from mtpkern.train.run import Plan
+from mtpkern.train.heads.mtp import HeadConfig, MtpHead
+from mtpkern.train.plan import Plan
+from mtpkern.train.teacher import Teacher
 
 E, D, HQ, HK = 48, 8, 6, 2
 
@@ -30,10 +31,10 @@ def record_answers(root: Path, layers: int, taps: tuple[int, ...]) -> tuple[Path
 
 def run_distill(model: Path, prompts: Path, out: Path, taps: tuple[int, ...]) -> None:
     directory = str(model)
-    trunk = distill.Trunk(model, 120, taps=taps)
+    teacher = Teacher(model, 120, taps=taps)
     tokenizer = distill.Tokenizer.from_directory(directory)
     jobs = distill.read_prompts([prompts], tokenizer, 0, 512)
-    distill.record(trunk, jobs, out, slots=10, max_new=30)
+    distill.record(teacher, jobs, out, slots=10, max_new=30)
 
 
 def random_head(vocab: int = 64) -> MtpHead:

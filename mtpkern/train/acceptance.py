@@ -1,7 +1,8 @@
-"""How many drafts would be accepted: greedy chains replayed on answers that are already known.
+"""How many drafts would be accepted: greedy chains replayed on recorded answers.
 
-Drafts count up to the first wrong one, and until then the head was fed what it drafted, so that one
-teacher-forced pass over a recorded answer gives every chain that decoding could start.
+Drafts count up to the first wrong one, and until then the head is fed its own drafts, which are the
+answer's tokens. So one teacher-forced pass over an answer gives every chain that decoding could
+start.
 """
 
 from collections import defaultdict
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.train.dataset import Dataset
-from mtpkern.train.families import Head
+from mtpkern.train.heads.families import Head
 
 
 def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
     """What followed the latest earlier occurrence of the `size` tokens that end at `end`.
 
-    K tokens, periodic where the copy reaches `end`, as kernels/ngram.py drafts; none without an
-    occurrence. Nothing beyond `end` is looked at.
+    K tokens, repeated periodically where the copy reaches `end`, as kernels/ngram.py drafts; empty
+    without an occurrence. Tokens after `end` are not read.
     """
     key = tokens[end - size + 1 : end + 1]
     for at in range(end - 1, size - 2, -1):
@@ -30,8 +31,8 @@ def lookup(tokens: Sequence[int], end: int, K: int, size: int = 3) -> list[int]:
 
 
 def loop_free_length(tokens: Sequence[int], prompt: int, size: int = 8) -> int:
-    """The tokens before the first n-gram of the answer that stood in it before, as in
-    benchmarks/bench_decode.py; all of them where none did."""
+    """The number of tokens before the answer's first repeated n-gram, or of all tokens, as in
+    benchmarks/bench_decode.py."""
     seen = set()
     for end in range(prompt + size, len(tokens) + 1):
         gram = tuple(tokens[end - size : end])
@@ -51,8 +52,8 @@ class Tally:
     def replay(
         self, tokens: Sequence[int], prompt: int, end: int, drafts: Sequence, hybrid: bool
     ) -> None:
-        """Decode tokens[prompt:], and count the steps that lie before `end` as a whole; drafts[i]
-        are the head's K guesses after token prompt - 1 + i, the first after the whole prompt."""
+        """Decode tokens[prompt:] and count the steps that do not pass `end`; drafts[i] are the
+        head's K guesses after token prompt - 1 + i. `hybrid` copies after a 3-gram match."""
         K, last = len(self.offered), prompt - 1
         while last < end - 1:
             guess = lookup(tokens, last, K) if hybrid else []
@@ -88,9 +89,9 @@ def evaluate(
     data: Dataset,
     K: int,
 ) -> dict[str, dict[str, Any]]:
-    """Replay answers -> kind -> category -> summary; kinds are head and hybrid, also loop_free.
+    """Replay answers -> summaries by kind (head, hybrid, each also with _loop_free) and category.
 
-    Hybrid takes a 3-gram's copy where there is a match, else the head's chain.
+    Hybrid copies after a 3-gram match, else drafts the head's chain.
     """
     vocab = head.draft_vocab.long()
     table = lm_head[vocab]

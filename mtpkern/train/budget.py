@@ -1,13 +1,13 @@
 """How fast a machine answers and learns, and the training run that fits into a given time.
 
-A run takes its dtype, its slots, the rows of a step, the number of prompts and the number of steps
-from a short measurement before it begins, and writes them down: a run that goes on keeps them, so
-that its learning-rate schedule, which falls to zero at the last step, is that of an unbroken run.
-The time given is therefore an estimate, as good as the measurement, and not a limit.
+A short measurement before the run decides its dtype, slots, rows per step, prompts and steps, which
+are written down. A run that continues keeps them, so that its learning-rate schedule, which falls
+to zero at the last step, is that of an unbroken run. The time given is therefore not a limit but an
+estimate, as good as the measurement.
 
-Of the time, answers and learning get what lets every token of an answer be learned from PASSES
-times, the number with which the heads that ship were trained. Where the prompts do not suffice for
-that, answers are learned from up to MOST_PASSES times, and the run ends early.
+Time is divided between answering and learning so that every answer token is learned from PASSES
+times, as for the heads that ship. With too few prompts for that, tokens are learned from up to
+MOST_PASSES times, and the run ends early.
 """
 
 import copy
@@ -24,34 +24,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.train.dataset import TOP, Dataset, DatasetWriter
-from mtpkern.train.distill import PREFILL_GROUP, Job, Trunk
-from mtpkern.train.families import Head
+from mtpkern.train.distill import Job
 from mtpkern.train.fit import Recipe, Trainer
+from mtpkern.train.heads.families import Head
+from mtpkern.train.teacher import Teacher
 
 PASSES, MOST_PASSES = 3, 10
 TYPICAL_LENGTH = 0.7  # of an answer, as a share of the longest
-HELD_OUT = (64, 32, 16, 8)  # prompts, the most whose answers take at most this share of the time:
-HELD_OUT_SHARE = 0.1
-ROWS = (128, 256, 512, 1024)  # of a step, the fewest with which the optimiser takes at most:
-OPTIMIZER_SHARE = 0.25
+# Held-out prompts: the most whose answers take at most this share of the time.
+HELD_OUT, HELD_OUT_SHARE = (64, 32, 16, 8), 0.1
+# Rows per step: the fewest with which the optimiser takes at most this share of a step.
+ROWS, OPTIMIZER_SHARE = (128, 256, 512, 1024), 0.25
 PROBED_ROWS, PROBE_SECONDS = 256, 20.0
-SLOTS = {"cpu": (8, 32, 128), "cuda": (32, 128, 512)}
+# Sequences answered at once that are tried. A CPU is saturated by the smallest of them.
+SLOTS = {"cpu": (8, 16, 32), "cuda": (32, 128, 512)}
+LEAST_PROMPTS = 8  # to answer, however little time there is
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured, in seconds."""
+    """What was measured; times are in seconds."""
 
-    slots: tuple[int, ...] = ()  # numbers of sequences, rising,
-    step: tuple[float, ...] = ()  # and a decoding step of each
-    prompt: float = 0.0  # a prompt's prefill
-    length: float = 0.0  # tokens of an answer: expected,
-    longest: int = 0  # and at most
+    slots: tuple[int, ...] = ()  # numbers of sequences, ascending
+    step: tuple[float, ...] = ()  # a decoding step with each number of them
+    prompt: float = 0.0  # prefill of a prompt
+    length: float = 0.0  # expected tokens per answer
+    longest: int = 0  # most tokens per answer
     update: float = 0.0  # a step of the optimiser
-    row: float = 0.0  # a row learned from
+    row: float = 0.0  # learning from one row
 
     def answering(self, answers: int, slots: int) -> float:
-        """Seconds to answer so many prompts, `slots` at a time."""
+        """Seconds to answer `answers` prompts, `slots` at a time."""
         slots = min(slots, answers)
         if not slots:
             return 0.0
@@ -62,36 +65,39 @@ class Pace:
         return min(self.slots, key=lambda slots: self.answering(answers, slots))
 
     def in_step(self, rows: int) -> float:
-        """Rows of a step that is to have so many: its last answer is a whole one."""
+        """Mean rows of a step of at least `rows`, which ends with a whole answer."""
         return rows + self.length / 2
 
     def learning(self, steps: int, rows: int) -> float:
-        """Seconds to learn."""
+        """Seconds of `steps` steps of `rows` rows."""
         return steps * (self.update + self.in_step(rows) * self.row)
 
     def of_step(self, slots: int) -> float:
-        """Seconds of a decoding step of so many sequences."""
+        """Seconds of a decoding step with `slots` sequences."""
         return float(np.interp(slots, self.slots, self.step))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is held to from its beginning to its end."""
+    """What a run keeps from its beginning to its end."""
 
     dtype: str
     slots: int  # answers written at a time
-    rows: int  # of a step
+    rows: int  # per step
     steps: int
     prompts: int  # answered and learned from
-    held_out: int  # prompts besides
+    held_out: int  # prompts that are only measured on
 
 
 def share_out(
     seconds: float, pace: Pace, wanted: Settings, available: int, tokens: int
 ) -> Settings:
-    """The run that takes about `seconds` with `available` prompts or, where `tokens` is not 0,
-    recorded answers with so many tokens. `wanted` has what is not to be chosen, and zeros; with a
-    number of steps, all prompts are taken."""
+    """Choose the run that takes about `seconds`, with `available` prompts or, where `tokens` is not
+    0, recorded answers of `tokens` tokens.
+
+    Settings that `wanted` gives are kept, its zeros are chosen; with a number of steps, all prompts
+    are taken.
+    """
     held_out, rows = wanted.held_out, wanted.rows
     if wanted.steps:
         rows = rows or ROWS[-1]
@@ -104,7 +110,7 @@ def share_out(
     if not tokens:
         held_out = held_out or _held_out(seconds, pace, available)
         seconds -= pace.answering(held_out, pace.best_slots(held_out))
-        # They are measured on in the end, without a backward pass.
+        # Measuring on them in the end takes no backward pass.
         seconds -= held_out * pace.length * pace.row / 2
         prompts = _prompts(seconds, pace, rows, wanted.slots, available - held_out)
         slots = wanted.slots or pace.best_slots(prompts)
@@ -115,7 +121,7 @@ def share_out(
 
 
 def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> list[str]:
-    """What was measured, and what is made of it; `seconds` is the time that was given, if any."""
+    """Lines that say what was measured and what is planned; `seconds` is the given time, or 0."""
     s = settings
     learning = pace.learning(s.steps, s.rows)
     learned = s.steps * pace.in_step(s.rows)
@@ -136,7 +142,7 @@ def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> lis
         f"{learning / 60:.1f} of learning, until about {end}",
     ]
     if seconds and needed > 1.5 * seconds:
-        lines.append("that is longer than the time given, which is too short for anything of use")
+        lines.append("that is longer than the time given, which is too short to be of use")
     elif needed < 0.7 * seconds:
         lines.append(
             f"that is shorter than the time given: a token is learned from at most {MOST_PASSES} "
@@ -146,16 +152,16 @@ def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> lis
 
 
 def _prompts(seconds: float, pace: Pace, rows: int, slots: int, most: int) -> int:
-    """How many to answer, for as long as leaves the time to learn PASSES times from the answers."""
+    """How many prompts to answer, leaving the time to learn PASSES times from the answers."""
     best, row = 0, pace.learning(1, rows) / pace.in_step(rows)
     for count in (slots,) if slots else pace.slots:
         step = pace.of_step(count)
         an_answer = pace.prompt + pace.length * (step / count + PASSES * row)
         answers = int((seconds - pace.longest / 2 * step) / an_answer)
-        # With fewer, slots would be empty from the beginning, which this does not reckon with.
+        # With fewer answers, slots would be empty from the start, which the estimate leaves out.
         if answers >= count * TYPICAL_LENGTH:
             best = max(best, answers)
-    return min(max(best, PREFILL_GROUP), most)
+    return min(max(best, LEAST_PROMPTS), most)
 
 
 def _held_out(seconds: float, pace: Pace, available: int) -> int:
@@ -174,7 +180,7 @@ def _rows(pace: Pace) -> int:
 
 @functools.cache
 def fastest_dtype(kind: str) -> torch.dtype:
-    """What a device multiplies matrices fastest in, forth and back; bfloat16 on a GPU.
+    """The dtype in which a device trains matrices fastest; bfloat16 on a GPU.
 
     CPUs with instructions for bfloat16 are several times faster with it, all others slower.
     """
@@ -193,9 +199,9 @@ def fastest_dtype(kind: str) -> torch.dtype:
 
 
 def timed(device: torch.device, call: Callable[[], object], repeats: int = 3) -> float:
-    """Mean seconds of a few calls after a first one, for about half a second.
+    """Mean seconds of a few calls after a warm-up call, for about half a second.
 
-    The mean, since a busy neighbour will be there later, too.
+    The mean and not the minimum: other load on the machine will be there during the run too.
     """
     call()
     _wait(device)
@@ -208,45 +214,35 @@ def timed(device: torch.device, call: Callable[[], object], repeats: int = 3) ->
     return sum(spent) / len(spent)
 
 
-@torch.inference_mode()
-def measure_answers(trunk: Trunk, jobs: Sequence[Job], max_new: int, slots: int) -> Pace:
-    """How fast a trunk answers; `slots` is the number of sequences, or 0 to try several, the fewest
-    first, for some seconds."""
+def measure_answers(teacher: Teacher, jobs: Sequence[Job], max_new: int, slots: int) -> Pace:
+    """Time the teacher's steps with `slots` sequences, or with several numbers of sequences, the
+    fewest first, for some seconds where `slots` is 0."""
     lengths = sorted(len(job.prompt) for job in jobs)
     prompt = lengths[len(lengths) // 2]
-    longest = min(max_new, trunk.capacity - prompt)
-    on, found = trunk.device, dict[int, float]()
-    candidates = (slots,) if slots else SLOTS[on.type]
+    longest = min(max_new, teacher.capacity - prompt)
+    on, found = teacher.device, dict[int, float]()
+    most = max(1, _free_memory(on) // 2 // teacher.bytes_per_slot)
+    fitting = [count for count in SLOTS[on.type] if count <= most] or [SLOTS[on.type][0]]
+    candidates = [slots] if slots else fitting
+    teacher.allot(candidates[-1])
     began = time.perf_counter()
-    most = max(1, _free_memory(on) // 2 // trunk.bytes_per_slot)
     for count in candidates:
-        if found and (count > most or time.perf_counter() - began > PROBE_SECONDS):
+        if found and time.perf_counter() - began > PROBE_SECONDS:
             break
-        trunk.allot(count)
-        tokens = torch.full((count, 1), 5, device=on)
-        start = torch.full((count,), prompt + longest // 2, device=on)
-        every = torch.arange(count, device=on)
-
-        def step(tokens: Tensor = tokens, every: Tensor = every, start: Tensor = start) -> None:
-            trunk.top(trunk.forward(tokens, every, start)[:, 0])
-
-        found[count] = timed(on, step)
-    group = min(PREFILL_GROUP, count)
-    trunk.allot(group)
-    tokens = torch.full((group, prompt), 5, device=on)
-    every = torch.arange(group, device=on)
-    prefill = timed(on, lambda: trunk.forward(tokens, every, torch.zeros_like(every)))
+        rows = range(count), [5] * count, [prompt + longest // 2] * count
+        found[count] = timed(on, functools.partial(teacher.step, *rows))
+    prefill = timed(on, lambda: teacher.prefill(0, [5] * prompt))
     return Pace(
         tuple(found),
         tuple(found.values()),
-        prefill / group,
+        prefill,
         max(1.0, TYPICAL_LENGTH * longest),
         longest,
     )
 
 
 class _Watched(Trainer):
-    """A trainer that notes when its steps end, and how long its optimisers take."""
+    """A trainer that records when its steps end, and how long its optimisers take."""
 
     ends: list[float]
     updates: list[float]
@@ -262,8 +258,8 @@ class _Watched(Trainer):
 def measure_learning(
     head: Head, recipe: Recipe, data: Dataset, embedding: Tensor, lm_head: Tensor
 ) -> tuple[float, float]:
-    """Seconds of the optimisers' part of a step, and of a row: of the second of two short steps,
-    which change a copy of the head."""
+    """Seconds that a step spends in the optimisers, and per row besides, from the second of two
+    short steps of a copy of the head."""
     trainer = _Watched(
         copy.deepcopy(head), replace(recipe, steps=2, rows=PROBED_ROWS), None, embedding.dtype
     )
@@ -276,7 +272,7 @@ def measure_learning(
 def made_up_answers(
     directory: Path, E: int, taps: Sequence[int], V: int, prompt: int, answer: int
 ) -> Dataset:
-    """Random answers of some lengths, enough for two short steps, to measure with."""
+    """Random answers, enough for two short steps, to measure with."""
     writer, generator = DatasetWriter(directory, E, taps), torch.Generator().manual_seed(0)
     n = prompt + answer
     for number in range(math.ceil(2 * PROBED_ROWS / answer)):
@@ -298,7 +294,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that may be had; very many where the system does not say."""
+    """Bytes that can be allocated; 2^60 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

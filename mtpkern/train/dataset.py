@@ -1,14 +1,15 @@
-"""What a head learns from, as flat files: one row a position, appended a sequence at a time.
+"""What a head learns from, as flat files: one row per position, appended sequence by sequence.
 
     tokens.bin       int32 [N]      prompt and answer, the stop token included
     features.bin     bf16 [N, n*E]  hidden states after n tapped layers; the last one's are normed
     top_ids.bin      int32 [N, M]   the model's M likeliest next tokens after this position
     top_logits.bin   fp16 [N, M]    and their logits; both are zero inside the prompt
-    sequences.jsonl  an object a sequence: its first row, its prompt's length, its length, category
-    layout.json      the hidden size E, the tapped layers, counted from 1, and whose answers to what
-                     they are: the model's fingerprint, the prompts, how they were answered
+    sequences.jsonl  an object per sequence: first row, prompt's length, length, category, number
+    layout.json      the hidden size E, the tapped layers, counted from 1, and the answers' origin:
+                     the model's fingerprint, the prompts, the sampling settings
 
-M is 64. The index is written last: files cut short are longer than it says, never shorter.
+M is 64. The index is written last, so that after an interruption files are longer than it says,
+never shorter.
 """
 
 import json
@@ -30,7 +31,7 @@ ANSWER_FILES = ("layout.json", "sequences.jsonl", "*.bin")
 
 
 def fields(width: int) -> dict[str, tuple[type, int]]:
-    """Field -> element type and width of a row, for features of `width` (bf16 travels as int16)."""
+    """Field -> element type and row width, for features of `width` (bf16 is stored as int16)."""
     return {
         "tokens": (np.int32, 1),
         "features": (np.int16, width),
@@ -40,17 +41,17 @@ def fields(width: int) -> dict[str, tuple[type, int]]:
 
 
 def claim(file: Path, facts: Mapping[str, Any], *, replaced: Collection[str] | None = None) -> None:
-    """Note in a file what its directory is of, which is made first; facts are as JSON has them.
+    """Write into a file which run its directory belongs to, and make the directory if need be;
+    `facts` are JSON values.
 
-    Where other facts stand there, the directory's contents are removed, if all of them match
-    `replaced`, and are a UserError without it.
+    If the file holds other facts, the directory's contents are removed where all of them match
+    `replaced`. Raises UserError without `replaced`.
     """
     if file.exists() and (other := differences(read_json_object(file), facts)):
         if replaced is None:
             raise UserError(
-                f"cannot go on: {printable(file.parent)} is of another run ({other}): the same "
-                "options go on with it, another --out begins anew, and so does --force, in its "
-                "place"
+                f"cannot continue: {printable(file.parent)} is of another run ({other}): the same "
+                "options continue it, another --out starts anew, and --force replaces it"
             )
         clear(file.parent, replaced)
     if not file.exists():
@@ -60,16 +61,16 @@ def claim(file: Path, facts: Mapping[str, Any], *, replaced: Collection[str] | N
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What of `now` was not so before, in words; nothing where all of it was."""
+    """Say which values of `now` differ from those before; empty if none does."""
     pairs = [(key, before.get(key, "unknown"), value) for key, value in now.items()]
     return ", ".join(f"{key} {printable(a)}, now {printable(b)}" for key, a, b in pairs if a != b)
 
 
 class DatasetWriter:
-    """Appends sequences to a directory; opening it again goes on after the last whole one.
+    """Appends sequences to a directory; opened again, it continues after the last whole one.
 
-    `origin` is what else must be the same for that. A directory with other answers is a UserError,
-    and stays as it is; or they are replaced, with `force`.
+    `origin` is what else must be equal for that. Raises UserError for a directory with answers of
+    another origin, unless `force` replaces them.
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class DatasetWriter:
         top_logits: Tensor,
         number: int = 0,
     ) -> None:
-        """One sequence, `prompt` of its n tokens given: features [n, n*E], tops [n, M]; `number`
-        is its prompt's, by which the sequences are put in order again."""
+        """Append a sequence of n tokens, the first `prompt` of them its prompt's: features
+        [n, n_taps*E], top_ids and top_logits [n, M]. Readers order sequences by `number`, that of
+        the prompt."""
         rows = {
             "tokens": np.array(tokens),
             "features": features.view(torch.int16).numpy(),
@@ -126,22 +128,22 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
 
 
 class Dataset:
-    """The sequences of several directories, mapped and read in place, with the features of `taps`.
+    """The sequences of several directories, memory-mapped, with the features of `taps`.
 
     Raises UserError for answers that were recorded without one of those layers, or whose
-    layout.json says something else than `origin`; older ones say less.
+    layout.json contradicts `origin`; older files name fewer facts.
     """
 
     def __init__(self, directories: Sequence[Path], taps: Sequence[int], **origin: Any):
         self.taps = tuple(taps)
-        self.columns: list[tuple[int, list[int]]] = []  # of a directory: E, and where the taps lie
+        self.columns: list[tuple[int, list[int]]] = []  # per directory: E, positions of the taps
         self.files: list[dict[str, np.ndarray]] = []
         self.sequences: list[tuple[int, dict[str, Any]]] = []
         for i, directory in enumerate(directories):
             layout = read_json_object(directory / "layout.json")
             if other := differences(origin | layout, origin):
                 raise UserError(f"{printable(directory)} holds answers of another model: {other}")
-            # A pair takes two known tokens; one token that was chosen is what it is to predict.
+            # A pair needs two known tokens, and a third, chosen one to predict.
             rows = [r for r in read_index(directory) if 2 <= r["prompt"] < r["length"]]
             if not rows:
                 raise UserError(f"{printable(directory)} holds no answers yet")
@@ -165,7 +167,7 @@ class Dataset:
         return len(self.sequences)
 
     def pick(self, indices: Iterable[int]) -> "Dataset":
-        """The same data without the other sequences."""
+        """The same data with these sequences only."""
         part = copy(self)
         part.sequences = [self.sequences[i] for i in indices]
         return part
@@ -187,12 +189,12 @@ class Dataset:
         return row["length"] - row["prompt"]
 
     def batches(self, rows: int, rng: np.random.Generator) -> list[list[int]]:
-        """Batches of about `rows` answer rows, sequences of like lengths together, shuffled."""
+        """Shuffled batches of at least `rows` answer rows, similar lengths together."""
         order, out = rng.permutation(len(self)).tolist(), []
         for at in range(0, len(order), 384):
             batch: list[int] = []
             size = 0
-            # Like lengths keep the padding small; windows keep the order random.
+            # Similar lengths keep the padding small; windows keep the order random.
             for i in sorted(order[at : at + 384], key=self._size):
                 batch.append(i)
                 size += self.answer_length(i)
@@ -207,10 +209,11 @@ class Dataset:
         return self.answer_length(index) // 24, self.sequences[index][1]["prompt"]
 
     def collate(self, indices: Sequence[int], K: int) -> dict[str, Tensor]:
-        """Pad sequences into a batch of chains; one starts at each row that drafts of an answer.
+        """Pad sequences into a batch of chains, one from each row that drafts a part of an answer.
 
-        tokens [B, S + K + 2], features [B, S, n*E], starts [B, Q]; for step k of the chain from j,
-        which predicts token j + 2 + k: live [K, B, Q], top_ids and top_logits [K, B, Q, M].
+        tokens [B, S + K + 2], features [B, S, n*E], starts [B, Q]. For step k of the chain from row
+        j, which predicts token j + 2 + k: live [K, B, Q] says whether there is such a token,
+        top_ids and top_logits [K, B, Q, M] are the model's prediction of it.
         """
         lengths = [self.sequences[i][1]["length"] for i in indices]
         prompts = [self.sequences[i][1]["prompt"] for i in indices]
@@ -232,7 +235,7 @@ class Dataset:
             out["features"][b, : n - 2] = self.read(i, "features")[: n - 2]
             out["starts"][b, :chains] = torch.arange(p - 2, n - 2)
             for k in range(min(K, chains)):
-                # What the model makes of token j + 2 + k stands in row j + 1 + k.
+                # Row j + 1 + k holds the model's prediction of token j + 2 + k.
                 out["live"][k, b, : chains - k] = True
                 out["top_ids"][k, b, : chains - k] = ids[p - 1 + k : n - 1]
                 out["top_logits"][k, b, : chains - k] = logits[p - 1 + k : n - 1]

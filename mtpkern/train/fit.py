@@ -1,4 +1,4 @@
-"""Fit heads to recorded answers: optimisers, schedule, and a place to go on from.
+"""Fit heads to recorded answers: optimisers, schedule, and checkpoints to continue from.
 
 The target of a row is the model's distribution over its likeliest tokens, mixed with its own token;
 matrices are trained with Muon (or AdamW), the rest with AdamW, both with a linear decay to zero.
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from mtpkern.errors import UserError
 from mtpkern.outputs import writing
 from mtpkern.train.dataset import Dataset
-from mtpkern.train.families import Head
+from mtpkern.train.heads.families import Head
 from mtpkern.train.interrupt import held_back
 from mtpkern.train.losses import DraftLoss, draft_targets
 from mtpkern.train.muon import Muon
 
-# What a killed run loses at most.
+# Seconds between checkpoints: what a killed run loses at most.
 SAVE_SECONDS = 45.0
 
 
 def expected_tokens(data: Dataset, V: int) -> Tensor:
-    """How often the model expects each token in its answers, in sum: [V] float64.
+    """The model's probability of each token, summed over all answer positions: [V] float64.
 
-    Its recorded distributions say more about rare tokens than counting those that it chose.
+    The distributions say more about rare tokens than counts of the chosen tokens would.
     """
     expected = np.zeros(V)
     for index, (_, row) in enumerate(data.sequences):
@@ -42,14 +42,14 @@ def expected_tokens(data: Dataset, V: int) -> Tensor:
 
 
 def choose_draft_vocab(expected: Tensor, size: int) -> Tensor:
-    """The `size` tokens that are expected most, lowest ids first; of those never expected the
-    lowest ids, a BPE's earliest merges."""
+    """The `size` tokens with the largest expected counts, ascending. Tokens that are never expected
+    rank by id, which is the order of a BPE's merges."""
     ranked = np.lexsort((np.arange(len(expected)), -expected.numpy()))
     return torch.from_numpy(np.sort(ranked[:size])).int()
 
 
 def feature_spread(data: Dataset, samples: int = 100) -> Tensor:
-    """Root mean square of every feature, [n*E]; the first token, an attention sink, is left out."""
+    """Root mean square of every feature, [n*E], without the first token, an attention sink."""
     indices = range(0, len(data), max(1, len(data) // samples))
     rows = torch.cat([data.read(i, "features")[1:-1].float() for i in indices])
     return rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
@@ -65,7 +65,7 @@ def batch_loss(
     weights: Tensor,
     hard: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a batch, steps weighted with weights [K], and each step's own loss [K]."""
+    """The batch's loss, with the K steps weighted by weights [K], and each step's own loss [K]."""
     K, parts = len(weights), []
     states = head(x["features"], x["tokens"], x["starts"], embedding, K, keep)
     for k, state in enumerate(states):
@@ -81,9 +81,9 @@ def batch_loss(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on beside its data; the defaults are what shipped heads had.
+    """What a training run depends on besides its data; the defaults are those of the shipped heads.
 
-    Before a run begins, zero steps and rows are those that fit the time: see budget.py.
+    Zero steps or rows stand for numbers that budget.py chooses before the run.
     """
 
     steps: int
@@ -92,14 +92,14 @@ class Recipe:
     optimizer: str = "muon"
     lr: float = 8e-3
     warmup: int = 20
-    decay: float = 0.8  # the loss weighs draft k with decay^k
-    hard: float = 0.2  # share of the model's own token in a target
-    continued: float = 0.5  # share of chains that go on past their first draft
+    decay: float = 0.8  # draft k has the weight decay^k in the loss
+    hard: float = 0.2  # share of the model's chosen token in a target
+    continued: float = 0.5  # share of chains that continue past their first draft
     seed: int = 0
 
 
 class Trainer:
-    """Optimisers, schedule and place in the data, all of which a checkpoint holds."""
+    """Optimisers, schedule and position in the data, all of which a checkpoint holds."""
 
     def __init__(
         self,
@@ -108,12 +108,12 @@ class Trainer:
         checkpoint: Path | None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """`dtype` is what matrices of the optimiser's are multiplied in."""
+        """`dtype` is what Muon multiplies its matrices in."""
         self.head, self.recipe, self.step = head, recipe, 0
         self.checkpoint, self.saved_at = checkpoint, time.monotonic()
-        self.is_whole = True  # not within a step of the optimisers
+        self.is_whole = True  # False within a step of the optimisers
         self.rows = 0  # learned from by this process
-        self.notes: dict[str, Any] = {"seconds": 0.0}  # what else the run must not forget
+        self.notes: dict[str, Any] = {"seconds": 0.0}  # totals of the run, kept in checkpoints
         parameters = list(head.parameters())
         matrices = [w for w in parameters if w.dim() == 2]
         self.small = [w for w in parameters if w.dim() == 1]
@@ -131,7 +131,7 @@ class Trainer:
         self.optimizers = (first, second)
 
     def save(self) -> None:
-        """Write everything that the rest of the run depends on, in one rename."""
+        """Write a checkpoint, atomically, with all that the rest of the run depends on."""
         now = time.monotonic()
         self.notes["seconds"] += now - self.saved_at
         self.saved_at = now
@@ -146,10 +146,10 @@ class Trainer:
         temporary.replace(self.checkpoint)
 
     def resume(self) -> bool:
-        """Go back to where the checkpoint stands, if there is one."""
+        """Load the checkpoint -> whether there was one."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        # Weights and moments are copied to where their parameters are; the notes stay here.
+        # Weights and moments are copied to their parameters' device; the notes stay on the CPU.
         state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -158,7 +158,7 @@ class Trainer:
         return True
 
     def update(self, loss: Tensor) -> None:
-        """One optimiser step, at the rate that the step's place in the schedule gives."""
+        """Take one optimiser step at the schedule's learning rate."""
         rise = min(1.0, (self.step + 1) / self.recipe.warmup)
         fall = max(1 - self.step / self.recipe.steps, 0.01)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
@@ -172,7 +172,7 @@ class Trainer:
             self.is_whole = True
 
     def take_step(self) -> None:
-        """Let the optimisers use the gradients."""
+        """Apply the gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -187,11 +187,11 @@ class Trainer:
         end: int,
         log: Callable[[int, float, Tensor, float], None] = lambda *_: None,
     ) -> list[float]:
-        """Train from here to step `end` on this data, whose first batch belongs to step `begin`;
-        the loss of every step taken comes back. log gets step, loss, loss by draft [K], rows/s.
+        """Train up to step `end` on this data, whose first batch belongs to step `begin` -> the
+        loss of every step taken. Calls log(step, loss, loss by draft [K], rows/s) after each.
 
-        It computes in the dtype of embedding and lm_head, [V, E] both. What was learned until a
-        KeyboardInterrupt is saved, unless that came in the middle of an optimiser's step.
+        The dtype of embedding and lm_head, both [V, E], is that of all matrix products. On a
+        KeyboardInterrupt the state is saved, unless it came in the middle of an optimiser's step.
         """
         losses: list[float] = []
         try:
@@ -209,14 +209,14 @@ class Trainer:
     def _steps(
         self, embedding: Tensor, lm_head: Tensor, data: Dataset, begin: int, end: int
     ) -> Iterator[tuple[float, Tensor, float]]:
-        """Take the steps to `end` -> the loss of each, by draft [K], and rows/s so far."""
+        """Take the steps up to `end` -> each one's loss, loss by draft [K], and rows/s so far."""
         recipe, K, where = self.recipe, self.recipe.K, embedding.device
         vocab = self.head.draft_vocab.long()
         table, to_draft = lm_head[vocab], torch.full((len(embedding),), -1, device=where)
         to_draft[vocab] = torch.arange(len(vocab), device=where)
         weights = recipe.decay ** torch.arange(K, device=where)
         weights = weights / weights.sum()
-        # A resumed run skips what it has seen: the order depends on seed, begin and epoch alone.
+        # A resumed run skips batches already seen: their order follows from seed, begin and epoch.
         skip, epoch = self.step - begin, 0
         before, began = self.rows, time.monotonic()
         while self.step < end:
@@ -239,8 +239,8 @@ class Trainer:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise UserError(
-                        f"the loss of step {self.step + 1} is no number: lower --lr (what was "
-                        "saved last is kept)"
+                        f"the loss of step {self.step + 1} is no number: lower --lr (the last "
+                        "checkpoint is kept)"
                     )
                 self.update(loss)
                 self.rows += int(x["live"][0].sum())

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: what must be whole is finished first."""
+"""Ctrl-C and SIGTERM while training: a step of the optimisers is finished first."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM is a KeyboardInterrupt too."""
+    """Within the block, SIGTERM raises KeyboardInterrupt, as SIGINT does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -25,9 +25,9 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Deliver the first signal when the block is done, and a second one at once.
+    """Deliver the first signal after the block, a second one at once.
 
-    Only the main thread receives signals; in any other the block just runs.
+    Only the main thread receives signals; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def invented_jobs(
     tokenizer: "Tokenizer", openings: Mapping[str, Sequence[str]], count: int
 ) -> "tuple[int, list[Job]]":
-    """Prompts that end inside the user's turn, after an opening: the length of what all of them
-    begin with, and the jobs."""
+    """Jobs whose prompts end inside the user's turn, after an opening -> the length of the template
+    that all prompts begin with, and the jobs."""
     from mtpkern.train.distill import Job
 
     mark = "\x00"
@@ -45,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(run=_invent)
     add, count = p.add_argument, at_least(1)
     add("--model", help="directory of the model; the default model without it")
-    add("--count", type=count, required=True, help="how many to try; some are dropped")
+    add("--count", type=count, required=True, help="prompts to try; some are dropped")
     add("--out", type=Path, required=True, help="JSONL with `turns` and `category`")
     add("--force", action="store_true", help=FORCE)
     add("--max-new", type=count, default=220, help="longest prompt in tokens")
     add("--slots", type=count, help="sequences at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=count, help="of a CPU (default: torch's)")
+    add("--threads", type=count, help="CPU threads (default: physical cores)")
     add("--seed", type=at_least(0), default=0)
     return run(p, argv)
 
@@ -65,17 +65,16 @@ def _invent(a: argparse.Namespace) -> int:
 
 
 def _lines(a: argparse.Namespace) -> list[str]:
-    import torch
-
     from mtpkern.checkpoints.llama import load_config
     from mtpkern.checkpoints.resolve import resolve_model
     from mtpkern.device import resolve_device
+    from mtpkern.threads import use_threads
     from mtpkern.tokenizer import Tokenizer
-    from mtpkern.train.budget import fastest_dtype, measure_answers
-    from mtpkern.train.distill import Trunk, generate, nucleus
+    from mtpkern.train.budget import measure_answers
+    from mtpkern.train.distill import generate, nucleus
+    from mtpkern.train.teacher import Teacher
 
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    use_threads(a.threads)
     device, _ = resolve_device(a.device)
     directory = resolve_model(a.model, status=a.status)
     tokenizer = Tokenizer.from_directory(directory)
@@ -83,18 +82,18 @@ def _lines(a: argparse.Namespace) -> list[str]:
     context = load_config(directory).max_position_embeddings
     capacity = min(a.max_new + max(len(job.prompt) for job in jobs), context)
     with a.status.phase("loading the model"):
-        trunk = Trunk(directory, capacity, device, dtype=fastest_dtype(device.type))
+        teacher = Teacher(directory, capacity, device)
     slots = a.slots
     if slots is None:
         with a.status.phase("measuring how fast it goes"):
-            slots = measure_answers(trunk, jobs, a.max_new, 0).best_slots(len(jobs))
-    stop, seen = set(trunk.config.eos_token_ids), set()
+            slots = measure_answers(teacher, jobs, a.max_new, 0).best_slots(len(jobs))
+    stop, seen = set(teacher.config.eos_token_ids), set()
     lines: list[str] = []
 
     def sink(job: "Job", *_: Any) -> None:
         text = tokenizer.decode(job.tokens[head:-1]).strip()
         key = text.lower()[:60]
-        # Duplicates and unfinished ones are left out.
+        # Duplicates and prompts that did not end are left out.
         if job.tokens[-1] in stop and len(text) >= 15 and key not in seen:
             seen.add(key)
             row = {"question_id": f"own-{len(seen)}", "category": job.category, "turns": [text]}
@@ -102,7 +101,7 @@ def _lines(a: argparse.Namespace) -> list[str]:
 
     choose = nucleus(0.9, 0.92, a.seed)
     with a.status.phase("prompts", len(jobs), "tried") as phase:
-        generate(trunk, jobs, sink, slots=slots, max_new=a.max_new, choose=choose, phase=phase)
+        generate(teacher, jobs, sink, slots=slots, max_new=a.max_new, choose=choose, phase=phase)
     return lines
 
 

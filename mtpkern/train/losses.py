@@ -8,8 +8,8 @@ from torch import Tensor
 class DraftLoss(torch.autograd.Function):
     """Summed cross-entropy of softmax(hidden @ table.T) and sparse targets.
 
-    hidden [R, E], table [Vd, E] (frozen), ids [R, N] with weights [R, N] -> scalar. The gradient is
-    made on the way, a few rows at a time, so that the logits [R, Vd] never exist as a whole.
+    hidden [R, E], table [Vd, E] (frozen), ids [R, N] with weights [R, N] -> scalar. The forward
+    pass computes the gradient too, 256 rows at a time, so that no logits [R, Vd] are stored.
     """
 
     @staticmethod
@@ -34,10 +34,11 @@ class DraftLoss(torch.autograd.Function):
 def draft_targets(
     ids: Tensor, logits: Tensor, labels: Tensor, to_draft: Tensor, hard: float
 ) -> tuple[Tensor, Tensor]:
-    """What R rows shall predict -> draft ids and weights [R, M + 1], a row's weights summing to 1.
+    """Targets of R rows -> draft ids and weights [R, M + 1]; a row's weights sum to 1.
 
-    The model's likeliest tokens ids [R, M] by their logits, and its own token labels [R] with the
-    share `hard`, as far as to_draft [V] knows them (-1: outside); a row without any sums to 0.
+    A target mixes the model's M likeliest tokens ids [R, M], by their logits, with its chosen token
+    labels [R], which gets the share `hard`. to_draft [V] maps tokens to draft ids, -1 outside of
+    the draft vocabulary; a row without any token inside has weights 0.
     """
     inside, label = to_draft[ids], to_draft[labels][:, None]
     p = logits.masked_fill(inside < 0, float("-inf")).softmax(-1).nan_to_num(0)

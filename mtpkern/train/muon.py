@@ -1,8 +1,8 @@
-"""Muon: momentum whose update is made orthogonal (Jordan et al. 2024), for matrices.
+"""Muon, for matrices: momentum with orthogonalised updates (Jordan et al. 2024).
 
-The same as torch.optim.Muon with nesterov momentum and adjust_lr_fn="match_rms_adamw", but the
-iteration runs in a dtype of choice. torch's is always in bfloat16, which on a CPU without
-instructions for it takes a minute per step where float32 takes half a second.
+The same as torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw", except that
+the iteration runs in a given dtype. torch's always runs in bfloat16, which on a CPU without
+bfloat16 instructions takes a minute per step where float32 takes half a second.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """U V^T of the singular value decomposition, nearly: [m, n] -> [m, n], by Newton-Schulz."""
+    """Approximate U V^T of the singular value decomposition by Newton-Schulz: [m, n] -> [m, n]."""
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype, copy=True)
     if matrix.shape[0] > matrix.shape[1]:
@@ -27,7 +27,7 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """`dtype` is what the iteration computes in; the momentum has the parameters' own."""
+    """`dtype` is that of the iteration; the momentum has the parameters' own."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for w in group["params"]:

@@ -1,10 +1,10 @@
-"""Prompts for self-distillation out of the texts that lie about on a Python or Debian machine.
+"""Prompts for self-distillation from texts already installed on a Python or Debian machine.
 
     python -m mtpkern.train.prompts --out texts.jsonl
 
 Prose (package documentation, manual pages) becomes summaries, passages with a question, extraction;
-documented Python functions become code to complete; gettext catalogs become translation. What other
-kinds of question there are, OPENINGS leaves to the model itself: see `invent`.
+documented Python functions become code to complete; gettext catalogs become translation. Other
+kinds of question are written by the model itself, from OPENINGS: see `invent`.
 """
 
 import argparse
@@ -109,9 +109,9 @@ _MANUAL_PAGE = re.compile(r"\.[1-8](\.gz)?$")
 
 
 def read_turns(file: Path) -> list[tuple[str, str]]:
-    """(category, first turn) of every line of a JSONL file with `turns` and perhaps `category`.
+    """(category, first turn) of every line of a JSONL file with `turns` and optional `category`.
 
-    Raises UserError for a file or a line that is not so.
+    Raises UserError for a file that cannot be read, and for a line without `turns`.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -138,7 +138,7 @@ def read_turns(file: Path) -> list[tuple[str, str]]:
 
 
 def python_files(root: Path) -> list[Path]:
-    """The Python files under root, sorted, without the packages that may be installed there."""
+    """The Python files under root, sorted, without installed packages."""
     installed = {"site-packages", "dist-packages"}
     files = root.rglob("*.py")
     return sorted(f for f in files if installed.isdisjoint(f.relative_to(root).parts))
@@ -165,7 +165,7 @@ def functions(root: Path) -> Iterator[str]:
 
 
 def without_roff(text: str) -> str:
-    """A manual page's prose: requests gone, font changes and escapes resolved."""
+    """A manual page's prose: requests removed, font changes and escapes resolved."""
     text = re.sub(r"(?m)^\.(PP|TP|IP|SH|SS|LP|P|sp|br).*$", "\n", text)
     text = re.sub(r"(?m)^\.(B|I|BR|IR|RB|BI|Nm|Fl|Xr|Ar)\s+", "", text)
     text = re.sub(r"(?m)^[.'].*$", "", text)
@@ -173,7 +173,7 @@ def without_roff(text: str) -> str:
 
 
 def prose(roots: Sequence[Path]) -> Iterator[str]:
-    """Paragraphs of 200 to 1500 characters that read like English, at most 40 of a file."""
+    """Paragraphs of 200 to 1500 characters that read like English, at most 40 per file."""
     for path in sorted(p for root in roots for p in root.rglob("*") if p.is_file()):
         manual = _MANUAL_PAGE.search(path.name.lower())
         if not manual and not _TEXT_FILE.search(path.name.lower()):
@@ -183,7 +183,7 @@ def prose(roots: Sequence[Path]) -> Iterator[str]:
                 text = file.read(400_000).decode("utf-8", "ignore")
         except OSError:
             continue
-        # Tags go, and so does Perl's markup, which leaves its content.
+        # Tags are removed; Perl's markup is replaced by its content.
         text = re.sub(
             r"<[^>\n]{1,80}>|[A-Z]<([^<>]*)>", r"\1", without_roff(text) if manual else text
         )
@@ -192,7 +192,7 @@ def prose(roots: Sequence[Path]) -> Iterator[str]:
 
 
 def is_english(text: str) -> bool:
-    """Whether a paragraph is mostly letters and has the small words of English."""
+    """Whether a paragraph is mostly letters and has the most frequent English words."""
     if not 200 <= len(text) <= 1500 or not text[0].isalpha() or "\\" in text:
         return False
     letters = sum(c.isalpha() or c in " ,." for c in text) / len(text)
@@ -220,7 +220,7 @@ def german(root: Path) -> Iterator[str]:
 def make(
     rng: random.Random, counts: dict[str, int], texts: list[str], asked: list[str]
 ) -> Iterator[tuple[str, str]]:
-    """(category, prompt) of every kind in `counts`; `asked` are questions to put to passages."""
+    """(category, prompt) of every kind in `counts`; `asked` are questions about passages."""
     code = list(functions(Path(sysconfig.get_paths()["stdlib"])))
     sentences = sorted(set(german(Path("/usr/share/locale"))))
     for items in (code, sentences, texts):
@@ -231,7 +231,7 @@ def make(
         yield "translation", f"Translate German to English: {sentence}"
 
     def passage(shortest: int, longest: int) -> str:
-        """Paragraphs in a row, of at least a random length in characters."""
+        """Random paragraphs in a row, with a random least length in characters."""
         wanted, out = rng.randint(shortest, longest), rng.choice(texts)
         while len(out) < wanted:
             out += " " + rng.choice(texts)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     roots = [Path(f"/usr/share/{name}") for name in ("doc", "man/man1", "vim", "perl")]
     p = Parser(
         prog="python -m mtpkern.train.prompts",
-        description="Make prompts out of the texts of this machine",
+        description="Make prompts from texts installed on this machine",
     )
     p.set_defaults(run=_make)
     add = p.add_argument

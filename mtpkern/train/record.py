@@ -1,5 +1,5 @@
-"""Record a model's answers to prompts, for several heads to learn from the same: `mtpkern train
---answers`. A recording that was killed goes on with the same command.
+"""Record a model's answers to prompts, so that several heads can learn from the same answers with
+`mtpkern train --answers`. A recording that was killed continues with the same command.
 
     python -m mtpkern.train.record --prompts texts.jsonl --families mtp medusa --out answers
 """
@@ -25,9 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--prompts", type=Path, nargs="+", required=True, help="JSONL with `turns`")
     add("--out", type=Path, required=True, help="a directory for `train --answers`")
     add("--force", action="store_true", help=FORCE)
-    add("--families", nargs="+", default=["mtp"], choices=FAMILIES, help="whose heads")
-    add("--limit", type=count, help="answer so many prompts")
-    add("--temperature", type=at_least(0.0), default=0.6, help="of every other; 0: greedy only")
+    add("--families", nargs="+", default=["mtp"], choices=FAMILIES, help="heads that will learn")
+    add("--limit", type=count, help="answer at most this many prompts")
+    add(
+        "--temperature",
+        type=at_least(0.0),
+        default=0.6,
+        help="of every other answer; 0: all greedy",
+    )
     add("--max-new", type=count, default=192, help="longest answer in tokens")
     add("--slots", type=count, help="sequences at a time (default: measured)")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -36,22 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _record(a: argparse.Namespace) -> int:
-
     with run_directory(a.out, ["layout.json"], sources=[a.model, *a.prompts]):
         return _answer(a)
 
 
 def _answer(a: argparse.Namespace) -> int:
-    # Here, so that --help answers at once.
+    # torch is imported here, so that --help answers at once.
     from mtpkern.checkpoints.llama import load_config
     from mtpkern.checkpoints.resolve import resolve_model
     from mtpkern.device import resolve_device
     from mtpkern.errors import UserError
+    from mtpkern.threads import use_threads
     from mtpkern.tokenizer import Tokenizer
-    from mtpkern.train.budget import fastest_dtype, measure_answers
-    from mtpkern.train.distill import Trunk, digest, read_prompts, record, slot_size
-    from mtpkern.train.families import family_taps
+    from mtpkern.train.budget import measure_answers
+    from mtpkern.train.distill import digest, read_prompts, record, slot_size
+    from mtpkern.train.heads.families import family_taps
+    from mtpkern.train.teacher import Teacher
 
+    use_threads(None)
     device, _ = resolve_device(a.device)
     directory = resolve_model(a.model, status=a.status)
     config = load_config(directory)
@@ -64,13 +71,13 @@ def _answer(a: argparse.Namespace) -> int:
     some = jobs[: a.limit]
     capacity = slot_size(some, a.max_new, config, a.status)
     with a.status.phase("loading the model"):
-        trunk = Trunk(directory, capacity, device, sorted(taps), fastest_dtype(device.type))
+        teacher = Teacher(directory, capacity, device, sorted(taps))
     slots = a.slots
     if slots is None:
         with a.status.phase("measuring how fast it goes"):
-            slots = measure_answers(trunk, some, a.max_new, 0).best_slots(len(some))
+            slots = measure_answers(teacher, some, a.max_new, 0).best_slots(len(some))
     record(
-        trunk,
+        teacher,
         some,
         a.out,
         slots=slots,

@@ -25,7 +25,7 @@ from training import record_answers
 from mtpkern import cli
 from mtpkern.cli.main import build_parser
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train import invent, joint, prompts, record
+from mtpkern.train import invent, joint, joint_model, prompts, record
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LONG = "n" * 300
@@ -86,11 +86,11 @@ def _joint(arguments: list[str]) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtpkern.LLM", lambda *_, **__: SimpleNamespace(generate=generate))
-        patch.setattr(joint, "Sizes", lambda: sizes(32, 64, 2, 2, heads=2, context=101))
+        patch.setattr(joint_model, "Sizes", lambda: sizes(32, 64, 2, 2, heads=2, context=101))
         return joint.main(arguments)
 
 
-sizes = joint.Sizes
+sizes = joint_model.Sizes
 
 
 def _prompts(arguments: list[str]) -> int:
@@ -103,10 +103,10 @@ def _prompts(arguments: list[str]) -> int:
 def _invent(arguments: list[str]) -> int:
     """With words in place of what a random model writes, none of which would be kept."""
 
-    def write(trunk: Any, jobs: Any, sink: Any, **_: Any) -> None:
+    def write(teacher: Any, jobs: Any, sink: Any, **_: Any) -> None:
         for job in jobs:
             words = Tokenizer.from_directory(Path(arguments[1])).encode("the quick fox jumps over")
-            job.tokens = [*job.prompt, *words, *trunk.config.eos_token_ids]
+            job.tokens = [*job.prompt, *words, *teacher.config.eos_token_ids]
             sink(job)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -367,8 +367,8 @@ def test_a_place_that_cannot_be_written(name: str, out: str, run: Any, tmp_path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtpkern.engine.LLM.__init__", work)
-        patch.setattr("mtpkern.train.distill.Trunk.__init__", work)
-        patch.setattr(joint, "learn", work)
+        patch.setattr("mtpkern.train.teacher.Teacher.__init__", work)
+        patch.setattr(joint_model, "learn", work)
         assert_one_line(run(name, out), "out" if out == "file/out" else "")
     assert sorted(tmp_path.rglob("*")) == before and not started
 

@@ -36,15 +36,27 @@ from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.rms_norm import rms_norm_ref
 from mtpkern.reference import logits as reference_logits
 from mtpkern.rope import RopeConfig
-from mtpkern.train import FAMILIES, budget, distill, fit, invent, joint, prompts, record, run
+from mtpkern.train import (
+    FAMILIES,
+    budget,
+    distill,
+    fit,
+    invent,
+    joint_model,
+    prompts,
+    record,
+    rounds,
+    run,
+)
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
-from mtpkern.train.families import export_head, load_head, new_head
-from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
+from mtpkern.train.heads.families import export_head, load_head, new_head
+from mtpkern.train.heads.layers import LayersConfig, LayersHead, ModulesHead
+from mtpkern.train.heads.mtp import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
+from mtpkern.train.heads.parallel import ParallelConfig, ParallelHeads
 from mtpkern.train.losses import DraftLoss, draft_targets
-from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
-from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
-from mtpkern.train.run import Plan
+from mtpkern.train.plan import Plan
+from mtpkern.train.teacher import Teacher
 
 
 @pytest.fixture(autouse=True)
@@ -306,13 +318,13 @@ def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
 def test_answers_of_every_layout_are_the_models_own(layout: str, tmp_path: Path) -> None:
     write_family(layout, tmp_path / "model", num_hidden_layers=3)
     config, tensors = load_config(tmp_path / "model"), load_tensors(tmp_path / "model")
-    trunk = distill.Trunk(tmp_path / "model", 64, taps=(2, 3))
+    teacher = Teacher(tmp_path / "model", 64, taps=(2, 3))
     generator = torch.Generator().manual_seed(1)
     jobs = [
         distill.Job(torch.randint(97, (n,), generator=generator).tolist(), "a", n)
         for n in (2, 9, 17, 23)
     ]
-    distill.record(trunk, jobs, tmp_path / "answers", slots=8, max_new=30)
+    distill.record(teacher, jobs, tmp_path / "answers", slots=8, max_new=30)
     data = Dataset([tmp_path / "answers"], (2, 3))
     for index, (_, row) in enumerate(data.sequences):
         tokens, rows = data.read(index, "tokens"), slice(row["prompt"] - 1, -1)
@@ -355,7 +367,7 @@ def test_heads_learn_and_draft_in_the_engine_what_they_drafted_in_training(
     losses = recorder_of_losses(monkeypatch)
     out = tmp_path / "heads"
     plan = Plan(out, str(model), answers=(answers,), family=family, draft_vocab_size=200)
-    monkeypatch.setattr(run, "is_held_out", lambda data, index: index % 4 == 0)
+    monkeypatch.setattr(rounds, "is_held_out", lambda data, index: index % 4 == 0)
     result = run.train(plan, replace(RECIPE, optimizer=optimizer))
     # Three layers are left above what EAGLE-3 sees, and random ones tell little beforehand.
     bound = 0.96 if deep else 0.95
@@ -566,13 +578,13 @@ def test_heads_that_went_on_end_midway(
     model, answers = recorded
     plan = Plan(tmp_path / "a", str(model), answers=(answers,), draft_vocab_size=90)
     run.train(plan, replace(RECIPE, steps=3))
-    meet, ended = run._meet_halfway, {}
+    average, ended = run._average_with_start, {}
 
     def watched(head: Any, start: Any) -> None:
         ended.update({name: tensor.clone() for name, tensor in head.tensors().items()})
-        meet(head, start)
+        average(head, start)
 
-    monkeypatch.setattr(run, "_meet_halfway", watched)
+    monkeypatch.setattr(run, "_average_with_start", watched)
     run.train(replace(plan, out=tmp_path / "b", init=tmp_path / "a"), replace(RECIPE, steps=5))
     begun, out = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert "fc.weight" in out
@@ -635,8 +647,8 @@ def test_a_model_trained_with_its_heads_answers_with_them(tmp_path: Path) -> Non
     """On a text that repeats itself every 24 bytes, which a tiny model learns in seconds."""
     torch.manual_seed(0)
     text = torch.randint(97, 123, (24,), dtype=torch.uint8).repeat(200)
-    model = joint.JointLlama(joint.Sizes(64, 128, 3, 4, heads=3, context=64))
-    losses = joint.learn(model, text, 120, 8, 1e-2)
+    model = joint_model.JointLlama(joint_model.Sizes(64, 128, 3, 4, heads=3, context=64))
+    losses = joint_model.learn(model, text, 120, 8, 1e-2)
     assert losses[-1] < 0.3 * losses[0]
     model.save(tmp_path / "tiny")
     llm = LLM(tmp_path / "tiny", ngram=False, num_speculative_tokens=2)

@@ -16,10 +16,10 @@ import torch
 from training import record_answers, recorder_of_losses
 
 from mtpkern import cli
-from mtpkern.train import budget, fit, interrupt, joint, muon
+from mtpkern.train import budget, fit, interrupt, joint, joint_model, muon
 from mtpkern.train.budget import Pace, Settings, share_out
-from mtpkern.train.families import new_head
 from mtpkern.train.fit import Recipe, Trainer
+from mtpkern.train.heads.families import new_head
 
 ROOT = Path(__file__).resolve().parents[2]
 PACE = Pace((8, 32, 128), (0.08, 0.12, 0.3), 0.1, 134.0, 192, update=0.4, row=1 / 400)
@@ -251,6 +251,44 @@ def test_an_interrupted_process_exits_with_130_and_no_traceback(
     assert f"-m mtpkern {shlex.join(words)}\n" in err
 
 
+CTRL_C_IN_TORCH = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["mtpkern", "train", "--prompts", "a.jsonl", "--out", "out"],
+        ["mtpkern.train.joint", "--out", "out"],
+        ["mtpkern.train.record", "--prompts", "a.jsonl", "--out", "out"],
+        ["mtpkern.train.invent", "--count", "1", "--out", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_interrupt_while_torch_is_imported_is_not_a_traceback(words: list[str], tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"turns": ["the dog"]}\n')
+    result = subprocess.run(
+        [sys.executable, "-c", CTRL_C_IN_TORCH, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 130 and result.stdout == ""
+    assert result.stderr.count("\n") <= 1 and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_quiet_is_quiet(asked: tuple[Path, Path], tmp_path: Path, capsys: Any):
     assert cli.main(command(asked, tmp_path / "a", "--steps", "2", "--rows", "60", "--quiet")) == 0
     out, err = capsys.readouterr()
@@ -271,8 +309,8 @@ def test_minutes_and_steps_exclude_each_other(
 def test_what_joint_recommends_works_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    small = joint.Sizes(48, 96, 2, 2, heads=3, context=128)
-    monkeypatch.setattr(joint, "Sizes", lambda: small)
+    small = joint_model.Sizes(48, 96, 2, 2, heads=3, context=128)
+    monkeypatch.setattr(joint_model, "Sizes", lambda: small)
     text = tmp_path / "text"
     text.mkdir()
     for n in range(3):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_checkpoint
 from head_files import write_medusa
+from safetensors.torch import load_file, save_file
 from training import RECIPE, random_head, record_answers, small_plan
 
 from mtpkern import cli, status
@@ -19,12 +20,13 @@ from mtpkern.errors import UserError
 from mtpkern.kernels.ngram import ngram_ref
 from mtpkern.status import SILENT, Status
 from mtpkern.tokenizer import Tokenizer
-from mtpkern.train import budget, distill, fit, invent, joint, prompts, record, run
+from mtpkern.train import budget, distill, fit, frozen, invent, joint, prompts, record, rounds, run
 from mtpkern.train.acceptance import Tally, lookup, loop_free_length
 from mtpkern.train.dataset import Dataset, DatasetWriter, read_index
-from mtpkern.train.families import export_head, load_head, new_head
 from mtpkern.train.fit import Trainer
-from mtpkern.train.run import Plan
+from mtpkern.train.heads.families import export_head, load_head, new_head
+from mtpkern.train.plan import Plan
+from mtpkern.train.teacher import Teacher
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -77,7 +79,7 @@ def test_a_recording_is_not_taken_for_another_one(
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(asked.read_text().splitlines(keepends=True)[1:]))
     for change, message in (
-        ([*first[:-1], "7"], "--max-new 6, now 7): the same options go on with it"),
+        ([*first[:-1], "7"], "--max-new 6, now 7): the same options continue it"),
         ([*first, "--seed", "1"], "seed 0, now 1"),
         ([*first, "--temperature", "0"], "temperature 0.6, now 0.0"),
         ([*first, "--families", "layers"], "taps [1, 2, 3], now [2, 3]"),
@@ -117,7 +119,7 @@ def test_a_run_goes_on_with_the_same_options_only(
     before = contents(plan.out)
     other = tiny_checkpoint(tmp_path / "other", seed=9, tie_word_embeddings=False)
     for changed, again, message in (
-        (plan, replace(recipe, lr=0.005), r"lr 0.03, now 0.005\): the same options go on with it"),
+        (plan, replace(recipe, lr=0.005), r"lr 0.03, now 0.005\): the same options continue it"),
         (plan, replace(recipe, steps=7), "steps 6, now 7"),
         (replace(plan, family="layers"), recipe, "family mtp, now layers"),
         (replace(plan, max_new=19), recipe, "max_new 20, now 19"),
@@ -143,7 +145,7 @@ def test_training_loses_nothing_of_what_is_there(
     shutil.copy(model / "config.json", tmp_path / "other")
     before = contents(tmp_path)
     command = ["train", "--model", str(model), "--answers", str(recorded[1]), "--out"]
-    monkeypatch.setattr(run, "resolve_model", killed)
+    monkeypatch.setattr(frozen, "resolve_model", killed)
     for out, words in (
         (model, "it is what this command reads"),
         (tmp_path, "what this command reads; choose another place"),
@@ -230,7 +232,7 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
     recorded: tuple[Path, Path], asked: Path, tmp_path: Path
 ):
     model = recorded[0]
-    trunk = distill.Trunk(model, 120, taps=(1, 2))
+    teacher = Teacher(model, 120, taps=(1, 2))
     jobs = distill.read_prompts([asked], Tokenizer.from_directory(model), 0, 512)
     setting: dict[str, Any] = {"slots": 6, "max_new": 30, "temperature": 1.3, "seed": 5}
     found = []
@@ -238,10 +240,10 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, DatasetWriter, "add", call)
             try:
-                distill.record(trunk, jobs, tmp_path / name, **setting)
+                distill.record(teacher, jobs, tmp_path / name, **setting)
             except KeyboardInterrupt:
                 pass
-        distill.record(trunk, jobs, tmp_path / name, **setting)
+        distill.record(teacher, jobs, tmp_path / name, **setting)
         data = Dataset([tmp_path / name], (1, 2, 3))
         assert len(data) == len(jobs) == 24
         found.append([data.read(i, "tokens").tolist() for i in range(len(data))])
@@ -252,14 +254,18 @@ def test_answers_begun_again_are_those_of_an_unbroken_recording(
 def test_an_answer_of_logits_that_are_no_numbers_is_not_recorded(
     tmp_path: Path, choose: distill.Choice
 ):
-    trunk = distill.Trunk(tiny_checkpoint(tmp_path), 64)
-    trunk.weights.embedding[9] = torch.nan
+    """One logit overflows to both infinities, whose sum is NaN."""
+    model = tiny_checkpoint(tmp_path, tie_word_embeddings=False)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][9] = torch.tensor([3e38, -3e38]).repeat(24)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    teacher = Teacher(model, 64)
     kept: list[int] = []
     jobs = [distill.Job([5, 7], "a", 0), distill.Job([5, 9, 7], "a", 1)]
     with pytest.raises(UserError, match="logits are no numbers: there is nothing"):
         sink = lambda job, *_: kept.append(job.number)  # noqa: E731
         distill.generate(
-            trunk, jobs, sink, slots=2, max_new=4, choose=choose, phase=SILENT.phase("answers")
+            teacher, jobs, sink, slots=2, max_new=4, choose=choose, phase=SILENT.phase("answers")
         )
     assert not kept
 
@@ -344,12 +350,12 @@ def test_a_slot_is_as_long_as_the_longest_prompt_and_answer_or_the_context(
     model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=context)
     capacities = []
 
-    def watched(trunk: distill.Trunk, jobs: list[distill.Job], *_: Any, **__: Any) -> None:
+    def watched(teacher: Teacher, jobs: list[distill.Job], *_: Any, **__: Any) -> None:
         assert len(jobs) == 4
-        capacities.append(trunk.capacity)
+        capacities.append(teacher.capacity)
         killed()
 
-    monkeypatch.setattr(run, "record", watched)
+    monkeypatch.setattr(rounds, "record", watched)
     plan = replace(small_plan(model, tmp_path / "heads", asked), max_new=800)
     with pytest.raises(KeyboardInterrupt):
         run.train(plan, RECIPE, status=Status())
@@ -446,13 +452,13 @@ def test_the_other_commands_show_what_they_do_and_stop_cleanly(
             record.main,
             [*model, "--prompts", str(asked)],
             ["reading prompts", *loading, "answers: 24/24 answers"],
-            (distill.Trunk, "forward"),
+            (Teacher, "step"),
         ),
         (
             invent.main,
             [*model, "--count", "20"],
             [*loading, "prompts: 20/20 tried"],
-            (distill.Trunk, "forward"),
+            (Teacher, "step"),
         ),
         (
             prompts.main,
@@ -488,7 +494,7 @@ def test_held_out_answers_are_not_learned_from(
     recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, answers = recorded
-    monkeypatch.setattr(run, "is_held_out", lambda data, index: index < 4)
+    monkeypatch.setattr(rounds, "is_held_out", lambda data, index: index < 4)
     looked_at, expected_tokens = [], run.expected_tokens
 
     def watched(data: Dataset, V: int) -> Any:

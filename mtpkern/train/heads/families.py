@@ -1,12 +1,12 @@
-"""The kinds of heads that can be trained: made new for a model, written to a directory, read back.
+"""The kinds of heads that can be trained: created for a model, written to a directory, read back.
 
-mtp      one MTP module, features of three layers, shared by all positions; the default
+mtp      one MTP module on the states of three layers, shared by all positions; the default
 mtp-1    the same on the final hidden state alone (DeepSeek-V3's and MiMo's form)
-medusa   a residual block a position, through the model's own vocabulary
-hydra    a block a position that also sees the drafts before it
-eagle3   EAGLE-3's layer on states of three layers below the last, written as it is published
-layers   a transformer layer a position in place of the last one (Gloeckle et al. 2024)
-modules  an MTP module a position, each fed by the one before (DeepSeek-V3's training)
+medusa   a residual block per position, through the model's own vocabulary
+hydra    a block per position that is also fed the drafts before it
+eagle3   EAGLE-3's layer on states of three layers below the last, in the published layout
+layers   a transformer layer per position in place of the last one (Gloeckle et al. 2024)
+modules  an MTP module per position, each fed by the one before (DeepSeek-V3's training)
 
 All but medusa draft through the part of the vocabulary that the model is expected to use.
 """
@@ -28,17 +28,17 @@ from mtpkern.config import ModelConfig
 from mtpkern.errors import UserError, printable
 from mtpkern.outputs import writing
 from mtpkern.rope import RopeConfig
-from mtpkern.train.layer_heads import LayersConfig, LayersHead, ModulesHead
-from mtpkern.train.mtp_head import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
-from mtpkern.train.parallel_heads import ParallelConfig, ParallelHeads
+from mtpkern.train.heads.layers import LayersConfig, LayersHead, ModulesHead
+from mtpkern.train.heads.mtp import Eagle3Config, Eagle3Head, HeadConfig, MtpHead
+from mtpkern.train.heads.parallel import ParallelConfig, ParallelHeads
 
 Head = MtpHead | ParallelHeads | LayersHead | ModulesHead
 
 
 def family_taps(family: str, layers: int) -> tuple[int, ...]:
-    """The layers, counted from 1, whose states a family is fed; the last one's are normed.
+    """The layers, counted from 1, whose states a family is fed; those of the last are normed.
 
-    Raises UserError where a model has too few.
+    Raises UserError for a model with too few layers.
     """
     taps: tuple[int, ...] = (layers,)
     if family == "mtp":
@@ -53,8 +53,7 @@ def family_taps(family: str, layers: int) -> tuple[int, ...]:
 
 
 def new_head(family: str, directory: Path, *, K: int, vocab_size: int) -> Head:
-    """An untrained head for the model in `directory`; a reduced draft vocabulary is still to be
-    chosen."""
+    """An untrained head for the model in `directory`; its draft vocabulary is chosen later."""
     model = load_config(directory)
     V, taps = model.vocab_size, family_taps(family, model.num_layers)
     shared: dict[str, Any] = {
@@ -80,7 +79,7 @@ def new_head(family: str, directory: Path, *, K: int, vocab_size: int) -> Head:
     if family == "eagle3":
         context = model.max_position_embeddings
         head = Eagle3Head(Eagle3Config(vocab_size=V, max_position_embeddings=context, **shared))
-        head.take({"final_layernorm.weight": _last_layer(directory, model)["norm.weight"]})
+        head.set_weights({"final_layernorm.weight": _last_layer(directory, model)["norm.weight"]})
         return head
     if family == "modules":
         return ModulesHead(HeadConfig(num_heads=K, **shared))
@@ -88,8 +87,8 @@ def new_head(family: str, directory: Path, *, K: int, vocab_size: int) -> Head:
 
 
 def _last_layer(directory: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """The model's last layer and the norm behind it, halved: what is drafted further ahead is less
-    sure than what the model says."""
+    """The model's last layer and its final norm, halved: predictions further ahead are less certain
+    than the model's own."""
     prefix, norm = f"model.layers.{model.num_layers - 1}.", final_norm(model)
     names = [name for named in layer_parts(model).values() for name, _ in named]
     tensors = load_tensors(directory, [norm, *(f"{prefix}{name}" for name in names)])
@@ -98,9 +97,9 @@ def _last_layer(directory: Path, model: ModelConfig) -> dict[str, Tensor]:
 
 
 def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
-    """Write model.safetensors (bf16) and config.json, each in one rename.
+    """Write model.safetensors (bf16) and config.json, each atomically.
 
-    lm_head [V, E] is the model's, of which a published layout has a part.
+    lm_head [V, E] is the model's; EAGLE-3's layout includes a part of it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / ".mtpkern-heads"
@@ -121,7 +120,7 @@ def export_head(head: Head, directory: Path, lm_head: Tensor) -> None:
 
 
 def load_head(directory: Path) -> Head:
-    """A head as export_head wrote it, to measure it or to train on. Raises UserError for others."""
+    """Read a head that `export_head` wrote. Raises UserError for other files."""
     settings = read_json_object(directory / "config.json")
     try:
         return _read_head(settings, load_file(directory / "model.safetensors"))
@@ -134,7 +133,7 @@ def load_head(directory: Path) -> Head:
 
 def _read_head(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
     settings["tap_layers"] = tuple(settings["tap_layers"])
-    settings.pop("max_num_speculative_tokens", None)  # of older heads, and never read
+    settings.pop("max_num_speculative_tokens", None)  # unused, written by older versions
     if settings["model_type"] == "mtpkern_layers":
         rope = RopeConfig(**settings.pop("rope"))
         return LayersHead(LayersConfig(rope=rope, **settings), tensors)
@@ -151,12 +150,12 @@ def _read_head(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
 
 
 def is_reduced(head: Head) -> bool:
-    """Whether the draft vocabulary is a choice."""
+    """Whether the head drafts through a part of the vocabulary."""
     return not (isinstance(head, ParallelHeads) and not head.config.is_hydra)
 
 
 def kind_of(head: Head) -> str:
-    """What heads are, in a word."""
+    """The name of a head's kind, for its card."""
     if isinstance(head, Eagle3Head):
         return "EAGLE-3"
     return "modules" if isinstance(head, ModulesHead) else head.config.model_type

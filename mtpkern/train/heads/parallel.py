@@ -1,6 +1,6 @@
 """Medusa and Hydra heads as they are trained: all K drafts of a row from its final hidden state.
 
-Both begin as the identity: every head drafts what the model itself says of the row.
+Both are initialised as the identity: every head predicts what the model predicts from the row.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """A heads directory's config.json: of one block a head, through the model's own LM head."""
+    """The config.json of heads with one block each, through the model's own LM head."""
 
     hidden_size: int
     tap_layers: tuple[int, ...]  # the last one
@@ -30,7 +30,8 @@ class ParallelConfig:
 
 class ParallelHeads(nn.Module):
     """Head i: z = [h, e_1 .. e_i+1] in Hydra, h in Medusa; x = R z + silu(W z + c), with R = 1 in
-    Medusa (Cai et al. 2024; Ankner et al. 2024). Float32 weights, computed in the inputs' dtype."""
+    Medusa (Cai et al. 2024; Ankner et al. 2024). Float32 weights, computing in the inputs' dtype.
+    """
 
     draft_vocab: Tensor
 
@@ -40,7 +41,7 @@ class ParallelHeads(nn.Module):
         self.weights = nn.ParameterDict()
         for h in range(config.num_heads):
             width = (h + 2) * E if config.is_hydra else E
-            # Not zero, from which the gate's gradient would not leave.
+            # Not zero, where the gate's gradient would vanish.
             self.weights[f"{h}/0/linear/weight"] = nn.Parameter(torch.randn(E, width) * 0.01)
             self.weights[f"{h}/0/linear/bias"] = nn.Parameter(torch.zeros(E))
             if config.is_hydra:
@@ -79,17 +80,17 @@ class ParallelHeads(nn.Module):
         return F.linear(x, w, b)
 
     def prepare(self, spread: Tensor) -> None:
-        """Nothing depends on what the features are like."""
+        """Do nothing: no weight depends on the features' scale."""
 
     rescale = prepare
 
     def tensors(self) -> dict[str, Tensor]:
-        """The heads as head_checkpoint names them."""
+        """The weights under their names in a heads directory."""
         tensors = {k.replace("/", "."): w.detach() for k, w in self.weights.items()}
         return tensors | ({"draft_vocab": self.draft_vocab} if self.config.is_hydra else {})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+        """Set all weights from what `tensors` returns."""
         with torch.no_grad():
             everything = torch.arange(len(self.draft_vocab))
             self.draft_vocab.copy_(tensors.pop("draft_vocab", everything))

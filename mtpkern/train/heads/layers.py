@@ -1,7 +1,7 @@
-"""Heads of a decoder layer for each draft as they are trained, over whole sequences.
+"""Heads with a decoder layer for each draft, as they are trained: over whole sequences.
 
-Row j of layer k sees the rows up to its own and predicts token j + 2 + k. No row is fed what was
-drafted before it but what the text has there, so that one pass teaches all rows.
+Row j of layer k attends to the rows up to its own and predicts token j + 2 + k. Rows are fed the
+text's tokens and never drafts, so that one pass trains all rows.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtpkern.rope import RopeConfig
-from mtpkern.train.layer import Layer, rows
-from mtpkern.train.mtp_head import HeadConfig, MtpHead
+from mtpkern.train.heads.layer import Layer, rows
+from mtpkern.train.heads.mtp import HeadConfig, MtpHead
 
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """The config.json of layers in place of the model's last one, and of their sizes."""
+    """The config.json of heads that stand in place of the model's last layer."""
 
     hidden_size: int
     tap_layers: tuple[int, ...]  # the one below the last
@@ -33,8 +33,8 @@ class LayersConfig:
 
 
 class LayersHead(nn.Module):
-    """Layers in place of the last one, each with a norm behind it (Gloeckle et al. 2024):
-    o_k = norm_k(layer_k(h)), h being what the last layer is fed."""
+    """Layers in place of the last one, each followed by a norm (Gloeckle et al. 2024):
+    o_k = norm_k(layer_k(h)), where h is the last layer's input."""
 
     draft_vocab: Tensor
 
@@ -65,12 +65,11 @@ class LayersHead(nn.Module):
             if k == 1 and keep is not None:
                 starts = starts[:, keep]
             layer: Layer = self.layers[k]  # type: ignore[assignment]
-            y = layer.norm(features, "input_layernorm")
-            out.append(layer.norm(layer.over(features, y, starts), "norm"))
+            out.append(layer.norm(layer.run(features, starts), "norm"))
         return out
 
     def prepare(self, spread: Tensor) -> None:
-        """Nothing depends on what the features are like."""
+        """Do nothing: no weight depends on the features' scale."""
 
     rescale = prepare
 
@@ -87,7 +86,7 @@ class ModulesHead(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         self.config = config
-        # The vocabulary is one for all.
+        # All modules share one vocabulary.
         one = replace(config, num_heads=None, draft_vocab_size=0)
         self.depths = nn.ModuleList(MtpHead(one) for _ in range(config.num_heads or 0))
         ids = torch.zeros(config.draft_vocab_size, dtype=torch.int32)
@@ -104,15 +103,14 @@ class ModulesHead(nn.Module):
     ) -> list[Tensor]:
         """As MtpHead.forward, for K up to `num_heads`; features [B, S, E]."""
         _check_drafts(K, len(self.depths))
-        (B, S, _), hidden, out = features.shape, features, []
-        everything = torch.arange(S, device=features.device).expand(B, -1)
+        S, hidden, out = features.shape[1], features, []
         for k in range(K):
             if k == 1 and keep is not None:
                 starts = starts[:, keep]
             module: MtpHead = self.depths[k]  # type: ignore[assignment]
             x, y = module.pairs(hidden, F.embedding(tokens[:, k + 1 : k + 1 + S], embedding))
-            # The next module wants all rows of this one.
-            at = everything if k + 1 < K else starts
+            # The next module is fed all rows of this one.
+            at = None if k + 1 < K else starts
             hidden = module.norm(module.over(x, y, at), "final_layernorm")
             out.append(rows(hidden, starts) if k + 1 < K else hidden)
         return out
@@ -132,11 +130,11 @@ class ModulesHead(nn.Module):
         with torch.no_grad():
             self.draft_vocab.copy_(tensors["draft_vocab"])
             for d, module in enumerate(self.depths):
-                module.take(_of(d, tensors))  # type: ignore[operator]
+                module.set_weights(_of(d, tensors))  # type: ignore[operator]
 
 
 def _of(number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one layer, whose names begin with its number."""
+    """The tensors of one layer, without its number in their names."""
     prefix = f"{number}."
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 

@@ -1,4 +1,4 @@
-"""A decoder layer as it is trained: float32 weights that compute in their input's dtype."""
+"""A decoder layer as it is trained: float32 weights, computing in the input's dtype."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,11 @@ from mtpkern.rope import RopeConfig
 
 
 class Layer(nn.Module):
-    """What all heads with a decoder layer share. `weights` has its matrices and norms under the
-    checkpoint's names, without .weight and with / for . (a ParameterDict takes no dots)."""
+    """A Llama layer, and what all heads with a decoder layer share.
+
+    `weights` holds matrices and norms under the checkpoint's names, without ".weight" and with "/"
+    for ".", which a ParameterDict does not allow.
+    """
 
     frequencies: Tensor
 
@@ -22,7 +25,7 @@ class Layer(nn.Module):
         eps: float,
         tensors: Mapping[str, Tensor] | None = None,
     ):
-        """`tensors` are weights to begin with, under their names in a checkpoint."""
+        """`tensors` are initial weights, under their names in a checkpoint."""
         super().__init__()
         self.head_dim, self.eps = head_dim, eps
         frequencies, self.rope_scaling = rope.inverse_frequencies(head_dim)
@@ -36,8 +39,8 @@ class Layer(nn.Module):
         names = ((k, k if k.endswith("/bias") else f"{k}/weight") for k in self.weights)
         return {name.replace("/", "."): self.weights[k].detach() for k, name in names}
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set weights, under their names in a checkpoint."""
+    def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy weights, under their names in a checkpoint."""
         for name, tensor in tensors.items():
             self.weights[_key(name)].data.copy_(tensor)
 
@@ -64,22 +67,31 @@ class Layer(nn.Module):
         return self.norm(heads, f"self_attn.{name}_norm") if normed else heads
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: x [B, Q, E], attended [B, Q, Hq*D] -> [B, Q, E]."""
+        """Output projection and MLP: x [B, Q, E], attended [B, Q, Hq*D] -> [B, Q, E]."""
         x = x + self.linear(attended, "self_attn.o_proj")
         y = self.norm(x, "post_attention_layernorm")
         y = F.silu(self.linear(y, "mlp.gate_proj")) * self.linear(y, "mlp.up_proj")
         return x + self.linear(y, "mlp.down_proj")
 
-    def over(self, x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-        """The layer over whole sequences x [B, S, E], attending with y [B, S, .] -> its output in
-        the rows `at` [B, Q]: [B, Q, E]."""
+    def run(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """The whole layer over sequences x [B, S, E]; `at` as in `over`."""
+        return self.over(x, self.norm(x, "input_layernorm"), at)
+
+    def over(self, x: Tensor, y: Tensor, at: Tensor | None = None) -> Tensor:
+        """The layer over sequences x [B, S, E], whose attention reads y [B, S, .] -> its output
+        [B, Q, E] in the rows `at` [B, Q], or in all S."""
         positions = torch.arange(x.shape[1], device=x.device)[None]
         k = self.rope(self.projected(y, "k"), positions).transpose(1, 2)
         v = self.projected(y, "v").transpose(1, 2)
-        q = self.rope(self.projected(rows(y, at), "q"), at).transpose(1, 2)
-        seen = (positions[:, None] <= at[..., None])[:, None]
-        o = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
-        return self.finish(rows(x, at), o.transpose(1, 2).flatten(2))
+        visible = None
+        if at is not None:
+            x, y = rows(x, at), rows(y, at)
+            visible = (positions[:, None] <= at[..., None])[:, None]
+        q = self.rope(self.projected(y, "q"), positions if at is None else at).transpose(1, 2)
+        o = F.scaled_dot_product_attention(
+            q, k, v, visible, is_causal=visible is None, enable_gqa=True
+        )
+        return self.finish(x, o.transpose(1, 2).flatten(2))
 
 
 def _key(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Sequential heads of one module as they are trained, MTP and EAGLE-3: chains of K steps.
+"""Sequential heads with one module, MTP and EAGLE-3, as they are trained: on chains of K steps.
 
 Row j pairs the features of token j with the embedding of token j + 1 and predicts token j + 2.
-The unrolled steps are EAGLE-3's training-time test (arXiv 2503.01840): a step is fed with the
-hidden state of the one before, as in drafting, so the head learns on its own mistakes.
+The unrolled steps are EAGLE-3's training-time test (arXiv 2503.01840): each step is fed the hidden
+state of the one before, as in drafting, so that the head learns on its own outputs.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtpkern.rope import RopeConfig
-from mtpkern.train.layer import Layer, rows
+from mtpkern.train.heads.layer import Layer, rows
 
 NORMS = (
     "token_layernorm",
@@ -39,7 +39,7 @@ class HeadConfig:
     base_model: str
     base_model_fingerprint: str = ""
     model_type: str = "mtpkern_mtp"
-    num_heads: int | None = None  # modules, where each drafts one position
+    num_heads: int | None = None  # the number of modules if each drafts one position
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The matrices, [out, in]."""
@@ -59,10 +59,10 @@ class HeadConfig:
 
 
 class MtpHead(Layer):
-    """A head with float32 weights that computes in its inputs' dtype.
+    """One MTP module.
 
-    It starts as the identity: the hidden state is the model's final one, the layer's input the mean
-    of it and the embedding, the layer adds nothing.
+    It is initialised as the identity: fc passes on the model's final hidden state, the layer's
+    input is the mean of that and the embedding, and the layer adds nothing.
     """
 
     norms: tuple[str, ...] = NORMS
@@ -84,43 +84,43 @@ class MtpHead(Layer):
             self.weights[name.replace(".", "/")] = nn.Parameter(w)
         for name in self.norms:
             self.weights[name] = nn.Parameter(torch.ones(E))
-        # fc sees features over their spread, lest a few large dimensions drown the rest; the export
-        # divides fc's columns instead.
+        # fc is fed features divided by their spread, so that a few large dimensions do not
+        # dominate; exported heads have fc's columns divided instead.
         self.register_buffer("spread", torch.ones(len(config.tap_layers) * E))
         ids = torch.zeros(config.draft_vocab_size, dtype=torch.int32)
         self.register_buffer("draft_vocab", ids)
 
     def prepare(self, spread: Tensor) -> None:
-        """Take in what the features are like (root mean squares [n*E]): before training begins."""
+        """Scale the initial weights by the features' root mean squares [n*E]."""
         self.rescale(spread)
         with torch.no_grad():
             if (self.weights["final_layernorm"] == 1).all():
-                # Half as sure of itself as the model is of the token before.
+                # Half the model's scale: predictions further ahead are less certain.
                 size = spread[-self.config.hidden_size :].pow(2).mean().sqrt()
                 self.weights["final_layernorm"].fill_(size / 2)
 
     def rescale(self, spread: Tensor) -> None:
-        """Divide the features by `spread` and multiply fc by it, which changes no draft: an
-        optimiser's step then means the same in every column."""
+        """Divide the features by `spread` and multiply fc by it. No draft changes, and an
+        optimiser's step then has the same effect in every column."""
         with torch.no_grad():
             if "fc" in self.weights:
                 self.weights["fc"].mul_(spread / self.spread)
             self.spread.copy_(spread)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The head as head_checkpoint names it."""
+        """The weights under their names in a heads directory."""
         tensors = self.named()
         if "fc.weight" in tensors:
             tensors["fc.weight"] = tensors["fc.weight"] / self.spread
         return tensors | {"draft_vocab": self.draft_vocab}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+        """Set all weights from what `tensors` returns."""
         self.draft_vocab.copy_(tensors.pop("draft_vocab"))
-        self.take(tensors)
+        self.set_weights(tensors)
 
     def pairs(self, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden, embedded [B, Q, E] -> the layer's x [B, Q, E], and what it attends with."""
+        """hidden, embedded [B, Q, E] -> the layer's input [B, Q, E], and its attention's input."""
         hidden, embedded = (
             self.norm(hidden, "hidden_layernorm"),
             self.norm(embedded, "token_layernorm"),
@@ -129,8 +129,8 @@ class MtpHead(Layer):
         return x, self.norm(x, "input_layernorm")
 
     def paired_next(self, x: Tensor, normed: Tensor) -> Tensor:
-        """The hidden state of the chain's next step, of the layer's output before and after the
-        norm that the vocabulary is behind."""
+        """The hidden state of the chain's next step, made of the layer's output x and its normed
+        output."""
         return normed
 
     def forward(
@@ -144,9 +144,9 @@ class MtpHead(Layer):
     ) -> list[Tensor]:
         """features [B, S, n*E], tokens [B, S + K], starts [B, Q] -> K hidden states [B, Q, E].
 
-        Each start is a chain of its own. Its step k stands at position start + k, is fed the token
-        after it, and attends to the first pass up to start and to the chain's own later steps.
-        `keep` [Q'] picks the chains that go on after the first step.
+        Each start is a chain of its own. Its step k is at position start + k, is fed the token
+        after that, and attends to the first pass up to start and to the chain's own steps 1..k.
+        `keep` [Q'] selects the chains that continue after the first step.
         """
         (B, S, _), D = features.shape, self.config.head_dim
         Hk = self.config.num_key_value_heads
@@ -190,7 +190,7 @@ class MtpHead(Layer):
 
 @dataclass(frozen=True)
 class Eagle3Config(HeadConfig):
-    """The config.json of an EAGLE-3 head as published, and what ours has beside that."""
+    """The config.json of an EAGLE-3 head as published, with our own keys besides."""
 
     model_type: str = "llama"
     architectures: tuple[str, ...] = ("LlamaForCausalLMEagle3",)
@@ -211,10 +211,10 @@ class Eagle3Config(HeadConfig):
 
 
 class Eagle3Head(MtpHead):
-    """EAGLE-3 (Li et al. 2025): the layer attends with both halves of a pair side by side, and goes
-    on from what it makes before the norm.
+    """EAGLE-3 (Li et al. 2025): attention reads both halves of a pair side by side, and the next
+    step continues from the layer's output before the norm.
 
-    It starts as the model cut off after the last tapped layer.
+    It is initialised as the model cut off after the last tapped layer.
     """
 
     norms = tuple(name for name in NORMS if name != "input_layernorm")
@@ -227,21 +227,21 @@ class Eagle3Head(MtpHead):
     }
 
     def prepare(self, spread: Tensor) -> None:
-        """Take in what the features are like; the last tap's come through fc with a mean square of
-        one, lest what the layer adds be small beside them."""
+        """As MtpHead.prepare. fc scales the last tap's features to a mean square of one, so that
+        what the layer adds is not small beside them."""
         self.rescale(spread)
         with torch.no_grad():
             self.weights["fc"].div_(spread[-self.config.hidden_size :].pow(2).mean().sqrt())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The head as published, but for the vocabulary."""
+        """The weights under their published names, without the vocabulary."""
         tensors = super().tensors()
         del tensors["draft_vocab"]
         return {self._published(name): tensor for name, tensor in tensors.items()}
 
     def vocabulary(self, lm_head: Tensor) -> dict[str, Tensor]:
-        """The rows of the model's lm_head [V, E] that are drafted through, and the tables of ids:
-        draft id i is id i + d2t[i], t2d [V] says which ids those are."""
+        """The rows of the model's lm_head [V, E] for the draft vocabulary, and its tables: draft id
+        i is token i + d2t[i], and t2d [V] marks the tokens in the vocabulary."""
         ids = self.draft_vocab.long()
         known = torch.zeros(len(lm_head), dtype=torch.bool, device=ids.device)
         return {
