@@ -312,5 +312,6 @@ def test_what_generation_config_asks_for_and_nothing_applies_is_said_once(
 def test_a_model_without_a_tokenizer_is_described(tmp_path: Path) -> None:
     write_family("tied", tmp_path)
     rows = dict(describe_checkpoint(tmp_path))
-    assert rows["tokenizer"] == "none: prompts must be token ids"
+    expected = "none: prompts must be token ids (mtpkern generate --token-ids)"
+    assert rows["tokenizer"] == expected
     assert rows["will run"].startswith("yes") and rows["dtype"].startswith("F32 on disk")
