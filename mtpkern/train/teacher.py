@@ -18,7 +18,7 @@ from mtpkern.cache import KVCache
 from mtpkern.checkpoints.llama import fingerprint, load_config
 from mtpkern.config import resolve_dtype
 from mtpkern.device import resolve_device
-from mtpkern.kernels.cpu.weights import Quants
+from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.model import Llama
 from mtpkern.train.dataset import TOP
 
