@@ -127,7 +127,7 @@ def test_what_converts_loads(kind: str, tmp_path: Path) -> None:
             continue
         # Heads with the sizes of another model are valid themselves.
         try:
-            load_heads(target, trunk.trunk, trunk._cache, ops=trunk.ops)
+            load_heads(target, trunk.trunk, trunk.runner.cache, ops=trunk.ops)
         except ModelLoadError as error:
             assert "to match the model" in str(error) or "for a model of" in str(error), what
         loaded += 1
