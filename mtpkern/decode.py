@@ -148,8 +148,9 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     """Give the drafter a committed step, and fill the next window with what it proposes."""
     drafts = drafter.guess(step, state.window.shape[1] - 1)
     only_fillers = isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
-    if not only_fillers or state.forced is not None:  # forced drafts may be -1, which is no token
-        state.window[:, 1:] = drafts.tokens
+    if only_fillers and state.forced is None:  # forced drafts may be -1, which is no token
+        return drafts  # `advance` has set source and drafted to what they are then
+    state.window[:, 1:] = drafts.tokens
     progress = state.progress
     for tensor, value in (
         (progress.source, drafts.source),

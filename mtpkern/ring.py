@@ -62,7 +62,9 @@ class Ring:
         records = []
         for sequence in words:
             word, *low = (word & 0xFFFFFFFF for word in sequence)
-            floats = numpy.array(low[rows:], numpy.uint32).view(numpy.float32).tolist()
+            floats = []
+            if logprobs:
+                floats = numpy.array(low[rows:], numpy.uint32).view(numpy.float32).tolist()
             parts = (word & 0xFF, word >> 8 & 0xFF, word >> 16 & 0xFF)
             records.append(StepRecord(*parts, low[:rows], floats, bool(word >> 24 & 2)))
         return records

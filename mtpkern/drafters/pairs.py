@@ -37,6 +37,15 @@ class Pairs(NamedTuple):
     last: Tensor  # [B] int64, the index of its last pair, 0..n-1; pairs after that are padding
 
 
+class _Noted(NamedTuple):
+    """The rows of a step that are not yet in the buffer."""
+
+    first: int  # slot of the first of B sequences
+    features: Tensor  # [B, T, W]
+    lengths: list[int]  # after the commit
+    advance: list[int]  # how many of the rows each sequence committed
+
+
 class StepPairs:
     """The pairs of the step at hand, and the open ones before them: no value decides a shape.
 
@@ -91,13 +100,13 @@ class PendingPairs:
         # The last row of each sequence receives rows that were not accepted.
         shape = (len(cache.lengths), MAX_PENDING + 1, width)
         self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
-        self._noted: list[DraftInput] = []  # steps of the same slots, not yet in `pending`
+        self._noted: list[_Noted] = []  # steps of the same slots, not yet in `pending`
         # Sequences for which steps were committed that were never noted.
         self._missed: set[int] = set()
 
     def take(self, step: DraftInput) -> Pairs:
         """The pairs to write at a step, which count as written from now on."""
-        self._note(step)
+        self._note(step, step.features)
         self._copy_noted()
         some = slice(step.first, step.first + len(step.lengths))
         lengths, pending = self.cache.lengths[some], self.pending[some]
@@ -117,8 +126,7 @@ class PendingPairs:
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Note a step -> pairs to be written without drafting, since the buffer is half full: the
         slot, features [n, W] and the token [n] after each."""
-        # The next step overwrites lengths and features.
-        self._note(step._replace(lengths=step.lengths.clone(), features=step.features.clone()))
+        self._note(step, step.features.clone())  # the next step overwrites them
         # Noted rows may take half of the buffer: a quarter of it, and one more step.
         if len(self._noted) * step.features.shape[1] < MAX_PENDING // 4:
             return ()
@@ -150,12 +158,13 @@ class PendingPairs:
         self._missed.discard(sequence)
         self.cache.lengths[sequence] = length
 
-    def _note(self, step: DraftInput) -> None:
+    def _note(self, step: DraftInput, features: Tensor) -> None:
+        lengths, advance = step.lengths.tolist(), step.advance.tolist()
         if self._noted:
             noted = self._noted[0]
-            if (noted.first, len(noted.features)) != (step.first, len(step.features)):
+            if (noted.first, len(noted.lengths)) != (step.first, len(lengths)):
                 self._copy_noted()
-        self._noted.append(step)
+        self._noted.append(_Noted(step.first, features, lengths, advance))
 
     def _copy_noted(self) -> None:
         """Copy the committed rows of noted steps to the buffer, after those that are there."""
@@ -167,13 +176,13 @@ class PendingPairs:
         index: list[int] = []
         for b, begin in enumerate(map(int, self.cache.lengths[first : first + batch])):
             if first + b in self._missed:
-                start = int(noted[0].lengths[b] - noted[0].advance[b])
+                start = noted[0].lengths[b] - noted[0].advance[b]
                 self._leave_gap(first + b, start - begin)
                 self._missed.remove(first + b)
                 begin = start
             row = b * pending.shape[1] - begin
             for step in noted:
-                end, count = int(step.lengths[b]), int(step.advance[b])
+                end, count = step.lengths[b], step.advance[b]
                 index += range(row + end - count, row + end)
                 rejected = row + begin + MAX_PENDING
                 index += [rejected] * (step.features.shape[1] - count)

@@ -77,7 +77,7 @@ class StepEnd:
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
         batch, rows = window.shape
-        ended = torch.empty(2, batch, dtype=torch.int64)
+        accepted, count = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
         words = self._words
         if self._progress is not progress:
             self._progress = progress
@@ -91,16 +91,14 @@ class StepEnd:
             ]
         if logprobs is not None:
             logprobs = logprobs.contiguous()
-        at = ended.data_ptr()
         words[:TOKENS] = [
             *(window.data_ptr(), window.stride(0)),
             *(target.data_ptr(), *target.stride()),
             *(largest.data_ptr(), *largest.stride()),
             0 if logprobs is None else logprobs.data_ptr(),
-            *(at, at + 8 * batch),
+            *(accepted.data_ptr(), count.data_ptr()),
         ]
         self._advance(words.ctypes.data, batch, rows)
-        accepted, count = ended.unbind()
         return accepted, count
 
     def ngram(self, tokens: Tensor, known: Tensor, drafts: int, size: int) -> tuple[Tensor, Tensor]:
