@@ -26,6 +26,7 @@ from mtpkern.request import Request
 from mtpkern.ring import Ring
 from mtpkern.status import SILENT, Status
 
+NO_PROPOSAL = Proposal(NONE, ())
 NO_DRAFTER = NoDrafter()
 # A sequence's slots in the cache come in multiples of this.
 CAPACITY_MULTIPLE = 128
@@ -50,6 +51,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.k = self.state.window.shape[1] - 1
+        self.plain_state = self.state.view(len(self.state.window), 0)  # for steps without drafts
         self.slots: list[Request | None] = [None] * len(self.state.window)
         # The drafts of each slot's next step, where the host may read them.
         self.proposals: list[Proposal | None] = [None] * len(self.slots)
@@ -175,7 +177,7 @@ class Runner:
                 min_probability=batch.k_chooser.min_probability(),
             )
         if self.ops.host_may_read:
-            proposal = Proposal(NONE, ()) if drafts is None else _proposals(drafts, [request])[0]
+            (proposal,) = _proposals(drafts, [request])
             batch.proposals[slot] = proposal
             if drafted := _heads_drafted([proposal]):
                 batch.k_chooser.spend(time.perf_counter() - request.started, drafted)
@@ -231,7 +233,7 @@ class Runner:
             self.graphs[len(batch.slots), k, self._graph_pages(batch.slots)]()
         else:
             output = self.launch(batch, k)
-            if output.drafts is not None and self.ops.host_may_read:
+            if batch.k and self.ops.host_may_read:
                 batch.proposals[:] = _proposals(output.drafts, batch.slots)
                 heads_drafted = _heads_drafted(batch.proposals)
         seconds = time.perf_counter() - started
@@ -241,8 +243,14 @@ class Runner:
         """Run a step kernel by kernel: on a CPU, under capture, and on a GPU without graphs."""
         on_host, state, k_chooser = self.ops.host_may_read, batch.state, batch.k_chooser
         drafter = self._drafter_for(k_chooser) if batch.k else NO_DRAFTER
+        use_heads, min_probability = True, MIN_PROBABILITY
         if not on_host:
             state = replace(self.state.view(len(batch.slots), k), cache=state.cache)
+        elif drafter is self.drafter:
+            use_heads = k_chooser.use_heads()
+            min_probability = k_chooser.min_probability() if use_heads else 1.0
+        elif drafter is NO_DRAFTER and k == 0 and state.forced is None:
+            state = batch.plain_state
         return decode_step(
             state,
             self.trunk,
@@ -250,8 +258,8 @@ class Runner:
             self.ops,
             logprobs=batch.logprobs,
             rows=k + 1,
-            use_heads=k_chooser.use_heads() if on_host else True,
-            min_probability=k_chooser.min_probability() if on_host else MIN_PROBABILITY,
+            use_heads=use_heads,
+            min_probability=min_probability,
             withheld=batch.withheld,
         )
 
@@ -285,10 +293,10 @@ class Runner:
         return next((most for most in some if pages <= most), whole)
 
 
-def _proposals(drafts: Drafts, slots: Sequence[Request | None]) -> list[Proposal | None]:
-    """The drafts of each occupied slot, read by the host of a CPU."""
-    if isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0:
-        return [None if slot is None else Proposal(NONE, ()) for slot in slots]
+def _proposals(drafts: Drafts | None, slots: Sequence[Request | None]) -> list[Proposal | None]:
+    """The drafts of each occupied slot, read by the host of a CPU; None: there are none."""
+    if drafts is None or (isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0):
+        return [None if slot is None else NO_PROPOSAL for slot in slots]
     count = len(slots)
     sources, lengths = (
         torch.as_tensor(value).expand(count).tolist()

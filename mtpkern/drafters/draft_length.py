@@ -153,7 +153,7 @@ class GraphDraftLength(FixedDraftLength):
 # How much time drafting may lose, in durations of a plain step: at first (START), from the start
 # of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
 # much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED, MOST_CREDIT = 6.0, 2.5, 1.0, 16.0
+START, RENEWED, DOUBTED, MOST_CREDIT = 6.0, 1.5, 0.75, 16.0
 LOSS = 0.005
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
@@ -225,7 +225,7 @@ class DraftLength:
     def choose(self, proposals: Sequence[Proposal]) -> int:
         most = max((len(probabilities) for _, probabilities in proposals), default=0)
         self._unrefreshed += 1
-        if self._unrefreshed > REFRESH:
+        if most == 0 or self._unrefreshed > REFRESH:
             return 0
         # The heads' time is already spent: their drafts may be verified whatever the credit is.
         lengths = [k for k in range(most + 1) if self._drafted or self.price(k) <= self.credit]
@@ -238,12 +238,10 @@ class DraftLength:
         return best
 
     def use_heads(self) -> bool:
-        if self.price(1) + self._draft_price() > self.credit:
-            return False
-        return self.gain >= 0 or self._idle[HEADS] >= self._rest[HEADS]
+        return self._may_try_heads(0)
 
     def active_source(self) -> int:
-        if self.gain >= 0 or self._idle[HEADS] + AWAKE >= self._rest[HEADS]:
+        if self._may_try_heads(AWAKE):
             return HEADS
         return NGRAM if self._unmatched < AWAKE or self._unmatched % LOOKS == 0 else NONE
 
@@ -302,6 +300,13 @@ class DraftLength:
             # An estimate loses weight with age, so that a source that did not pay is tried again.
             self.gain *= 1 - NEWEST_GAIN / 2
         self._drafted = drafted
+
+    def _may_try_heads(self, steps: int) -> bool:
+        """Whether the credit allows a call of the heads, and they are not at rest, `steps` plain
+        steps from now."""
+        if self.price(1) + self._draft_price() > self.credit + LOSS * steps:
+            return False
+        return self.gain >= 0 or self._idle[HEADS] + steps >= self._rest[HEADS]
 
     def _draft_price(self, drafts: int = 1) -> float:
         """What it costs that the heads draft `drafts` tokens, in tokens."""
