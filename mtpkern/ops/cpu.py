@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.cpu.program import LayerCache
-from mtpkern.kernels.cpu.quants import Array, Quants
+from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.kernels.cpu.weights import Weights, interleaved, pack, padded_dim, padded_heads
 from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.ops.base import Ops, Projected, positions_of
 from mtpkern.ops.cpu_programs import (
     MAX_ROWS,
     ONE_THREAD_BYTES,
+    CpuPlan,
     Unit,
     Units,
     add_trunk,
     forward_unit,
     head_norm,
     joined,
+    layer_cache,
     new_program,
     new_rows,
     norm_of,
@@ -40,14 +41,6 @@ if TYPE_CHECKING:
     from mtpkern.cache import KVCache
     from mtpkern.config import ModelConfig
     from mtpkern.model import Llama
-
-
-class CpuPlan(NamedTuple):
-    """What the layers share for T rows of each of B sequences."""
-
-    cache: KVCache
-    rows: int  # T
-    config: ModelConfig
 
 
 class _Forward(NamedTuple):
@@ -187,7 +180,7 @@ class CpuOps(Ops):
         def build() -> Unit:
             program = new_program(w.data.nbytes, MAX_ROWS)
             source, qkv = new_rows(program, w.in_features), new_rows(program, w.out_features)
-            pages = _pages(k_pages, v_pages, plan, head_norm(q_norm), head_norm(k_norm))
+            pages = layer_cache(k_pages, v_pages, plan, head_norm(q_norm), head_norm(k_norm))
             program.qkv_rope_cache(source, w, qkv, pages, norm=norm_of(norm_w, eps))
             return Unit(program, (source,), (qkv,), norm_w)
 
@@ -204,7 +197,7 @@ class CpuOps(Ops):
         def build() -> Unit:
             program = new_program(ONE_THREAD_BYTES, MAX_ROWS)
             queries, out = new_rows(program, width), new_rows(program, width)
-            program.attend(queries, out, _pages(k_pages, v_pages, plan))
+            program.attend(queries, out, layer_cache(k_pages, v_pages, plan))
             return Unit(program, (queries,), (out,))
 
         unit = self._units.get(("attend", k_pages.data_ptr()), build)
@@ -267,10 +260,8 @@ class CpuOps(Ops):
         index: int,
         rows: int,
     ) -> Tensor:
-        unit = self._units.get(
-            ("pairs", id(w), id(embedding), cache.k[index].data_ptr()),
-            lambda: pair_unit(w, embedding, hidden.shape[1], cache, index),
-        )
+        key = ("pairs", id(w), id(embedding), cache.k[index].data_ptr())
+        unit = self._units.get(key, lambda: pair_unit(w, embedding, hidden.shape[1], cache, index))
         runs = unit.run_windows(hidden, tokens, cache.lengths, cache.page_table, rows)
         return joined([unit.results(count)[0].clone() for count in runs])
 
@@ -357,15 +348,3 @@ class CpuOps(Ops):
         self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
     ) -> tuple[Tensor, Tensor]:
         return self._end.ngram(tokens, known, drafts, size)
-
-
-def _pages(
-    k_pages: Tensor,
-    v_pages: Tensor,
-    plan: CpuPlan,
-    q_norm: Array | None = None,
-    k_norm: Array | None = None,
-) -> LayerCache:
-    cache, config = plan.cache, plan.config
-    settings = (config.num_heads, config.sliding_window, q_norm, k_norm, config.head_dim)
-    return LayerCache(k_pages, v_pages, cache.cos, cache.sin, *settings)

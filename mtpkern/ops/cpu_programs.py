@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mtpkern.errors import UserError
 from mtpkern.kernels.cpu._compile import Kernels, default_cache
 from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
-from mtpkern.kernels.cpu.program import Norm, Program
+from mtpkern.kernels.cpu.program import LayerCache, Norm, Program
 from mtpkern.kernels.cpu.quants import Array, Quants, quantise
 from mtpkern.kernels.cpu.weights import LANES, Weights, padded_heads
 
@@ -31,6 +31,14 @@ MAX_ROWS = 128
 # An operation on fewer bytes of weights is over before a second thread has woken up.
 ONE_THREAD_BYTES = 2**18
 FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class CpuPlan(NamedTuple):
+    """What the layers share for T rows of each of B sequences."""
+
+    cache: KVCache
+    rows: int  # T
+    config: ModelConfig
 
 
 class Unit:
@@ -197,6 +205,18 @@ def layer_of(layer: DecoderLayer, eps: float) -> PackedLayer:
         head_norm(layer.q_norm),
         head_norm(layer.k_norm),
     )
+
+
+def layer_cache(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: CpuPlan,
+    q_norm: Array | None = None,
+    k_norm: Array | None = None,
+) -> LayerCache:
+    cache, config = plan.cache, plan.config
+    settings = (config.num_heads, config.sliding_window, q_norm, k_norm, config.head_dim)
+    return LayerCache(k_pages, v_pages, cache.cos, cache.sin, *settings)
 
 
 def cache_of(cache: KVCache, config: ModelConfig, layers: slice) -> ModelCache:
