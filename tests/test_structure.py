@@ -219,7 +219,7 @@ def test_nothing_makes_the_folder_kernels_a_top_level_package():
         ("mtpkern.graph", "from mtpkern.decode import decode_step"),
         ("mtpkern.engine", "from mtpkern.cli import main"),
         ("mtpkern.cli", "from benchmarks import bench_decode"),
-        ("mtpkern.train.data", "import tests.families"),
+        ("mtpkern.train.data", "import tests.llama_layouts"),
         ("mtpkern.ops.base", "from kernels import linear"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import guarded_output
+from kernel_checks import guarded_output
 
 from mtpkern.kernels.ngram import ngram, ngram_ref
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 from paged import gathered, make_paged
 from torch import Tensor
 from traffic import recorded_traffic

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
+from llama_layouts import write_layout
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import DecodeState, decode_step
@@ -93,7 +93,7 @@ THEOREM = [
 def checkpoint(request: Any, tmp_path_factory: Any) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("theorem")
     family, dtype = request.param
-    write_family(family, directory, eos_token_id=None)
+    write_layout(family, directory, eos_token_id=None)
     return directory, dtype
 
 

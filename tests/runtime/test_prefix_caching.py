@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
+from llama_layouts import write_layout
 
 from mtpkern.cache import PagePool, Prefix
 from mtpkern.config import SamplingParams
@@ -26,7 +26,7 @@ def model_with(kind: str, directory: Path) -> dict[str, Any]:
     trunk, heads = directory / "trunk", directory / "heads"
     writers = {"mtp": write_mtp, "medusa": write_medusa, "eagle3": write_eagle3}
     if kind == "modules":
-        write_family("mimo", trunk, modules=3)
+        write_layout("mimo", trunk, modules=3)
         return dict(model=trunk)
     if kind == "layers":
         write_layers(trunk)

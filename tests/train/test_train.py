@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
-from families import write_family
+from llama_layouts import write_layout
 from safetensors.torch import load_file
 from slow_drafters import Recorder, eagle3_layer, slow_layer, trunk_states
 from torch import Tensor
@@ -187,7 +187,7 @@ def test_layers_of_their_own_draft_what_their_definition_says_of_each_start(fami
 @pytest.mark.parametrize("name", ["all_biases_tied", "rope_llama3", "rope_yarn", "qwen3", "qwen2"])
 def test_layers_begin_as_the_models_last_one(name: str, tmp_path: Path):
     """As transformers has it, whatever a layer has beside Llama's; also when written and read."""
-    model = write_family(name, tmp_path / "model")
+    model = write_layout(name, tmp_path / "model")
     tokens, starts = torch.randint(0, 131, (2, 70)), torch.tensor([[0, 5, 40], [3, 66, 67]])
     with torch.no_grad():
         states = model.model(tokens, output_hidden_states=True).hidden_states
@@ -316,7 +316,7 @@ def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
     "layout", ["qwen3_biases", "mistral_window_7", "mlp_biases", "rope_llama3", "grouped_ratio_3"]
 )
 def test_answers_of_every_layout_are_the_models_own(layout: str, tmp_path: Path) -> None:
-    write_family(layout, tmp_path / "model", num_hidden_layers=3)
+    write_layout(layout, tmp_path / "model", num_hidden_layers=3)
     config, tensors = load_config(tmp_path / "model"), load_tensors(tmp_path / "model")
     teacher = Teacher(tmp_path / "model", 64, taps=(2, 3))
     generator = torch.Generator().manual_seed(1)

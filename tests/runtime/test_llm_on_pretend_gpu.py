@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import write_medusa, write_mtp
+from llama_layouts import write_layout
 
 triton = pytest.importorskip("triton")
 
@@ -129,7 +129,7 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
     if write := HEADS[heads]:
         options["heads"] = write(tmp_path / "heads")
     else:  # included in the checkpoint
-        write_family(
+        write_layout(
             "mimo", directory := tmp_path / "mimo", modules=3, max_position_embeddings=2048
         )
     with pretend_gpu() as gpu:
@@ -231,7 +231,7 @@ def test_modules_draft_without_the_host_what_they_draft_with_it(
 ) -> None:
     """A GPU takes in as many pairs in each step as there may be, and no value of a tensor decides
     how many: the same drafts, behind prompts of one token, of few and of several chunks."""
-    write_family("mimo", tmp_path, modules=modules)
+    write_layout("mimo", tmp_path, modules=modules)
     prompts = [[9], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9] * 3, [(7 * i) % 131 for i in range(270)]]
     answers = []
     for ops in (DEFINITIONS, WithoutTheHost()):

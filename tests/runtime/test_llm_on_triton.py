@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
+from llama_layouts import write_layout
 
 from mtpkern import device, warmup
 from mtpkern.config import SamplingParams
@@ -126,7 +126,7 @@ def test_published_heads_on_the_kernels(gpu: str, tmp_path: Path, kind: str) -> 
 def test_every_trunk_is_on_the_kernels_what_it_is_on_the_references(
     gpu: str, tmp_path: Path, family: str
 ) -> None:
-    write_family(family, tmp_path)
+    write_layout(family, tmp_path)
     options = {"num_speculative_tokens": 3, "dtype": "float32", "max_batch": 1}
     (expected,) = load(tmp_path, "cpu", **options).generate(PROMPTS[2], GREEDY)
     llm = load(tmp_path, gpu, **options)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import (
     E,
     L,
@@ -20,6 +19,7 @@ from head_files import (
     write_mtp,
     write_published,
 )
+from llama_layouts import write_layout
 from safetensors.torch import save_file
 from slow_drafters import PROMPT, agree, eagle3_layer, slow_layer, trunk_states, watch
 from torch import Tensor
@@ -85,7 +85,7 @@ def test_a_sequential_head_drafts_what_its_definition_says(
 @pytest.mark.parametrize("ngram", [False, True])
 def test_a_mimo_checkpoint_drafts_with_the_layer_it_includes(ngram: bool, tmp_path: Path) -> None:
     """Prompts of one token and of many: the first pair of each has an embedding of zeros."""
-    model = write_family("mimo", tmp_path)
+    model = write_layout("mimo", tmp_path)
     llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=3, max_length=300)
     recorder = watch(llm)
     llm.generate([[9], [5, 6, 7, 8, 9] * 3], SamplingParams(max_tokens=30))
