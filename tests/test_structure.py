@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: who may import whom, and a README that names each file."""
+"""The house rules that a reader relies on: who may import whom; the README names every file."""
 
 import ast
 import re
