@@ -220,13 +220,13 @@ def offences(kernel: Compiled) -> list[Offence]:
     ceiling = CEILINGS.get(kernel.kernel, Ceiling(255))
     wrong = []
     if kernel.stack:
-        wrong.append(f"spills {kernel.stack} bytes a thread")
+        wrong.append(f"spills {kernel.stack} bytes per thread")
     if kernel.registers > ceiling.registers:
         wrong.append(f"takes {kernel.registers} registers, at most {ceiling.registers}")
     if kernel.shared > MAX_SHARED:
         wrong.append(f"takes {kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
     if ceiling.wide and not kernel.wide:
-        wrong.append("loads nothing 16 bytes at a time")
+        wrong.append("has no 16-byte loads")
     if ceiling.wide and kernel.narrow > ceiling.narrow:
         wrong.append(f"copies {kernel.narrow} % in less than 16 bytes at a time")
     if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
@@ -234,7 +234,7 @@ def offences(kernel: Compiled) -> list[Offence]:
     least = MIN_ISSUE_CEILING[kernel.rows_multiplied > 64]
     if 0 < kernel.issue_ceiling < least and kernel.target == "sm_90":
         wrong.append(
-            f"issues {kernel.loop} instructions a pass: {kernel.issue_ceiling} TB/s of weights "
+            f"issues {kernel.loop} instructions per pass: {kernel.issue_ceiling} TB/s of weights "
             f"at most, at least {least}"
         )
     return [(kernel.symbol, what, kernel.target) for what in wrong]

@@ -48,9 +48,8 @@ def run(
 
     def claimed(args: argparse.Namespace) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(
-                line_buffering=True
-            )  # so that a long run can be followed in a file
+            # So that a long run can be followed in a file.
+            sys.stdout.reconfigure(line_buffering=True)
         target = args.output_json
         with output_file(target, force=args.force) if target else nullcontext() as file:
 
@@ -72,6 +71,35 @@ def run(
 def one_of(names: Iterable[str], default: str = "all") -> str:
     """Help for an option that is given once for each of some names."""
     return f"one of {', '.join(names)}; repeatable (default: {default})"
+
+
+def add_prompts(
+    parser: argparse.ArgumentParser, *, limit: int | None = None, least_tokens: int = 1
+) -> None:
+    """The options --prompts, --limit (None: all prompts) and --max-tokens."""
+    add = parser.add_argument
+    add(
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl of the benchmarks)",
+    )
+    every = " (default: all)" if limit is None else ""
+    add(
+        "--limit",
+        type=arguments.at_least(1),
+        default=limit,
+        metavar="N",
+        help=f"prompts, spread over the categories{every}",
+    )
+    add(
+        "--max-tokens",
+        type=arguments.at_least(least_tokens),
+        default=128,
+        metavar="N",
+        help="longest answer",
+    )
 
 
 def print_row(row: dict[str, Any]) -> None:

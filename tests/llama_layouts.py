@@ -170,7 +170,7 @@ def _spell_as_before(path: Path) -> None:
     rope = config.pop("rope_parameters")
     kind = rope.pop("rope_type")
     config["rope_theta"] = rope.pop("rope_theta")
-    # The oldest files of this spelling say "type", which only linear scaling is as old as.
+    # The oldest files of this spelling have "type"; of the layouts here, linear scaling is as old.
     kind_key = "type" if kind == "linear" else "rope_type"
     config["rope_scaling"] = None if kind == "default" else {kind_key: kind, **rope}
     config["torch_dtype"] = config.pop("dtype")

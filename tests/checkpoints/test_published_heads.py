@@ -27,7 +27,7 @@ from head_files import (
 )
 from llama_layouts import write_layout
 from safetensors.torch import load_file, save_file
-from slow_drafters import PROMPT, agree, slow_layer, trunk_states, watch
+from slow_drafters import PROMPT, agree, slow_layer, slow_mimo_layer, trunk_states, watch
 from torch import Tensor
 
 from mtpkern import reference
@@ -460,14 +460,7 @@ def test_modules_of_their_own_draft_what_their_definition_says(
             for d, draft in enumerate(drafts):
                 prefix = f"model.mtp_layers.{d}."
                 w = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                token = embedding[tokens[d:]].clone()
-                token[0] = 0
-                pair = [
-                    rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
-                    rms_norm_ref(token, w["token_layernorm.weight"], 1e-5),
-                ]
-                x = torch.cat(pair, -1) @ w["input_proj.weight"].T
-                hidden = slow_layer(x, w, 4, 2, 12, 10000.0)
+                hidden = slow_mimo_layer(hidden, embedding[tokens[d:]], w)
                 hidden = rms_norm_ref(hidden, w["final_layernorm.weight"], 1e-5)
                 agree(draft, logits[d], hidden[-1] @ head.T)
                 tokens.append(draft)

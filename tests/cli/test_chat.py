@@ -188,7 +188,7 @@ class Session:
         os.write(self.terminal, text.encode())
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Read until `text` appears, behind what was waited for before."""
+        """Read until `text` appears, after what was waited for before."""
         end = time.monotonic() + seconds
         while text not in self.seen[self.at :]:
             ready, _, _ = select.select([self.terminal], [], [], 0.2)
@@ -207,8 +207,8 @@ class Session:
         raise AssertionError(f"no {text!r} in {self.seen[self.at :]!r}")
 
     def leave(self) -> int:
-        """Press Ctrl-D until the command ends, since a Ctrl-C that is still on its way takes what
-        was typed behind it along -> the exit code."""
+        """Press Ctrl-D until the command ends, since a Ctrl-C that is still on its way discards
+        what was typed after it -> the exit code."""
         end = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < end:
             with contextlib.suppress(OSError):  # it may end before the key arrives

@@ -255,16 +255,20 @@ def test_a_reader_that_goes_away_is_not_a_traceback(model):
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_help_does_not_wait_for_torch():
-    program = (
-        "import sys, mtpkern.cli as c\n"
-        "assert c.main(['generate', '--help']) == 0 and 'torch' not in sys.modules"
-    )
+def run_in_new_process(program: str) -> None:
     root = str(Path(mtpkern.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
     subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, env=environment
     )
+
+
+def test_help_does_not_wait_for_torch():
+    program = (
+        "import sys, mtpkern.cli as c\n"
+        "assert c.main(['generate', '--help']) == 0 and 'torch' not in sys.modules"
+    )
+    run_in_new_process(program)
 
 
 @pytest.mark.parametrize("command", [["generate", ""], ["generate", "x", "-K", "many"], ["train"]])
@@ -273,11 +277,7 @@ def test_a_mistake_that_can_be_seen_at_once_does_not_wait_for_torch(command):
         "import sys, mtpkern.cli as c\n"
         f"assert c.main({command!r}) == 2 and 'torch' not in sys.modules"
     )
-    root = str(Path(mtpkern.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, env=environment
-    )
+    run_in_new_process(program)
 
 
 @pytest.mark.slow
@@ -287,11 +287,7 @@ def test_generate_imports_neither_gguf_nor_transformers(model):
         f"assert c.main(['generate', 'the', '--max-tokens', '2', '--model', {str(model)!r}]) == 0\n"
         "assert not {'gguf', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
-    root = str(Path(mtpkern.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, env=environment
-    )
+    run_in_new_process(program)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_a_full_device_is_named() -> None:
 
 
 def write_run_forced(target: Path, *, force: bool = False, **options: object) -> None:
-    """What --force replaces of a run is for `claim` to say."""
+    """`claim` decides what --force replaces of a run."""
     write_run(target, **options)
 
 

@@ -1,4 +1,4 @@
-"""What a message recommends, works: each refusal here is followed by what it says to do."""
+"""What a message recommends works: after each refusal here, its advice is followed."""
 
 import io
 import json

@@ -127,10 +127,10 @@ def test_query_heads_that_do_not_fit_are_named() -> None:
 
 
 class Launch(NamedTuple):
-    """A window of T rows behind `lengths` committed keys, and what a launch of it takes.
+    """A window of T rows after `lengths` committed keys, and the other arguments of its launch.
 
-    Pages lie in random order, K's and V's with strides of their own; slots that nobody may read are
-    NaN, entries of the page table that nobody may follow lead outside.
+    Pages are in random order, K's and V's with strides of their own; slots that must not be read
+    are NaN, and entries of the page table that must not be followed are out of range.
     """
 
     q: Tensor
@@ -140,7 +140,7 @@ class Launch(NamedTuple):
     lengths: Tensor
 
     def at(self, rows: slice, begin: int) -> "Launch":
-        """These rows of the window alone, behind `begin` more keys."""
+        """These rows of the window alone, after `begin` more keys."""
         return self._replace(q=self.q[:, rows], lengths=self.lengths + begin)
 
     def dense(self, b: int) -> tuple[Tensor, Tensor]:

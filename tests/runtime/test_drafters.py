@@ -21,7 +21,15 @@ from head_files import (
 )
 from llama_layouts import write_layout
 from safetensors.torch import save_file
-from slow_drafters import PROMPT, agree, eagle3_layer, slow_layer, trunk_states, watch
+from slow_drafters import (
+    PROMPT,
+    agree,
+    eagle3_layer,
+    slow_layer,
+    slow_mimo_layer,
+    trunk_states,
+    watch,
+)
 from torch import Tensor
 
 from mtpkern.checkpoints.directory import load_tensors
@@ -102,14 +110,7 @@ def test_a_mimo_checkpoint_drafts_with_the_layer_it_includes(ngram: bool, tmp_pa
             hidden = model.model(torch.tensor([known[:-1]])).last_hidden_state[0]
             tokens = list(known[1:])
             for draft, row in zip(drafts, logits, strict=True):
-                token = embedding[tokens].clone()
-                token[0] = 0
-                pair = [
-                    rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
-                    rms_norm_ref(token, w["token_layernorm.weight"], 1e-5),
-                ]
-                x = torch.cat(pair, -1) @ w["input_proj.weight"].T
-                x = slow_layer(x, w, 4, 2, 12, 10000.0)
+                x = slow_mimo_layer(hidden, embedding[tokens], w)
                 out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
                 agree(draft, row, (out @ head.T)[0])
                 hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]

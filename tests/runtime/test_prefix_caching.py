@@ -139,7 +139,7 @@ def test_runs_with_and_without_drafts_share_what_they_can(tmp_path: Path) -> Non
         assert mine.drafted == other.drafted
         cached.append(mine.stats.cached_tokens)
         known += [*mine.token_ids, 40, 41]
-    # The heads' cache misses what was said without drafts, which is then run again.
+    # The heads' cache lacks the tokens decoded without drafts, which are then run again.
     assert cached[3] <= 4 + 40 < cached[2]
     assert cached[4] > cached[2]
 

@@ -1,4 +1,4 @@
-"""Acceptance at given rates is at those rates, and its output says that it is made up."""
+"""Acceptance at given rates is at those rates, and its output is labelled as made up."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights in other bits than the checkpoint's: near the model that they stand for, same tokens."""
+"""Weights in other bits than the checkpoint's: near the original model, and the same tokens."""
 
 import json
 from pathlib import Path

@@ -608,7 +608,7 @@ def test_a_replay_counts_what_decoding_would_do():
     right = [[9, 9], [3, 4], [4, 5], [5, 6], [6, 7], [7, 0], [0, 0]]
     tally = Tally(2)
     tally.replay(tokens, 2, 8, right, hybrid=False)
-    # 2 behind wrong drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
+    # 2 after wrong drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
     assert (tally.tokens, tally.steps) == (6, 3)
     assert tally.summary()["mean_acceptance_length"] == 2.0
     tally.replay(tokens, 2, 8, [[2, 3], *right[1:]], hybrid=False)

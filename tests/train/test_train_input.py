@@ -38,7 +38,7 @@ def learning_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny model, and its answers to the prompts that lie beside them."""
+    """A tiny model, and its answers to the prompts beside them."""
     return record_answers(tmp_path_factory.mktemp("train"), 3, (1, 2))
 
 
@@ -88,7 +88,7 @@ def test_a_recording_is_not_taken_for_another_one(
     ):
         capsys.readouterr()
         assert record.main(change) == 2
-        line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
+        line = capsys.readouterr().err.splitlines()[-1]  # status lines may precede it
         assert f"{out} is of another run (" in line and message in line
         assert contents(out) == before
     assert record.main([*first, "--out", str(fewer)]) == 2
@@ -283,7 +283,7 @@ def test_noise_is_keyed_and_samples_the_distribution():
     chosen = choose(logits.expand(4000, -1), ids.expand(4000, -1), jobs)
     backwards = choose(logits.expand(4000, -1), ids.expand(4000, -1), jobs[::-1])
     assert backwards.flip(0).equal(chosen)
-    # The last token of all lies outside 0.95.
+    # The last of the four is outside the nucleus of 0.95.
     shares = torch.bincount(chosen, minlength=8)[[7, 3, 5, 2]] / 4000
     torch.testing.assert_close(shares[:3], (logits[0, :3] / 0.8).softmax(-1), rtol=0, atol=0.03)
     assert shares[3] == 0
@@ -338,7 +338,7 @@ def test_a_mistake_is_one_line(
     data = [] if arguments[0] == "--answers" else ["--prompts", str(asked)]
     command = ["train", "--model", str(recorded[0]), *data, "--out", "heads", *arguments]
     assert cli.main(command) == 2
-    line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
+    line = capsys.readouterr().err.splitlines()[-1]  # status lines may precede it
     assert line.startswith("mtpkern: error: ") and message in line
     assert not (tmp_path / "heads").exists()
 
@@ -420,7 +420,7 @@ def test_mistakes_of_the_other_commands_are_one_line_too(
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(recorded[0])] if main in (record.main, invent.main) else []
     assert main([*model, *arguments]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
+    line = capsys.readouterr().err.splitlines()[-1]  # status lines may precede it
     assert line.startswith("python -m mtpkern.train.") and message in line
 
 
@@ -567,7 +567,7 @@ def test_loop_free_steps_are_counted_as_the_benchmark_counts_them(monkeypatch: A
     for _ in range(40):
         start = torch.randint(100, (12,), generator=generator).tolist()
         answer = start + start[3:] * 3
-        # What the head drafts is right or wrong by chance; two drafts a step.
+        # What the head drafts is right or wrong by chance; two drafts per step.
         right = (torch.rand(len(answer) + 2, 2, generator=generator) < 0.6).tolist()
         padded = [*answer, -1, -1]
         drafts = [
