@@ -8,6 +8,9 @@ else. A position gets the same token in plain decoding and in the verification o
 acceptance remains equality; and heads that draft with the same noise predict the sampled token, not
 the most likely one.
 
+Filters (top-k, top-p, min-p) are in `_filtered_out`, and their settings in `SamplingRows`; requests
+state them in mtpkern/config.py, from where mtpkern/runner.py writes them into a slot.
+
 The kernel is the greedy case, for engines that have logits; the step of this package chooses in
 `multi_head_projection`, which does not write them.
 

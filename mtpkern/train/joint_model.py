@@ -1,6 +1,6 @@
 """A tiny Llama of bytes that is trained together with its heads.
 
-H heads stand in place of the last layer, all fed with the states below it, and head i learns the
+H heads take the place of the last layer, all fed with the states below it, and head i learns the
 token i + 1 further on; the losses are added up (Gloeckle et al. 2024, section 2).
 """
 

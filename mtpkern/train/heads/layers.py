@@ -18,7 +18,7 @@ from mtpkern.train.heads.mtp import HeadConfig, MtpHead
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """The config.json of heads that stand in place of the model's last layer."""
+    """The config.json of heads that replace the model's last layer."""
 
     hidden_size: int
     tap_layers: tuple[int, ...]  # the one below the last
