@@ -37,7 +37,17 @@ from statistics import median
 from typing import Any
 
 from checkout import ROOT
-from common import Finish, add_prompts, averages, environment, first_line, load, read_prompts, run
+from common import (
+    Finish,
+    add_counts,
+    add_prompts,
+    averages,
+    environment,
+    first_line,
+    load,
+    read_prompts,
+    run,
+)
 from peer_process import Failed, Visit, visit
 from peer_report import (
     DRAFTS,
@@ -190,13 +200,7 @@ def parser() -> Parser:
     add("--busy", action="store_true", help="also time beside another busy process")
     # llama.cpp's decode time excludes the first token.
     add_prompts(parser, limit=20, least_tokens=2)
-    add(
-        "--threads",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="CPU threads; repeatable (default: 1 and all cores)",
-    )
+    add_counts(parser, "--threads", "N", "CPU threads; repeatable (default: 1 and all cores)")
     add("--repeat", type=at_least(1), default=5, metavar="N", help="turns per engine")
     return parser
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import triton
 from bounds import GPUS, l2_bytes, matmul
 from checkout import ROOT
-from common import Finish, one_of, run
+from common import Finish, add_names, run
 from kernel_cases import OPS
 from model_shapes import MODELS, OTHER_TIERS, STEPS
 from offline_compiler import Device, first_cause, launches_compiled, measure, op_name
@@ -109,8 +109,8 @@ class Compiled(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=MODELS, metavar="MODEL", action="append", help=one_of(MODELS))
-    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
+    add_names(parser, "--model", MODELS)
+    add_names(parser, "--op", OPS)
     add(
         "--target",
         choices=TARGETS,

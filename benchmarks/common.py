@@ -68,9 +68,26 @@ def run(
     return arguments.run(parser, argv)
 
 
-def one_of(names: Iterable[str], default: str = "all") -> str:
-    """Help for an option that is given once for each of some names."""
-    return f"one of {', '.join(names)}; repeatable (default: {default})"
+def add_names(
+    parser: argparse.ArgumentParser, flag: str, names: Iterable[str], default: str = "all"
+) -> None:
+    """An option that is given once for each of some names."""
+    names = list(names)
+    parser.add_argument(
+        flag,
+        choices=names,
+        metavar=flag.strip("-").upper(),
+        action="append",
+        help=f"one of {', '.join(names)}; repeatable (default: {default})",
+    )
+
+
+def add_counts(
+    parser: argparse.ArgumentParser, flag: str, metavar: str, text: str, *, least: int = 1
+) -> None:
+    """An option that is given once for each of some numbers."""
+    kind = arguments.at_least(least)
+    parser.add_argument(flag, type=kind, action="append", metavar=metavar, help=text)
 
 
 def add_prompts(

@@ -39,7 +39,7 @@ class LayersHead(nn.Module):
     draft_vocab: Tensor
 
     def __init__(self, config: LayersConfig, tensors: Mapping[str, Tensor]):
-        """`tensors` are the initial weights, named as by `published.layers_shapes`."""
+        """`tensors` are the initial weights, with the names of `drafters.shapes.layers_shapes`."""
         super().__init__()
         self.config, eps = config, config.rms_norm_eps
         self.layers = nn.ModuleList(
