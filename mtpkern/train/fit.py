@@ -215,8 +215,8 @@ class Trainer:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise UserError(
-                        f"the loss of step {self.step + 1} is no number: lower --lr (the last "
-                        "checkpoint is kept)"
+                        f"the loss of step {self.step + 1} is NaN or infinite: lower --lr (the "
+                        "last checkpoint is kept)"
                     )
                 self.update(loss)
                 self.rows += int(x["live"][0].sum())

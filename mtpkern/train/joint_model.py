@@ -163,7 +163,7 @@ def learn(
             ]
             loss = torch.stack(parts).mean()
             if not loss.isfinite():
-                raise UserError(f"the loss of step {len(losses) + 1} is no number")
+                raise UserError(f"the loss of step {len(losses) + 1} is NaN or infinite")
             loss.backward()
             for optimizer, rate in zip(optimizers, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * min(

@@ -248,7 +248,7 @@ def _average_with_start(head: Head, start: Head) -> None:
 def _count_answers(
     answers: Round, number: int, plan: Plan, trainer: Trainer, model: Frozen
 ) -> None:
-    """Choose the draft vocabulary anew with a round's new answers, and add them to the totals."""
+    """Choose the draft vocabulary again with a round's new answers, and add them to the totals."""
     notes, head, new = trainer.notes, trainer.head, answers.new
     if number == 0:
         spread = feature_spread(answers.data).to(head.draft_vocab.device)

@@ -248,7 +248,7 @@ def test_buffers_that_trainers_save_are_passed_over(tmp_path: Path) -> None:
         ("score.weight", "score.weight has no place"),
     ],
 )
-def test_a_tensor_too_many_is_named_with_what_says_so(
+def test_a_surplus_tensor_is_named_with_the_setting_that_excludes_it(
     name: str, message: str, tmp_path: Path
 ) -> None:
     write_layout("tied", tmp_path)
@@ -285,7 +285,7 @@ def test_a_config_without_a_dtype_leaves_it_to_the_tensors(
     assert LLM(tmp_path, max_length=32).dtype == torch.float32
 
 
-def test_what_generation_config_asks_for_and_nothing_applies_is_said_once(
+def test_settings_of_generation_config_that_are_not_applied_are_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_layout("tied", tmp_path)

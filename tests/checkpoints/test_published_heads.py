@@ -133,7 +133,7 @@ def test_metas_models_without_their_sizes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ngram", [False, True])
-def test_layers_draft_what_their_definition_says(ngram: bool, tmp_path: Path) -> None:
+def test_layers_draft_as_their_definition(ngram: bool, tmp_path: Path) -> None:
     """Also when committed rows waited because the n-gram's copy was used in between."""
     trunk = write_layers(tmp_path / "trunk")
     llm = LLM(trunk, ngram=ngram, num_speculative_tokens=3, max_length=300)
@@ -441,7 +441,7 @@ def test_a_speculators_head_drafts_what_our_own_of_the_same_weights_does(tmp_pat
 
 @pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("modules", [2, 3])
-def test_modules_of_their_own_draft_what_their_definition_says(
+def test_modules_of_their_own_draft_as_their_definition(
     modules: int, ngram: bool, tmp_path: Path
 ) -> None:
     """Prompts of one token, of few and of several chunks; drafts taken and drafts refused."""
@@ -587,7 +587,7 @@ def test_shipped_heads_stay_small() -> None:
 
 
 def test_heads_of_other_weights_are_refused(tmp_path: Path) -> None:
-    """Same shapes, other weights: a fine-tuned model, as far as one value in sixteen can tell."""
+    """Same shapes, other weights: a fine-tuned model, recognised by one value in sixteen."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads")
     path = heads / "config.json"

@@ -58,7 +58,7 @@ def answers(model: Path, *turns: str, system: str | None = None) -> str:
     return out
 
 
-def test_each_line_is_a_turn_that_knows_those_before(chat, model):
+def test_each_line_is_a_turn_after_those_before(chat, model):
     code, out, err = chat("the fox\n\nthe dog\r\nand then\n")
     assert (code, out) == (0, answers(model, "the fox", "the dog", "and then"))
     assert err.splitlines() == ["[cut after 12 tokens]"] * 3
@@ -107,7 +107,7 @@ def test_a_model_without_a_template_is_refused(chat, tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_said(chat, model, monkeypatch, times):
+def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_printed(chat, model, monkeypatch, times):
     """Pressed while the fifth token comes; pressed again, that is not waited for."""
     stream = LLM.stream
 

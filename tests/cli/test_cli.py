@@ -132,7 +132,7 @@ def test_logits_that_are_no_numbers_are_one_line_and_exit_2(tmp_path, capsys, mo
     assert_one_line_of_blame(code, captured, "logits are not finite")
 
 
-def test_without_compare_the_json_object_says_null(generate):
+def test_without_compare_the_json_object_has_null(generate):
     assert json.loads(generate(PROMPT, "--json")[1])["compare"] is None
 
 
@@ -485,7 +485,7 @@ def test_every_command_has_an_example_and_says_its_defaults(name):
             assert "default" in text or action.default is argparse.SUPPRESS, action.option_strings
 
 
-def test_a_default_of_zero_is_said(capsys):
+def test_a_default_of_zero_is_shown(capsys):
     main(["generate", "--help"])
     assert "0 is greedy (default: 0.0)" in capsys.readouterr().out
 

@@ -108,7 +108,7 @@ def test_keys_past_the_window_have_no_effect() -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_key_that_is_no_number_reaches_only_rows_that_see_it(poison: float) -> None:
+def test_a_nan_key_reaches_only_rows_that_see_it(poison: float) -> None:
     paged, q = setup((2, 3, 16), torch.bfloat16, 64, rows=5)
     expected = attend(paged, q, LENGTHS)
     for b, length in enumerate(LENGTHS):

@@ -122,7 +122,7 @@ def test_attention_with_heads_of_any_size(ops: Ops, D: int, norms: bool) -> None
 
 
 @pytest.mark.parametrize("E", [48, 51])
-def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Path) -> None:
+def test_tapped_states_are_side_by_side_and_change_nothing(E: int, tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path, hidden_size=E, head_dim=10)
     ops = CpuOps()
     model = Llama.load(directory, dtype=torch.float32, ops=ops)
@@ -174,7 +174,7 @@ def test_the_vocabulary_keeps_logits_and_their_sums(ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_whose_logits_are_no_numbers_has_no_largest(ops: Ops, value: float) -> None:
+def test_a_row_whose_logits_are_not_finite_has_no_largest(ops: Ops, value: float) -> None:
     x, w = normal(3, 48), normal(333, 48)
     x[1, 7] = value
     _, projected = ops.project(x, torch.ones(48), EPS, ops.pack(w), None)

@@ -44,7 +44,7 @@ from mtpkern.kernels.rms_norm import rms_norm_ref
 
 
 def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor]) -> None:
-    """Compare a sequential head's drafts with its definition, computed anew for every draft."""
+    """Compare a sequential head's drafts with its definition, computed again for every draft."""
     known, drafts, logits = seen
     w, settings = load_tensors(heads), json.loads((heads / "config.json").read_text())
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
@@ -71,7 +71,7 @@ def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("taps", [(3,), (1, 3), (1, 2, 3)])
 @pytest.mark.parametrize("ngram", [False, True])
-def test_a_sequential_head_drafts_what_its_definition_says(
+def test_a_sequential_head_drafts_as_its_definition(
     taps: tuple[int, ...], ngram: bool, tmp_path: Path
 ) -> None:
     """Also after steps in which the n-gram's copy was used and the pairs waited."""
@@ -116,7 +116,7 @@ def test_a_mimo_checkpoint_drafts_with_the_layer_it_includes(ngram: bool, tmp_pa
                 hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
-def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None:
+def test_parallel_heads_draft_as_their_definition(tmp_path: Path) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_medusa(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
@@ -155,7 +155,7 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
 @pytest.mark.parametrize("variant", ["", "norm_before_residual", "norm_before_fc", "embedding"])
 @pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_an_eagle3_head_drafts_what_its_definition_says(
+def test_an_eagle3_head_drafts_as_its_definition(
     reduced: bool, ngram: bool, variant: str, tmp_path: Path
 ) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)

@@ -50,7 +50,7 @@ def load(directory: Path, device: str, **options: Any) -> LLM:
 
 
 @pytest.mark.parametrize("heads", ["mtp", "medusa"])
-def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
+def test_the_kernels_generate_as_the_definitions_with_and_without_drafts(
     gpu: str, directory: Path, tmp_path: Path, heads: str
 ) -> None:
     """Three prompts over two slots: ragged, one admitted while another is under way. Heads draft

@@ -73,7 +73,7 @@ def test_no_tokens_asked_for_are_no_tokens(tmp_path):
     assert reference.generate(*load(tmp_path), PROMPT, 0) == []
 
 
-def test_a_dtype_says_how_exactly_to_compute(tmp_path):
+def test_a_dtype_decides_the_precision(tmp_path):
     write_layout("rope_yarn", tmp_path)
     config, tensors = load(tmp_path)
     truth = reference.logits(config, tensors, PROMPT, dtype=torch.float64)

@@ -131,7 +131,7 @@ def test_chains_equal_drafting_a_row_at_a_time():
 
 
 def test_eagle3_chains_equal_drafting_by_the_definition():
-    """eagle3_layer is written from the paper, over all pairs anew for every draft."""
+    """eagle3_layer is written from the paper, over all pairs again for every draft."""
     sizes: tuple[Any, ...] = (E, (2, 4, 5), 4, 2, 12, 72, 500.0, 1e-5, 64, "tiny")
     head = randomised(Eagle3Head(Eagle3Config(*sizes)))
     head.spread.uniform_(0.5, 2)
@@ -152,7 +152,7 @@ def test_eagle3_chains_equal_drafting_by_the_definition():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["layers", "modules"])
-def test_layers_of_their_own_draft_what_their_definition_says_of_each_start(family: str):
+def test_layers_of_their_own_draft_as_their_definition_from_each_start(family: str):
     """slow_layer, over the rows up to the start alone."""
     head, embedding = randomised(untrained_head(family)), torch.randn(307, E)
     w, sizes = head.tensors(), (HQ, HK, D, 10000.0)
@@ -540,7 +540,7 @@ def test_several_families_learn_from_the_same_recorded_answers(
     assert record.main([*command, "--families", "eagle3"]) == 2
     assert "3 are too few" in capsys.readouterr().err
     record.main([*command, "--limit", "20", "--families", "mtp-1", "layers"])
-    # The same command goes on, here with more.
+    # The same command continues, here with more.
     record.main([*command, "--families", "mtp-1", "layers"])
     assert len(read_index(tmp_path / "answers")) == 36
     plan = Plan(tmp_path / "x", str(recorded[0]), answers=(tmp_path / "answers",))
@@ -548,7 +548,7 @@ def test_several_families_learn_from_the_same_recorded_answers(
         some = replace(plan, family=family, draft_vocab_size=64, out=tmp_path / family)
         run.train(some, replace(RECIPE, steps=4))
     record.main([*command[:-1], str(tmp_path / "one"), "--limit", "1"])
-    # What goes on from heads keeps their draft vocabulary.
+    # A run that continues from heads keeps their draft vocabulary.
     vocabulary = load_head(tmp_path / "layers").draft_vocab
     further = replace(plan, out=tmp_path / "z", init=tmp_path / "layers", answers=(recorded[1],))
     run.train(replace(further, family="layers"), replace(RECIPE, steps=2))
@@ -599,7 +599,7 @@ def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
     assert lookup(tokens, 10, 4) == [5, 1, 2, 3]
     assert lookup(tokens, 6, 2) == [4, 1]
     assert lookup(tokens, 7, 4) == []
-    # A copy that reaches the known tokens' end goes on periodically.
+    # A copy that reaches the known tokens' end continues periodically.
     assert lookup([7, 7, 7, 7, 0], 3, 4) == [7, 7, 7, 7]
 
 

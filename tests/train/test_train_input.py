@@ -1,4 +1,4 @@
-"""The trainer's inputs: what it refuses, where it goes on, and what it counts."""
+"""The trainer's inputs: what it refuses, where it continues, and what it counts."""
 
 import shutil
 from dataclasses import replace
@@ -160,7 +160,7 @@ def test_training_loses_nothing_of_what_is_there(
             assert error.count("\n") == 1 and words in error
     monkeypatch.chdir(tmp_path)
     assert cli.main([*command, "model", "--force"]) == 2
-    # The name of a directory is no argument's.
+    # A directory's name is not an argument's.
     assert "cannot write model: it is what this command reads" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
@@ -179,7 +179,7 @@ def test_finished_heads_are_recognised_and_replaced_by_force_alone(
     with pytest.raises(UserError, match="heads of another run .lr 0.03, now 0.02.*--force"):
         run.train(plan, replace(recipe, lr=0.02))
     assert contents(tmp_path) == before and not steps
-    # Interrupted in their replacement, they are there; the same command goes on with it.
+    # Interrupted while they are replaced, they are kept; the same command continues.
     other, forced = replace(recipe, lr=0.02), replace(plan, force=True)
     with monkeypatch.context() as patch:
         patch.setattr(fit, "SAVE_SECONDS", 0)
@@ -262,7 +262,7 @@ def test_an_answer_of_logits_that_are_no_numbers_is_not_recorded(
     teacher = Teacher(model, 64)
     kept: list[int] = []
     jobs = [distill.Job([5, 7], "a", 0), distill.Job([5, 9, 7], "a", 1)]
-    with pytest.raises(UserError, match="logits are no numbers: there is nothing"):
+    with pytest.raises(UserError, match="logits are NaN or infinite: there is nothing"):
         sink = lambda job, *_: kept.append(job.number)  # noqa: E731
         distill.generate(
             teacher, jobs, sink, slots=2, max_new=4, choose=choose, phase=SILENT.phase("answers")
@@ -367,7 +367,7 @@ def test_a_slot_is_as_long_as_the_longest_prompt_and_answer_or_the_context(
 
 
 def test_answers_end_with_the_context(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """45 positions, which is no multiple of what attention reads at a time."""
+    """45 positions, not a multiple of what attention reads at a time."""
     model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=45, eos_token_id=None)
     monkeypatch.setattr(distill.Job, "is_looping", lambda self: False)
     command = ["--model", str(model), "--prompts", str(asked), "--out", str(tmp_path / "answers")]
@@ -528,7 +528,7 @@ def test_a_killed_run_keeps_its_time(
     assert state["step"] == 3 and state["notes"]["seconds"] > 0
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     loss, calls = fit.batch_loss, []
@@ -541,7 +541,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
     monkeypatch.setattr(fit, "batch_loss", broken_at_four)
     monkeypatch.setattr(fit, "SAVE_SECONDS", 0)
     plan = Plan(tmp_path / "a", str(recorded[0]), answers=(recorded[1],), draft_vocab_size=90)
-    with pytest.raises(UserError, match="loss of step 4 is no number: lower --lr"):
+    with pytest.raises(UserError, match="loss of step 4 is NaN or infinite: lower --lr"):
         run.train(plan, replace(RECIPE, steps=30))
     assert torch.load(plan.out / ".train" / "checkpoint.pt", weights_only=True)["step"] == 3
 
