@@ -12,11 +12,10 @@ first ratio, and the share of the steps that each K had. The last line is one JS
 import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import PROMPTS, Finish, encode, environment, first_line, load, read_prompts, run
+from common import Finish, add_prompts, encode, environment, first_line, load, read_prompts, run
 
 from mtpkern import LLM, SamplingParams, Stats
 from mtpkern.arguments import Parser, at_least
@@ -77,15 +76,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
     add("--heads", default="auto", help="auto, none, a name or a directory")
-    add(
-        "--prompts",
-        type=Path,
-        default=PROMPTS,
-        metavar="FILE",
-        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
-    )
-    add("--limit", type=at_least(1), default=12, metavar="N", help="prompts, over all categories")
-    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add_prompts(parser, limit=12)
     add("--alternations", type=at_least(1), default=5, metavar="N", help="turns of each kind")
     add("--threads", type=at_least(1), metavar="N", help="default: one per physical core")
     return parser

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import Finish, environment, first_line, run
+from common import Finish, add_counts, environment, first_line, run
 from cpu_trunk import Trunk, random_trunk, read_gguf
 
 from mtpkern.arguments import Parser, at_least
@@ -74,20 +74,8 @@ def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--gguf", type=Path, metavar="FILE", help="the model (default: random weights)")
-    add(
-        "--threads",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="CPU threads; repeatable (default: 1 and all cores)",
-    )
-    add(
-        "--context",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="committed tokens; repeatable (default: 200)",
-    )
+    add_counts(parser, "--threads", "N", "CPU threads; repeatable (default: 1 and all cores)")
+    add_counts(parser, "--context", "N", "committed tokens; repeatable (default: 200)")
     add(
         "--format",
         action="append",

@@ -17,14 +17,13 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
-    PROMPTS,
     Finish,
+    add_prompts,
     averages,
     encode,
     environment,
@@ -125,17 +124,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
     add("--heads", default="auto", help="auto, none, a name or a directory")
-    add(
-        "--prompts",
-        type=Path,
-        default=PROMPTS,
-        metavar="FILE",
-        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
-    )
-    add(
-        "--limit", type=at_least(1), metavar="N", help="prompts, over all categories (default: all)"
-    )
-    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add_prompts(parser)
     add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
     add("--threads", type=at_least(1), default=2, metavar="N", help="CPU threads")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")

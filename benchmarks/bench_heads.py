@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from acceptance_stats import acceptance_length, by_position, loop_free, percents
 from common import (
-    PROMPTS,
     Finish,
+    add_prompts,
     encode,
     environment,
     first_line,
@@ -124,17 +124,7 @@ def parser() -> Parser:
         metavar="NAME|DIR",
         help="heads to compare; repeatable (default: auto)",
     )
-    add(
-        "--prompts",
-        type=Path,
-        default=PROMPTS,
-        metavar="FILE",
-        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
-    )
-    add(
-        "--limit", type=at_least(1), metavar="N", help="prompts, over all categories (default: all)"
-    )
-    add("--max-tokens", type=at_least(1), default=128, metavar="N", help="longest answer")
+    add_prompts(parser)
     add("--temperature", type=float, action="append", metavar="T", help="repeatable (default: 0)")
     add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
     add("--batch", type=at_least(1), default=1, metavar="N", help="prompts at a time")
@@ -222,7 +212,7 @@ def draw(report: dict[str, Any], file: Path, kind: str) -> None:
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     categories = list(rows[0]["categories"])
-    # A colour per directory; with n-grams the bars are pale and behind, the lines dashed.
+    # A colour per directory; with n-grams the bars are pale and drawn first, the lines dashed.
     names = list(dict.fromkeys(row["heads"].removesuffix(BOTH) for row in rows))
     width = 0.8 / len(names)
     for row in sorted(rows, key=lambda row: not row["heads"].endswith(BOTH)):

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from common import Finish, gpu_environment, gpu_first_line, one_of, print_row, run
+from common import Finish, add_counts, add_names, gpu_environment, gpu_first_line, print_row, run
 from kernel_cases import OPS, Call, KernelCase
 from model_shapes import MODELS, STEPS
 from torch import Tensor
@@ -90,15 +90,9 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
-    add("--model", choices=MODELS, metavar="MODEL", action="append", help=one_of(MODELS))
-    add(
-        "--rows",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="window rows; repeatable (default: all)",
-    )
+    add_names(parser, "--op", OPS)
+    add_names(parser, "--model", MODELS)
+    add_counts(parser, "--rows", "N", "window rows; repeatable (default: all)")
     add("--first", action="store_true", help="only the first case of each op")
     add("--repeat", type=at_least(1), default=20, metavar="N", help="replays per median")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")

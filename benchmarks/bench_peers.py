@@ -37,7 +37,17 @@ from statistics import median
 from typing import Any
 
 from checkout import ROOT
-from common import Finish, averages, environment, first_line, load, read_prompts, run
+from common import (
+    Finish,
+    add_counts,
+    add_prompts,
+    averages,
+    environment,
+    first_line,
+    load,
+    read_prompts,
+    run,
+)
 from peer_process import Failed, Visit, visit
 from peer_report import (
     DRAFTS,
@@ -188,29 +198,9 @@ def parser() -> Parser:
     )
     add("--transformers", action="store_true", help="also time transformers")
     add("--busy", action="store_true", help="also time beside another busy process")
-    add(
-        "--prompts",
-        type=Path,
-        default=HERE / "prompts.jsonl",
-        metavar="FILE",
-        help="JSONL with `category` and `turns` (default: prompts.jsonl beside this script)",
-    )
-    add(
-        "--limit",
-        type=at_least(1),
-        default=20,
-        metavar="N",
-        help="prompts, spread over the categories",
-    )
     # llama.cpp's decode time excludes the first token.
-    add("--max-tokens", type=at_least(2), default=128, metavar="N", help="longest answer")
-    add(
-        "--threads",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="CPU threads; repeatable (default: 1 and all cores)",
-    )
+    add_prompts(parser, limit=20, least_tokens=2)
+    add_counts(parser, "--threads", "N", "CPU threads; repeatable (default: 1 and all cores)")
     add("--repeat", type=at_least(1), default=5, metavar="N", help="turns per engine")
     return parser
 
@@ -355,9 +345,9 @@ def seconds_to_output(command: list[str]) -> float:
         assert process.stdout is not None
         process.stdout.read(1)
         seconds = time.perf_counter() - begin
-        _, said = process.communicate()
+        _, errors = process.communicate()
     if process.returncode:
-        raise UserError(f"mtpkern generate failed: {printable(said.decode(errors='replace'))}")
+        raise UserError(f"mtpkern generate failed: {printable(errors.decode(errors='replace'))}")
     return seconds
 
 

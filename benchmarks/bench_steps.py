@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from common import (
     Finish,
+    add_counts,
+    add_names,
     environment,
     first_line,
     gpu_environment,
     gpu_first_line,
-    one_of,
     print_row,
     run,
 )
@@ -81,30 +82,11 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    names = ["tiny", *MODELS]
     default = "llama-3.1-8b and llama-3.2-1b; without a GPU tiny"
-    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
-    add(
-        "--batch",
-        type=at_least(1),
-        action="append",
-        metavar="B",
-        help="sequences; repeatable (default: 1)",
-    )
-    add(
-        "-K",
-        type=at_least(0),
-        action="append",
-        metavar="K",
-        help="drafts per step; repeatable (default: 0 and 4)",
-    )
-    add(
-        "--context",
-        type=at_least(1),
-        action="append",
-        metavar="S",
-        help="cached tokens; repeatable (default: 1024)",
-    )
+    add_names(parser, "--model", ["tiny", *MODELS], default)
+    add_counts(parser, "--batch", "B", "sequences; repeatable (default: 1)")
+    add_counts(parser, "-K", "K", "drafts per step; repeatable (default: 0 and 4)", least=0)
+    add_counts(parser, "--context", "S", "cached tokens; repeatable (default: 1024)")
     add("--repeat", type=at_least(2), default=20, metavar="N", help="steps per median")
     return parser
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import triton
 from bounds import GPUS, l2_bytes, matmul
 from checkout import ROOT
-from common import Finish, one_of, run
+from common import Finish, add_names, run
 from kernel_cases import OPS
 from model_shapes import MODELS, OTHER_TIERS, STEPS
 from offline_compiler import Device, first_cause, launches_compiled, measure, op_name
@@ -109,8 +109,8 @@ class Compiled(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=MODELS, metavar="MODEL", action="append", help=one_of(MODELS))
-    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
+    add_names(parser, "--model", MODELS)
+    add_names(parser, "--op", OPS)
     add(
         "--target",
         choices=TARGETS,
@@ -220,13 +220,13 @@ def offences(kernel: Compiled) -> list[Offence]:
     ceiling = CEILINGS.get(kernel.kernel, Ceiling(255))
     wrong = []
     if kernel.stack:
-        wrong.append(f"spills {kernel.stack} bytes a thread")
+        wrong.append(f"spills {kernel.stack} bytes per thread")
     if kernel.registers > ceiling.registers:
         wrong.append(f"takes {kernel.registers} registers, at most {ceiling.registers}")
     if kernel.shared > MAX_SHARED:
         wrong.append(f"takes {kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
     if ceiling.wide and not kernel.wide:
-        wrong.append("loads nothing 16 bytes at a time")
+        wrong.append("has no 16-byte loads")
     if ceiling.wide and kernel.narrow > ceiling.narrow:
         wrong.append(f"copies {kernel.narrow} % in less than 16 bytes at a time")
     if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
@@ -234,7 +234,7 @@ def offences(kernel: Compiled) -> list[Offence]:
     least = MIN_ISSUE_CEILING[kernel.rows_multiplied > 64]
     if 0 < kernel.issue_ceiling < least and kernel.target == "sm_90":
         wrong.append(
-            f"issues {kernel.loop} instructions a pass: {kernel.issue_ceiling} TB/s of weights "
+            f"issues {kernel.loop} instructions per pass: {kernel.issue_ceiling} TB/s of weights "
             f"at most, at least {least}"
         )
     return [(kernel.symbol, what, kernel.target) for what in wrong]

@@ -48,9 +48,8 @@ def run(
 
     def claimed(args: argparse.Namespace) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(
-                line_buffering=True
-            )  # so that a long run can be followed in a file
+            # So that a long run can be followed in a file.
+            sys.stdout.reconfigure(line_buffering=True)
         target = args.output_json
         with output_file(target, force=args.force) if target else nullcontext() as file:
 
@@ -69,9 +68,55 @@ def run(
     return arguments.run(parser, argv)
 
 
-def one_of(names: Iterable[str], default: str = "all") -> str:
-    """Help for an option that is given once for each of some names."""
-    return f"one of {', '.join(names)}; repeatable (default: {default})"
+def add_names(
+    parser: argparse.ArgumentParser, flag: str, names: Iterable[str], default: str = "all"
+) -> None:
+    """An option that is given once for each of some names."""
+    names = list(names)
+    parser.add_argument(
+        flag,
+        choices=names,
+        metavar=flag.strip("-").upper(),
+        action="append",
+        help=f"one of {', '.join(names)}; repeatable (default: {default})",
+    )
+
+
+def add_counts(
+    parser: argparse.ArgumentParser, flag: str, metavar: str, text: str, *, least: int = 1
+) -> None:
+    """An option that is given once for each of some numbers."""
+    kind = arguments.at_least(least)
+    parser.add_argument(flag, type=kind, action="append", metavar=metavar, help=text)
+
+
+def add_prompts(
+    parser: argparse.ArgumentParser, *, limit: int | None = None, least_tokens: int = 1
+) -> None:
+    """The options --prompts, --limit (None: all prompts) and --max-tokens."""
+    add = parser.add_argument
+    add(
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help="JSONL with `category` and `turns` (default: prompts.jsonl of the benchmarks)",
+    )
+    every = " (default: all)" if limit is None else ""
+    add(
+        "--limit",
+        type=arguments.at_least(1),
+        default=limit,
+        metavar="N",
+        help=f"prompts, spread over the categories{every}",
+    )
+    add(
+        "--max-tokens",
+        type=arguments.at_least(least_tokens),
+        default=128,
+        metavar="N",
+        help="longest answer",
+    )
 
 
 def print_row(row: dict[str, Any]) -> None:

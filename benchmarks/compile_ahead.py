@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from common import Finish, one_of, run
+from common import Finish, add_counts, add_names, run
 from dummy_models import medusa_heads, meta_state, mtp_module, write_config
 from kernel_cases import OPS
 from model_shapes import MODELS, STEPS, TINY
@@ -61,36 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add(
-        "--model",
-        choices=SHAPES,
-        metavar="MODEL",
-        action="append",
-        help=one_of(SHAPES, "all but tiny"),
-    )
-    add("--op", choices=OPS, metavar="OP", action="append", help=one_of(OPS))
-    add(
-        "--rows",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="window rows of ops; repeatable (default: all)",
-    )
+    add_names(parser, "--model", SHAPES, "all but tiny")
+    add_names(parser, "--op", OPS)
+    add_counts(parser, "--rows", "N", "window rows of ops; repeatable (default: all)")
     add("--first", action="store_true", help="only the first case of each op")
-    add(
-        "--batch",
-        type=at_least(1),
-        action="append",
-        metavar="B",
-        help="batch of steps; repeatable (default: no steps)",
-    )
-    add(
-        "-K",
-        type=at_least(0),
-        action="append",
-        metavar="K",
-        help="drafts of steps; repeatable (default: 0 and 4)",
-    )
+    add_counts(parser, "--batch", "B", "batch of steps; repeatable (default: no steps)")
+    add_counts(parser, "-K", "K", "drafts of steps; repeatable (default: 0 and 4)", least=0)
     add("--arch", type=int, metavar="90", help="compute capability (default: this GPU's)")
     add("--jobs", type=at_least(1), default=os.cpu_count(), metavar="N", help="processes")
     add("--count", action="store_true", help="count the binaries and compile none")

@@ -30,7 +30,14 @@ from typing import Any, NamedTuple
 
 import torch
 from checkout import ROOT
-from common import environment, first_line, gpu_environment, gpu_first_line, one_of, rows_printed
+from common import (
+    add_names,
+    environment,
+    first_line,
+    gpu_environment,
+    gpu_first_line,
+    rows_printed,
+)
 
 from mtpkern import arguments
 from mtpkern.arguments import Parser
@@ -98,13 +105,7 @@ def parser() -> Parser:
     known = (parts(on_gpu, smoke) for on_gpu in (True, False) for smoke in (True, False))
     names = sorted({part.name for some in known for part in some})
     parser.add_argument("--smoke", action="store_true", help="first answers, in 90 seconds")
-    parser.add_argument(
-        "--part",
-        choices=names,
-        metavar="PART",
-        action="append",
-        help=one_of(names),
-    )
+    add_names(parser, "--part", names)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: benchmarks/results/<gpu>-<date>"
     )

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 import triton
 from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, matmul
-from common import Finish, one_of, run
+from common import Finish, add_counts, add_names, run
 from dummy_models import medusa_heads, meta_state, mtp_module, write_config
 from model_shapes import MODELS, TINY, ModelShape
 from offline_compiler import Device, launches_compiled, loop_instructions, op_name
@@ -130,16 +130,8 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    names = ["tiny", *MODELS]
-    default = "all but tiny"
-    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
-    add(
-        "--batch",
-        type=at_least(1),
-        action="append",
-        metavar="B",
-        help="sequences; repeatable (default: 1)",
-    )
+    add_names(parser, "--model", ["tiny", *MODELS], "all but tiny")
+    add_counts(parser, "--batch", "B", "sequences; repeatable (default: 1)")
     add("-K", dest="k", type=at_least(0), default=4, metavar="K", help="drafts per step")
     add("--context", type=at_least(1), default=1024, metavar="S", help="cached tokens")
     return parser

@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 from bench_kernels import launch, milliseconds, rotating, tensors
-from common import Finish, one_of, run
+from common import Finish, add_counts, add_names, run
 from kernel_cases import OPS, KernelCase
 from model_shapes import MODELS, OTHER_TIERS, STEPS, TINY
 from torch import Tensor
@@ -89,31 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> Parser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    names = ["tiny", *MODELS]
-    default = "all but tiny"
-    add("--model", choices=names, metavar="MODEL", action="append", help=one_of(names, default))
-    add(
-        "--op",
-        choices=TUNED,
-        metavar="OP",
-        action="append",
-        help=one_of(TUNED),
-    )
-    add(
-        "--rows",
-        type=at_least(1),
-        action="append",
-        metavar="N",
-        help="window rows; repeatable (default: all)",
-    )
-    names = [knob.name for knob in KNOBS]
-    add(
-        "--knob",
-        choices=names,
-        metavar="KNOB",
-        action="append",
-        help=one_of(names),
-    )
+    add_names(parser, "--model", ["tiny", *MODELS], "all but tiny")
+    add_names(parser, "--op", TUNED)
+    add_counts(parser, "--rows", "N", "window rows; repeatable (default: all)")
+    add_names(parser, "--knob", [knob.name for knob in KNOBS])
     add("--repeat", type=at_least(1), default=10, metavar="N", help="replays per median")
     add("--pdl", action="store_true", help="programmatic dependent launches (sm_90 and newer)")
     return parser

@@ -50,8 +50,8 @@ def _accept_kernel(
 
 @device
 def accepted_prefix(agrees, t):
-    """The number of accepted drafts: the first row t of a window that does not agree, as row t + 1
-    is no draft or differs from target t. agrees [BLOCK_T] bool; t = 0..BLOCK_T-1."""
+    """The number of accepted drafts: the first row t of a window that does not agree, since row
+    t + 1 is not a draft or differs from target t. agrees [BLOCK_T] bool; t = 0..BLOCK_T-1."""
     return tl.min(tl.where(agrees, agrees.shape[0], t))
 
 

@@ -39,7 +39,7 @@ class Progress(NamedTuple):
     limits: Tensor  # [B] int64: a sequence ends when it has that many tokens
     ends: Tensor  # [B, n] int64, tokens that end a sequence, filled up with -1
     source: Tensor  # [B] int64, which drafter the window's drafts are from
-    drafted: Tensor  # [B] int64, how many of them are drafts and no fillers
+    drafted: Tensor  # [B] int64, how many of them are drafts, not fillers
     clock: Tensor  # [B] int64, steps taken so far: the same number for all
     ring: Tensor  # [slots, B, 1 + 2 T or more] int64, where the host can read it
 

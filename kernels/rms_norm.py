@@ -58,7 +58,7 @@ def rms_norm(
 ) -> Tensor:
     """RMS-normalise rows: x [R, E], w [E] -> [R, E], float32 inside; `out` may be x.
 
-    With ids [R] int64, row r is x[ids[r]] of x [V, E]; ids must lie in 0..V-1. `pdl`: see `linear`.
+    With ids [R] int64, row r is x[ids[r]] of x [V, E]; ids must be in 0..V-1. `pdl`: see `linear`.
     """
     rows, E = x.shape
     R = rows if ids is None else ids.shape[0]

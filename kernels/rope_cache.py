@@ -109,7 +109,7 @@ def _rope_cache_kernel(
 
 @device
 def store_halves(ptrs, low, high, mask, D):
-    """Store the first and the second half of heads, whose first halves lie at ptrs."""
+    """Store the first and the second half of heads, whose first halves are at ptrs."""
     tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
     tl.store(ptrs + D // 2, high.to(ptrs.dtype.element_ty), mask=mask)
 

@@ -8,6 +8,9 @@ else. A position gets the same token in plain decoding and in the verification o
 acceptance remains equality; and heads that draft with the same noise predict the sampled token, not
 the most likely one.
 
+Filters (top-k, top-p, min-p) are in `_filtered_out`, and their settings in `SamplingRows`; requests
+state them in mtpkern/config.py, from where mtpkern/runner.py writes them into a slot.
+
 The kernel is the greedy case, for engines that have logits; the step of this package chooses in
 `multi_head_projection`, which does not write them.
 
@@ -63,7 +66,7 @@ def gumbel_ref(key: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
     high = ((key >> 32) + position * 0x85157AF5).view(-1, 1)
     x = _mix(token_ids * 0x9E3779B1 + (low & 0xFFFFFFFF))
     x = _mix(x + (high & 0xFFFFFFFF))
-    # 24 bits, shifted by half a step, so that u is neither 0 nor 1.
+    # 24 bits, shifted by half a unit, so that u is neither 0 nor 1.
     uniform = ((x >> 8).float() + 0.5) * 2.0**-24
     return uniform.log_().neg_().log_().neg_()
 

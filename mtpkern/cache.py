@@ -3,6 +3,10 @@
 A step writes K and V for its whole window after the committed length, and then commits part of the
 window by advancing `lengths`. Rejected rows stay where they are until they are overwritten: rolling
 back is not advancing.
+
+The layout, [pages, page_size, Hk, D] per layer, is also that of the kernels that append, attend or
+move rows (qkv_rope_cache, rope_cache, verify_attention, kv_rollback; kernels/cpu/_attention.py and
+its phases) and of ops/prefill.py. Slots are numbered page * page_size + offset.
 """
 
 from collections.abc import Callable, Sequence

@@ -148,7 +148,7 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     """Give the drafter a committed step, and fill the next window with what it proposes."""
     drafts = drafter.guess(step, state.window.shape[1] - 1)
     only_fillers = isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
-    if only_fillers and state.forced is None:  # forced drafts may be -1, which is no token
+    if only_fillers and state.forced is None:  # forced drafts may be -1, not a token
         return drafts  # `advance` has set source and drafted to what they are then
     state.window[:, 1:] = drafts.tokens
     progress = state.progress

@@ -36,8 +36,8 @@ _library = torch.library.Library("mtpkern", "DEF")
 def _operator(
     launcher: Callable[..., Any], definition: Callable[..., Any], signature: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `launcher` under its name, for a CPU `definition`; what is decorated says the
-    shapes (a fake kernel)."""
+    """Register `launcher` under its name, with `definition` for the CPU; the decorated
+    function is its fake kernel, which gives the shapes."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__

@@ -1,4 +1,9 @@
-"""Rotary position embedding (RoPE): frequencies, and how published models extend their context."""
+"""Rotary position embedding (RoPE): frequencies, and how published models extend their context.
+
+A new kind is a branch of `RopeConfig.inverse_frequencies`, and the keys that it needs of
+config.json in checkpoints/hf_config.py (of a GGUF in checkpoints/gguf.py). The kernels read cosines
+and sines from the cache's tables and are the same for all kinds.
+"""
 
 import math
 from dataclasses import dataclass

@@ -189,7 +189,7 @@ class Status:
                 if self._phases and self._phases[-1].seconds >= self.delay:
                     try:
                         self._show(self._phases[-1])
-                    except OSError:  # a closed stderr is no reason to stop the work
+                    except OSError:  # a closed stderr does not stop the work
                         return
 
     def _show(self, phase: Phase) -> None:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels for the tests, cached where the package caches its own."""
+"""The compiled CPU kernels for the tests, kept where the package keeps its own."""
 
 import ctypes
 from functools import cache

@@ -78,7 +78,7 @@ class Model:
         x, embedding = self.program.buffer(E), pack(quantise(normal(V, E, seed=99), format))
         self.program.embed(embedding, x)
         cache = ModelCache(self.k, self.v, self.paged.cos, self.paged.sin, HEADS)
-        # Side by side, as what taps several layers wants them.
+        # Side by side, as drafters that tap several layers read them.
         tapped = self.program.buffer(2 * E)
         self.taps = [tapped[:, :E], tapped[:, E:]]
         taps = {1: self.taps[0], 2: self.taps[1]}

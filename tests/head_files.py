@@ -56,15 +56,21 @@ def write_mtp(directory: Path, *, taps: tuple[int, ...] = (1, 2, 3), reduced: bo
     return directory
 
 
+def medusa_blocks(head: int, depth: int, generator: torch.Generator) -> dict[str, Tensor]:
+    tensors = {}
+    for d in range(depth):
+        name = f"{head}.{d}.linear"
+        tensors[f"{name}.weight"] = torch.randn(E, E, generator=generator) / E**0.5
+        tensors[f"{name}.bias"] = torch.randn(E, generator=generator)
+    return tensors
+
+
 def write_medusa(directory: Path, heads: int = 3, depth: int = 2) -> Path:
     directory.mkdir()
     generator = torch.Generator().manual_seed(4)
     tensors = {}
     for h in range(heads):
-        for d in range(depth):
-            name = f"{h}.{d}.linear"
-            tensors[f"{name}.weight"] = torch.randn(E, E, generator=generator) / E**0.5
-            tensors[f"{name}.bias"] = torch.randn(E, generator=generator)
+        tensors |= medusa_blocks(h, depth, generator)
     save_file(tensors, directory / "model.safetensors")
     settings = {"model_type": "mtpkern_medusa", "num_heads": heads, "num_layers": depth}
     (directory / "config.json").write_text(json.dumps(settings))
@@ -76,10 +82,7 @@ def published_medusa(heads: int = 3, depth: int = 2) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for h in range(heads):
-        for d in range(depth):
-            name = f"{h}.{d}.linear"
-            tensors[f"{name}.weight"] = torch.randn(E, E, generator=generator) / E**0.5
-            tensors[f"{name}.bias"] = torch.randn(E, generator=generator)
+        tensors |= medusa_blocks(h, depth, generator)
         tensors[f"{h}.{depth}.weight"] = torch.randn(V, E, generator=generator)
     return tensors
 

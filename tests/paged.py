@@ -33,7 +33,7 @@ def make_paged(
     batch: int, max_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> Paged:
     generator = torch.Generator().manual_seed(batch * 1000 + max_pages)
-    pages = batch * max_pages + 2  # two that nobody owns
+    pages = batch * max_pages + 2  # two that no sequence owns
     order = torch.randperm(pages, generator=generator)[: batch * max_pages]
     shape = (1, pages, page_size, kv_heads, head_dim)
     frequencies = 1 / 100.0 ** (torch.arange(0, head_dim, 2) / head_dim)

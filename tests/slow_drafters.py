@@ -70,6 +70,18 @@ def trunk_states(directory: Path, tokens: list[int]) -> list[Tensor]:
     return states
 
 
+def slow_mimo_layer(hidden: Tensor, tokens: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """A MiMo's MTP layer of llama_layouts, by its definition: states and embeddings [S, E] of the
+    pairs of a sequence -> its states before the final norm. The first embedding counts as zeros."""
+    tokens = tokens.clone()
+    tokens[0] = 0
+    pair = [
+        rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
+        rms_norm_ref(tokens, w["token_layernorm.weight"], 1e-5),
+    ]
+    return slow_layer(torch.cat(pair, -1) @ w["input_proj.weight"].T, w, 4, 2, 12, 10000.0)
+
+
 def slow_layer(
     x: Tensor, w: dict[str, Tensor], heads: int, kv_heads: int, head_dim: int, theta: float
 ) -> Tensor:

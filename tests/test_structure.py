@@ -1,6 +1,7 @@
-"""The house rules that a reader relies on, checked on the syntax tree: who may import whom."""
+"""The house rules that a reader relies on: who may import whom; the README names every file."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -146,11 +147,11 @@ def imports(source: str, module: str, is_package: bool) -> set[str]:
 def offences(module: str, imported: set[str]) -> list[str]:
     """Say which imports the tables forbid to a module."""
     part, wrong = part_of(module), []
-    # kernels/cpu stands on other libraries than its siblings.
+    # kernels/cpu may import other libraries than its siblings.
     room = "kernels.cpu" if module.startswith("mtpkern.kernels.cpu.") else part
     for name in sorted(imported):
         top = name.split(".")[0]
-        if top in ("benchmarks", "tests", "setup", "families", "kernels"):
+        if top in ("benchmarks", "tests", "setup", "llama_layouts", "kernels"):
             wrong.append(f"{name}: nothing imports this")
         elif top == "mtpkern":
             target = part_of(name)
@@ -196,6 +197,21 @@ def test_nothing_is_imported_from_a_test_file(path):
     assert not [name for name in imported if name.split(".")[0].startswith("test_")]
 
 
+def test_the_tree_in_the_readme_names_every_file_of_the_package_and_no_other():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("\n## The tree\n")[1].split("\n## ")[0]
+    named, folders = set(), []
+    for indent, name in re.findall(r"^    ( *)(\S+)", tree, re.MULTILINE):
+        folders = [*folders[: len(indent) // 2], name]
+        named.add("".join(folders))
+    rooms = ("kernels", "mtpkern", "benchmarks")
+    files = [
+        path.relative_to(ROOT).as_posix() for room in rooms for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    listed = {file for file in files if not file.endswith(("__init__.py", "__main__.py"))}
+    assert {file for file in named if file.startswith(rooms) and file.endswith(".py")} == listed
+
+
 def test_nothing_makes_the_folder_kernels_a_top_level_package():
     for name in ("kernels/__init__.py", "conftest.py", "__init__.py", "tests/__init__.py"):
         assert not (ROOT / name).exists(), name
@@ -219,7 +235,7 @@ def test_nothing_makes_the_folder_kernels_a_top_level_package():
         ("mtpkern.graph", "from mtpkern.decode import decode_step"),
         ("mtpkern.engine", "from mtpkern.cli import main"),
         ("mtpkern.cli", "from benchmarks import bench_decode"),
-        ("mtpkern.train.data", "import tests.families"),
+        ("mtpkern.train.data", "import tests.llama_layouts"),
         ("mtpkern.ops.base", "from kernels import linear"),
     ],
 )

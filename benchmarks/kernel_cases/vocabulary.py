@@ -98,7 +98,7 @@ def sample_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
 
     def inputs(device: str) -> Call:
         logits, out = torch.randn(R, V, device=device), torch.empty(R, device=device).long()
-        likeliest = partial(torch.argmax, logits, 1)
-        return Call(lambda pdl: sample(logits, out=out, pdl=pdl), likeliest, likeliest, likeliest)
+        greedy = partial(torch.argmax, logits, 1)
+        return Call(lambda pdl: sample(logits, out=out, pdl=pdl), greedy, greedy, greedy)
 
     yield KernelCase("greedy", f"R={R} V={V}", 4 * R * V + 8 * R, inputs)

@@ -3,7 +3,7 @@
     softmax(q k^T * scale) v, row t of a sequence seeing positions up to lengths[b] + t
 
 The definition is `kernels/verify_attention.py`'s. A tile of keys is widened to float32 once for all
-window rows and all query heads that share it. Splits lie at absolute positions; a split's scores
+window rows and all query heads that share it. Splits begin at absolute positions; a split's scores
 are summed over D in 8 lanes, its exponentials over keys in 8 lanes, its values over keys in
 ascending order; splits are merged in ascending order by the thread that finishes a head.
 So a row's bits depend on its own position and keys only. Keys that a row does not see are neither
@@ -201,7 +201,7 @@ def attend_split(
 ):
     """Store each row's maximum, sum and, from byte 32 on, weighted values [D] in its partial."""
     low = split * SPLIT
-    # Tiles of keys are aligned like pages, so that each lies in one.
+    # Tiles of keys are aligned like pages, so that each is within one page.
     begin = max(low, first_seen(length, sliding) // KEYS * KEYS)
     end = min(low + SPLIT, length + rows)
     last = (end + 7) // 8 * 8

@@ -1,4 +1,8 @@
-"""Formats of weights; `_tile` has their layouts."""
+"""Formats of weights; `_tile` has their layouts.
+
+A new format needs its values in quants.py, its packing in weights.py, its multiplication in `_tile`
+and `_dot_products`, and its embedding rows in `_vocabulary`.
+"""
 
 from __future__ import annotations
 

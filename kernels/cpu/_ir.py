@@ -27,7 +27,7 @@ class Writer:
         return self.op(f"call {result} @{name}({', '.join(f'{k} {v}' for k, v in arguments)})")
 
     def at(self, pointer: str, offset: str | int) -> str:
-        """The address `offset` bytes behind a pointer."""
+        """The address `offset` bytes past a pointer."""
         return self.op(f"getelementptr i8, ptr {pointer}, i64 {offset}")
 
     def load(self, kind: str, pointer: str, align: int) -> str:

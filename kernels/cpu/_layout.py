@@ -2,7 +2,7 @@
 
 A program is a list of phases, each an operation on all rows of a step, cut into chunks. Threads
 take chunks from a counter, and a phase ends when its chunks are done, no matter by which threads: a
-thread that is late, or suspended between two chunks, delays nobody.
+thread that is late, or suspended between two chunks, delays no other.
 """
 
 # Operations.

@@ -105,7 +105,7 @@ def _report(at, b, rows, accepted, state, target, step):
 
 @compiled
 def _commit(at, b, rows, accepted, broken, window, target, step):
-    """Append a sequence's tokens, and stop it where one of them ends it or the room does."""
+    """Append a sequence's tokens, and stop it where one of them ends it or its limit is reached."""
     length = word(word(at, COMMITTED), b)
     tokens = word(at, TOKENS) + 8 * (b * word(at, TOKENS_STRIDE) + length + 1)
     ends = word(at, ENDS) + 8 * b * word(at, ENDS_STRIDE)

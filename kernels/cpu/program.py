@@ -202,7 +202,7 @@ class Program:
             return waited
 
     def _check(self, rows: int, batch: int) -> None:
-        """ValueError for ids, lengths or counts that lie outside of the model's memory."""
+        """ValueError for ids, lengths or counts outside the model's memory."""
         if not 1 <= rows * batch <= self.max_rows or not 1 <= batch <= self.max_batch:
             raise ValueError(
                 f"rows x batch must be 1..{self.max_rows} and batch 1..{self.max_batch}, "

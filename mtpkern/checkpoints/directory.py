@@ -105,7 +105,7 @@ def load_tensors(directory: str | Path, names: Iterable[str] | None = None) -> d
 
 
 def is_gguf(entries: Mapping[str, TensorEntry]) -> bool:
-    """Whether a checkpoint's tensors lie in a GGUF."""
+    """Whether a checkpoint's tensors are in a GGUF."""
     return any(entry.file.suffix == ".gguf" for entry in entries.values())
 
 

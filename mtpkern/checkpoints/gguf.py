@@ -23,7 +23,7 @@ from mtpkern.errors import ModelLoadError, printable
 from mtpkern.rope import RopeConfig
 
 _ROPE_FACTORS = "rope_freqs.weight"
-# Metadata with the values that are supported; "*" stands for the architecture.
+# Metadata with the values that are supported; "*" is the architecture.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "general.architecture": tuple(ARCHITECTURES),
     "general.type": ("model",),

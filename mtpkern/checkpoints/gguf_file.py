@@ -1,4 +1,4 @@
-"""The header of a GGUF: its metadata, and where its tensors lie.
+"""The header of a GGUF: its metadata, and where its tensors are.
 
 gguf's own reader takes three seconds for a vocabulary of 49,152, since it creates several objects
 per token and per merge. This one takes a tenth of a second, or a hundredth if lists are skipped.
@@ -227,5 +227,5 @@ class _HeaderReader:
         size = math.prod(shape) // block * block_bytes
         entry = TensorEntry(self.file, name, kind, shape, start + offset, size)
         if entry.offset + entry.size > len(self.content) or entry.offset % 8:
-            raise ValueError(f"tensor {name} lies outside it")
+            raise ValueError(f"tensor {name} is outside it")
         return entry

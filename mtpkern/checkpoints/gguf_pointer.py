@@ -1,4 +1,4 @@
-"""model.gguf.json: a model directory's pointer to a GGUF that lies elsewhere.
+"""model.gguf.json: a model directory's pointer to a GGUF elsewhere.
 
 A user's GGUF is not copied into the cache: gguf_cache.py writes a directory with its settings, its
 tokenizer and this pointer.

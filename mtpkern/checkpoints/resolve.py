@@ -73,7 +73,7 @@ def model_name(directory: Path) -> str:
 
 
 def _local_model(directory: Path, status: Status) -> Path:
-    """The directory itself, or the one that stands for the only GGUF in it."""
+    """The directory itself, or the model directory of the only GGUF in it."""
     if (directory / "config.json").exists():
         return directory
     ggufs = sorted(directory.glob("*.gguf"))

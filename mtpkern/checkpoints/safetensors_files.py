@@ -16,7 +16,7 @@ def read_safetensors(file: Path) -> dict[str, TensorEntry]:
     if file.suffix != ".safetensors":
         raise ModelLoadError(f"{printable(file)} is not a .safetensors file")
     try:
-        # The library validates the header (sizes, gaps, overlaps), so it is parsed as it stands.
+        # The library validates the header (sizes, gaps, overlaps): no further checks are needed.
         with safe_open(file, framework="numpy"):
             pass
         with open(file, "rb") as stream:
@@ -60,7 +60,7 @@ def read_sharded_safetensors(index: Path) -> dict[str, TensorEntry]:
 def read_weight_map(index: Path, suffix: str) -> dict[str, Path]:
     """Tensor name -> shard, from an index of shards with a common suffix.
 
-    Raises ModelLoadError if the index is malformed, if a shard lies outside its directory, or if
+    Raises ModelLoadError if the index is malformed, if a shard is outside its directory, or if
     one is missing.
     """
     weight_map = read_json_object(index).get("weight_map")

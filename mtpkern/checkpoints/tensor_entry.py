@@ -1,4 +1,4 @@
-"""`TensorEntry`: where one tensor lies in a file, and how its rows are read.
+"""`TensorEntry`: where one tensor is in a file, and how its rows are read.
 
 A GGUF's tensors may be quantised, and rows of Q and K may be interleaved: Meta's RoPE rotates rows
 2i and 2i + 1 of a head, Hugging Face's rows i and D/2 + i. Here, "model order" is Hugging Face's
@@ -39,7 +39,7 @@ Maps = dict[Path, mmap.mmap]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: its file and the range of bytes."""
+    """Where one tensor is: its file and the range of bytes."""
 
     file: Path
     name: str

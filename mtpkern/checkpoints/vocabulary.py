@@ -215,7 +215,7 @@ def _decoder_steps(decoder: Any) -> Iterable[dict[str, Any]]:
 def _byte_alphabet() -> dict[str, int]:
     """Character -> byte in byte-level BPE.
 
-    Printable characters stand for their own byte, those from U+0100 for the other bytes in order.
+    Printable characters encode their own byte, those from U+0100 for the other bytes in order.
     """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]

@@ -17,9 +17,13 @@ The life of a slot, which serves one sequence at a time:
     reset(slot, n)         a sequence begins, whose first n tokens the drafter's caches hold already
     prefill(slot, ...)     the rest of its prompt, chunk by chunk, without a proposal
     guess(step, K)         after each step: use what was committed and propose K tokens, or
-    observe(step)          only remember what was committed, since no proposal is wanted, or
+    observe(step)          only remember what was committed, without a proposal, or
     mark_gap()             neither was called for some steps, and the next call is one of the two
     cached_length(slot, n) how many tokens' entries can be kept when the sequence ends
+
+A new family is a file here, its builder in build.py, the shapes of its tensors in shapes.py, and a
+row of the table at the end of load.py. A new published layout of a family is a reader in
+published.py and a row there.
 
 In all shapes B is sequences, T the rows of a window (K + 1 or fewer), E the hidden size.
 """
@@ -57,7 +61,7 @@ class DraftInput(NamedTuple):
     advance: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     sampling: SamplingRows
     first: int = 0  # the slot of the first sequence; the others are in the slots after it
-    use_heads: bool = True  # False: only an n-gram's copy is wanted
+    use_heads: bool = True  # False: draft with n-grams only
     # Heads stop where the probability that all their drafts are accepted is below this.
     min_probability: float = MIN_PROBABILITY
 
@@ -93,16 +97,16 @@ class Drafter(Protocol):
         """Add a committed step, and propose the `count` tokens after each bonus token."""
 
     def observe(self, step: DraftInput) -> None:
-        """Add a committed step after which no proposal is wanted."""
+        """Add a committed step without proposing."""
 
     def mark_gap(self) -> None:
-        """Say that steps were committed which the drafter was not given."""
+        """Note that steps were committed which the drafter was not given."""
 
     def cached_length(self, sequence: int, length: int) -> int:
         """How many of a sequence's first `length` tokens need no `prefill` if it is resumed."""
 
     def reset(self, sequence: int, length: int = 0) -> None:
-        """Start a slot anew: its pages hold `length` tokens, in the drafter's caches too."""
+        """Reset a slot: its pages hold `length` tokens, in the drafter's caches too."""
 
 
 class NoDrafter:

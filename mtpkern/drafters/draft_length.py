@@ -7,8 +7,8 @@ time would have brought at the present speed (tokens per duration of a plain ste
 the highest gain; K = 0, plain decoding, has gain 0.
 
 `GraphDraftLength` is for a GPU: it chooses before a step is launched, and the host, some steps
-ahead of the device, does not know the drafts. `DraftLength` is for a CPU: it chooses after
-drafting, and knows which source drafted and with which probabilities.
+ahead of the device, cannot read the drafts. `DraftLength` is for a CPU: it chooses after
+drafting, from the source of the drafts and their probabilities.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

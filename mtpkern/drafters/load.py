@@ -254,7 +254,7 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], shapes: Shapes, vocab
 def _implied_trunk(
     name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> ModelConfig:
-    """A trunk of the sizes that heads imply. Raises KeyError if a tensor that tells is missing."""
+    """A trunk of the sizes that heads imply. KeyError if a tensor that gives one is missing."""
     queries = keys = head_dim = width = 1
     layers = 1
     if name == "eagle3":

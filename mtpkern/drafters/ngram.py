@@ -28,7 +28,7 @@ class CompanionDrafter:
     """The n-gram's copy for sequences that have a match, and the heads' drafts for the others.
 
     Where the host may read values inside a step, the heads do not run at all if every sequence has
-    a match, or if they are not wanted: that is where the time goes.
+    a match, or with `use_heads` off: their passes are what takes time.
     """
 
     def __init__(self, ngram: NoDrafter, drafter: Drafter, ops: Ops):

@@ -1,4 +1,4 @@
-"""What measured seconds say about counts that were not measured."""
+"""Seconds of counts that were not measured, estimated from those that were."""
 
 from collections import deque
 from statistics import median

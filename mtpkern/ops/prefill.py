@@ -44,8 +44,8 @@ class Chunk(NamedTuple):
 def run_chunk(
     model: Llama, window: Tensor, cache: KVCache, taps: Sequence[int], ops: Ops
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the rows [1, R] of a prompt behind its first cache.lengths tokens, as `Ops.layers` does;
-    cache.lengths [1] lies on the host."""
+    """Run the rows [1, R] of a prompt after its first cache.lengths tokens, as `Ops.layers` does;
+    cache.lengths [1] is on the host."""
     chunk = plan_chunk(int(cache.lengths[0]), window.shape[1], cache, model.config.sliding_window)
     x = ops.embed(model.embedding, window)
     tapped = {}
@@ -58,7 +58,7 @@ def run_chunk(
 
 
 def plan_chunk(begin: int, rows: int, cache: KVCache, window: int) -> Chunk:
-    """Plan `rows` rows behind `begin` tokens, both multiples of the page size; `window` > 0 limits
+    """Plan `rows` rows after `begin` tokens, both multiples of the page size; `window` > 0 limits
     a row to the last `window` positions, its own included."""
     page_size, device = cache.k.shape[2], cache.page_table.device
     table, end = cache.page_table[0].long(), begin + rows
@@ -123,7 +123,7 @@ def multiply(x: Tensor, w: PackedWeight) -> Tensor:
 
 
 def add_product(x: Tensor, y: Tensor, w: PackedWeight) -> None:
-    """x += y w^T + bias, the sum inside of the matmul."""
+    """x += y w^T + bias, the sum inside the matmul."""
     x.addmm_(y, w.data.t())
     if w.bias is not None:
         x.add_(w.bias)

@@ -51,7 +51,7 @@ def claim(file: Path, facts: Mapping[str, Any], *, replaced: Collection[str] | N
         if replaced is None:
             raise UserError(
                 f"cannot continue: {printable(file.parent)} is of another run ({other}): the same "
-                "options continue it, another --out starts anew, and --force replaces it"
+                "options continue it, another --out starts again, and --force replaces it"
             )
         clear(file.parent, replaced)
     if not file.exists():

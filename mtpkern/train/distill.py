@@ -127,7 +127,9 @@ def generate(
         lengths = [len(job.tokens) - 1 for _, job in growing]
         rows = teacher.step(list(active), [job.tokens[-1] for _, job in growing], lengths)
         if not rows.top_logits[:, 0].isfinite().all():  # topk puts NaN first
-            raise UserError("the model's logits are no numbers: there is nothing to learn from")
+            raise UserError(
+                "the model's logits are NaN or infinite: there is nothing to learn from"
+            )
         at = torch.tensor(list(active), device=on), torch.tensor(lengths, device=on)
         features[at] = rows.features.bfloat16()
         top_ids[at], top_logits[at] = rows.top_ids.int(), rows.top_logits.half()

@@ -20,7 +20,7 @@ from mtpkern.outputs import writing
 from mtpkern.train.dataset import Dataset
 from mtpkern.train.heads.families import Head
 from mtpkern.train.interrupt import held_back
-from mtpkern.train.losses import DraftLoss, draft_targets
+from mtpkern.train.losses import batch_loss
 from mtpkern.train.muon import Muon
 
 # Seconds between checkpoints: what a killed run loses at most.
@@ -55,35 +55,11 @@ def feature_spread(data: Dataset, samples: int = 100) -> Tensor:
     return rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
 
 
-def batch_loss(
-    head: Head,
-    embedding: Tensor,
-    table: Tensor,
-    to_draft: Tensor,
-    x: dict[str, Tensor],
-    keep: Tensor,
-    weights: Tensor,
-    hard: float,
-) -> tuple[Tensor, Tensor]:
-    """The batch's loss, with the K steps weighted by weights [K], and each step's own loss [K]."""
-    K, parts = len(weights), []
-    states = head(x["features"], x["tokens"], x["starts"], embedding, K, keep)
-    for k, state in enumerate(states):
-        chains = keep if k else slice(None)
-        live, starts = x["live"][k][:, chains], x["starts"][:, chains]
-        labels = x["tokens"].gather(1, starts + 2 + k)[live]
-        ids, logits = x["top_ids"][k][:, chains][live], x["top_logits"][k][:, chains][live]
-        targets = draft_targets(ids, logits, labels, to_draft, hard)
-        parts.append(DraftLoss.apply(state[live], table, *targets) / max(len(labels), 1))
-    steps = torch.stack(parts)
-    return (steps * weights).sum(), steps.detach()
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What a training run depends on besides its data; the defaults are those of the shipped heads.
 
-    Zero steps or rows stand for numbers that budget.py chooses before the run.
+    Zero steps or rows are numbers that budget.py chooses before the run.
     """
 
     steps: int
@@ -239,8 +215,8 @@ class Trainer:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise UserError(
-                        f"the loss of step {self.step + 1} is no number: lower --lr (the last "
-                        "checkpoint is kept)"
+                        f"the loss of step {self.step + 1} is NaN or infinite: lower --lr (the "
+                        "last checkpoint is kept)"
                     )
                 self.update(loss)
                 self.rows += int(x["live"][0].sum())

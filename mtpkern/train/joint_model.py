@@ -1,6 +1,6 @@
 """A tiny Llama of bytes that is trained together with its heads.
 
-H heads stand in place of the last layer, all fed with the states below it, and head i learns the
+H heads take the place of the last layer, all fed with the states below it, and head i learns the
 token i + 1 further on; the losses are added up (Gloeckle et al. 2024, section 2).
 """
 
@@ -163,7 +163,7 @@ def learn(
             ]
             loss = torch.stack(parts).mean()
             if not loss.isfinite():
-                raise UserError(f"the loss of step {len(losses) + 1} is no number")
+                raise UserError(f"the loss of step {len(losses) + 1} is NaN or infinite")
             loss.backward()
             for optimizer, rate in zip(optimizers, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * min(

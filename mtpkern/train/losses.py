@@ -4,6 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtpkern.train.heads.families import Head
+
+
+def batch_loss(
+    head: Head,
+    embedding: Tensor,
+    table: Tensor,
+    to_draft: Tensor,
+    x: dict[str, Tensor],
+    keep: Tensor,
+    weights: Tensor,
+    hard: float,
+) -> tuple[Tensor, Tensor]:
+    """The batch's loss, with the K steps weighted by weights [K], and each step's own loss [K]."""
+    K, parts = len(weights), []
+    states = head(x["features"], x["tokens"], x["starts"], embedding, K, keep)
+    for k, state in enumerate(states):
+        chains = keep if k else slice(None)
+        live, starts = x["live"][k][:, chains], x["starts"][:, chains]
+        labels = x["tokens"].gather(1, starts + 2 + k)[live]
+        ids, logits = x["top_ids"][k][:, chains][live], x["top_logits"][k][:, chains][live]
+        targets = draft_targets(ids, logits, labels, to_draft, hard)
+        parts.append(DraftLoss.apply(state[live], table, *targets) / max(len(labels), 1))
+    steps = torch.stack(parts)
+    return (steps * weights).sum(), steps.detach()
+
 
 class DraftLoss(torch.autograd.Function):
     """Summed cross-entropy of softmax(hidden @ table.T) and sparse targets.

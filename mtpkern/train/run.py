@@ -3,7 +3,7 @@
 The model answers its prompts round by round; heads learn from each round's answers and the last few
 rounds before it, so that hidden states pass through a window on disk and are never stored whole.
 budget.py decides how many prompts and steps fit the time that a run is given.
-Everything needed to continue lies beside the heads in `.train`. A run that was killed while it
+Everything needed to continue is beside the heads in `.train`. A run that was killed while it
 learned continues where it was, at most a minute back, with the losses of an unbroken run; Ctrl-C
 saves first. One that was killed while it answered starts the unfinished answers again.
 """
@@ -248,7 +248,7 @@ def _average_with_start(head: Head, start: Head) -> None:
 def _count_answers(
     answers: Round, number: int, plan: Plan, trainer: Trainer, model: Frozen
 ) -> None:
-    """Choose the draft vocabulary anew with a round's new answers, and add them to the totals."""
+    """Choose the draft vocabulary again with a round's new answers, and add them to the totals."""
     notes, head, new = trainer.notes, trainer.head, answers.new
     if number == 0:
         spread = feature_spread(answers.data).to(head.draft_vocab.device)

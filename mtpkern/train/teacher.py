@@ -26,7 +26,7 @@ PAGE = 64  # cache slots per page
 
 
 class Rows(NamedTuple):
-    """What R positions tell a head: n tapped states each, and the M largest logits."""
+    """What a head learns of R positions: n tapped states each, and the M largest logits."""
 
     features: Tensor  # [R, n*E]
     top_logits: Tensor  # [R, M], descending

@@ -130,16 +130,16 @@ def sound(codegen: Any) -> Any:
     ("changed", "said"),
     [
         ({}, []),
-        ({"stack": 8}, ["spills 8 bytes a thread"]),
+        ({"stack": 8}, ["spills 8 bytes per thread"]),
         ({"registers": 250}, ["takes 250 registers, at most 168"]),
         ({"shared": 102401}, ["takes 102401 bytes of shared memory, at most 102400"]),
-        ({"wide": 0}, ["loads nothing 16 bytes at a time"]),
+        ({"wide": 0}, ["has no 16-byte loads"]),
         ({"narrow": 50}, ["copies 50 % in less than 16 bytes at a time"]),
         ({"mma": {}}, ["multiplies with nothing"]),
         ({"loop": 90, "issue_ceiling": 3.1, "rows_multiplied": 65}, []),
         (
             {"loop": 656, "issue_ceiling": 2.9, "rows_multiplied": 5},
-            ["issues 656 instructions a pass: 2.9 TB/s of weights at most, at least 6.0"],
+            ["issues 656 instructions per pass: 2.9 TB/s of weights at most, at least 6.0"],
         ),
         (
             {"mma": {"mma.sync.m16n8k16": 8, "wgmma.mma_async.m64n16k16": 1}},

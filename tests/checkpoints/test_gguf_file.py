@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "mtpkern"
 
 
-def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+def test_a_file_that_is_replaced_is_read_again(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf")
     before = read_entries(file)
     assert read_entries(file) == before
@@ -45,7 +45,7 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
     assert read_entries(file) != before
 
 
-def test_the_header_says_what_ggufs_own_reader_says(tmp_path: Path) -> None:
+def test_the_header_is_that_of_ggufs_own_reader(tmp_path: Path) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
         writer.add_array("some.floats", [1.5, -2.0])
         writer.add_bool("some.flag", True)
@@ -115,14 +115,14 @@ def header(*tensors: tuple[str, tuple[int, ...], int, int], version: int = 3) ->
         (header(("a", (2, 2, 2, 2, 2), 0, 0)), "a has 5 dimensions"),
         (header(("a", (33, 2), 2, 0)), "rows of 33, not a multiple of 32"),
         (header(("a", (32, 2), 0, 0), ("a", (32, 2), 0, 256)), "two tensors have one name"),
-        (header(("a", (32, 2), 0, 1 << 62)), "a lies outside it"),
-        (header(("a", (32, 2), 0, 4)), "a lies outside it"),
+        (header(("a", (32, 2), 0, 1 << 62)), "a is outside it"),
+        (header(("a", (32, 2), 0, 4)), "a is outside it"),
         (header(("a", (32, 2), 99, 0)), "99 is not a valid"),
         (header(("output.weight", (8,), 0, 0), ("lm_head.weight", (8,), 0, 64)), "are both lm_h"),
         (header(("blk.0.attn_q.weight", (32, 6), 0, 0)), "6 rows, which are not those of None he"),
     ],
 )
-def test_what_no_gguf_says_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_malformed_headers_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(ModelLoadError, match=f"a.gguf.*{message}") as refusal:
         read_entries(tmp_path / "a.gguf")
@@ -227,7 +227,7 @@ def test_a_link_is_followed_and_keeps_its_name(cache: Path, tmp_path: Path) -> N
     assert len(load_model(directory, dtype=torch.float32)[1].layers) == 3
 
 
-def test_a_directory_with_one_gguf_stands_for_it(cache: Path, tmp_path: Path) -> None:
+def test_a_directory_with_one_gguf_loads_as_that_gguf(cache: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
     file = write_gguf(place / "m.gguf")
@@ -250,7 +250,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
         resolve_model(write_gguf(tmp_path / "m.gguf"))
 
 
-def test_an_interrupted_write_is_made_anew(
+def test_an_interrupted_write_is_repeated(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_gguf(tmp_path / "m.gguf")

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import (
     FF,
     HK,
@@ -26,8 +25,9 @@ from head_files import (
     write_layers,
     write_mtp,
 )
+from llama_layouts import write_layout
 from safetensors.torch import load_file, save_file
-from slow_drafters import PROMPT, agree, slow_layer, trunk_states, watch
+from slow_drafters import PROMPT, agree, slow_layer, slow_mimo_layer, trunk_states, watch
 from torch import Tensor
 
 from mtpkern import reference
@@ -133,7 +133,7 @@ def test_metas_models_without_their_sizes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ngram", [False, True])
-def test_layers_draft_what_their_definition_says(ngram: bool, tmp_path: Path) -> None:
+def test_layers_draft_as_their_definition(ngram: bool, tmp_path: Path) -> None:
     """Also when committed rows waited because the n-gram's copy was used in between."""
     trunk = write_layers(tmp_path / "trunk")
     llm = LLM(trunk, ngram=ngram, num_speculative_tokens=3, max_length=300)
@@ -388,7 +388,7 @@ def test_medusa_blocks_without_biases_have_none(tmp_path: Path) -> None:
 def test_heads_that_fine_tuning_dropped_are_missed_once_and_no_more(
     kind: str, tmp_path: Path, caplog: Any
 ) -> None:
-    write_family("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
+    write_layout("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
     tensors = {name: tensor.clone() for name, tensor in load_tensors(tmp_path).items()}
     dropped = {n: t for n, t in tensors.items() if not n.startswith(("model.mtp_l", "model.mtp_h"))}
     whole = LLM(tmp_path, max_length=96).generate([PROMPT], SamplingParams(9, ignore_eos=True))
@@ -441,11 +441,11 @@ def test_a_speculators_head_drafts_what_our_own_of_the_same_weights_does(tmp_pat
 
 @pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("modules", [2, 3])
-def test_modules_of_their_own_draft_what_their_definition_says(
+def test_modules_of_their_own_draft_as_their_definition(
     modules: int, ngram: bool, tmp_path: Path
 ) -> None:
     """Prompts of one token, of few and of several chunks; drafts taken and drafts refused."""
-    model = write_family("mimo", tmp_path, modules=modules)
+    model = write_layout("mimo", tmp_path, modules=modules)
     llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=modules, max_length=400)
     recorder = watch(llm)
     prompts = [[9], [5, 6], [5, 6, 7, 8, 9] * 3, torch.randint(131, (270,)).tolist()]
@@ -460,14 +460,7 @@ def test_modules_of_their_own_draft_what_their_definition_says(
             for d, draft in enumerate(drafts):
                 prefix = f"model.mtp_layers.{d}."
                 w = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                token = embedding[tokens[d:]].clone()
-                token[0] = 0
-                pair = [
-                    rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
-                    rms_norm_ref(token, w["token_layernorm.weight"], 1e-5),
-                ]
-                x = torch.cat(pair, -1) @ w["input_proj.weight"].T
-                hidden = slow_layer(x, w, 4, 2, 12, 10000.0)
+                hidden = slow_mimo_layer(hidden, embedding[tokens[d:]], w)
                 hidden = rms_norm_ref(hidden, w["final_layernorm.weight"], 1e-5)
                 agree(draft, logits[d], hidden[-1] @ head.T)
                 tokens.append(draft)
@@ -490,7 +483,7 @@ def test_heads_never_change_a_token(
     if kind == "layers":
         trunk = write_layers(tmp_path / "trunk")
     elif kind in ("mimo", "modules"):
-        write_family("mimo", trunk := tmp_path / "trunk", modules=3 if kind == "modules" else 1)
+        write_layout("mimo", trunk := tmp_path / "trunk", modules=3 if kind == "modules" else 1)
     else:
         trunk = tiny_checkpoint(tmp_path / "trunk", dtype=torch.bfloat16)
         options["heads"] = write_hydra(tmp_path / "heads", prefix="layer" in kind)
@@ -521,7 +514,7 @@ def test_heads_that_rested_draft_what_heads_that_never_rested_do(
     if kind == "layers":
         trunk = write_layers(tmp_path / "trunk")
     elif kind in ("mimo", "modules"):
-        write_family("mimo", trunk := tmp_path / "trunk", modules=3 if kind == "modules" else 1)
+        write_layout("mimo", trunk := tmp_path / "trunk", modules=3 if kind == "modules" else 1)
     else:
         layers = 8 if kind == "eagle3" else L
         trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=layers)
@@ -557,7 +550,7 @@ def test_heads_that_rested_draft_what_heads_that_never_rested_do(
 @pytest.mark.parametrize("kind", ["mimo", "mtp_llama"])
 def test_a_model_that_includes_heads_runs_on_made_up_weights(kind: str, tmp_path: Path) -> None:
     """Of its config.json alone, and then without the heads."""
-    write_family("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
+    write_layout("mimo", tmp_path) if kind == "mimo" else write_layers(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     llm = LLM(tmp_path, load_format="dummy", max_length=64)
     assert isinstance(llm.drafter, NgramDrafter)
@@ -594,7 +587,7 @@ def test_shipped_heads_stay_small() -> None:
 
 
 def test_heads_of_other_weights_are_refused(tmp_path: Path) -> None:
-    """Same shapes, other weights: a fine-tuned model, as far as one value in sixteen can tell."""
+    """Same shapes, other weights: a fine-tuned model, recognised by one value in sixteen."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads")
     path = heads / "config.json"

@@ -168,7 +168,7 @@ def assert_same(a: Any, b: Any, name: str) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.name)
-def test_own_bits_stand_for_what_the_expanded_load_gives(
+def test_a_files_own_bits_have_the_values_of_the_expanded_load(
     arch: str, kind: Kind, tmp_path: Path
 ) -> None:
     true = write_model(tmp_path, kind, arch=arch, tied=arch != "qwen3")

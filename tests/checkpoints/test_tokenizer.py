@@ -165,7 +165,7 @@ def test_a_template_file_wins_over_the_config(tmp_path):
     assert tokenizer.decode(ids) == "ho!"
 
 
-def test_a_model_without_a_template_says_so(tmp_path):
+def test_a_model_without_a_template_is_reported(tmp_path):
     byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     tokenizer = Tokenizer.from_directory(tmp_path)
@@ -280,7 +280,7 @@ def test_spaces_are_written_as_the_class_and_its_legacy_flag_say(
         assert ours.encode(text, False) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_sentencepiece_text_behind_a_special_token_begins_as_legacy_says(tmp_path):
+def test_a_sentencepiece_text_after_a_special_token_begins_as_legacy_has_it(tmp_path):
     sentencepiece_model(tmp_path)
     library = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     so, spaced = library.PieceToId("so"), library.Encode("so")

@@ -58,7 +58,7 @@ def answers(model: Path, *turns: str, system: str | None = None) -> str:
     return out
 
 
-def test_each_line_is_a_turn_that_knows_those_before(chat, model):
+def test_each_line_is_a_turn_after_those_before(chat, model):
     code, out, err = chat("the fox\n\nthe dog\r\nand then\n")
     assert (code, out) == (0, answers(model, "the fox", "the dog", "and then"))
     assert err.splitlines() == ["[cut after 12 tokens]"] * 3
@@ -107,7 +107,7 @@ def test_a_model_without_a_template_is_refused(chat, tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_said(chat, model, monkeypatch, times):
+def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_printed(chat, model, monkeypatch, times):
     """Pressed while the fifth token comes; pressed again, that is not waited for."""
     stream = LLM.stream
 
@@ -188,7 +188,7 @@ class Session:
         os.write(self.terminal, text.encode())
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Read until `text` appears, behind what was waited for before."""
+        """Read until `text` appears, after what was waited for before."""
         end = time.monotonic() + seconds
         while text not in self.seen[self.at :]:
             ready, _, _ = select.select([self.terminal], [], [], 0.2)
@@ -207,8 +207,8 @@ class Session:
         raise AssertionError(f"no {text!r} in {self.seen[self.at :]!r}")
 
     def leave(self) -> int:
-        """Press Ctrl-D until the command ends, since a Ctrl-C that is still on its way takes what
-        was typed behind it along -> the exit code."""
+        """Press Ctrl-D until the command ends, since a Ctrl-C that is still on its way discards
+        what was typed after it -> the exit code."""
         end = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < end:
             with contextlib.suppress(OSError):  # it may end before the key arrives

@@ -132,7 +132,7 @@ def test_logits_that_are_no_numbers_are_one_line_and_exit_2(tmp_path, capsys, mo
     assert_one_line_of_blame(code, captured, "logits are not finite")
 
 
-def test_without_compare_the_json_object_says_null(generate):
+def test_without_compare_the_json_object_has_null(generate):
     assert json.loads(generate(PROMPT, "--json")[1])["compare"] is None
 
 
@@ -255,16 +255,20 @@ def test_a_reader_that_goes_away_is_not_a_traceback(model):
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_help_does_not_wait_for_torch():
-    program = (
-        "import sys, mtpkern.cli as c\n"
-        "assert c.main(['generate', '--help']) == 0 and 'torch' not in sys.modules"
-    )
+def run_in_new_process(program: str) -> None:
     root = str(Path(mtpkern.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
     subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, env=environment
     )
+
+
+def test_help_does_not_wait_for_torch():
+    program = (
+        "import sys, mtpkern.cli as c\n"
+        "assert c.main(['generate', '--help']) == 0 and 'torch' not in sys.modules"
+    )
+    run_in_new_process(program)
 
 
 @pytest.mark.parametrize("command", [["generate", ""], ["generate", "x", "-K", "many"], ["train"]])
@@ -273,11 +277,7 @@ def test_a_mistake_that_can_be_seen_at_once_does_not_wait_for_torch(command):
         "import sys, mtpkern.cli as c\n"
         f"assert c.main({command!r}) == 2 and 'torch' not in sys.modules"
     )
-    root = str(Path(mtpkern.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, env=environment
-    )
+    run_in_new_process(program)
 
 
 @pytest.mark.slow
@@ -287,11 +287,7 @@ def test_generate_imports_neither_gguf_nor_transformers(model):
         f"assert c.main(['generate', 'the', '--max-tokens', '2', '--model', {str(model)!r}]) == 0\n"
         "assert not {'gguf', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
-    root = str(Path(mtpkern.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, env=environment
-    )
+    run_in_new_process(program)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +485,7 @@ def test_every_command_has_an_example_and_says_its_defaults(name):
             assert "default" in text or action.default is argparse.SUPPRESS, action.option_strings
 
 
-def test_a_default_of_zero_is_said(capsys):
+def test_a_default_of_zero_is_shown(capsys):
     main(["generate", "--help"])
     assert "0 is greedy (default: 0.0)" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What commands print fits a terminal, and says one token and two tokens."""
+"""What commands print fits a terminal, with one token in the singular."""
 
 import io
 import sys

@@ -152,7 +152,7 @@ def test_an_existing_file_is_replaced_by_force_alone(tmp_path: Path) -> None:
         write_file(tmp_path, force=True)
 
 
-def test_a_link_is_followed_to_what_it_stands_for(tmp_path: Path) -> None:
+def test_a_link_is_followed_to_its_target(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("mine")
     (tmp_path / "link").symlink_to("real")
     with pytest.raises(UserError, match="exists already"):
@@ -174,7 +174,7 @@ def test_a_full_device_is_named() -> None:
 
 
 def write_run_forced(target: Path, *, force: bool = False, **options: object) -> None:
-    """What --force replaces of a run is for `claim` to say."""
+    """`claim` decides what --force replaces of a run."""
     write_run(target, **options)
 
 

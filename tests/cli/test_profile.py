@@ -45,7 +45,7 @@ def test_the_generate_command_takes_what_is_passed_on() -> None:
     assert build_parser().parse_args(arguments).no_graph
 
 
-def test_a_range_is_balanced_and_free_where_nobody_can_listen(monkeypatch: Any) -> None:
+def test_a_range_is_balanced_and_free_without_a_profiler(monkeypatch: Any) -> None:
     monkeypatch.setattr(nvtx_ranges, "nvtx", None)
     with nvtx_ranges.span("step"), nvtx_ranges.span("step"):
         pass

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from launches import guarded_output
+from kernel_checks import guarded_output
 
 from mtpkern.kernels.accept import accept, accept_ref
 

@@ -98,12 +98,12 @@ def test_a_tile_is_the_product_of_its_own_roundings(format):
         quants, x = random_quants(format, N, K), rows(11, K)
         prepared, stats = activations(format, x)
         out = tile(kernels(), pack(quants), prepared, stats)
-        meant = prepared.astype(np.float64)
+        exact = prepared.astype(np.float64)
         if format not in FLOATS:
-            meant = (meant.reshape(11, -1, 32) * stats[..., :1]).reshape(11, K)
+            exact = (exact.reshape(11, -1, 32) * stats[..., :1]).reshape(11, K)
         w = dequantise(quants).astype(np.float64)
-        budget = 2**-23 * (K // 16 + 8) * (np.abs(meant) @ np.abs(w).T)
-        assert (np.abs(out[:, :N] - meant @ w.T) <= budget).all()
+        budget = 2**-23 * (K // 16 + 8) * (np.abs(exact) @ np.abs(w).T)
+        assert (np.abs(out[:, :N] - exact @ w.T) <= budget).all()
         assert (out[:, N:] == 0).all()
 
 
@@ -121,7 +121,7 @@ def test_linear_is_the_definition_within_the_rounding_of_activations(format):
     w = torch.from_numpy(dequantise(quants))
     normed = rms_norm_ref(x, norm_w, 1e-5)
     truth = linear_ref(normed, w, bias, residual=residual)
-    # Half a step of 1/127 of the group's largest activation, or the order of a float32 sum.
+    # Half a unit of 1/127 of the group's largest activation, or the order of a float32 sum.
     step = normed.abs().view(5, -1, 32).amax(-1) / 127 if format not in FLOATS else 0
     budget = (step / 2).repeat_interleave(32, 1) @ w.abs().T if format not in FLOATS else 0
     assert ((torch.from_numpy(out) - truth).abs() <= budget + 1e-4 * truth.abs().max()).all()
@@ -264,5 +264,5 @@ def test_weights_that_do_not_fit_are_refused(call, message):
 def test_outputs_taken_from_packed_weights_are_those_of_the_matrix(format):
     quants = random_quants(format, 21, 512)
     rows = np.array([20, 0, 7, 7, 13])
-    taken, meant = take_outputs(pack(quants), rows), pack(quants.take(rows))
-    assert taken[2:] == meant[2:] and same_bits(taken.data, meant.data)
+    taken, expected = take_outputs(pack(quants), rows), pack(quants.take(rows))
+    assert taken[2:] == expected[2:] and same_bits(taken.data, expected.data)

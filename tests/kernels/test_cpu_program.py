@@ -210,13 +210,13 @@ print(sorted(kernels.compiled), "numba" in sys.modules, out["logits"].sum())
     assert first.startswith("['q8_0', 'run_program'] True")
     assert second.startswith("[] False")
     assert first.split()[-1] == second.split()[-1]
-    # A damaged file is made anew.
+    # A damaged file is compiled again.
     broken = next(tmp_path.glob("q8_0-*.o"))
     broken.write_bytes(broken.read_bytes()[:-1])
     assert run().startswith("['q8_0'] False")
 
 
-def test_a_directory_that_cannot_be_written_is_no_error(tmp_path):
+def test_a_directory_that_cannot_be_written_is_not_an_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     compiled = Kernels(directory=tmp_path / "file")
     assert compiled.tile("fp32")

@@ -226,7 +226,7 @@ def test_ties_go_to_the_lowest_column_and_nan_is_the_largest():
     best, _ = projected(x, pack(floats(w)))
     assert best[:, 0].tolist() == [500, 500]
     assert np.isnan(as_floats(best[:, 1])).all() and np.isnan(as_floats(best[:, 2])).all()
-    # Every logit negative: the padding behind column 699 must not win.
+    # Every logit negative: the padding after column 700 must not win.
     best, _ = projected(x, pack(floats(torch.full((701, E), -1.0))))
     assert best[:, 0].tolist() == [0, 0] and (as_floats(best[:, 1]) < 0).all()
 

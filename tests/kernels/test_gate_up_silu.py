@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 from traffic import recorded_traffic
 
 from mtpkern.kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 from traffic import recorded_traffic
 
 from mtpkern.kernels import linear as linear_module

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 from torch import Tensor
 
 from mtpkern.kernels.medusa_blocks import medusa_blocks_ref

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import guarded_output
+from kernel_checks import guarded_output
 
 from mtpkern.kernels.ngram import ngram, ngram_ref
 
@@ -54,7 +54,7 @@ def test_the_kernel_equals_the_definition_on_short_texts(
 
 
 @pytest.mark.parametrize("block", [16, 1024])
-def test_the_kernel_finds_a_match_wherever_it_lies_in_a_long_text(
+def test_the_kernel_finds_a_match_anywhere_in_a_long_text(
     gpu: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In any of three blocks, or of more than the 128 whose matches are compared at a time."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 from paged import gathered, make_paged
 from torch import Tensor
 from traffic import recorded_traffic
@@ -171,7 +171,7 @@ def test_the_kernel_is_within_twice_the_error_of_the_dtype(
         live = launch.slots >= 0
         assert_within_budget(rows[written], values[live], exact[live], terms=E)
         rows[written] = float("nan")
-        assert bool(rows.isnan().all()), "a slot was written that is nobody's"
+        assert bool(rows.isnan().all()), "a slot was written that belongs to no sequence"
     whole = launch.k_pages._base
     assert bool(whole[0].isnan().all() and whole[..., D:].isnan().all())
 

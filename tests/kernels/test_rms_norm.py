@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 
 from mtpkern.kernels.rms_norm import rms_norm, rms_norm_ref
 

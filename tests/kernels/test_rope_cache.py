@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 
 from mtpkern.cache import rotary_tables
 from mtpkern.kernels.rope_cache import rope_cache, rope_cache_ref

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import guarded_output
+from kernel_checks import guarded_output
 from torch import Tensor
 
 from mtpkern.kernels.sample import (

@@ -1,4 +1,4 @@
-"""What is read but once: a cached key by each tile of rows, the vocabulary for 160 rows."""
+"""What is read only once: a cached key by each tile of rows, the vocabulary for 160 rows."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import assert_within_budget, guarded_output
+from kernel_checks import assert_within_budget, guarded_output
 from paged import Paged, fill, gathered, make_paged
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -108,7 +108,7 @@ def test_keys_past_the_window_have_no_effect() -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_key_that_is_no_number_reaches_only_rows_that_see_it(poison: float) -> None:
+def test_a_nan_key_reaches_only_rows_that_see_it(poison: float) -> None:
     paged, q = setup((2, 3, 16), torch.bfloat16, 64, rows=5)
     expected = attend(paged, q, LENGTHS)
     for b, length in enumerate(LENGTHS):
@@ -127,10 +127,10 @@ def test_query_heads_that_do_not_fit_are_named() -> None:
 
 
 class Launch(NamedTuple):
-    """A window of T rows behind `lengths` committed keys, and what a launch of it takes.
+    """A window of T rows after `lengths` committed keys, and the other arguments of its launch.
 
-    Pages lie in random order, K's and V's with strides of their own; slots that nobody may read are
-    NaN, entries of the page table that nobody may follow lead outside.
+    Pages are in random order, K's and V's with strides of their own; slots that must not be read
+    are NaN, and entries of the page table that must not be followed are out of range.
     """
 
     q: Tensor
@@ -140,7 +140,7 @@ class Launch(NamedTuple):
     lengths: Tensor
 
     def at(self, rows: slice, begin: int) -> "Launch":
-        """These rows of the window alone, behind `begin` more keys."""
+        """These rows of the window alone, after `begin` more keys."""
         return self._replace(q=self.q[:, rows], lengths=self.lengths + begin)
 
     def dense(self, b: int) -> tuple[Tensor, Tensor]:

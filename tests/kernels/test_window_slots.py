@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import guarded_output
+from kernel_checks import guarded_output
 from paged import make_paged
 
 from mtpkern.kernels.window_slots import window_slots

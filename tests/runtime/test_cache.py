@@ -1,4 +1,4 @@
-"""Pages: each is free or belongs to one sequence, whichever requests come and go."""
+"""Pages: each is free or belongs to one sequence, whatever the requests."""
 
 import subprocess
 import sys
@@ -17,7 +17,9 @@ def test_a_pool_hands_out_every_page_once() -> None:
     pool = PagePool(7)
     first, second = pool.claim(3), pool.claim(4)
     assert first is not None and second is not None
-    assert sorted(first.pages + second.pages) == list(range(1, 8)), "the scratch page is nobody's"
+    assert sorted(first.pages + second.pages) == list(range(1, 8)), (
+        "the scratch page belongs to no sequence"
+    )
     assert pool.claim(1) is None
     pool.release(first.pages)
     assert pool.claim(4) is None

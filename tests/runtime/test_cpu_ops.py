@@ -122,7 +122,7 @@ def test_attention_with_heads_of_any_size(ops: Ops, D: int, norms: bool) -> None
 
 
 @pytest.mark.parametrize("E", [48, 51])
-def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Path) -> None:
+def test_tapped_states_are_side_by_side_and_change_nothing(E: int, tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path, hidden_size=E, head_dim=10)
     ops = CpuOps()
     model = Llama.load(directory, dtype=torch.float32, ops=ops)
@@ -141,7 +141,7 @@ def test_tapped_states_lie_side_by_side_and_change_nothing(E: int, tmp_path: Pat
             dtype=torch.float32,
             padded_dim=ops.padded_dim,
         )
-        for _ in range(2):  # what the first leaves behind must not matter to the second
+        for _ in range(2):  # the second run must not depend on the first
             features, projected = ops.forward(model, window, cache, taps, None)
         largest = projected.largest((2, 4)).clone()
         hidden, tapped = ops.layers(model, window, cache, [t for t in taps if t < 3])
@@ -163,18 +163,18 @@ def test_the_vocabulary_keeps_logits_and_their_sums(ops: Ops) -> None:
     normed, projected = ops.project(x, norm, EPS, ops.pack(w), None)
     close(normed, rms_norm_ref(x, norm, EPS))
     logits = normed @ w.T
-    shape, behind = (MANY, 1), torch.zeros(MANY, dtype=torch.int64)
-    target = projected.target(shape, behind, greedy(MANY))
+    shape, lengths = (MANY, 1), torch.zeros(MANY, dtype=torch.int64)
+    target = projected.target(shape, lengths, greedy(MANY))
     assert torch.equal(target[:, 0], logits.argmax(-1))
     torch.testing.assert_close(projected.largest(shape)[:, 0], logits.amax(-1))
     expected = logits.log_softmax(-1).gather(1, target)
     torch.testing.assert_close(projected.logprobs(target), expected, atol=1e-5, rtol=1e-5)
     warm = greedy(MANY)._replace(temperature=torch.ones(MANY))
-    assert not torch.equal(projected.target(shape, behind, warm), target)
+    assert not torch.equal(projected.target(shape, lengths, warm), target)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_whose_logits_are_no_numbers_has_no_largest(ops: Ops, value: float) -> None:
+def test_a_row_whose_logits_are_not_finite_has_no_largest(ops: Ops, value: float) -> None:
     x, w = normal(3, 48), normal(333, 48)
     x[1, 7] = value
     _, projected = ops.project(x, torch.ones(48), EPS, ops.pack(w), None)
@@ -183,11 +183,11 @@ def test_a_row_whose_logits_are_no_numbers_has_no_largest(ops: Ops, value: float
 
 def test_a_draft_comes_from_the_vocabularys_own_ids(ops: Ops) -> None:
     x, w, ids = normal(5, 48), normal(60, 48), torch.arange(60) * 3 + 1
-    behind = torch.zeros(5, dtype=torch.int64)
-    token, chance = ops.choose(x, ops.pack(w), ids, behind, 0, greedy(5))
+    lengths = torch.zeros(5, dtype=torch.int64)
+    token, probability = ops.choose(x, ops.pack(w), ids, lengths, 0, greedy(5))
     logits = x @ w.T
     assert torch.equal(token, ids[logits.argmax(-1)])
-    torch.testing.assert_close(chance, logits.softmax(-1).amax(-1))
+    torch.testing.assert_close(probability, logits.softmax(-1).amax(-1))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 17])

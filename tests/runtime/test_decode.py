@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
+from llama_layouts import write_layout
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import DecodeState, decode_step
@@ -22,7 +22,7 @@ PROMPTS = [[5, 9, 33, 7, 7, 12], [11], [40 + i % 60 for i in range(150)]]
 
 
 class Scripted(NoDrafter):
-    """Drafts what `script(known tokens, K)` says, for each sequence on its own."""
+    """Drafts the tokens of `script(known tokens, K)`, for each sequence on its own."""
 
     def __init__(self, script: Callable[[list[int], int], Sequence[int]]):
         self.script = script
@@ -93,7 +93,7 @@ THEOREM = [
 def checkpoint(request: Any, tmp_path_factory: Any) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("theorem")
     family, dtype = request.param
-    write_family(family, directory, eos_token_id=None)
+    write_layout(family, directory, eos_token_id=None)
     return directory, dtype
 
 
@@ -119,7 +119,7 @@ def test_drafts_never_change_a_token_or_a_logprob(
             assert completion.token_ids == plain_one.token_ids, f"K = {k}"
             assert completion.logprobs == plain_one.logprobs, f"K = {k}"
             if make is perfect:
-                # K + 1 tokens a step; a prompt of one token has no row to draft its first from.
+                # K + 1 tokens per step; a prompt of one token has no row to draft its first from.
                 alone = len(prompt) == 1
                 assert completion.stats.steps == alone + -(-(40 - alone) // (k + 1))
             if make is hostile:

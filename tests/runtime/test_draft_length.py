@@ -29,8 +29,8 @@ def observe(chooser: GraphDraftLength, drafted: int, accepted: int) -> None:
 def simulate(
     chooser: GraphDraftLength, rates: list[float], steps: int, seed: int = 0
 ) -> tuple[int, float]:
-    """Tokens and seconds of a run whose drafts stand at `rates`; the K of the step before says how
-    many drafts were proposed."""
+    """Tokens and seconds of a run whose drafts are accepted at `rates`; as many drafts are
+    proposed as the K of the step before."""
     generator = random.Random(seed)
     tokens, seconds, num_proposed = 0, 0.0, 0
     for _ in range(steps):
@@ -99,7 +99,7 @@ def test_costs_without_plain_decoding_are_refused() -> None:
 
 
 class Machine:
-    """Decoding in a model: what steps cost in plain steps, and which drafts there are and stand.
+    """Decoding in a model: what steps cost in plain steps, and which drafts exist and are accepted.
 
     `row` is the cost of one more row, `pass_` of a token that the heads draft. Heads claim
     `claimed` for each draft, which is accepted at `rate`; a share `matches` of the steps has

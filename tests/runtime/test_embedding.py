@@ -8,7 +8,7 @@ from mtpkern.kernels.verify_attention import verify_attention
 
 # Heads before slots, K and V in one tensor: as vLLM lays out its cache.
 PAGE, Hq, Hk, D, V = 16, 4, 2, 16, 50
-# The last token, two guesses at the next, and one behind the second.
+# The last token, two guesses at the next, and one after the second.
 TREE, PATHS = [0b0001, 0b0011, 0b0101, 0b1101], [[0, 1, 0], [0, 2, 3], [0, 2, 0]]
 
 
@@ -44,7 +44,7 @@ def test_a_foreign_loop_decodes_with_a_tree_to_the_tokens_it_has_without(gpu: st
         plain.lengths += 1
     tree, text, written = torch.tensor([TREE, TREE]).to(gpu), text.cpu(), [1, 1]
     for step in range(16):
-        # By turns the first guess is right, the second and the one behind it are, or the second.
+        # By turns the first guess is right, the second and the one after it are, or the second.
         ways, rows = [(step + b) % 3 for b in range(2)], []
         for b, way in enumerate(ways):
             last, a, c = text[b, written[b] - 1 : written[b] + 2].tolist()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: steps in graphs, the host ahead of them, and nobody waiting."""
+"""What only a GPU can show: steps in graphs, and a host that runs ahead of them and never waits."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_drafts_never_change_a_token_or_a_logprob(llm: LLM) -> None:
         assert drafted.logprobs == undrafted.logprobs
 
 
-def test_nobody_waits_for_the_device_between_the_first_token_and_the_last(llm: LLM) -> None:
+def test_the_host_never_waits_for_the_device_between_the_first_token_and_the_last(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], GREEDY)
     next(stream)
     torch.cuda.set_sync_debug_mode("error")

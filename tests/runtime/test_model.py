@@ -1,10 +1,10 @@
-"""The runtime against `transformers`: every family's logits and greedy tokens, in float32."""
+"""The runtime against `transformers`: every layout's logits and greedy tokens, in float32."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, write_family
+from llama_layouts import LAYOUTS, write_layout
 
 from mtpkern.config import SamplingParams
 from mtpkern.engine import LLM
@@ -15,9 +15,9 @@ PROMPT = [5, 9, 33, 7, 61, 12, 80, 2, 44]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
-    theirs = write_family(name, tmp_path)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_equals_transformers(name: str, tmp_path: Path) -> None:
+    theirs = write_layout(name, tmp_path)
     llm = LLM(tmp_path, num_speculative_tokens=3, dtype="float32", max_length=256)
     ours = llm.generate(PROMPT, SamplingParams(max_tokens=64))[0].token_ids
     expected = theirs.generate(torch.tensor([PROMPT]), max_new_tokens=64, do_sample=False)

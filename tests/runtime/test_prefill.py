@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
+from llama_layouts import write_layout
 
 from mtpkern.cache import KVCache
 from mtpkern.kernels.rms_norm import rms_norm_ref
@@ -49,7 +49,7 @@ def test_chunks_are_what_the_definitions_say(
     if family == "llama":
         tiny_checkpoint(tmp_path, max_position_embeddings=1024, attention_bias=True, mlp_bias=True)
     else:
-        write_family(family, tmp_path)
+        write_layout(family, tmp_path)
     monkeypatch.setattr(prefill, "rope_cache", rope_cache_ref)
     monkeypatch.setattr(prefill, "MASKED_KEYS", 64)  # so that a window leaves out whole pages
     monkeypatch.setattr(TRITON, "rms_norm", rms_norm_ref)

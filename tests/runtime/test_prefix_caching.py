@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
+from llama_layouts import write_layout
 
 from mtpkern.cache import PagePool, Prefix
 from mtpkern.config import SamplingParams
@@ -26,7 +26,7 @@ def model_with(kind: str, directory: Path) -> dict[str, Any]:
     trunk, heads = directory / "trunk", directory / "heads"
     writers = {"mtp": write_mtp, "medusa": write_medusa, "eagle3": write_eagle3}
     if kind == "modules":
-        write_family("mimo", trunk, modules=3)
+        write_layout("mimo", trunk, modules=3)
         return dict(model=trunk)
     if kind == "layers":
         write_layers(trunk)
@@ -139,7 +139,7 @@ def test_runs_with_and_without_drafts_share_what_they_can(tmp_path: Path) -> Non
         assert mine.drafted == other.drafted
         cached.append(mine.stats.cached_tokens)
         known += [*mine.token_ids, 40, 41]
-    # The heads' cache misses what was said without drafts, which is then run again.
+    # The heads' cache lacks the tokens decoded without drafts, which are then run again.
     assert cached[3] <= 4 + 40 < cached[2]
     assert cached[4] > cached[2]
 

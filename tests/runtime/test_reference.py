@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, write_family
+from llama_layouts import LAYOUTS, write_layout
 from torch.testing import assert_close
 
 from mtpkern import reference
@@ -32,9 +32,9 @@ def generate_by_transformers(model, prompt: list[int], max_tokens: int) -> list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_greedy_tokens_are_those_of_transformers(family, tmp_path):
-    model = write_family(family, tmp_path)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_greedy_tokens_are_those_of_transformers(layout, tmp_path):
+    model = write_layout(layout, tmp_path)
     config, tensors = load(tmp_path)
     tokens = reference.generate(config, tensors, PROMPT, NEW_TOKENS)
     assert len(tokens) == NEW_TOKENS
@@ -51,30 +51,30 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(family, tmp_path):
     assert (best - second).min() > 5e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_spellings_of_a_config_say_the_same(family, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_spellings_of_a_config_say_the_same(layout, tmp_path):
     for spelling in ("rope_scaling", "rope_parameters"):
-        write_family(family, tmp_path / spelling, spelling=spelling)
+        write_layout(layout, tmp_path / spelling, spelling=spelling)
     assert load_config(tmp_path / "rope_scaling") == load_config(tmp_path / "rope_parameters")
 
 
 def test_generation_stops_with_the_end_token_that_transformers_stops_with(tmp_path):
-    write_family("tied", tmp_path / "endless")
+    write_layout("tied", tmp_path / "endless")
     endless = reference.generate(*load(tmp_path / "endless"), PROMPT, NEW_TOKENS)
     end = next(token for i, token in enumerate(endless) if i >= 5 and token not in endless[:i])
-    model = write_family("tied", tmp_path / "ends", eos_token_id=[130, end])
+    model = write_layout("tied", tmp_path / "ends", eos_token_id=[130, end])
     tokens = reference.generate(*load(tmp_path / "ends"), PROMPT, NEW_TOKENS)
     assert tokens == endless[: endless.index(end) + 1]
     assert tokens == generate_by_transformers(model, PROMPT, NEW_TOKENS)
 
 
 def test_no_tokens_asked_for_are_no_tokens(tmp_path):
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     assert reference.generate(*load(tmp_path), PROMPT, 0) == []
 
 
-def test_a_dtype_says_how_exactly_to_compute(tmp_path):
-    write_family("rope_yarn", tmp_path)
+def test_a_dtype_decides_the_precision(tmp_path):
+    write_layout("rope_yarn", tmp_path)
     config, tensors = load(tmp_path)
     truth = reference.logits(config, tensors, PROMPT, dtype=torch.float64)
     errors = []

@@ -37,7 +37,7 @@ def test_what_was_written_is_read() -> None:
 @pytest.mark.parametrize("late", range(7))
 def test_the_host_waits_for_the_last_word(late: int) -> None:
     ring = Ring(2, 2, 3, pinned=False)
-    write(ring, 1, 2, 3)  # what lies there of the step before the last
+    write(ring, 1, 2, 3)  # left in the ring by the step before the last
     write(ring, 3, 2, 3, skip=late)
     threading.Timer(0.05, lambda: write(ring, 3, 2, 3)).start()
     begin = time.monotonic()

@@ -140,7 +140,7 @@ def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_pa
     assert read[1] - read[0] == blocks.numel() * blocks.element_size()
 
 
-def test_the_prediction_runs_and_says_what_it_assumes(predict_steps: Any, capsys: Any) -> None:
+def test_the_prediction_runs_and_states_its_assumptions(predict_steps: Any, capsys: Any) -> None:
     assert predict_steps.main(["--model", "tiny", "--context", "64"]) == 0
     out = capsys.readouterr().out
     assert "predicted, not measured" in out and "| tiny | 1 | 4 | mtp |" in out

@@ -1,4 +1,4 @@
-"""Acceptance at given rates is at those rates, and its output says that it is made up."""
+"""Acceptance at given rates is at those rates, and its output is labelled as made up."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_made_up_weights_need_a_config_alone_and_are_labelled(tmp_path: Path, ca
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_the_command_line_says_that_the_text_means_nothing(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_line_labels_the_text_as_meaningless(tmp_path: Path, capsys: Any) -> None:
     model = str(tiny_checkpoint(tmp_path))
     arguments = ["generate", "the dog", "--model", model, "--max-tokens", "20", "--raw"]
     made_up = [*arguments, "-K", "2", "--synthetic-acceptance", "1,0.5"]

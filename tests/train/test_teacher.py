@@ -20,7 +20,7 @@ def test_a_gpu_records_the_answers_that_a_cpu_records(
     model = tiny_checkpoint(tmp_path / "model", **sizes)
     prompts = [[5, 9, 33, 7], [11, 4], [40 + i % 60 for i in range(70)]]
     resolve = teacher.resolve_device
-    if torch.version.cuda is None:  # ttsem does not know dependent launches
+    if torch.version.cuda is None:  # ttsem does not support dependent launches
         monkeypatch.setattr(
             teacher,
             "resolve_device",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIG, tiny_checkpoint
-from families import write_family
+from llama_layouts import write_layout
 from safetensors.torch import load_file
 from slow_drafters import Recorder, eagle3_layer, slow_layer, trunk_states
 from torch import Tensor
@@ -131,7 +131,7 @@ def test_chains_equal_drafting_a_row_at_a_time():
 
 
 def test_eagle3_chains_equal_drafting_by_the_definition():
-    """eagle3_layer is written from the paper, over all pairs anew for every draft."""
+    """eagle3_layer is written from the paper, over all pairs again for every draft."""
     sizes: tuple[Any, ...] = (E, (2, 4, 5), 4, 2, 12, 72, 500.0, 1e-5, 64, "tiny")
     head = randomised(Eagle3Head(Eagle3Config(*sizes)))
     head.spread.uniform_(0.5, 2)
@@ -152,7 +152,7 @@ def test_eagle3_chains_equal_drafting_by_the_definition():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["layers", "modules"])
-def test_layers_of_their_own_draft_what_their_definition_says_of_each_start(family: str):
+def test_layers_of_their_own_draft_as_their_definition_from_each_start(family: str):
     """slow_layer, over the rows up to the start alone."""
     head, embedding = randomised(untrained_head(family)), torch.randn(307, E)
     w, sizes = head.tensors(), (HQ, HK, D, 10000.0)
@@ -187,7 +187,7 @@ def test_layers_of_their_own_draft_what_their_definition_says_of_each_start(fami
 @pytest.mark.parametrize("name", ["all_biases_tied", "rope_llama3", "rope_yarn", "qwen3", "qwen2"])
 def test_layers_begin_as_the_models_last_one(name: str, tmp_path: Path):
     """As transformers has it, whatever a layer has beside Llama's; also when written and read."""
-    model = write_family(name, tmp_path / "model")
+    model = write_layout(name, tmp_path / "model")
     tokens, starts = torch.randint(0, 131, (2, 70)), torch.tensor([[0, 5, 40], [3, 66, 67]])
     with torch.no_grad():
         states = model.model(tokens, output_hidden_states=True).hidden_states
@@ -316,7 +316,7 @@ def test_recorded_answers_are_the_models_own(recorded: tuple[Path, Path]):
     "layout", ["qwen3_biases", "mistral_window_7", "mlp_biases", "rope_llama3", "grouped_ratio_3"]
 )
 def test_answers_of_every_layout_are_the_models_own(layout: str, tmp_path: Path) -> None:
-    write_family(layout, tmp_path / "model", num_hidden_layers=3)
+    write_layout(layout, tmp_path / "model", num_hidden_layers=3)
     config, tensors = load_config(tmp_path / "model"), load_tensors(tmp_path / "model")
     teacher = Teacher(tmp_path / "model", 64, taps=(2, 3))
     generator = torch.Generator().manual_seed(1)
@@ -540,7 +540,7 @@ def test_several_families_learn_from_the_same_recorded_answers(
     assert record.main([*command, "--families", "eagle3"]) == 2
     assert "3 are too few" in capsys.readouterr().err
     record.main([*command, "--limit", "20", "--families", "mtp-1", "layers"])
-    # The same command goes on, here with more.
+    # The same command continues, here with more.
     record.main([*command, "--families", "mtp-1", "layers"])
     assert len(read_index(tmp_path / "answers")) == 36
     plan = Plan(tmp_path / "x", str(recorded[0]), answers=(tmp_path / "answers",))
@@ -548,7 +548,7 @@ def test_several_families_learn_from_the_same_recorded_answers(
         some = replace(plan, family=family, draft_vocab_size=64, out=tmp_path / family)
         run.train(some, replace(RECIPE, steps=4))
     record.main([*command[:-1], str(tmp_path / "one"), "--limit", "1"])
-    # What goes on from heads keeps their draft vocabulary.
+    # A run that continues from heads keeps their draft vocabulary.
     vocabulary = load_head(tmp_path / "layers").draft_vocab
     further = replace(plan, out=tmp_path / "z", init=tmp_path / "layers", answers=(recorded[1],))
     run.train(replace(further, family="layers"), replace(RECIPE, steps=2))
@@ -599,7 +599,7 @@ def test_lookup_copies_the_latest_match_and_sees_nothing_ahead():
     assert lookup(tokens, 10, 4) == [5, 1, 2, 3]
     assert lookup(tokens, 6, 2) == [4, 1]
     assert lookup(tokens, 7, 4) == []
-    # A copy that reaches the known tokens' end goes on periodically.
+    # A copy that reaches the known tokens' end continues periodically.
     assert lookup([7, 7, 7, 7, 0], 3, 4) == [7, 7, 7, 7]
 
 
@@ -608,7 +608,7 @@ def test_a_replay_counts_what_decoding_would_do():
     right = [[9, 9], [3, 4], [4, 5], [5, 6], [6, 7], [7, 0], [0, 0]]
     tally = Tally(2)
     tally.replay(tokens, 2, 8, right, hybrid=False)
-    # 2 behind wrong drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
+    # 2 after wrong drafts, then 3 4 5 from two right ones, then 6 7 cut short by the end.
     assert (tally.tokens, tally.steps) == (6, 3)
     assert tally.summary()["mean_acceptance_length"] == 2.0
     tally.replay(tokens, 2, 8, [[2, 3], *right[1:]], hybrid=False)

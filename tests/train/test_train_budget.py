@@ -81,7 +81,7 @@ def test_a_plan_takes_the_time_that_it_was_given(minutes: float, slower: float):
     assert pace.answering(s.held_out, s.slots) <= 0.15 * seconds
 
 
-def test_few_prompts_are_learned_from_ten_times_and_it_says_that_more_would_help():
+def test_few_prompts_are_learned_from_ten_times_and_more_are_recommended():
     s = share_out(7200, PACE, OPEN, 100, 0)
     assert (s.prompts, s.held_out) == (90, 10)
     assert 9 < s.steps * PACE.in_step(s.rows) / (s.prompts * PACE.length) <= 10

@@ -1,4 +1,4 @@
-"""The trainer's inputs: what it refuses, where it goes on, and what it counts."""
+"""The trainer's inputs: what it refuses, where it continues, and what it counts."""
 
 import shutil
 from dataclasses import replace
@@ -38,7 +38,7 @@ def learning_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny model, and its answers to the prompts that lie beside them."""
+    """A tiny model, and its answers to the prompts beside them."""
     return record_answers(tmp_path_factory.mktemp("train"), 3, (1, 2))
 
 
@@ -88,7 +88,7 @@ def test_a_recording_is_not_taken_for_another_one(
     ):
         capsys.readouterr()
         assert record.main(change) == 2
-        line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
+        line = capsys.readouterr().err.splitlines()[-1]  # status lines may precede it
         assert f"{out} is of another run (" in line and message in line
         assert contents(out) == before
     assert record.main([*first, "--out", str(fewer)]) == 2
@@ -160,7 +160,7 @@ def test_training_loses_nothing_of_what_is_there(
             assert error.count("\n") == 1 and words in error
     monkeypatch.chdir(tmp_path)
     assert cli.main([*command, "model", "--force"]) == 2
-    # The name of a directory is no argument's.
+    # A directory's name is not an argument's.
     assert "cannot write model: it is what this command reads" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
@@ -179,7 +179,7 @@ def test_finished_heads_are_recognised_and_replaced_by_force_alone(
     with pytest.raises(UserError, match="heads of another run .lr 0.03, now 0.02.*--force"):
         run.train(plan, replace(recipe, lr=0.02))
     assert contents(tmp_path) == before and not steps
-    # Interrupted in their replacement, they are there; the same command goes on with it.
+    # Interrupted while they are replaced, they are kept; the same command continues.
     other, forced = replace(recipe, lr=0.02), replace(plan, force=True)
     with monkeypatch.context() as patch:
         patch.setattr(fit, "SAVE_SECONDS", 0)
@@ -262,7 +262,7 @@ def test_an_answer_of_logits_that_are_no_numbers_is_not_recorded(
     teacher = Teacher(model, 64)
     kept: list[int] = []
     jobs = [distill.Job([5, 7], "a", 0), distill.Job([5, 9, 7], "a", 1)]
-    with pytest.raises(UserError, match="logits are no numbers: there is nothing"):
+    with pytest.raises(UserError, match="logits are NaN or infinite: there is nothing"):
         sink = lambda job, *_: kept.append(job.number)  # noqa: E731
         distill.generate(
             teacher, jobs, sink, slots=2, max_new=4, choose=choose, phase=SILENT.phase("answers")
@@ -283,7 +283,7 @@ def test_noise_is_keyed_and_samples_the_distribution():
     chosen = choose(logits.expand(4000, -1), ids.expand(4000, -1), jobs)
     backwards = choose(logits.expand(4000, -1), ids.expand(4000, -1), jobs[::-1])
     assert backwards.flip(0).equal(chosen)
-    # The last token of all lies outside 0.95.
+    # The last of the four is outside the nucleus of 0.95.
     shares = torch.bincount(chosen, minlength=8)[[7, 3, 5, 2]] / 4000
     torch.testing.assert_close(shares[:3], (logits[0, :3] / 0.8).softmax(-1), rtol=0, atol=0.03)
     assert shares[3] == 0
@@ -338,7 +338,7 @@ def test_a_mistake_is_one_line(
     data = [] if arguments[0] == "--answers" else ["--prompts", str(asked)]
     command = ["train", "--model", str(recorded[0]), *data, "--out", "heads", *arguments]
     assert cli.main(command) == 2
-    line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
+    line = capsys.readouterr().err.splitlines()[-1]  # status lines may precede it
     assert line.startswith("mtpkern: error: ") and message in line
     assert not (tmp_path / "heads").exists()
 
@@ -367,7 +367,7 @@ def test_a_slot_is_as_long_as_the_longest_prompt_and_answer_or_the_context(
 
 
 def test_answers_end_with_the_context(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """45 positions, which is no multiple of what attention reads at a time."""
+    """45 positions, not a multiple of what attention reads at a time."""
     model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=45, eos_token_id=None)
     monkeypatch.setattr(distill.Job, "is_looping", lambda self: False)
     command = ["--model", str(model), "--prompts", str(asked), "--out", str(tmp_path / "answers")]
@@ -420,7 +420,7 @@ def test_mistakes_of_the_other_commands_are_one_line_too(
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(recorded[0])] if main in (record.main, invent.main) else []
     assert main([*model, *arguments]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]  # status may stand before it
+    line = capsys.readouterr().err.splitlines()[-1]  # status lines may precede it
     assert line.startswith("python -m mtpkern.train.") and message in line
 
 
@@ -528,7 +528,7 @@ def test_a_killed_run_keeps_its_time(
     assert state["step"] == 3 and state["notes"]["seconds"] > 0
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     recorded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     loss, calls = fit.batch_loss, []
@@ -541,7 +541,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
     monkeypatch.setattr(fit, "batch_loss", broken_at_four)
     monkeypatch.setattr(fit, "SAVE_SECONDS", 0)
     plan = Plan(tmp_path / "a", str(recorded[0]), answers=(recorded[1],), draft_vocab_size=90)
-    with pytest.raises(UserError, match="loss of step 4 is no number: lower --lr"):
+    with pytest.raises(UserError, match="loss of step 4 is NaN or infinite: lower --lr"):
         run.train(plan, replace(RECIPE, steps=30))
     assert torch.load(plan.out / ".train" / "checkpoint.pt", weights_only=True)["step"] == 3
 
@@ -567,7 +567,7 @@ def test_loop_free_steps_are_counted_as_the_benchmark_counts_them(monkeypatch: A
     for _ in range(40):
         start = torch.randint(100, (12,), generator=generator).tolist()
         answer = start + start[3:] * 3
-        # What the head drafts is right or wrong by chance; two drafts a step.
+        # What the head drafts is right or wrong by chance; two drafts per step.
         right = (torch.rand(len(answer) + 2, 2, generator=generator) < 0.6).tolist()
         padded = [*answer, -1, -1]
         drafts = [

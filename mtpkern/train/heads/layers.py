@@ -18,7 +18,7 @@ from mtpkern.train.heads.mtp import HeadConfig, MtpHead
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """The config.json of heads that stand in place of the model's last layer."""
+    """The config.json of heads that replace the model's last layer."""
 
     hidden_size: int
     tap_layers: tuple[int, ...]  # the one below the last
@@ -39,7 +39,7 @@ class LayersHead(nn.Module):
     draft_vocab: Tensor
 
     def __init__(self, config: LayersConfig, tensors: Mapping[str, Tensor]):
-        """`tensors` are the initial weights, named as by `published.layers_shapes`."""
+        """`tensors` are the initial weights, with the names of `drafters.shapes.layers_shapes`."""
         super().__init__()
         self.config, eps = config, config.rms_norm_eps
         self.layers = nn.ModuleList(

@@ -1,6 +1,6 @@
 """Small random checkpoints of every supported Llama layout, built and saved by `transformers`.
 
-`FAMILIES` is the table; `write_family` writes one row of it to a directory. All parameters are
+`LAYOUTS` is the table; `write_layout` writes one row of it to a directory. All parameters are
 random, norms and biases too (the ones and zeros of a new model would hide mistakes), and large
 enough that a wrong position or a wrong head changes tokens.
 """
@@ -47,7 +47,7 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
 
-# Families of their own, and the arguments that only they know; the others are Llamas.
+# Architectures with classes of their own in transformers; the other layouts are Llamas.
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "mimo": (Qwen2Config, Qwen2ForCausalLM),
 }
 
-FAMILIES: dict[str, dict[str, Any]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "grouped_ratio_2": dict(),
     "grouped_ratio_3": dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3),
     "grouped_ratio_4": dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=2),
@@ -108,11 +108,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }
 
-# One at which no family's 64 greedy tokens meet a near-tie. New families go last in the table.
+# One at which no layout's 64 greedy tokens meet a near-tie. New layouts go last in the table.
 SEED = 400
 
 
-def write_family(
+def write_layout(
     name: str,
     directory: Path,
     *,
@@ -120,16 +120,16 @@ def write_family(
     modules: int = 1,
     **changes: Any,
 ) -> LlamaForCausalLM:
-    """Write one family's config.json and model.safetensors, and return the model, in float32.
+    """Write one layout's config.json and model.safetensors, and return the model, in float32.
 
     `spelling` is how config.json names the rotation: "rope_scaling" before transformers 5,
     "rope_parameters" since. `modules` are a MiMo's MTP layers. `changes` are further LlamaConfig
     arguments, such as `eos_token_id`.
     """
-    torch.manual_seed(SEED + list(FAMILIES).index(name))
+    torch.manual_seed(SEED + list(LAYOUTS).index(name))
     kind = name.split("_")[0]
     config_class, model_class = ARCHITECTURES.get(kind, (LlamaConfig, LlamaForCausalLM))
-    model = model_class(config_class(**{**SHAPE, **FAMILIES[name], **changes})).eval()
+    model = model_class(config_class(**{**SHAPE, **LAYOUTS[name], **changes})).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_(std=0.3)
@@ -170,7 +170,7 @@ def _spell_as_before(path: Path) -> None:
     rope = config.pop("rope_parameters")
     kind = rope.pop("rope_type")
     config["rope_theta"] = rope.pop("rope_theta")
-    # The oldest files of this spelling say "type", which only linear scaling is as old as.
+    # The oldest files of this spelling have "type"; of the layouts here, linear scaling is as old.
     kind_key = "type" if kind == "linear" else "rope_type"
     config["rope_scaling"] = None if kind == "default" else {kind_key: kind, **rope}
     config["torch_dtype"] = config.pop("dtype")

@@ -1,4 +1,4 @@
-"""What a message recommends, works: each refusal here is followed by what it says to do."""
+"""What a message recommends works: after each refusal here, its advice is followed."""
 
 import io
 import json
@@ -103,7 +103,7 @@ class Hostile:
         return open, ("harmed", "w")
 
 
-def test_a_pickle_that_is_no_model_is_refused_and_runs_nothing(
+def test_a_pickle_that_is_not_a_model_is_refused_and_runs_nothing(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -168,7 +168,7 @@ def test_heads_given_as_a_file_name_the_conversion(
     assert (tmp_path / "heads" / "model.safetensors").is_file()
 
 
-def test_a_mistyped_path_is_said_to_be_one_before_a_hub_is_asked(
+def test_a_mistyped_path_is_reported_before_a_hub_is_asked(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     asked: list[str] = []

@@ -1,4 +1,4 @@
-"""Whatever a caller passes, it works or is a UserError: no other exception comes out."""
+"""Whatever a caller passes works or raises UserError, and no other exception."""
 
 import json
 from collections.abc import Callable

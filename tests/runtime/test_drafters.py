@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import (
     E,
     L,
@@ -20,8 +19,17 @@ from head_files import (
     write_mtp,
     write_published,
 )
+from llama_layouts import write_layout
 from safetensors.torch import save_file
-from slow_drafters import PROMPT, agree, eagle3_layer, slow_layer, trunk_states, watch
+from slow_drafters import (
+    PROMPT,
+    agree,
+    eagle3_layer,
+    slow_layer,
+    slow_mimo_layer,
+    trunk_states,
+    watch,
+)
 from torch import Tensor
 
 from mtpkern.checkpoints.directory import load_tensors
@@ -36,7 +44,7 @@ from mtpkern.kernels.rms_norm import rms_norm_ref
 
 
 def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor]) -> None:
-    """Compare a sequential head's drafts with its definition, computed anew for every draft."""
+    """Compare a sequential head's drafts with its definition, computed again for every draft."""
     known, drafts, logits = seen
     w, settings = load_tensors(heads), json.loads((heads / "config.json").read_text())
     embedding = load_tensors(trunk)["model.embed_tokens.weight"]
@@ -63,7 +71,7 @@ def check_mtp(heads: Path, trunk: Path, seen: tuple[list[int], list[int], Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("taps", [(3,), (1, 3), (1, 2, 3)])
 @pytest.mark.parametrize("ngram", [False, True])
-def test_a_sequential_head_drafts_what_its_definition_says(
+def test_a_sequential_head_drafts_as_its_definition(
     taps: tuple[int, ...], ngram: bool, tmp_path: Path
 ) -> None:
     """Also after steps in which the n-gram's copy was used and the pairs waited."""
@@ -85,7 +93,7 @@ def test_a_sequential_head_drafts_what_its_definition_says(
 @pytest.mark.parametrize("ngram", [False, True])
 def test_a_mimo_checkpoint_drafts_with_the_layer_it_includes(ngram: bool, tmp_path: Path) -> None:
     """Prompts of one token and of many: the first pair of each has an embedding of zeros."""
-    model = write_family("mimo", tmp_path)
+    model = write_layout("mimo", tmp_path)
     llm = LLM(tmp_path, ngram=ngram, num_speculative_tokens=3, max_length=300)
     recorder = watch(llm)
     llm.generate([[9], [5, 6, 7, 8, 9] * 3], SamplingParams(max_tokens=30))
@@ -102,20 +110,13 @@ def test_a_mimo_checkpoint_drafts_with_the_layer_it_includes(ngram: bool, tmp_pa
             hidden = model.model(torch.tensor([known[:-1]])).last_hidden_state[0]
             tokens = list(known[1:])
             for draft, row in zip(drafts, logits, strict=True):
-                token = embedding[tokens].clone()
-                token[0] = 0
-                pair = [
-                    rms_norm_ref(hidden, w["hidden_layernorm.weight"], 1e-5),
-                    rms_norm_ref(token, w["token_layernorm.weight"], 1e-5),
-                ]
-                x = torch.cat(pair, -1) @ w["input_proj.weight"].T
-                x = slow_layer(x, w, 4, 2, 12, 10000.0)
+                x = slow_mimo_layer(hidden, embedding[tokens], w)
                 out = rms_norm_ref(x[-1:], w["final_layernorm.weight"], 1e-5)
                 agree(draft, row, (out @ head.T)[0])
                 hidden, tokens = torch.cat([hidden, out]), [*tokens, draft]
 
 
-def test_parallel_heads_draft_what_their_definition_says(tmp_path: Path) -> None:
+def test_parallel_heads_draft_as_their_definition(tmp_path: Path) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_medusa(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, ngram=False, num_speculative_tokens=3, max_length=300)
@@ -154,7 +155,7 @@ def test_published_medusa_heads_draft_through_vocabularies_of_their_own(tmp_path
 @pytest.mark.parametrize("variant", ["", "norm_before_residual", "norm_before_fc", "embedding"])
 @pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_an_eagle3_head_drafts_what_its_definition_says(
+def test_an_eagle3_head_drafts_as_its_definition(
     reduced: bool, ngram: bool, variant: str, tmp_path: Path
 ) -> None:
     trunk = tiny_checkpoint(tmp_path / "trunk", num_hidden_layers=8)

@@ -25,8 +25,8 @@ from mtpkern.kernels.qkv_rope_cache import qkv_rope_cache
 DEPTHS = (2048, 4096, 8192, 14336)
 # The first rows of launches of every tier.
 COUNTS = (1, 20, 40, 100, 160)
-# The multiprocessors that a launch wants to fill. So few that two column tiles do, and the tiles
-# are as wide as a real model's; and as many as there are, so that the inputs are split.
+# The multiprocessors that a launch should fill: so few that two column tiles do and the tiles are
+# as wide as a real model's; and as many as there are, so that the inputs are split.
 FILLS = (2, _launch.FILL)
 
 

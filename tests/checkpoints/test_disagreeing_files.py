@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import write_family
+from llama_layouts import write_layout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def test_the_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> None
     changes: dict[str, Any] = {}
     if "num_key_value_heads" in values:
         changes = {"num_key_value_heads": 8, "num_attention_heads": 16}
-    write_family(family, tmp_path, **changes)
+    write_layout(family, tmp_path, **changes)
     (tmp_path / "generation_config.json").unlink()
     edit(tmp_path, **values)
     if "eos_token_id" in values:
@@ -133,7 +133,7 @@ def test_the_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> None
 def test_a_trained_lm_head_is_used_although_it_is_called_tied(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_family("qwen2", tmp_path)
+    write_layout("qwen2", tmp_path)
     tied = ours(tmp_path)
     head = 0.3 * torch.randn(131, 48, generator=torch.Generator().manual_seed(5))
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": head})
@@ -146,7 +146,7 @@ def test_a_trained_lm_head_is_used_although_it_is_called_tied(
 
 
 def test_a_copy_of_the_embedding_stays_tied(tmp_path: Path) -> None:
-    write_family("qwen2", tmp_path)
+    write_layout("qwen2", tmp_path)
     tied = ours(tmp_path)
     rewrite(tmp_path, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]})
     assert load_config(tmp_path).tie_word_embeddings
@@ -154,7 +154,7 @@ def test_a_copy_of_the_embedding_stays_tied(tmp_path: Path) -> None:
 
 
 def test_a_tied_matrix_may_be_saved_as_the_lm_head_alone(tmp_path: Path) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     tied = ours(tmp_path)
 
     def swap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,8 +166,8 @@ def test_a_tied_matrix_may_be_saved_as_the_lm_head_alone(tmp_path: Path) -> None
 
 
 def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
-    write_family("tied", tmp_path / "index")
-    write_family("mlp_biases", tmp_path / "other", mlp_bias=False, tie_word_embeddings=True)
+    write_layout("tied", tmp_path / "index")
+    write_layout("mlp_biases", tmp_path / "other", mlp_bias=False, tie_word_embeddings=True)
     directory = tmp_path / "index"
     shard = directory / "model-00001-of-00001.safetensors"
     (directory / "model.safetensors").rename(shard)
@@ -186,7 +186,7 @@ def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
 def test_a_trunk_saved_without_its_head_is_a_model_where_they_are_tied(
     family: str, tmp_path: Path
 ) -> None:
-    model = write_family(family, tmp_path / "whole", tie_word_embeddings=True)
+    model = write_layout(family, tmp_path / "whole", tie_word_embeddings=True)
     model.model.save_pretrained(tmp_path / "bare")
     assert ours(tmp_path / "bare") == theirs(tmp_path / "bare") == ours(tmp_path / "whole")
     edit(tmp_path / "bare", tie_word_embeddings=False)
@@ -209,14 +209,14 @@ def test_a_trunk_saved_without_its_head_is_a_model_where_they_are_tied(
 def test_what_wrappers_put_into_names_is_taken_out(
     wrap: Callable[[str], str], tmp_path: Path
 ) -> None:
-    write_family("qwen3", tmp_path)
+    write_layout("qwen3", tmp_path)
     plain = theirs(tmp_path)
     rewrite(tmp_path, lambda tensors: {wrap(name): t for name, t in tensors.items()})
     assert ours(tmp_path) == plain
 
 
 def test_two_tensors_of_one_name_are_both_named(tmp_path: Path) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     norm = "model.norm.weight"
     rewrite(tmp_path, lambda tensors: tensors | {f"module.{norm}": torch.ones(48)})
     with pytest.raises(
@@ -226,7 +226,7 @@ def test_two_tensors_of_one_name_are_both_named(tmp_path: Path) -> None:
 
 
 def test_buffers_that_trainers_save_are_passed_over(tmp_path: Path) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     buffers = {
         "model.rotary_emb.inv_freq": torch.ones(6),
         "model.rotary_emb.original_inv_freq": torch.ones(6),
@@ -248,10 +248,10 @@ def test_buffers_that_trainers_save_are_passed_over(tmp_path: Path) -> None:
         ("score.weight", "score.weight has no place"),
     ],
 )
-def test_a_tensor_too_many_is_named_with_what_says_so(
+def test_a_surplus_tensor_is_named_with_the_setting_that_excludes_it(
     name: str, message: str, tmp_path: Path
 ) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {name: torch.ones(48)})
     with pytest.raises(ModelLoadError, match=message):
         ours(tmp_path)
@@ -259,7 +259,7 @@ def test_a_tensor_too_many_is_named_with_what_says_so(
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_yarns_context_is_the_stretched_one(spelling: str, tmp_path: Path) -> None:
-    write_family("rope_yarn", tmp_path, spelling=spelling)
+    write_layout("rope_yarn", tmp_path, spelling=spelling)
     edit(tmp_path, max_position_embeddings=32)
     assert load_config(tmp_path).max_position_embeddings == 128
     edit(tmp_path, max_position_embeddings=256)
@@ -275,7 +275,7 @@ def test_yarns_context_is_the_stretched_one(spelling: str, tmp_path: Path) -> No
 def test_a_config_without_a_dtype_leaves_it_to_the_tensors(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     rewrite(tmp_path, lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
     edit(tmp_path, dtype=..., torch_dtype=None)
     assert read_hf_config(tmp_path).dtype is None
@@ -285,10 +285,10 @@ def test_a_config_without_a_dtype_leaves_it_to_the_tensors(
     assert LLM(tmp_path, max_length=32).dtype == torch.float32
 
 
-def test_what_generation_config_asks_for_and_nothing_applies_is_said_once(
+def test_settings_of_generation_config_that_are_not_applied_are_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     edit(
         tmp_path,
         "generation_config.json",
@@ -310,7 +310,7 @@ def test_what_generation_config_asks_for_and_nothing_applies_is_said_once(
 
 
 def test_a_model_without_a_tokenizer_is_described(tmp_path: Path) -> None:
-    write_family("tied", tmp_path)
+    write_layout("tied", tmp_path)
     rows = dict(describe_checkpoint(tmp_path))
     expected = "none: prompts must be token ids (mtpkern generate --token-ids)"
     assert rows["tokenizer"] == expected

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import write_medusa, write_mtp
+from llama_layouts import write_layout
 
 triton = pytest.importorskip("triton")
 
@@ -38,7 +38,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 class WithoutTheHost(Definitions):
-    """The definitions, of which the host reads nothing within a step."""
+    """The definitions, without reads by the host within a step."""
 
     host_may_read = False
 
@@ -113,7 +113,7 @@ def test_a_context_is_timed_with_a_page_table_of_its_own(
     assert grids(64, 4000) == short | long
 
 
-# Tokens of prompts: around each tier of the rows that a drafter takes in, which are all but two,
+# Tokens of prompts: around each tier of the rows that a drafter prefills, which are all but two,
 # and around each chunk.
 MIXED = sorted(
     {1, 2, 3, 257, 258, 400, 513, 514, 515, 700, 1000}
@@ -129,7 +129,7 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
     if write := HEADS[heads]:
         options["heads"] = write(tmp_path / "heads")
     else:  # included in the checkpoint
-        write_family(
+        write_layout(
             "mimo", directory := tmp_path / "mimo", modules=3, max_position_embeddings=2048
         )
     with pretend_gpu() as gpu:
@@ -189,7 +189,7 @@ def prefill_launches(
     import predict_steps
 
     def attend(q: Any, *_: Any) -> Any:
-        """One launch, whose output lies in memory as q does: [T, Hq, D]."""
+        """One launch, whose output has the strides of q: [T, Hq, D]."""
         attended["attention"] += 1
         return torch.empty_like(q)
 
@@ -229,9 +229,9 @@ def test_a_chunk_of_a_prompt_launches_at_most_twelve_per_layer(
 def test_modules_draft_without_the_host_what_they_draft_with_it(
     modules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU takes in as many pairs in each step as there may be, and no value of a tensor decides
-    how many: the same drafts, behind prompts of one token, of few and of several chunks."""
-    write_family("mimo", tmp_path, modules=modules)
+    """A GPU writes as many pairs in each step as there may be, and no value of a tensor decides
+    how many: the same drafts, after prompts of one token, of few and of several chunks."""
+    write_layout("mimo", tmp_path, modules=modules)
     prompts = [[9], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9] * 3, [(7 * i) % 131 for i in range(270)]]
     answers = []
     for ops in (DEFINITIONS, WithoutTheHost()):

@@ -1,4 +1,4 @@
-"""Weights in other bits than the checkpoint's: near the model that they stand for, same tokens."""
+"""Weights in other bits than the checkpoint's: near the original model, and the same tokens."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def write_rounded(source: Path, target: Path, format: str) -> Path:
 
 
 @pytest.mark.parametrize("format", ROUNDED_FORMATS)
-def test_rounded_weights_answer_as_what_they_stand_for(format: str, tmp_path: Path) -> None:
+def test_rounded_weights_answer_as_their_dequantised_values(format: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", **SIZES)
     llm = LLM(source, weights=format, num_speculative_tokens=3, max_batch=3, max_length=128)
     assert (llm.weights, llm.dtype) == (format, torch.float16)
@@ -45,7 +45,7 @@ def test_rounded_weights_answer_as_what_they_stand_for(format: str, tmp_path: Pa
     ):
         assert drafted.token_ids == plain.token_ids and drafted.logprobs == plain.logprobs
         (truth,) = exact.generate([prompt], PARAMS)
-        # Up to the first token that rounded activations, keys and values let fall otherwise.
+        # Up to the first token that rounded activations, keys and values change.
         pairs = list(zip(plain.token_ids, truth.token_ids, strict=True))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         assert same >= 1 and plain.logprobs is not None and truth.logprobs is not None

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_checkpoint
-from families import write_family
 from head_files import write_eagle3, write_hydra, write_layers, write_medusa, write_mtp
+from llama_layouts import write_layout
 
 from mtpkern import device, warmup
 from mtpkern.config import SamplingParams
@@ -23,7 +23,7 @@ from mtpkern.ops.definitions import DEFINITIONS
 from mtpkern.ops.gpu import TRITON
 
 PROMPTS = [[5, 9, 33, 7, 7, 12, 9, 33, 7], [11], [40 + i % 60 for i in range(70)]]
-# Against the references tokens are compared, so that the model must have no near-ties.
+# Tokens are compared with those of the definitions, so the model must have no near-ties.
 # As few tokens and layers as show what each test is about: ttsem takes a second for a layer's step.
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True)
 
@@ -44,13 +44,13 @@ def pinnable(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(directory: Path, device: str, **options: Any) -> LLM:
     settings: dict[str, Any] = {"max_length": 128, "max_batch": 2}
     if torch.version.cuda is None:
-        # ttsem knows neither graphs nor dependent launches.
+        # ttsem supports neither graphs nor dependent launches.
         settings |= {"graph": False, "ops": TRITON if device == "cuda" else DEFINITIONS}
     return LLM(directory, device=device, **settings | options)
 
 
 @pytest.mark.parametrize("heads", ["mtp", "medusa"])
-def test_the_kernels_generate_what_the_references_do_with_and_without_drafts(
+def test_the_kernels_generate_as_the_definitions_with_and_without_drafts(
     gpu: str, directory: Path, tmp_path: Path, heads: str
 ) -> None:
     """Three prompts over two slots: ragged, one admitted while another is under way. Heads draft
@@ -123,10 +123,10 @@ def test_published_heads_on_the_kernels(gpu: str, tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("family", ["mistral_window_7", "qwen3", "qwen2"])
-def test_every_trunk_is_on_the_kernels_what_it_is_on_the_references(
+def test_every_trunk_has_the_same_tokens_on_the_kernels_as_on_the_definitions(
     gpu: str, tmp_path: Path, family: str
 ) -> None:
-    write_family(family, tmp_path)
+    write_layout(family, tmp_path)
     options = {"num_speculative_tokens": 3, "dtype": "float32", "max_batch": 1}
     (expected,) = load(tmp_path, "cpu", **options).generate(PROMPTS[2], GREEDY)
     llm = load(tmp_path, gpu, **options)

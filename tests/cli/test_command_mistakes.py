@@ -1,4 +1,4 @@
-"""Every command against every fault of a user's making: one line on stderr, exit code 2.
+"""Every command with every mistake that a user can make: one line on stderr, exit code 2.
 
 Faults are real (devices, closed streams, directories in the place of files, names that are too
 long, files that may not be read, a file size limit in the place of a full disk), and commands are
