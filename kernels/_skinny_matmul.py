@@ -158,21 +158,33 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
         ROWS=rows, TAIL=tier - rows, CHUNK=min(32, rows // 2),
         BLOCK_N=block_n, BLOCK_K=depth // size,
         num_warps=4 if tier * size <= 128 else 8,
-        # Without a limit, ptxas spills a little at these tiles, and at no other.
-        maxnreg={(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n)),
+        maxnreg=_max_registers(tier, block_n, size),
         num_stages=stages,
         pdl=pdl,
     )  # fmt: skip
     return partial
 
 
-def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int]]:
+def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int | None]]:
     """Output columns per block for up to 16 rows of a matmul [N, K], and the options with which
     `multiply_rows` reads w."""
     size = w.element_size()
-    depth, stages = depth_tile(16, size)
-    read = {"SEGMENT": segment(N, K), "BLOCK_K": depth // size}
-    return column_tile(N, K, 16, size), read | {"num_warps": 4, "num_stages": stages}
+    block_n, (depth, stages) = column_tile(N, K, 16, size), depth_tile(16, size)
+    return block_n, {
+        "SEGMENT": segment(N, K),
+        "BLOCK_K": depth // size,
+        "num_warps": 4,
+        "num_stages": stages,
+        "maxnreg": _max_registers(16, block_n, size),
+    }
+
+
+def _max_registers(tier: int, block_n: int, element_size: int) -> int | None:
+    """Without a limit, even of all registers, ptxas spills a little to fit a further block: at some
+    tiles of 16-bit elements, and at most of float32."""
+    if element_size == 4:
+        return 255
+    return {(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n))
 
 
 @device

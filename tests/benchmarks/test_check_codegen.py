@@ -208,10 +208,12 @@ def test_matmuls_in_float32_spill_nothing_in_any_tier(
         if name == "partial_sums"
     }
     assert blocks == {(tier, width) for tier in TIERS[1:] for width in (32, 64)}
-    measured = {binary.hash: binary for _, binary, _, _ in launched}
-    for binary in measured.values():
-        facts = codegen.measure(binary)
-        assert (facts["stack"], facts["shared"] <= codegen.MAX_SHARED) == (0, True), binary.name
+    measured = {
+        binary.hash: codegen.measure(binary) | {"name": binary.metadata.name}
+        for _, binary, _, _ in launched
+    }
+    assert [facts for facts in measured.values() if facts["stack"]] == []
+    assert max(facts["shared"] for facts in measured.values()) <= codegen.MAX_SHARED
 
 
 @pytest.mark.parametrize(
