@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,8 +160,6 @@ def own_step(llm: LLM, batch: int, k: int, context: int, drafter: Drafter) -> Ca
     state = replace(state, cache=state.cache.columns(pages))
     if isinstance(drafter, MtpDrafter):
         drafter.cache.lengths.fill_(context)
-        drafter = copy(drafter)
-        drafter.cache = drafter.cache.columns(pages)
     step = lambda: decode_step(state, llm.trunk, drafter, llm.ops, logprobs=True)  # noqa: E731
     return GraphPool().capture(step) if torch.cuda.is_available() else step
 

@@ -217,20 +217,24 @@ def segment(N: int, K: int) -> int:
     return ceil_div(ceil_div(K, segments), 128) * 128
 
 
-def column_tile(N: int, K: int, tier: int) -> int:
+def column_tile(N: int, K: int, tier: int, element_size: int) -> int:
     """Output columns per block: many, since each block reads all of x, but few enough for every
-    multiprocessor to have a block."""
+    multiprocessor to have a block, and in float32 few enough for the registers."""
     if tier == 16:  # a block runs through all segments, and x is small beside the weights
         return 32 if N >= 32 * FILL else 16
     blocks = ceil_div(K, segment(N, K))
-    wide = (128, 64) if tier >= 128 else (64,)
+    wide = (128, 64) if tier >= 128 and element_size == 2 else (64,)
     return next((n for n in wide if ceil_div(N, n) * blocks >= 0.9 * FILL), 32)
 
 
-def depth_tile(tier: int) -> tuple[int, int]:
+def depth_tile(tier: int, element_size: int) -> tuple[int, int]:
     """Bytes of a row that a block loads per iteration, and Triton's num_stages, which is the number
-    of loads in flight plus one: at most 96 KB, so that two blocks fit on a multiprocessor."""
-    return {16: (256, 8), 32: (256, 5), 64: (256, 4), 128: (128, 4), 192: (128, 3)}[tier]
+    of loads in flight plus one: at most 96 KB, so that two blocks fit on a multiprocessor.
+
+    Float32 is multiplied without tensor cores, with all of a tile's inputs in registers.
+    """
+    deep = 256 if element_size == 2 else 128
+    return {16: (256, 8), 32: (256, 5), 64: (deep, 4), 128: (128, 4), 192: (128, 3)}[tier]
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:

@@ -144,10 +144,10 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     For more than 16 rows, in one pass over w per 192 rows. The launch that finishes the op adds the
     segments of K in ascending order (`add_segments`).
     """
-    (H, N, K), R = w.shape, x.shape[-2]
+    (H, N, K), R, size = w.shape, x.shape[-2], w.element_size()
     length, tier = segment(H * N, K), row_tier(R)
-    segments, block_n = ceil_div(K, length), column_tile(H * N, K, tier)
-    depth, stages = depth_tile(tier)
+    segments, block_n = ceil_div(K, length), column_tile(H * N, K, tier, size)
+    depth, stages = depth_tile(tier, size)
     rows = min(tier, 128)  # the remaining rows of a larger tier are the tail
     partial = torch.empty(segments, R, H * N, dtype=torch.float32, device=x.device)
     # Passes over the same tile of weights are adjacent blocks, so that they share it in the L2.
@@ -156,22 +156,35 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
         x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
         N=N, K=K, SEGMENT=length, SEGMENTS=segments,
         ROWS=rows, TAIL=tier - rows, CHUNK=min(32, rows // 2),
-        BLOCK_N=block_n, BLOCK_K=depth // w.element_size(),
-        num_warps=4 if tier <= 64 else 8,
-        # Without a limit, ptxas spills a little at these tiles, and at no other.
-        maxnreg={(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n)),
+        BLOCK_N=block_n, BLOCK_K=depth // size,
+        num_warps=4 if tier * size <= 128 else 8,
+        maxnreg=_max_registers(tier, block_n, size),
         num_stages=stages,
         pdl=pdl,
     )  # fmt: skip
     return partial
 
 
-def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int]]:
+def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int | None]]:
     """Output columns per block for up to 16 rows of a matmul [N, K], and the options with which
     `multiply_rows` reads w."""
-    depth, stages = depth_tile(16)
-    read = {"SEGMENT": segment(N, K), "BLOCK_K": depth // w.element_size()}
-    return column_tile(N, K, 16), read | {"num_warps": 4, "num_stages": stages}
+    size = w.element_size()
+    block_n, (depth, stages) = column_tile(N, K, 16, size), depth_tile(16, size)
+    return block_n, {
+        "SEGMENT": segment(N, K),
+        "BLOCK_K": depth // size,
+        "num_warps": 4,
+        "num_stages": stages,
+        "maxnreg": _max_registers(16, block_n, size),
+    }
+
+
+def _max_registers(tier: int, block_n: int, element_size: int) -> int | None:
+    """Without a limit, even of all registers, ptxas spills a little to fit a further block: at some
+    tiles of 16-bit elements, and at most of float32."""
+    if element_size == 4:
+        return 255
+    return {(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n))
 
 
 @device

@@ -281,6 +281,9 @@ def multi_head_projection(
         return out
     tiles = ceil_div(V, BLOCK_V)
     tier = next((tier for tier in _TIERS if R <= tier.rows), _TIERS[-1])
+    size = hidden.element_size()
+    # In float32 all inputs of a tile are in registers (`depth_tile`).
+    depth = tier.depth if size == 2 or tier.rows == 16 else 128
     best = torch.empty(R, tiles * top_k, dtype=torch.int64, device=hidden.device)
     sums = torch.empty(R, tiles, dtype=torch.float32, device=hidden.device)
     # The passes over one tile are neighbours, so that they find it in the L2.
@@ -293,7 +296,7 @@ def multi_head_projection(
         0 if out.logits is None else out.logits.stride(0),
         V=V, E=E, TOP_K=top_k, HAS_GIVEN=n > 0, HAS_LOGITS=logits_rows > 0,
         CHUNK=tier.chunk, CHUNKS=tier.chunks,
-        BLOCK_V=BLOCK_V, BLOCK_E=tier.depth // hidden.element_size(),
+        BLOCK_V=BLOCK_V, BLOCK_E=depth // size,
         num_warps=tier.num_warps,
         maxnreg=200,  # without a limit, ptxas spills a little to fit a further block
         num_stages=tier.stages,

@@ -134,6 +134,7 @@ def decode_step(
             target=target,
             tokens=progress.tokens,
             lengths=progress.lengths,
+            page_table=state.cache.page_table,
             accepted=accepted,
             advance=count,
             sampling=state.sampling,

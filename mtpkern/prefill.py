@@ -94,6 +94,7 @@ def first_drafts(
         target=state.window[:, :1].clone(),  # the drafter may keep it beyond the next step
         tokens=state.progress.tokens,
         lengths=state.progress.lengths,
+        page_table=state.cache.page_table,
         accepted=one - 1,
         advance=one,
         sampling=state.sampling,

@@ -285,9 +285,10 @@ class Runner:
 
     def _graph_pages(self, slots: Sequence[Request | None]) -> int:
         """The page bucket of the next step, from the most tokens that a sequence can have by then:
-        the host has not yet read the steps in flight."""
+        the host has not yet read the steps in flight. The drafter writes past them."""
         known = max(len(r.prompt) + len(r.token_ids) for r in slots if r is not None)
         tokens = known + (self.settings.steps_ahead + 1) * (self.k + 1)
+        tokens += self.drafter.lookahead
         pages = -(-tokens // self.page_size)
         *some, whole = self.page_buckets
         return next((most for most in some if pages <= most), whole)

@@ -48,7 +48,8 @@ def capture_graphs(runner: Runner, *, adaptive: bool) -> None:
         for pages in runner.page_buckets
     ]
     # A launch of more rows than the largest tier has is a sequence of launches of the tiers.
-    prompts = sorted({min(tier, runner.max_length - 3) for tier in TIERS} - {-1, 0})
+    # Even without rows for the drafter, a prompt of two tokens has one for the trunk.
+    prompts = sorted({min(tier, runner.max_length - 3) for tier in TIERS} - {-1})
     total = len(prompts) + len(shapes)
     with (
         runner.status.phase("compiling kernels and capturing graphs", total, "shapes") as phase,

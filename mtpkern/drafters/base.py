@@ -57,6 +57,9 @@ class DraftInput(NamedTuple):
     target: Tensor  # [B, T] int64, the tokens that the model chose after each row
     tokens: Tensor  # [B, max_length + ...] int64, tokens[b, : lengths[b] + 1] are defined
     lengths: Tensor  # [B] int64, after the commit: tokens[b, lengths[b]] is the bonus token
+    page_table: (
+        Tensor  # [B, max_pages] int32, of the model's cache: a head's keys are in the same pages
+    )
     accepted: Tensor  # [B] int64, how many drafts the model agreed with
     advance: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     sampling: SamplingRows

@@ -6,6 +6,7 @@ own drafts after them; the next call overwrites the latter.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -59,9 +60,10 @@ class CachedDrafter(ABC):
     def reset(self, sequence: int, length: int = 0) -> None:
         self.pairs.reset(sequence, length)
 
-    def cache_of(self, step: DraftInput) -> KVCache:
-        """The cache of the sequences in this step, which may be fewer than there are slots."""
-        return self.cache.rows(step.first, step.first + len(step.lengths))
+    def cache_at(self, step: DraftInput, lengths: Tensor) -> KVCache:
+        """The cache of this step's sequences, at other lengths [B]: its page table is the step's,
+        which may have fewer rows and columns than the drafter's own."""
+        return replace(self.cache, page_table=step.page_table, lengths=lengths)
 
     def append_rows(
         self, x: Tensor, layer: DecoderLayer, index: int, cache: KVCache, config: ModelConfig

@@ -58,7 +58,7 @@ class HydraDrafter(CachedDrafter):
         batch, rows = features.shape[:2]
         if self.prefix is not None:
             (layer, norm), eps = self.prefix, self.config.rms_norm_eps
-            cache = self.cache_of(step).at(begin)
+            cache = self.cache_at(step, begin)
             plan = self.ops.plan(cache, rows, self.config)
             x = features.reshape(batch * rows, -1)
             x = self.ops.layer(x, layer, eps, cache, 0, plan)

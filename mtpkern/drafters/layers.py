@@ -48,7 +48,7 @@ class LayersDrafter(CachedDrafter):
         features, _, begin, last = self.pairs.take(step)
         batch, rows = features.shape[:2]
         x, eps = features.reshape(batch * rows, -1), self.config.rms_norm_eps
-        cache = self.cache_of(step).at(begin)
+        cache = self.cache_at(step, begin)
         plan = self.ops.plan(cache, rows, self.config)
         outputs = []
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):

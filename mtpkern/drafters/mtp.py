@@ -64,14 +64,15 @@ class MtpDrafter(CachedDrafter):
         cache.lengths.add_(len(tokens))
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        w, cache = self.weights, self.cache_of(step)
+        w = self.weights
         features, tokens, begin, last = self.pairs.take(step)
         batch, rows = features.shape[:2]
         index = None
         if w.zero_first:
             index = (begin[:, None] + torch.arange(rows, device=begin.device)).view(-1)
         hidden = self.project(features.reshape(batch * rows, -1))
-        hidden = self.run_pairs(w, hidden, tokens.reshape(-1), cache.at(begin), 0, rows, index)
+        cache = self.cache_at(step, begin)
+        hidden = self.run_pairs(w, hidden, tokens.reshape(-1), cache, 0, rows, index)
         hidden = rows_at(hidden.view(batch, rows, -1), last)
         drafts: list[Tensor] = []
         probabilities: list[Tensor] = []

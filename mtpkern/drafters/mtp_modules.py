@@ -58,7 +58,7 @@ class ModulesDrafter(MtpDrafter):
     def guess(self, step: DraftInput, count: int) -> Drafts:
         features, tokens, begin, last = self.pairs.take(step)
         batch, rows = features.shape[:2]
-        cache = self.cache_of(step).at(begin)
+        cache = self.cache_at(step, begin)
         hidden = self.project(features.reshape(batch * rows, -1))
         drafts: list[Tensor] = []
         for d in range(count):

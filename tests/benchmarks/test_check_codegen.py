@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from mtpkern.kernels._launch import TIERS
 from mtpkern.kernels.linear import linear
+from mtpkern.kernels.multi_head_projection import multi_head_projection
 
 pytest.importorskip("triton")
 
@@ -183,6 +185,35 @@ def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callabl
         return [binary for _, binary, _, _ in launched]
 
     return compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_matmuls_in_float32_spill_nothing_in_any_tier(
+    codegen: Any, monkeypatch: pytest.MonkeyPatch, arch: int
+) -> None:
+    """Of a wide matrix and of one whose blocks are narrower, for lack of columns."""
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(arch))
+    with codegen.launches_compiled() as launched:
+        for rows in TIERS:
+            x = torch.empty(rows, 1024, device="meta")
+            for N in (16384, 1024):
+                linear(x, torch.empty(N, 1024, device="meta"))
+            multi_head_projection(x, torch.empty(1024, 1024, device="meta"))
+    blocks = {
+        (given["ROWS"] + given["TAIL"], given["BLOCK_N"])
+        for name, _, given, _ in launched
+        if name == "partial_sums"
+    }
+    assert blocks == {(tier, width) for tier in TIERS[1:] for width in (32, 64)}
+    measured = {
+        binary.hash: codegen.measure(binary) | {"name": binary.metadata.name}
+        for _, binary, _, _ in launched
+    }
+    assert [facts for facts in measured.values() if facts["stack"]] == []
+    assert max(facts["shared"] for facts in measured.values()) <= codegen.MAX_SHARED
 
 
 @pytest.mark.parametrize(

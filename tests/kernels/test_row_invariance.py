@@ -99,7 +99,7 @@ def test_a_row_keeps_its_bits_across_tiers(
     gpu: str, depth: int, fill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_launch, "FILL", fill)
-    N = 2 * _launch.column_tile(256, depth, 128)
+    N = 2 * _launch.column_tile(256, depth, 128, 2)
     assert (N == 256) == (fill == 2)
     assert_equal_across_tiers(run_linear, gpu, depth, N)
 
@@ -111,6 +111,14 @@ def test_what_follows_the_sums_keeps_a_row_s_bits_too(
     gpu: str, run: Callable[[Tensor, int], Tensor]
 ) -> None:
     assert_equal_across_tiers(run, gpu, 4096, 64)
+
+
+def run_linear_in_float32(x: Tensor, N: int) -> Tensor:
+    return linear(x.float(), weight(str(x.device), N, x.shape[1]).float())
+
+
+def test_float32_keeps_a_row_s_bits_with_tiles_of_its_own(gpu: str) -> None:
+    assert_equal_across_tiers(run_linear_in_float32, gpu, 2048, 128)
 
 
 def test_blocks_of_heads_keep_a_row_s_bits(gpu: str) -> None:

@@ -18,8 +18,10 @@ from pretend_gpu import pretend_gpu  # noqa: E402
 from mtpkern import device  # noqa: E402
 from mtpkern.config import SamplingParams  # noqa: E402
 from mtpkern.engine import LLM  # noqa: E402
+from mtpkern.graph import GraphPool  # noqa: E402
 from mtpkern.kernels._launch import TIERS  # noqa: E402
 from mtpkern.kernels.rms_norm import rms_norm  # noqa: E402
+from mtpkern.kernels.verify_attention import split_count  # noqa: E402
 from mtpkern.ops import prefill  # noqa: E402
 from mtpkern.ops.definitions import DEFINITIONS, Definitions  # noqa: E402
 from mtpkern.ops.gpu import TRITON  # noqa: E402
@@ -150,6 +152,24 @@ def test_nothing_is_compiled_after_load(directory: Path, tmp_path: Path, heads: 
         assert later == Counter(), later
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_after_load_where_sequences_are_short(
+    directory: Path, tmp_path: Path
+) -> None:
+    """Down to contexts that end within the first tier, and to those without room for a prompt."""
+    heads = write_mtp(tmp_path / "heads")
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    for max_length in range(2, 71):
+        sizes = sorted({n for n in MIXED if n < max_length} | {max_length - 1})
+        options = {"heads": heads, "max_batch": 2, "num_speculative_tokens": 2}
+        with pretend_gpu() as gpu:
+            llm = load(directory, max_length=max_length, **options)
+            loaded = set(gpu.binaries)
+            llm.generate([[7 + j for j in range(n)] for n in sizes], params)
+            later = {name for name, _ in set(gpu.binaries) - loaded}
+        assert not later, (max_length, later)
+
+
 def test_a_graph_reads_no_more_of_a_long_page_table_than_it_must(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +200,35 @@ def test_a_graph_reads_no_more_of_a_long_page_table_than_it_must(
         assert {pages for pages, _ in used} == set(buckets)
         late = sum(count for (pages, least), count in used.items() if pages > least)
         assert late < 0.1 * sum(used.values()), "not much earlier than they must"
+
+
+def test_a_graph_s_drafter_spans_the_columns_that_its_model_spans(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No attention of a graph has a larger grid than its page bucket needs."""
+    monkeypatch.setattr(device, "GPU", replace(device.GPU, graph_contexts=(128,)))
+    grids: list[set[tuple[int, ...]]] = []
+    capture = GraphPool.capture
+    with pretend_gpu() as gpu:
+
+        def recorded(pool: GraphPool, step: Any) -> Any:
+            gpu.grids.clear()
+            replay = capture(pool, step)
+            grids.append(gpu.grids["_verify_attention_kernel"])
+            return replay
+
+        monkeypatch.setattr(GraphPool, "capture", recorded)
+        heads = write_mtp(tmp_path / "heads")
+        llm = load(directory, heads=heads, num_speculative_tokens=3, max_length=900)
+    Hq, Hk = llm.config.num_heads, llm.config.num_kv_heads
+    buckets = set()
+    for (batch, k, pages), found in zip(llm.runner.graphs, grids, strict=True):
+        buckets.add(pages)
+        # The model's and the drafter's first pass have k + 1 rows, its others one.
+        windows = {k + 1, 1} if k else {1}
+        most = {split_count(batch, T, Hq, Hk, 64 * pages) for T in windows}
+        assert found == {(splits, Hk, batch) for splits in most}, (batch, k, pages)
+    assert buckets == {2, 16}
 
 
 def prefill_launches(
