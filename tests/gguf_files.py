@@ -43,7 +43,7 @@ NAMES = {
 OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Types that the gguf package only dequantises: bytes per block, offsets of its fp16 scales, and
-# their standard deviation, for values of about 0.06.
+# their mean size, for values of about 0.06.
 MADE_UP = {
     Kind.Q6_K: (210, (208,), 5e-5),
     Kind.Q4_K: (144, (0, 2), 3e-4),
@@ -184,11 +184,14 @@ def stored(values: np.ndarray, kind: Kind) -> np.ndarray:
         return values.astype(FLOATS[kind])
     if kind not in MADE_UP:
         return gguf.quantize(values, kind)
-    size, scales, deviation = MADE_UP[kind]
+    size, scales, mean = MADE_UP[kind]
     generator = np.random.default_rng(len(values))
     blocks = generator.integers(0, 256, (len(values), values.shape[1] // 256, size), np.uint8)
     for at in scales:
-        d = generator.normal(0, deviation, blocks.shape[:2]).astype(np.float16)
+        d = generator.choice([-1, 1], blocks.shape[:2]) * generator.uniform(
+            mean / 2, mean * 1.5, blocks.shape[:2]
+        )
+        d = d.astype(np.float16)
         blocks[:, :, at : at + 2] = d[..., None].view(np.uint8).reshape(*d.shape, 2)
     return blocks.reshape(len(values), -1)
 
