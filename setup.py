@@ -50,6 +50,7 @@ setup(
         "profile": ["nvtx>=0.2.10"],
         "plot": ["matplotlib>=3.8"],
         "completion": ["shtab>=1.6"],
+        "peers": ["xllamacpp>=2026.10"],
         "hub": ["huggingface_hub>=0.30"],
         "test": [
             "pytest>=8",

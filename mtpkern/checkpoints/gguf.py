@@ -48,6 +48,8 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "*.rope.scaling.yarn_ext_factor": (1.0,),
     "*.rope.scaling.yarn_log_multiplier": (0.0,),
 }
+# llama.cpp's defaults for SentencePiece's tokenizers.
+_SENTENCEPIECE_IDS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
 _REQUIRED = ("general.architecture", "tokenizer.ggml.model")
 # Metadata that is converted.
 _CONVERTED = re.compile(
@@ -88,6 +90,8 @@ def describe_gguf(source: Path, directory: Path) -> None:
     does.
     """
     entries, metadata = read_entries(source), read_metadata(source)
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        metadata = _SENTENCEPIECE_IDS | metadata
     try:
         _check_metadata(metadata)
         config = _hf_config(metadata, entries)

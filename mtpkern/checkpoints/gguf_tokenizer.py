@@ -143,6 +143,12 @@ def _write_byte_level(
         left, right = line.split(" ")
         merges.append((left, right))
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    for merge in merges:
+        for token in (*merge, "".join(merge)):
+            if token not in vocabulary:
+                raise ModelLoadError(
+                    f"tokenizer.ggml.merges has {printable(token)}, which is not a token"
+                )
     bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre_tokenizer.whole_words)
     tokenizer = Tokenizer(bpe)
     steps: list[Any] = []

@@ -1,7 +1,7 @@
 """Matrices with the bits of their file, or rounded at load: their values, bit for bit."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,128 +9,24 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CONFIG, tiny_checkpoint, tiny_tensors
+from conftest import tiny_checkpoint
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import NAMES, TOKENS
+from gguf_files import WIDE_CONFIG, write_model
 from safetensors.torch import save_file
 
 from mtpkern.checkpoints.directory import load_tensors
-from mtpkern.checkpoints.gguf import convert_gguf, describe_gguf
+from mtpkern.checkpoints.gguf import convert_gguf
 from mtpkern.checkpoints.llama import check_checkpoint, fingerprint, load_config
 from mtpkern.checkpoints.model_weights import ModelWeights, load_model
 from mtpkern.errors import ModelLoadError, UserError
 from mtpkern.kernels.cpu.quants import Quants, dequantise, is_held, joined, quantise, widened
 
-E, F, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
-CONFIG = TINY_CONFIG | {
-    "vocab_size": len(TOKENS),
-    "hidden_size": E,
-    "intermediate_size": F,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-}
-FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
-# Types that the gguf package only dequantises: bytes per block, and offsets of its fp16 values.
-MADE_UP = {Kind.Q6_K: (210, (208,)), Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2))}
+E, HEADS, LAYERS = (
+    WIDE_CONFIG[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+)
 OWN = {Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0"}
 OWN |= {Kind.Q6_K: "q6_k", Kind.Q4_K: "q4_k"}
 OWN |= {Kind.F16: "fp16", Kind.BF16: "bf16", Kind.F32: "fp32"}
-
-
-def model_tensors(arch: str, tied: bool) -> dict[str, torch.Tensor]:
-    """Float32 tensors under Hugging Face's names, with those added by the architecture."""
-    tensors = tiny_tensors(CONFIG | {"tie_word_embeddings": tied})
-    generator = torch.Generator().manual_seed(1)
-    for i in range(LAYERS):
-        at = f"model.layers.{i}.self_attn."
-        if arch == "qwen2":
-            for name in "qkv":
-                rows = len(tensors[f"{at}{name}_proj.weight"])
-                tensors[f"{at}{name}_proj.bias"] = torch.randn(rows, generator=generator)
-        if arch == "qwen3":
-            for name in "qk":
-                tensors[f"{at}{name}_norm.weight"] = 1 + torch.randn(E // HEADS) / 10
-    return tensors
-
-
-def stored(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """A matrix as stored in a file; random blocks for types that the package cannot quantise."""
-    if kind in FLOATS:
-        return values.astype(FLOATS[kind])
-    if kind not in MADE_UP:
-        return gguf.quantize(values, kind)
-    size, halves = MADE_UP[kind]
-    generator = np.random.default_rng(len(values))
-    blocks = generator.integers(0, 256, (len(values), values.shape[1] // 256, size), np.uint8)
-    for at in halves:
-        d = generator.normal(0, 1e-3, blocks.shape[:2]).astype(np.float16)
-        blocks[:, :, at : at + 2] = d[..., None].view(np.uint8).reshape(*d.shape, 2)
-    return blocks.reshape(len(values), -1)
-
-
-def write_model(
-    directory: Path,
-    kind: Kind | Callable[[str], Kind],
-    *,
-    arch: str = "llama",
-    tied: bool = True,
-    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-    damage: Callable[[str, np.ndarray], None] = lambda name, data: None,
-) -> dict[str, torch.Tensor]:
-    """Write model.gguf with its config.json and tokenizer -> what its tensors represent.
-
-    `kind` is the type of each matrix, by its name. `damage` may change a matrix's bytes.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(directory / "model.gguf", arch)
-    writer.add_context_length(256)
-    writer.add_embedding_length(E)
-    writer.add_feed_forward_length(F)
-    writer.add_block_count(LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(E // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["t h", "th e"])
-    writer.add_eos_token_id(2)
-    names = NAMES | {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    found = {}
-    for name, tensor in model_tensors(arch, tied).items():
-        stem, _, what = name.rpartition(".")
-        if stem in outer:
-            theirs = f"{outer[stem]}.{what}"
-        else:
-            _, _, layer, inner = stem.split(".", 3)
-            theirs = f"blk.{layer}.{names[inner]}.{what}"
-        values, own = tensor.numpy(), kind if isinstance(kind, Kind) else kind(name)
-        if tensor.ndim == 2:
-            data = stored(values, own)
-            values = data if own in FLOATS else gguf.dequantize(data, own)
-        else:
-            data = values
-        if tensor.ndim == 2:
-            damage(name, data)
-        found[name] = torch.from_numpy(values.astype(np.float32))
-        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(stem.rpartition(".")[2])
-        if heads and arch == "llama":
-            # Row i of the first half of a head, then row i of its second half.
-            rows = np.arange(len(data)).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
-            data = data[rows]
-        quantised = tensor.ndim == 2 and own not in FLOATS
-        writer.add_tensor(theirs, data, raw_dtype=own if quantised else None)
-    change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    describe_gguf(directory / "model.gguf", directory)
-    return found
 
 
 def load(directory: Path, weights: str | None = "auto") -> ModelWeights:
