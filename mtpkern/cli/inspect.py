@@ -169,7 +169,7 @@ def _tokenizer(directory: Path, config: "ModelConfig") -> str:
     from mtpkern.tokenizer import Tokenizer
 
     if not has_tokenizer(directory):
-        return "none: prompts must be token ids"
+        return "none: prompts must be token ids (generate --token-ids)"
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.check_against(config)
     template = "with a" if tokenizer.has_chat_template else "without a"

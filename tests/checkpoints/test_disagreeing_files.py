@@ -312,6 +312,6 @@ def test_settings_of_generation_config_that_are_not_applied_are_reported_once(
 def test_a_model_without_a_tokenizer_is_described(tmp_path: Path) -> None:
     write_layout("tied", tmp_path)
     rows = dict(describe_checkpoint(tmp_path))
-    expected = "none: prompts must be token ids (mtpkern generate --token-ids)"
+    expected = "none: prompts must be token ids (generate --token-ids)"
     assert rows["tokenizer"] == expected
     assert rows["will run"].startswith("yes") and rows["dtype"].startswith("F32 on disk")
