@@ -95,6 +95,7 @@ def test_sentencepieces_model_is_written_back(options: dict[str, bool], tmp_path
         ({"pre": "tekken"}, "tokenizer.ggml.pre=tekken is not supported; supported: smollm, gpt-2"),
         ({"add_space_prefix": True}, "add_space_prefix=True is not supported"),
         ({"token_type": [1]}, "token_type has 1 of"),
+        ({"merges": ["t \u2603"]}, "tokenizer.ggml.merges has \u2603, which is not a token"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(
