@@ -18,7 +18,7 @@ from mtpkern.drafters.draft_length import GraphDraftLength
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.errors import UserError
-from mtpkern.ops import base as ops
+from mtpkern.ops import gpu as gpu_ops
 from mtpkern.ops.definitions import DEFINITIONS
 from mtpkern.ops.gpu import TRITON
 
@@ -85,7 +85,7 @@ def test_parallel_heads_may_read_the_vocabulary_a_second_time(
     heads = write_medusa(tmp_path / "heads")
     options = {"heads": heads, "ngram": False, "num_speculative_tokens": 3}
     expected = load(directory, "cpu", **options).generate(PROMPTS[:2], GREEDY)
-    monkeypatch.setattr(ops, "ONE_READ_ROWS", 0)
+    monkeypatch.setattr(gpu_ops, "ONE_READ_ROWS", 0)
     for mine, theirs in zip(
         load(directory, gpu, **options).generate(PROMPTS[:2], GREEDY), expected, strict=True
     ):
