@@ -153,8 +153,8 @@ class GraphDraftLength(FixedDraftLength):
 # How much time drafting may lose, in durations of a plain step: at first (START), from the start
 # of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
 # much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED, MOST_CREDIT = 3.0, 1.0, 0.5, 16.0
-LOSS = 0.004
+START, RENEWED, DOUBTED, MOST_CREDIT = 4.0, 1.5, 0.75, 16.0
+LOSS = 0.005
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
 # How many observations a prior counts for, and the least weight of a new draft and a new gain.
