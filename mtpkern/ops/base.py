@@ -37,6 +37,11 @@ class Withheld(NamedTuple):
     tokens: Tensor  # [B, V] bool
     until: Tensor  # [B] int64, the index of the first token that may be any
 
+    def mask(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """logits [B, T, V] of the tokens at positions [B, T], minus infinity where withheld."""
+        early = positions < self.until[:, None]
+        return logits.masked_fill(early[:, :, None] & self.tokens[:, None], float("-inf"))
+
 
 class PackedWeight(NamedTuple):
     """A weight as the kernels and their definitions read it."""

@@ -41,8 +41,7 @@ class Logits(NamedTuple):
     ) -> Tensor:
         own, positions = self.logits[:, 0].view(*shape, -1), positions_of(lengths, shape[1])
         if withheld is not None:
-            early = positions < withheld.until[:, None]
-            own = own.masked_fill(early[:, :, None] & withheld.tokens[:, None], float("-inf"))
+            own = withheld.mask(own, positions)
         return gumbel_sample(own, positions, sampling)
 
     def largest(self, shape: tuple[int, int]) -> Tensor:
