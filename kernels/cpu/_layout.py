@@ -1,8 +1,10 @@
 """The memory layout of a program: int64 words that Python writes and compiled code reads.
 
-A program is a list of phases, each an operation on all rows of a step, cut into chunks. Threads
-take chunks from a counter, and a phase ends when its chunks are done, no matter by which threads: a
-thread that is late, or suspended between two chunks, delays no other.
+A program is a list of phases, each an operation on all rows of a step, cut into chunks. Every
+thread has a share of them, consecutive chunks, so that it reads one stream of weights; it takes them
+from its share's counter, and then what is left of the other shares. A phase ends when its chunks
+are done, no matter by which threads: a thread that is late, or suspended between two chunks, delays
+no other.
 """
 
 # Operations.
@@ -12,7 +14,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
 (
     PHASES,  # number of phases
     PHASE_TABLE,  # address of [phases, PHASE_WORDS]
-    TICKETS,  # address of [phases, COUNTER_WORDS]: epoch in the high half, next chunk in the low
+    TICKETS,  # address of [phases, THREADS, COUNTER_WORDS]: epoch, and next chunk of the share
     DONE,  # address of [phases, COUNTER_WORDS]: chunks done
     SCRATCH,  # address of a thread's own memory, [threads, SCRATCH_BYTES]
     SCRATCH_BYTES,
@@ -22,8 +24,9 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     PAGE_TABLE,  # address of [B, TABLE_STRIDE] int32
     TABLE_STRIDE,
     IDS,  # address of [R] int64: tokens of the window
+    THREADS,  # number of shares
     HEAD_WORDS,
-) = range(13)
+) = range(14)
 
 # Words of a phase.
 (

@@ -1,7 +1,8 @@
 """The compiled program: every thread of a step runs `run_program`, phase by phase.
 
-See `_layout` for the memory. A ticket holds the step's epoch beside the next chunk, so a thread
-that returns late from an earlier step finds another epoch and leaves without touching anything.
+See `_layout` for the memory. A ticket holds the step's epoch in its high half and the next chunk of
+a share in the low one, so a thread that returns late from an earlier step finds another epoch and
+leaves without touching anything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from ._intrinsics import compiled
 from ._layout import (
     ATTEND,
     BATCH,
+    BLOCK_BYTES,
+    BLOCKS,
     CHUNKS,
     CLOSED,
     COUNTER_WORDS,
@@ -36,20 +39,24 @@ from ._layout import (
     READ,
     SCRATCH,
     SCRATCH_BYTES,
+    THREADS,
     TICKETS,
     TILE,
+    WEIGHT,
     WINDOW_ROWS,
     X_STRIDE,
     X,
 )
 from ._matmul import activation_bytes, gate_up_chunk, linear_chunk, prepare
-from ._memory import atomic_add, atomic_load, compare_swap, load_f8, store_f32, word
+from ._memory import atomic_add, atomic_load, compare_swap, load_f8, prefetch, store_f32, word
 from ._processor import IEEE_MODE, float_mode, pause, set_float_mode, ticks, yield_core
 from ._vectors import bits_float, reduce_add, splat
 from ._vocabulary import embed_row, project_chunk
 
 # Some microseconds, longer than a chunk.
 SPINS = 200
+# Bytes of the next weights that are fetched while a phase ends.
+FETCHED = 5 * 1024
 
 
 @compiled
@@ -65,7 +72,7 @@ def chunks_of(head, phase):
 
 @compiled
 def grab(ticket, epoch, chunks):
-    """The next chunk; -1 if all are handed out, -2 if the step is over."""
+    """The next chunk of a share; -1 if all are handed out, -2 if the step is over."""
     while True:
         seen = atomic_load(ticket)
         if seen >> 32 != epoch:
@@ -121,35 +128,64 @@ def run_chunk(head, phase, rows, chunk, scratch, work):
 
 
 @compiled
+def begin_of(share, shares, chunks):
+    """The first chunk of a share; the last share ends with the last chunk."""
+    return chunks * share // shares
+
+
+@compiled
+def prefetch_weights(head, i, share, shares):
+    """Fetch the first bytes of this thread's share of the next weights, from phase i on."""
+    phases = word(head, PHASES)
+    if i < phases and word(word(head, PHASE_TABLE) + 8 * PHASE_WORDS * i, OP) == ATTEND:
+        i += 1
+    if i >= phases:
+        return
+    phase = word(head, PHASE_TABLE) + 8 * PHASE_WORDS * i
+    if word(phase, TILE) == 0:
+        return
+    first = begin_of(share, shares, word(phase, CHUNKS)) * word(phase, BLOCKS)
+    begin = word(phase, WEIGHT) + first * word(phase, BLOCK_BYTES)
+    for at in range(begin, begin + FETCHED, 64):
+        prefetch(at)
+
+
+@compiled
 def run_phases(head, epoch, thread):
     """Work until the step is over -> how many ticks this thread waited for others."""
     rows = word(head, BATCH) * word(head, WINDOW_ROWS)
+    shares = word(head, THREADS)
     scratch = word(head, SCRATCH) + word(head, SCRATCH_BYTES) * thread
     waited = 0
     for i in range(word(head, PHASES)):
         phase = word(head, PHASE_TABLE) + 8 * PHASE_WORDS * i
-        ticket = word(head, TICKETS) + 8 * COUNTER_WORDS * i
+        tickets = word(head, TICKETS) + 8 * COUNTER_WORDS * shares * i
         done = word(head, DONE) + 8 * COUNTER_WORDS * i
         chunks = chunks_of(head, phase)
         work = scratch
         prepared = False
-        while True:
-            chunk = grab(ticket, epoch, chunks)
-            if chunk == -2:
-                return waited
-            if chunk == -1:
-                break
-            if not prepared and word(phase, TILE) != 0:
-                prepare(phase, rows, scratch)
-                work = scratch + activation_bytes(phase, rows)
-            prepared = True
-            run_chunk(head, phase, rows, chunk, scratch, work)
-            atomic_add(done, 1)
+        for turn in range(shares):
+            share = (thread + turn) % shares
+            begin = begin_of(share, shares, chunks)
+            count = begin_of(share + 1, shares, chunks) - begin
+            while True:
+                chunk = grab(tickets + 8 * COUNTER_WORDS * share, epoch, count)
+                if chunk == -2:
+                    return waited
+                if chunk == -1:
+                    break
+                if not prepared and word(phase, TILE) != 0:
+                    prepare(phase, rows, scratch)
+                    work = scratch + activation_bytes(phase, rows)
+                prepared = True
+                run_chunk(head, phase, rows, begin + chunk, scratch, work)
+                atomic_add(done, 1)
+        prefetch_weights(head, i + 1, thread, shares)
         if atomic_load(done) < chunks:
-            begin = ticks()
+            start = ticks()
             spins = 0
             while atomic_load(done) < chunks:
-                if atomic_load(ticket) >> 32 != epoch:
+                if atomic_load(tickets) >> 32 != epoch:
                     return waited
                 spins += 1
                 # The thread that has the chunk may be waiting for this core.
@@ -157,7 +193,7 @@ def run_phases(head, epoch, thread):
                     pause()
                 else:
                     yield_core()
-            waited += ticks() - begin
+            waited += ticks() - start
     return waited
 
 

@@ -194,10 +194,10 @@ class Program:
             self._epoch = (self._epoch + 1) % 2**31
             epoch = self._epoch
             self._done[:] = 0
-            self._tickets[:, 0] = epoch << 32
+            self._tickets[..., 0] = epoch << 32
             self.helpers.call(lambda thread: self._run(self._at, epoch, thread))
             waited = self._run(self._at, epoch, 0)
-            self._tickets[:, 0] = epoch << 32 | L.CLOSED
+            self._tickets[..., 0] = epoch << 32 | L.CLOSED
             self.helpers.learn(waited)
             return waited
 
@@ -225,14 +225,16 @@ class Program:
                 fields |= shared
             for field, value in fields.items():
                 row[field] = value
-        counters = (len(self._phases), L.COUNTER_WORDS)
-        self._tickets, self._done = (on_cache_line(counters, np.int64) for _ in range(2))
+        phases, threads = len(self._phases), self.helpers.threads
+        self._tickets = on_cache_line((phases, threads, L.COUNTER_WORDS), np.int64)
+        self._done = on_cache_line((phases, L.COUNTER_WORDS), np.int64)
         size = -(-self._scratch // 4096) * 4096
         scratch = on_cache_line((self.helpers.threads, size))
         head = self._head
         head[L.PHASES], head[L.PHASE_TABLE] = len(self._phases), self._table.ctypes.data
         head[L.TICKETS], head[L.DONE] = self._tickets.ctypes.data, self._done.ctypes.data
         head[L.SCRATCH], head[L.SCRATCH_BYTES] = scratch.ctypes.data, size
+        head[L.THREADS] = threads
         head[L.LENGTHS], head[L.IDS] = self.lengths.ctypes.data, self.ids.ctypes.data
         self._kept.append(scratch)
         self._run, self._at = self.kernels.entry("run_program"), head.ctypes.data

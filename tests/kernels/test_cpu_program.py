@@ -167,10 +167,10 @@ def test_a_helper_of_an_earlier_step_takes_no_chunk_of_a_later_one():
     model = Model()
     model.run(sequence(4)[None], [0])
     p = model.program
-    p._done[:], p._tickets[:, 0] = 0, 9 << 32  # step 9 has just begun
+    p._done[:], p._tickets[..., 0] = 0, 9 << 32  # step 9 has just begun
     model.hidden[:] = -1.0
     p._run(p._at, 8, 0)
-    assert (p._tickets[:, 0] == 9 << 32).all() and (p._done == 0).all()
+    assert (p._tickets[..., 0] == 9 << 32).all() and (p._done == 0).all()
     assert (model.hidden == -1.0).all()
     p._run(p._at, 9, 0)
     assert (model.hidden != -1.0).all(1)[:4].all()
