@@ -1,31 +1,84 @@
 """Exact integer dot products of a group: weights of 4, 6 or 8 bits and activations of 8 bits.
 
+A group is eight vectors of 32 weights: vector i has inputs 4 i to 4 i + 3 of each of 8 outputs.
 Every form gives the same integers; `_tile` proves that none overflows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ._ir import I8, I16, I32, Writer, constant
 
+SIGNED = ("q8_0", "q8")
+# How many vectors' products fit into 16-bit sums, in the avx2 form.
+RUNS = {"q4_0": 8, "q4_1": 8, "q4_k": 8, "q6_k": 2, "q8_0": 1, "q8": 1}
+ONES = constant("i16", 1, 16)
 
-def _sum_of_group(o: Writer, group_sum: Callable[[int], str]) -> str:
-    return o.op(f"add {I32} {group_sum(0)}, {group_sum(1)}")
 
+class GroupDot:
+    """The dot products of one row with a group of 8 outputs, built one vector at a time.
 
-def _accumulate(o: Writer, form: str, pairs: list[tuple[str, str]], signed: bool) -> str:
-    """Sum of four products per lane over (weights, activations), by 32-bit dot instructions."""
-    total = "zeroinitializer"
-    for w, x in pairs:
-        if form == "vnni":
-            arguments = ((I32, total), (I32, _as_i32(o, w)), (I32, _as_i32(o, x)))
-            total = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
-        elif form == "neon":
-            total = _neon_dot(o, total, w, x)
+    Formats whose halves have a scale each (q6_k) have one total per half.
+    """
+
+    def __init__(self, o: Writer, form: str, weights: str):
+        self.o, self.form, self.weights = o, form, weights
+        halves = 2 if weights == "q6_k" else 1
+        self.totals = ["zeroinitializer"] * halves
+        # 16-bit sums that are not in a total yet, and how many vectors they hold.
+        self._pairs, self._held = [""] * halves, [0] * halves
+
+    def add(self, i: int, w: str, x: str) -> None:
+        """Add the products of vector i: bytes w and the row's x, both [8 outputs][4]."""
+        o, half = self.o, i // 4 if len(self.totals) == 2 else 0
+        if self.form == "avx2":
+            self._add_pairs(half, w, x)
+        elif self.form == "vnni":
+            if self.weights in SIGNED:
+                w = o.op(f"xor {I8} {w}, {constant('i8', -128, 32)}")
+            arguments = ((I32, self.totals[half]), (I32, _as_i32(o, w)), (I32, _as_i32(o, x)))
+            self.totals[half] = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
+        elif self.form == "neon":
+            self.totals[half] = _neon_dot(o, self.totals[half], w, x)
         else:
-            total = o.op(f"add {I32} {total}, {_portable_dot(o, w, x, signed)}")
-    return total
+            dot = _portable_dot(o, w, x, self.weights in SIGNED)
+            self.totals[half] = o.op(f"add {I32} {self.totals[half]}, {dot}")
+
+    def _add_pairs(self, half: int, w: str, x: str) -> None:
+        """pmaddubsw: products of unsigned w and signed x, added in pairs to 16 bits."""
+        o = self.o
+        if self.weights in SIGNED:
+            x = o.call(I8, "llvm.x86.avx2.psign.b", (I8, x), (I8, w))
+            w = o.call(I8, "llvm.abs.v32i8", (I8, w), ("i1", "false"))
+        pairs = o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, w), (I8, x))
+        if self._held[half]:
+            pairs = o.op(f"add {I16} {self._pairs[half]}, {pairs}")
+        self._pairs[half] = pairs
+        self._held[half] += 1
+        if self._held[half] == RUNS[self.weights]:
+            wide = o.call(I32, "llvm.x86.avx2.pmadd.wd", (I16, pairs), (I16, ONES))
+            self.totals[half] = o.op(f"add {I32} {self.totals[half]}, {wide}")
+            self._held[half] = 0
+
+    def total(self, scales: list[str], group_sum: Callable[[int], str]) -> str:
+        """The integers, 8 outputs; `group_sum(half)` is the row's sum of x over half a group."""
+        o = self.o
+        if self.weights == "q6_k":
+            halves = []
+            for half, total in enumerate(self.totals):
+                offset = o.op(f"shl {I32} {group_sum(half)}, {constant('i32', 5, 8)}")
+                total = o.op(f"sub {I32} {total}, {offset}")
+                halves.append(o.op(f"mul {I32} {total}, {scales[1 + half]}"))
+            return o.op(f"add {I32} {halves[0]}, {halves[1]}")
+        shift = 3 if self.weights == "q4_0" else 0
+        if self.form == "vnni" and self.weights in SIGNED:
+            shift = 7
+        if not shift:
+            return self.totals[0]
+        whole = o.op(f"add {I32} {group_sum(0)}, {group_sum(1)}")
+        offset = o.op(f"shl {I32} {whole}, {constant('i32', shift, 8)}")
+        return o.op(f"sub {I32} {self.totals[0]}, {offset}")
 
 
 def _as_i32(o: Writer, vector: str) -> str:
@@ -57,102 +110,3 @@ def _portable_dot(o: Writer, w: str, x: str, signed: bool) -> str:
         parts.append(o.op(f"shufflevector {vector}, <8 x i32> <{lanes}>"))
     first, second = (o.op(f"add {I32} {parts[j]}, {parts[j + 1]}") for j in (0, 2))
     return o.op(f"add {I32} {first}, {second}")
-
-
-def _pairs(o: Writer, w: str, x: str) -> str:
-    """pmaddubsw: products of unsigned w and signed x, added in pairs to 16 bits."""
-    return o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, w), (I8, x))
-
-
-def _widen(o: Writer, pairs: str, factors: str) -> str:
-    """pmaddwd: 16-bit pairs times factors, added in pairs to 32 bits."""
-    return o.call(I32, "llvm.x86.avx2.pmadd.wd", (I16, pairs), (I16, factors))
-
-
-ONES = constant("i16", 1, 16)
-
-
-def _dot_q4(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    group_sum: Callable[[int], str],
-) -> str:
-    if form == "avx2":
-        total = ""
-        for w, x in zip(vectors, quads, strict=True):
-            pairs = _pairs(o, w, x)
-            total = o.op(f"add {I16} {total}, {pairs}") if total else pairs
-        return _widen(o, total, ONES)
-    return _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=False)
-
-
-def _dot_q4_0(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    group_sum: Callable[[int], str],
-) -> str:
-    total = _dot_q4(o, form, vectors, quads, scales, group_sum)
-    offset = o.op(f"shl {I32} {_sum_of_group(o, group_sum)}, {constant('i32', 3, 8)}")
-    return o.op(f"sub {I32} {total}, {offset}")
-
-
-def _dot_q8(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    group_sum: Callable[[int], str],
-) -> str:
-    if form == "avx2":
-        total = "zeroinitializer"
-        for w, x in zip(vectors, quads, strict=True):
-            size = o.call(I8, "llvm.abs.v32i8", (I8, w), ("i1", "false"))
-            turned = o.call(I8, "llvm.x86.avx2.psign.b", (I8, x), (I8, w))
-            total = o.op(f"add {I32} {total}, {_widen(o, _pairs(o, size, turned), ONES)}")
-        return total
-    total = _accumulate(o, form, list(zip(vectors, quads, strict=True)), signed=True)
-    if form != "vnni":
-        return total
-    offset = o.op(f"shl {I32} {_sum_of_group(o, group_sum)}, {constant('i32', 7, 8)}")
-    return o.op(f"sub {I32} {total}, {offset}")
-
-
-def _dot_q6(
-    o: Writer,
-    form: str,
-    vectors: list[str],
-    quads: Iterator[str],
-    scales: list[str],
-    group_sum: Callable[[int], str],
-) -> str:
-    pairs, halves = list(zip(vectors, quads, strict=True)), []
-    for half in (0, 1):
-        four = pairs[4 * half : 4 * half + 4]
-        if form == "avx2":
-            two = [
-                o.op(f"add {I16} {_pairs(o, *a)}, {_pairs(o, *b)}") for a, b in (four[:2], four[2:])
-            ]
-            total = o.op(f"add {I32} {_widen(o, two[0], ONES)}, {_widen(o, two[1], ONES)}")
-        else:
-            total = _accumulate(o, form, four, signed=False)
-        offset = o.op(f"shl {I32} {group_sum(half)}, {constant('i32', 5, 8)}")
-        total = o.op(f"sub {I32} {total}, {offset}")
-        halves.append(o.op(f"mul {I32} {total}, {scales[1 + half]}"))
-    return o.op(f"add {I32} {halves[0]}, {halves[1]}")
-
-
-DOTS = {
-    "q4_0": _dot_q4_0,
-    "q4_1": _dot_q4,
-    "q8_0": _dot_q8,
-    "q8": _dot_q8,
-    "q6_k": _dot_q6,
-    "q4_k": _dot_q4,
-}

@@ -1,10 +1,10 @@
 """The memory layout of a program: int64 words that Python writes and compiled code reads.
 
 A program is a list of phases, each an operation on all rows of a step, cut into chunks. Every
-thread has a share of them, consecutive chunks, so that it reads one stream of weights; it takes them
-from its share's counter, and then what is left of the other shares. A phase ends when its chunks
-are done, no matter by which threads: a thread that is late, or suspended between two chunks, delays
-no other.
+thread has a share of them, consecutive chunks, so that it reads one stream of weights; it takes
+them from its share's counter, and then what is left of the other shares. A phase ends when its
+chunks are done, no matter by which threads: a thread that is late, or suspended between two chunks,
+delays no other.
 """
 
 # Operations.

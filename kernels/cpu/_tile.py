@@ -1,9 +1,10 @@
-"""The matmul tile in LLVM vector IR: 8 outputs in the lanes, 1 to 8 rows, any number of outputs.
+"""The matmul tile in LLVM vector IR: 8 outputs in the lanes, any number of rows and outputs.
 
     out[r, n] = sum_g  d[n, g] dx[r, g] sum_j q[n, g, j] xq[r, g, j]  (+ m[n, g] sx[r, g])   rounded
     out[r, n] = sum_k  w[n, k] x[r, k]                                                       others
 
-Bytes moved: a weight block is read once for up to 8 rows, and from the cache per further 8 rows.
+Bytes moved: a weight block is read once for up to 8 rows (5 for weights of 16 and 32 bits), and
+from the cache for further rows.
 
 Weights of 4, 6 and 8 bits are multiplied by activations of 8 bits, in groups of 32 inputs. The
 integer sum of a group is exact in every form below; the float sum of an output runs over its groups
@@ -23,6 +24,8 @@ Ranges, for xq in -127..127:
   vpdpbusd adds four products to 32 bits without saturation; signed weights are offset by 128, and
            128 * sum xq is taken off again: at most 32 * 255 * 127 = 1,036,320 < 2^24.
 
+A vector of 32 weights is multiplied by all rows before the next one is read.
+
 Layout of a block of 8 outputs, padded to 64 bytes; G groups of 32 inputs:
   q4_0, q4_1, q4_k   [G][4][8 outputs][4] bytes: byte j of i holds input 4 i + j in the low 4 bits
                and input 16 + 4 i + j in the high ones
@@ -38,13 +41,17 @@ then the scales: q4_0, q8_0 [G][8] fp16; q4_1 [G][2][8] fp16 (d, m); q8 [8] floa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
-from ._dot_products import DOTS
+from ._dot_products import GroupDot
 from ._formats import FLOATS, GROUP_BYTES, QUANTISED, STATS_BYTES
 from ._ir import F32, I8, I32, Writer, constant
 
-ROWS = 8
+# Rows of one pass over a block: what 16 vector registers hold.
+ROWS, FLOAT_ROWS = 8, 5
+# From this many rows on, a block's float sums are in memory: its registers hold integer sums.
+MEMORY_ROWS = 3
 # How far ahead weights are prefetched: groups, or bytes for formats without groups.
 PREFETCH_GROUPS = 32
 PREFETCH_BYTES = 4096
@@ -68,12 +75,13 @@ def tile_ir(weights: str, form: str) -> str:
     elements from row to row.
     """
     writer = Writer()
-    for rows in range(1, ROWS + 1):
+    most = FLOAT_ROWS if weights in FLOATS else ROWS
+    for rows in range(1, most + 1):
         if weights in FLOATS:
             _float_tile(writer, weights, rows)
         else:
             _quantised_tile(writer, weights, form, rows)
-    _passes(writer, weights)
+    _passes(writer, weights, most)
     return writer.text()
 
 
@@ -83,8 +91,8 @@ SIGNATURE = (
 )
 
 
-def _passes(o: Writer, weights: str) -> None:
-    """Rows of 8, then the rest, over the same blocks."""
+def _passes(o: Writer, weights: str, most: int) -> None:
+    """`most` rows at a time, then the rest, over the same blocks."""
     x_bytes = 32 if weights in QUANTISED else 128
     o.line(f"define void @tile_{weights}({SIGNATURE}, i64 %rows) {{\nentry:")
     o.line(f"  %xrow = mul i64 %groups, {x_bytes}\n  %frow = mul i64 %groups, {STATS_BYTES}")
@@ -94,12 +102,12 @@ def _passes(o: Writer, weights: str) -> None:
     o.line("  %xp = getelementptr i8, ptr %x, i64 %xo")
     o.line("  %fp = getelementptr i8, ptr %stats, i64 %fo")
     o.line("  %op = getelementptr i8, ptr %out, i64 %oo")
-    cases = " ".join(f"i64 {rows}, label %rows{rows}" for rows in range(1, ROWS))
-    o.line(f"  switch i64 %left, label %rows{ROWS} [{cases}]")
-    for rows in range(1, ROWS + 1):
+    cases = " ".join(f"i64 {rows}, label %rows{rows}" for rows in range(1, most))
+    o.line(f"  switch i64 %left, label %rows{most} [{cases}]")
+    for rows in range(1, most + 1):
         o.line(f"rows{rows}:\n  call void @rows{rows}_{weights}(ptr %w, ptr %xp, ptr %fp, ptr %op,")
         o.line("    i64 %blocks, i64 %groups, i64 %stride)\n  br label %done")
-    o.line(f"done:\n  %next = add i64 %r, {ROWS}\n  %more = icmp slt i64 %next, %rows")
+    o.line(f"done:\n  %next = add i64 %r, {most}\n  %more = icmp slt i64 %next, %rows")
     o.line("  br i1 %more, label %pass, label %end\nend:\n  ret void\n}")
 
 
@@ -134,38 +142,47 @@ def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     quants = {"q8_0": 256, "q8": 256, "q6_k": 192}.get(weights, 128)
     o.line("  %xrow = mul i64 %groups, 32")
     o.line(f"  %frow = mul i64 %groups, {STATS_BYTES}\n  %body = mul i64 %groups, {quants}")
+    if rows >= MEMORY_ROWS:
+        o.line("\n".join(f"  %place{r} = alloca {F32}, align 32" for r in range(rows)))
     o.line("  br label %block\nblock:\n  %b = phi i64 [0, %entry], [%b1, %end]")
+    if rows >= MEMORY_ROWS:
+        for r in range(rows):
+            o.line(f"  store {F32} zeroinitializer, ptr %place{r}, align 32")
     o.line(f"  %offset = mul i64 %b, {size}\n  %wb = getelementptr i8, ptr %w, i64 %offset")
     o.line("  %sb = getelementptr i8, ptr %wb, i64 %body\n  br label %group\ngroup:")
     o.line("  %g = phi i64 [0, %block], [%g1, %group]")
-    for r in range(rows):
-        o.line(f"  %acc{r} = phi {F32} [zeroinitializer, %block], [%sum{r}, %group]")
+    in_memory = rows >= MEMORY_ROWS
+    if not in_memory:
+        for r in range(rows):
+            o.line(f"  %acc{r} = phi {F32} [zeroinitializer, %block], [%sum{r}, %group]")
     group = o.at("%wb", o.op(f"mul i64 %g, {quants}"))
     # Evenly along the block, scales included.
     step = GROUP_BYTES[weights]
     ahead = o.at("%wb", o.op(f"mul i64 %g, {step}"))
     for line in range(0, step, 64):
         o.prefetch(o.at(ahead, PREFETCH_GROUPS * step + line))
+    inputs, offset = o.op("mul i64 %g, 32"), o.op(f"mul i64 %g, {STATS_BYTES}")
+    xs = [o.at(o.at("%x", o.op(f"mul i64 %xrow, {r}")), inputs) for r in range(rows)]
+    stats = [o.at(o.at("%stats", o.op(f"mul i64 %frow, {r}")), offset) for r in range(rows)]
+    dots = [GroupDot(o, form, weights) for _ in range(rows)]
     read = {"q8_0": _read_q8, "q8": _read_q8, "q6_k": _read_q6}.get(weights, _read_q4)
-    vectors = read(o, group, form)
+    for i, vector in read(o, group):
+        for x, dot in zip(xs, dots, strict=True):
+            four = o.splat("i32", o.load("i32", o.at(x, 4 * i), 4), 8)
+            dot.add(i, vector, o.op(f"bitcast {I32} {four} to {I8}"))
     scales = _scales(o, weights)
     for r in range(rows):
-        xr = o.at(o.at("%x", o.op(f"mul i64 %xrow, {r}")), o.op("mul i64 %g, 32"))
-        offset = o.op(f"mul i64 %g, {STATS_BYTES}")
-        stats = o.at(o.at("%stats", o.op(f"mul i64 %frow, {r}")), offset)
-        quads = (
-            o.op(f"bitcast {I32} {o.splat('i32', o.load('i32', o.at(xr, 4 * i), 4), 8)} to {I8}")
-            for i in range(8)
-        )
-        dx = o.splat("float", o.load("float", stats, 4), 8)
-        total = DOTS[weights](o, form, vectors, quads, scales, partial(_group_sum, o, stats))
+        dx = o.splat("float", o.load("float", stats[r], 4), 8)
+        total = dots[r].total(scales, partial(_group_sum, o, stats[r]))
         product = o.op(f"sitofp {I32} {total} to {F32}")
-        acc = f"%acc{r}"
+        acc = o.load(F32, f"%place{r}", 32) if in_memory else f"%acc{r}"
         if weights in ("q4_1", "q4_k"):
-            sx = o.splat("float", o.load("float", o.at(stats, 4), 4), 8)
+            sx = o.splat("float", o.load("float", o.at(stats[r], 4), 4), 8)
             acc = o.fma(scales[1], sx, acc)
         scale = dx if weights == "q8" else o.op(f"fmul {F32} {scales[0]}, {dx}")
         o.line(f"  %sum{r} = bitcast {F32} {o.fma(product, scale, acc)} to {F32}")
+        if in_memory:
+            o.line(f"  store {F32} %sum{r}, ptr %place{r}, align 32")
     o.line("  %g1 = add i64 %g, 1\n  %again = icmp ult i64 %g1, %groups")
     o.line("  br i1 %again, label %group, label %end\nend:")
     sums = [f"%sum{r}" for r in range(rows)]
@@ -206,31 +223,31 @@ def _scales(o: Writer, weights: str) -> list[str]:
     return [halves(pointer)] + ([halves(o.at(pointer, 16))] if weights == "q4_1" else [])
 
 
-def _read_q4(o: Writer, group: str, form: str) -> list[str]:
-    packed = [o.load(I8, o.at(group, 32 * i), 32) for i in range(4)]
-    low = [o.op(f"and {I8} {v}, {constant('i8', 15, 32)}") for v in packed]
-    return low + [o.op(f"lshr {I8} {v}, {constant('i8', 4, 32)}") for v in packed]
+def _read_q4(o: Writer, group: str) -> Iterator[tuple[int, str]]:
+    """A group's vectors and their numbers, in the order in which they are stored."""
+    for i in range(4):
+        packed = o.load(I8, o.at(group, 32 * i), 32)
+        yield i, o.op(f"and {I8} {packed}, {constant('i8', 15, 32)}")
+        yield 4 + i, o.op(f"lshr {I8} {packed}, {constant('i8', 4, 32)}")
 
 
-def _read_q6(o: Writer, group: str, form: str) -> list[str]:
+def _read_q6(o: Writer, group: str) -> Iterator[tuple[int, str]]:
     # %eighth: 8 groups share a d.
     o.line("  %eighth = lshr i64 %g, 3")
-    quads = _read_q4(o, group, form)
-    for half in (0, 1):
-        high = o.load(I8, o.at(group, 128 + 32 * half), 32)
-        for i in range(4):
-            bits = o.op(f"lshr {I8} {high}, {constant('i8', 2 * i, 32)}") if i else high
-            bits = o.op(f"and {I8} {bits}, {constant('i8', 3, 32)}")
-            bits = o.op(f"shl {I8} {bits}, {constant('i8', 4, 32)}")
-            quads[4 * half + i] = o.op(f"or {I8} {quads[4 * half + i]}, {bits}")
-    return quads
+    high = [o.load(I8, o.at(group, 128 + 32 * half), 32) for half in (0, 1)]
+    for i, low in _read_q4(o, group):
+        half, quarter = i // 4, i % 4
+        bits = high[half]
+        if quarter:
+            bits = o.op(f"lshr {I8} {bits}, {constant('i8', 2 * quarter, 32)}")
+        bits = o.op(f"and {I8} {bits}, {constant('i8', 3, 32)}")
+        bits = o.op(f"shl {I8} {bits}, {constant('i8', 4, 32)}")
+        yield i, o.op(f"or {I8} {low}, {bits}")
 
 
-def _read_q8(o: Writer, group: str, form: str) -> list[str]:
-    loaded = [o.load(I8, o.at(group, 32 * i), 32) for i in range(8)]
-    if form == "vnni":
-        return [o.op(f"xor {I8} {v}, {constant('i8', -128, 32)}") for v in loaded]
-    return loaded
+def _read_q8(o: Writer, group: str) -> Iterator[tuple[int, str]]:
+    for i in range(8):
+        yield i, o.load(I8, o.at(group, 32 * i), 32)
 
 
 def _float_tile(o: Writer, weights: str, rows: int) -> None:
