@@ -169,7 +169,9 @@ def steps(
     helpers: Helpers,
     contexts: list[int] | None,
 ) -> dict[str, TimedCall]:
-    weights = [w for layer in trunk.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    weights = [
+        w for layer in trunk.layers for w in (*layer.qkv, layer.o, layer.gate_up, layer.down)
+    ]
     size = sum(w.data.nbytes for w in (*weights, trunk.vocabulary))
     cases = {}
     for context in contexts or [200]:

@@ -39,7 +39,7 @@ def random_trunk() -> tuple[Trunk, dict[str, int]]:
     made = [
         PackedLayer(
             norm,
-            weights((s["heads"] + 2 * s["kv_heads"]) * s["D"], s["E"], "q4_1"),
+            [weights((s["heads"] + 2 * s["kv_heads"]) * s["D"], s["E"], "q4_1")],
             weights(s["E"], s["heads"] * s["D"], "q4_1"),
             norm,
             weights(2 * s["F"], s["E"], "q4_1", interleaved(s["F"])),
@@ -87,7 +87,7 @@ def read_gguf(file: Path) -> tuple[Trunk, dict[str, int]]:
         made.append(
             PackedLayer(
                 norm(at + "attn_norm"),
-                pack(qkv),
+                [pack(qkv)],
                 pack(quants(at + "attn_output")),
                 norm(at + "ffn_norm"),
                 pack(gate_up, order=interleaved(gate_up.shape[0] // 2)),

@@ -47,7 +47,7 @@ def decoder_layers(format: str) -> list[PackedLayer]:
         ends = norm(w["in"]), norm(w["post"])
         made.append(
             PackedLayer(
-                ends[0], packed["qkv"], packed["o"], ends[1], packed["gate_up"], packed["down"]
+                ends[0], [packed["qkv"]], packed["o"], ends[1], packed["gate_up"], packed["down"]
             )
         )
     return made

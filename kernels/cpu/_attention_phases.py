@@ -12,6 +12,7 @@ from ._layout import (
     COS,
     COUNTER_WORDS,
     EPS,
+    FIRST_HEAD,
     HEAD_COUNT,
     HEAD_DIM,
     HEADS,
@@ -66,24 +67,25 @@ def qkv_chunk(head, phase, rows, chunk, scratch):
     """One head of Q, K or V: projected, normalised, rotated; K and V go to the cache."""
     heads, kv_heads, D = word(phase, HEADS), word(phase, KV_HEADS), word(phase, HEAD_DIM)
     stride, T = word(phase, OUT_STRIDE), word(head, WINDOW_ROWS)
-    out = word(phase, OUT) + 4 * D * chunk
+    index = word(phase, FIRST_HEAD) + chunk
+    out = word(phase, OUT) + 4 * D * index
     multiply(phase, rows, scratch, chunk * (D // 8), D // 8, out, stride)
     page_size, kind = word(phase, PAGE_SIZE), word(phase, KV_KIND)
     item = 4 if kind == 0 else 2
-    norm_w = word(phase, Q_NORM) if chunk < heads else word(phase, K_NORM)
+    norm_w = word(phase, Q_NORM) if index < heads else word(phase, K_NORM)
     for r in range(rows):
         b, t = r // T, r % T
         position = word(word(head, LENGTHS), b) + t
         x = out + 4 * stride * r
-        if chunk < heads + kv_heads:
+        if index < heads + kv_heads:
             if norm_w != 0:
                 norm_row(x, norm_w, bits_float(word(phase, EPS)), D, word(phase, HEAD_COUNT), x)
             table = 4 * D * position
             rotate(x, word(phase, COS) + table, word(phase, SIN) + table, D)
-        if chunk >= heads:
-            pages = word(phase, K_PAGES) if chunk < heads + kv_heads else word(phase, V_PAGES)
+        if index >= heads:
+            pages = word(phase, K_PAGES) if index < heads + kv_heads else word(phase, V_PAGES)
             slot = slot_of(head, b, position, page_size)
-            kv_head = (chunk - heads) % kv_heads
+            kv_head = (index - heads) % kv_heads
             store_row(x, kind, pages + (slot * kv_heads + kv_head) * D * item, D)
 
 

@@ -50,6 +50,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     QUANTISED,  # 1: activations are quantised to 8 bits
     BIAS,  # address of [8 ALL_BLOCKS] float32, or 0
     OUTPUTS,  # N
+    FIRST_HEAD,  # of Q, K and V together, that the weight of a QKV phase computes
     HEADS,  # query heads
     KV_HEADS,
     HEAD_DIM,  # padded
@@ -71,7 +72,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     WRITE_LOGITS,  # 1: OUT holds logits; 0: they stay in scratch
     WEIGHT_FORMAT,  # index into FORMATS, for EMBED
     PHASE_WORDS,
-) = range(41)
+) = range(42)
 
 FP32, FP16, BF16 = range(3)
 

@@ -22,7 +22,7 @@ class PackedLayer(NamedTuple):
     """One decoder layer: Llama, Mistral, Qwen2 (biases in qkv), Qwen3 (q and k norms)."""
 
     input_norm: Norm
-    qkv: Weights  # [(Hq + 2 Hk) D, E], q above k above v
+    qkv: Sequence[Weights]  # [(Hq + 2 Hk) D, E], q above k above v, cut where the format changes
     o: Weights  # [E, Hq D]
     post_attention_norm: Norm
     gate_up: Weights  # [2 F, E] in the order of `weights.interleaved`
@@ -58,7 +58,8 @@ def add_layers(
     [max_rows, any] replaces x as the input of the first layer's attention (EAGLE-3).
     """
     E, first = layers[0].o.out_features, layers[0]
-    qkv, attended = program.buffer(first.qkv.out_features), program.buffer(first.o.in_features)
+    qkv = program.buffer(sum(w.out_features for w in first.qkv))
+    attended = program.buffer(first.o.in_features)
     gated = program.buffer(first.down.in_features)
     taps = taps or {}
     for index, layer in enumerate(layers):

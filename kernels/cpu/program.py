@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,17 +117,32 @@ class Program:
         self._chunked(L.GATE_UP, w, 2, fields)
 
     def qkv_rope_cache(
-        self, x: Array, w: Weights, qkv: Array, pages: LayerCache, *, norm: Norm | None = None
+        self,
+        x: Array,
+        parts: Sequence[Weights],
+        qkv: Array,
+        pages: LayerCache,
+        *,
+        norm: Norm | None = None,
     ) -> None:
-        """qkv = x w^T + bias, q and k rotated; k and v written at lengths[b] + t of the pages."""
-        fields = self._matmul(x, w, norm) | self._rows(L.OUT, qkv) | self._paged(pages)
+        """qkv = x w^T + bias, q and k rotated; k and v written at lengths[b] + t of the pages.
+
+        `parts` are w [(Hq + 2 Hk) D, E], cut between heads where its format changes.
+        """
+        shared = self._rows(L.OUT, qkv) | self._paged(pages)
         for field, weight in ((L.Q_NORM, pages.q_norm), (L.K_NORM, pages.k_norm)):
             if weight is not None:
-                fields[field] = self._address(weight)
-        D, chunks = fields[L.HEAD_DIM], fields[L.HEADS] + 2 * fields[L.KV_HEADS]
-        if w.out_features != chunks * D:
-            raise ValueError(f"w must have {chunks} heads of {D}, got {w.out_features} outputs")
-        self._add(L.QKV, chunks, fields | {L.BLOCKS: D // LANES})
+                shared[field] = self._address(weight)
+        D, heads = shared[L.HEAD_DIM], shared[L.HEADS] + 2 * shared[L.KV_HEADS]
+        outputs = [w.out_features for w in parts]
+        if sum(outputs) != heads * D or any(count % D for count in outputs):
+            raise ValueError(f"w must have {heads} heads of {D}, got {outputs} outputs")
+        first = 0
+        for w in parts:
+            fields = shared | self._matmul(x, w, norm)
+            fields |= {L.BLOCKS: D // LANES, L.FIRST_HEAD: first}
+            self._add(L.QKV, w.out_features // D, fields)
+            first += w.out_features // D
 
     def attend(
         self, q: Array, out: Array, pages: LayerCache, *, scale: float | None = None

@@ -45,7 +45,7 @@ class LayerWeights:
     """One decoder layer. Biases and head norms are None in a model without them."""
 
     input_norm: Tensor | None  # [E]; None if the input of attention is already normed
-    qkv: Tensor | Quants  # [(Hq+2Hk)*D, E]
+    qkv: Tensor | Quants | list[Quants]  # [(Hq+2Hk)*D, E]; a list is cut where the format changes
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [D], applied to each head before RoPE
     k_norm: Tensor | None  # [D]

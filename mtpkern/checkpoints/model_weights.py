@@ -88,16 +88,16 @@ def load_model(
     quantised = format is not None or (weights == "auto" and is_gguf(entries))
     tensor_dtype = torch.float32 if quantised else dtype
     reader: _TensorReader | _RandomTensors
-    read_quants: Callable[[list[str], str | None], Quants]
+    quants: QuantReader | _RandomQuants
     if dummy:
-        reader = random = _RandomTensors(config, tensor_dtype, torch.device(device))
-        read_quants = random.quants
+        reader = _RandomTensors(config, tensor_dtype, torch.device(device))
+        quants = _RandomQuants(reader)
     else:
         reader = _TensorReader(entries, tensor_dtype, torch.device(device))
-        read_quants = QuantReader(entries, reader.maps).read
+        quants = QuantReader(entries, reader.maps)
 
     def read_matrix(names: list[str], format: str | None) -> Tensor | Quants:
-        return read_quants(names, format) if quantised else reader.read(names)
+        return quants.read(names, format) if quantised else reader.read(names)
 
     for remark in config.remarks:
         _LOG.warning(remark)
@@ -106,7 +106,9 @@ def load_model(
         fields: dict[str, Any] = {}
         for field, parts in layer_parts(config).items():
             names = [f"model.layers.{i}.{name}" for name, _ in parts]
-            if field in _MATRICES:
+            if field == "qkv" and quantised:
+                fields[field] = quants.read_parts(names, format)
+            elif field in _MATRICES:
                 fields[field] = read_matrix(names, format)
             else:
                 fields[field] = reader.read(names) if names else None
@@ -183,7 +185,16 @@ class _RandomTensors:
             return weight.fill_(1.0 if "norm" in names[0] else 0.0)
         return weight.normal_(std=weight.shape[1] ** -0.5)
 
-    def quants(self, names: list[str], format: str | None) -> Quants:
-        """Random matrices for these names, rounded to `format`."""
+
+class _RandomQuants:
+    """Stands in for `QuantReader`: random matrices, rounded."""
+
+    def __init__(self, tensors: _RandomTensors):
+        self.tensors = tensors
+
+    def read(self, names: list[str], format: str | None) -> Quants:
         assert format is not None, "random weights have no file whose format could be kept"
-        return quantise(self.read(names), format)
+        return quantise(self.tensors.read(names), format)
+
+    def read_parts(self, names: list[str], format: str | None) -> list[Quants]:
+        return [self.read(names, format)]

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -69,13 +71,21 @@ class QuantReader:
         shared = self._shared_format(parts) if format is None else format
         return joined(*(self._read_part(part, shared) for part in parts))
 
+    def read_parts(self, names: Sequence[str], format: str | None = None) -> list[Quants]:
+        """As `read`, but cut where the format changes, so that every part keeps its bits."""
+        if format is not None:
+            return [self.read(names, format)]
+        formats = [self._own_format(self.entries[name]) for name in names]
+        runs = groupby(zip(formats, names, strict=True), key=itemgetter(0))
+        return [self.read([name for _, name in run], kept) for kept, run in runs]
+
+    def _own_format(self, part: TensorEntry) -> str:
+        if part.dtype not in _EXACT_FORMATS:
+            self._log_once(f"{part.dtype} has no kernel: its tensors are rounded to {_FALLBACK}")
+        return _EXACT_FORMATS.get(part.dtype, _FALLBACK)
+
     def _shared_format(self, parts: Sequence[TensorEntry]) -> str:
-        for part in parts:
-            if part.dtype not in _EXACT_FORMATS:
-                self._log_once(
-                    f"{part.dtype} has no kernel: its tensors are rounded to {_FALLBACK}"
-                )
-        formats = sorted({_EXACT_FORMATS.get(part.dtype, _FALLBACK) for part in parts})
+        formats = sorted({self._own_format(part) for part in parts})
         for format in formats:
             if all(is_held(other, format) for other in formats):
                 return format

@@ -73,11 +73,15 @@ class CpuOps(Ops):
     def pack(self, w: Tensor | Quants, bias: Tensor | None = None) -> Weights:
         return pack(quants_of(w), bias)
 
-    def pack_qkv(self, w: Tensor | Quants, bias: Tensor | None, head_dim: int) -> Weights:
-        quants = quants_of(w)
-        if padded_dim(head_dim) == head_dim:
-            return pack(quants, bias)
-        return pack(quants, bias, padded_heads(len(quants.q) // head_dim, head_dim))
+    def pack_qkv(
+        self, w: Tensor | Quants | list[Quants], bias: Tensor | None, head_dim: int
+    ) -> tuple[Weights, ...]:
+        parts = w if isinstance(w, list) else [quants_of(w)]
+        counts = [len(part.q) for part in parts]
+        biases = [None] * len(parts) if bias is None else bias.split(counts)
+        padded = padded_dim(head_dim) != head_dim
+        orders = [padded_heads(count // head_dim, head_dim) if padded else None for count in counts]
+        return tuple(pack(*part) for part in zip(parts, biases, orders, strict=True))
 
     def pack_o(self, w: Tensor | Quants, bias: Tensor | None, head_dim: int) -> Weights:
         quants = quants_of(w)
@@ -167,7 +171,7 @@ class CpuOps(Ops):
         x: Tensor,
         norm_w: Tensor | None,
         eps: float,
-        w: Weights,
+        w: tuple[Weights, ...],
         k_pages: Tensor,
         v_pages: Tensor,
         plan: CpuPlan,
@@ -178,13 +182,14 @@ class CpuOps(Ops):
         heads, D = plan.config.num_heads, k_pages.shape[3]
 
         def build() -> Unit:
-            program = new_program(w.data.nbytes, MAX_ROWS)
-            source, qkv = new_rows(program, w.in_features), new_rows(program, w.out_features)
+            program = new_program(sum(part.data.nbytes for part in w), MAX_ROWS)
+            source = new_rows(program, w[0].in_features)
+            qkv = new_rows(program, sum(part.out_features for part in w))
             pages = layer_cache(k_pages, v_pages, plan, head_norm(q_norm), head_norm(k_norm))
             program.qkv_rope_cache(source, w, qkv, pages, norm=norm_of(norm_w, eps))
             return Unit(program, (source,), (qkv,), norm_w)
 
-        unit = self._units.get(("qkv", id(w.data), k_pages.data_ptr()), build)
+        unit = self._units.get(("qkv", id(w[0].data), k_pages.data_ptr()), build)
         runs = unit.run_windows(x, None, plan.cache.lengths, plan.cache.page_table, plan.rows)
         made = [unit.results(count)[0][:, : heads * D].clone() for count in runs]
         return joined(made).view(-1, plan.rows, heads, D)

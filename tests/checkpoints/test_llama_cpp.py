@@ -4,8 +4,9 @@ xllamacpp runs llama.cpp's server in this process. The models are random and sma
 """
 
 import json
+import re
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -130,7 +131,7 @@ def compare(
 
 def write_file(
     file: Path,
-    kind: Kind = Kind.F32,
+    kind: Kind | Callable[[str], Kind] = Kind.F32,
     arch: str = "llama",
     *,
     metadata: Mapping[str, Any] = WORDS_METADATA,
@@ -187,6 +188,16 @@ TYPES = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q6_K, Kind.Q
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_types(arch: str, kind: Kind, tmp_path: Path) -> None:
     compare(write_file(tmp_path / "m.gguf", kind, arch), kind)
+
+
+def q4_k_m(name: str) -> Kind:
+    return Kind.Q6_K if re.search("v_proj|down_proj|embed", name) else Kind.Q4_K
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_mixed_types(arch: str, tmp_path: Path) -> None:
+    """As in the files called Q4_K_M."""
+    compare(write_file(tmp_path / "m.gguf", q4_k_m, arch), Kind.Q4_K)
 
 
 YARN = {"scaling.type": "yarn", "scaling.factor": 4.0}

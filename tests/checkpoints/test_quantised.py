@@ -1,7 +1,7 @@
 """Matrices with the bits of their file, or rounded at load: their values, bit for bit."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,16 @@ def load(directory: Path, weights: str | None = "auto") -> ModelWeights:
 
 
 def matrices(w: ModelWeights) -> dict[str, Any]:
-    """Every matrix of the weights, by name."""
+    """Every matrix of the weights, by name; q, k and v as one."""
     found = {f"{i}.{f}": getattr(w.layers[i], f) for i in range(LAYERS) for f in FUSED}
+    for name, matrix in found.items():
+        if isinstance(matrix, list):
+            (found[name],) = matrix
     return found | {"embedding": w.embedding, "lm_head": w.lm_head}
+
+
+def values(parts: Sequence[Quants]) -> torch.Tensor:
+    return torch.cat([torch.from_numpy(dequantise(part)) for part in parts])
 
 
 FUSED = {
@@ -102,45 +109,74 @@ def test_mistral_is_llama_with_heads_of_another_size(tmp_path: Path) -> None:
     assert_same(found, in_file.transpose(1, 2).reshape(-1, E), "q")
 
 
-MIXED: list[tuple[dict[str, Kind], str, str]] = [
-    ({"q": Kind.Q4_0, "k": Kind.Q4_1, "v": Kind.Q4_0}, "q4_1", ""),
-    ({"q": Kind.Q4_0, "k": Kind.Q4_0, "v": Kind.Q8_0}, "q8_0", ""),
-    ({"q": Kind.Q8_0, "k": Kind.Q6_K, "v": Kind.F32}, "fp32", ""),
-    (
-        {"q": Kind.Q4_0, "k": Kind.Q4_0, "v": Kind.Q6_K},
-        "q8_0",
-        "Q4_0 and Q6_K that form one matrix",
-    ),
-    ({"q": Kind.F16, "k": Kind.F16, "v": Kind.Q5_0}, "q8_0", "Q5_0 has no kernel"),
-    ({"q": Kind.Q5_K, "k": Kind.Q5_K, "v": Kind.Q6_K}, "q8_0", "Q5_K has no kernel"),
-    ({"q": Kind.Q5_1, "k": Kind.Q5_1, "v": Kind.Q5_1}, "q8_0", "Q5_1 has no kernel"),
+CUT: list[tuple[list[Kind], list[str], str]] = [
+    ([Kind.Q4_0, Kind.Q4_1, Kind.Q4_0], ["q4_0", "q4_1", "q4_0"], ""),
+    ([Kind.Q4_0, Kind.Q4_0, Kind.Q6_K], ["q4_0", "q6_k"], ""),
+    ([Kind.Q8_0, Kind.Q6_K, Kind.F32], ["q8_0", "q6_k", "fp32"], ""),
+    ([Kind.F16, Kind.Q8_0, Kind.Q5_0], ["fp16", "q8_0"], "Q5_0 has no kernel"),
+    ([Kind.Q5_K, Kind.Q5_K, Kind.Q6_K], ["q8_0", "q6_k"], "Q5_K has no kernel"),
+]
+
+
+@pytest.mark.parametrize(("kinds", "formats", "says"), CUT)
+def test_q_k_and_v_keep_a_format_each(
+    kinds: list[Kind],
+    formats: list[str],
+    says: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = [f"{name}_proj" for name in "qkv"]
+    own = dict(zip(names, kinds, strict=True))
+    true = write_model(tmp_path, lambda name: own.get(name.split(".")[-2], Kind.Q8_0))
+    with caplog.at_level(logging.WARNING):
+        w = load(tmp_path)
+    for i, layer in enumerate(w.layers):
+        assert [part.format for part in layer.qkv] == formats
+        parts = [true[f"model.layers.{i}.self_attn.{name}.weight"] for name in names]
+        wanted = [
+            part if kind in OWN else torch.from_numpy(dequantise(quantise(part, "q8_0")))
+            for part, kind in zip(parts, kinds, strict=True)
+        ]
+        assert_same(values(layer.qkv), torch.cat(wanted), "qkv")
+    # Logged once for two layers.
+    assert sum(says in line for line in caplog.messages) == (1 if says else len(caplog.messages))
+    assert bool(says) == bool(caplog.messages)
+
+
+MIXED: list[tuple[list[Kind], str, str]] = [
+    ([Kind.Q4_0, Kind.Q4_1], "q4_1", ""),
+    ([Kind.Q4_0, Kind.Q8_0], "q8_0", ""),
+    ([Kind.Q6_K, Kind.F32], "fp32", ""),
+    ([Kind.Q4_0, Kind.Q6_K], "q8_0", "Q4_0 and Q6_K that form one matrix"),
+    ([Kind.F16, Kind.Q5_0], "q8_0", "Q5_0 has no kernel"),
+    ([Kind.Q5_1, Kind.Q5_1], "q8_0", "Q5_1 has no kernel"),
 ]
 
 
 @pytest.mark.parametrize(("kinds", "format", "says"), MIXED)
-def test_parts_of_one_matrix_share_a_format(
-    kinds: dict[str, Kind],
+def test_gates_and_ups_share_a_format(
+    kinds: list[Kind],
     format: str,
     says: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def kind(name: str) -> Kind:
-        part = name.split(".")[-2]
-        return kinds[part[0]] if part in ("q_proj", "k_proj", "v_proj") else Kind.Q8_0
-
-    true = write_model(tmp_path, kind)
+    names = ["gate_proj", "up_proj"]
+    own = dict(zip(names, kinds, strict=True))
+    true = write_model(tmp_path, lambda name: own.get(name.split(".")[-2], Kind.Q8_0))
     with caplog.at_level(logging.WARNING):
         w = load(tmp_path)
     for i, layer in enumerate(w.layers):
-        assert (layer.qkv.format, layer.o.format) == (format, "q8_0")
-        parts = [true[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv"]
-        exact = [is_held(OWN.get(kinds[name], ""), format) for name in "qkv"]
+        assert (layer.gate_up.format, layer.o.format) == (format, "q8_0")
+        parts = [true[f"model.layers.{i}.mlp.{name}.weight"] for name in names]
         wanted = [
-            part if held else torch.from_numpy(dequantise(quantise(part, format)))
-            for part, held in zip(parts, exact, strict=True)
+            part
+            if is_held(OWN.get(kind, ""), format)
+            else torch.from_numpy(dequantise(quantise(part, format)))
+            for part, kind in zip(parts, kinds, strict=True)
         ]
-        assert_same(dequantise(layer.qkv), torch.cat(wanted), "qkv")
+        assert_same(dequantise(layer.gate_up), torch.cat(wanted), "gate_up")
     # Logged once for two layers.
     assert sum(says in line for line in caplog.messages) == (1 if says else len(caplog.messages))
     assert bool(says) == bool(caplog.messages)

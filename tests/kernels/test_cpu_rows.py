@@ -86,9 +86,10 @@ def paged_for(dtype: torch.dtype, page_size: int = 64) -> Paged:
     return paged
 
 
+@pytest.mark.parametrize("cuts", [[], [HK * GROUP], [HK * GROUP, HK * GROUP + HK]])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_q_k_and_v_are_the_definition(dtype, normed):
+def test_q_k_and_v_are_the_definition(dtype, normed, cuts):
     heads = HK * GROUP + 2 * HK
     x, w = normal(len(LENGTHS) * ROWS, E), normal(heads * D, E, seed=4)
     bias, norm_w = normal(heads * D, seed=5), 1 + normal(E, seed=6) / 10
@@ -111,7 +112,10 @@ def test_q_k_and_v_are_the_definition(dtype, normed):
     source[:] = x
     arrays = [None if n is None else n.numpy() for n in head_norms]
     pages = LayerCache(ours.k[0], ours.v[0], ours.cos, ours.sin, HK * GROUP, 0, *arrays)
-    p.qkv_rope_cache(source, pack(floats(w), bias), out, pages, norm=Norm(norm_w.numpy(), 1e-5))
+    rows = [D * cut for cut in cuts]
+    pairs = zip(w.tensor_split(rows), bias.tensor_split(rows), strict=True)
+    parts = [pack(floats(part), b) for part, b in pairs]
+    p.qkv_rope_cache(source, parts, out, pages, norm=Norm(norm_w.numpy(), 1e-5))
     p.lengths[:] = LENGTHS
     p.run(ROWS, len(LENGTHS))
     close(out[:, : HK * GROUP * D], q.reshape(len(x), -1))
