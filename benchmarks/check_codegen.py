@@ -14,6 +14,7 @@ listed and the exit code is 1.
 import argparse
 import ast
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
@@ -38,6 +39,9 @@ TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.
 MAX_SHARED = 100 * 1024
 # TB/s of weights on an H100 with all issue slots used: for up to 64 rows, and for more.
 MIN_ISSUE_CEILING = (6.0, 3.0)
+# What the matmuls of a layer of an 8B model may request from the L2 over their weights, by rows.
+MAX_L2 = {20: 1.5, 40: 2.0, 160: 4.0}
+LAYER = ("qkv_rope_cache", "linear", "gate_up_silu")  # the ops of those matmuls
 
 
 class Ceiling(NamedTuple):
@@ -104,6 +108,8 @@ class Compiled(NamedTuple):
     issue_ceiling: float = 0.0  # TB/s of weights with every issue slot used
     rows_multiplied: int = 0
     l2_over_weights: float = 0.0  # bytes requested from the L2 over the weights' bytes
+    l2_bytes: int = 0  # requested from the L2 by a matmul, or by the sum of its segments
+    weight_bytes: int = 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,6 +153,7 @@ def judge(args: argparse.Namespace, finish: Finish, table_file: Path | None) -> 
     wrong = [line for _, failures in results for line in failures]
     wrong += [line for kernel in compiled for line in offences(kernel)]
     wrong += two_binaries(compiled)
+    wrong += too_much_l2(compiled)
     wrong += [(name, "has no line in CEILINGS", "") for name in kernels() - CEILINGS.keys()]
     if not (args.model or args.op):
         launched = {kernel.kernel for kernel in compiled}
@@ -198,6 +205,7 @@ def compile_target(
 
 
 def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> Compiled:
+    one = one._replace(l2_bytes=l2_bytes(given, grid))
     multiplied = matmul(given, grid)
     if multiplied is None:
         return one
@@ -205,7 +213,8 @@ def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> 
     return one._replace(
         issue_ceiling=round(ceiling / 1e12, 2),
         rows_multiplied=given["R"],
-        l2_over_weights=round(l2_bytes(given, grid) / multiplied.weight_bytes, 2),
+        l2_over_weights=round(one.l2_bytes / multiplied.weight_bytes, 2),
+        weight_bytes=multiplied.weight_bytes,
     )
 
 
@@ -253,6 +262,28 @@ def two_binaries(compiled: list[Compiled]) -> list[Offence]:
     ]
 
 
+def l2_of_layers(compiled: list[Compiled], model: str) -> dict[int, float]:
+    """What the matmuls of a model's layer request from the L2 over their weights, by rows. Empty
+    unless all of them are compiled; grids are the same on every GPU."""
+    of_layer = [k for k in compiled if k.model == model and k.op in LAYER]
+    of_layer = [k for k in of_layer if k.target == of_layer[0].target]
+    if {k.op for k in of_layer} != set(LAYER):
+        return {}
+    asked, weights = Counter[int](), Counter[int]()
+    for k in of_layer:
+        asked[k.rows] += k.l2_bytes
+        weights[k.rows] += k.weight_bytes
+    return {rows: asked[rows] / weights[rows] for rows in sorted(asked)}
+
+
+def too_much_l2(compiled: list[Compiled]) -> list[Offence]:
+    return [
+        ("a layer", f"requests {ratio:.2f} x its weights from the L2 at {rows} rows", "")
+        for rows, ratio in l2_of_layers(compiled, "llama-3.1-8b").items()
+        if ratio > MAX_L2.get(rows, float("inf"))
+    ]
+
+
 def together(wrong: list[Offence]) -> list[str]:
     """One line for each offence of a symbol, with the GPUs that show it."""
     targets: dict[tuple[str, str], dict[str, None]] = {}
@@ -283,8 +314,16 @@ def table(compiled: list[Compiled]) -> str:
         f"Triton {triton.__version__}, {date.today()}, by `python benchmarks/check_codegen.py "
         "--write-table`. Cells: registers per thread / KB of shared memory per block / 16-byte "
         "loads and copies in the code / tensor-core instructions in the code; for matmuls / the "
-        "issue ceiling, TB/s of weights with every issue slot used / bytes requested from the L2 "
-        "over the weights' bytes. No kernel may spill.",
+        "issue ceiling, TB/s of weights with every issue slot used, or - without a loop / bytes "
+        "requested from the L2 over the weights' bytes.",
+        "",
+        "Issue ceilings are at "
+        + ", ".join(f"{GPUS[target].clock / 1e9} GHz ({target})" for target in targets)
+        + f". Limits: no kernel may spill; on sm_90 a matmul's issue ceiling is at least "
+        f"{MIN_ISSUE_CEILING[0]} TB/s for up to 64 rows and {MIN_ISSUE_CEILING[1]} for more; the "
+        "matmuls of a layer of llama-3.1-8b request from the L2 at most "
+        + ", ".join(f"{most} x their weights at {rows} rows" for rows, most in MAX_L2.items())
+        + ".",
     ]
     for model in dict.fromkeys(kernel.model for kernel in compiled):
         lines += ["", f"## {model}", ""]
@@ -301,6 +340,10 @@ def table(compiled: list[Compiled]) -> str:
                 for target in targets
             ]
             lines.append(f"| `{symbol.removeprefix('mtpkern_')}` | {rows} | {' | '.join(cells)} |")
+        ratios = l2_of_layers(compiled, model)
+        if ratios:
+            listed = ", ".join(f"{ratio:.2f} at {rows}" for rows, ratio in ratios.items())
+            lines += ["", f"L2 requests of a layer's matmuls over their weights: {listed} rows."]
     return "\n".join(lines) + "\n"
 
 
@@ -308,7 +351,9 @@ def cell(kernel: Compiled) -> str:
     shared = f"{kernel.shared / 1024:.1f}".removesuffix(".0")
     spilled = f" / {kernel.stack} SPILLED" if kernel.stack else ""
     mma = sum(kernel.mma.values())
-    bounds = f" / {kernel.issue_ceiling} / {kernel.l2_over_weights}" if kernel.loop else ""
+    bounds = ""
+    if kernel.rows_multiplied:
+        bounds = f" / {kernel.issue_ceiling or '-'} / {kernel.l2_over_weights}"
     return f"{kernel.registers} / {shared} / {kernel.wide} / {mma}{bounds}{spilled}"
 
 

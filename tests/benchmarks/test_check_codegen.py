@@ -162,6 +162,22 @@ def test_row_counts_of_one_symbol_must_share_a_binary(codegen: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize(("requested", "ratio"), [(1500, None), (1530, "1.53")])
+def test_a_layer_that_requests_too_much_from_the_l2_is_named(
+    codegen: Any, requested: int, ratio: str | None
+) -> None:
+    each = {"model": "llama-3.1-8b", "rows": 20, "weight_bytes": 1000, "l2_bytes": requested}
+    layer = [sound(codegen)._replace(op=op, **each) for op in codegen.LAYER]
+    # What adds up the segments has no weights, and no other model has a limit.
+    layer[0] = layer[0]._replace(l2_bytes=requested - 10)
+    layer.append(layer[0]._replace(weight_bytes=0, l2_bytes=10))
+    others = [k._replace(model="llama-3.2-1b", l2_bytes=9000) for k in layer]
+    found = [what for _, what, _ in codegen.too_much_l2(layer + others)]
+    expected = f"requests {ratio} x its weights from the L2 at 20 rows"
+    assert found == ([] if ratio is None else [expected])
+    assert codegen.too_much_l2(layer[1:3]) == []  # not the whole layer
+
+
 def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
     assert codegen.kernels() == codegen.CEILINGS.keys()
 
