@@ -2,8 +2,9 @@
 
     python benchmarks/bench_kernels.py --model llama-3.1-8b --op linear
 
-A row is an op at one shape. Its values are checked against float64 with the tests' budget, twice
-the error of torch in the same dtype; if a row exceeds it, nothing is timed and the exit code is 1.
+A row is an op at one shape. It is timed and printed as soon as its values are checked, against
+float64 with the tests' budget, twice the error of torch in the same dtype. From the first row that
+exceeds it on, nothing is timed, the report has no rows, and the exit code is 1.
 Times are medians over replays of a CUDA graph whose calls rotate through inputs larger than the L2
 cache. GB/s are the bytes of the op's formula (in its file's header) over that time; the peak is the
 faster of a copy and a read measured just before. The baseline is torch: cuBLAS,
@@ -21,7 +22,16 @@ from itertools import islice
 from typing import Any
 
 import torch
-from common import Finish, add_counts, add_names, gpu_environment, gpu_first_line, print_row, run
+from common import (
+    Finish,
+    add_counts,
+    add_names,
+    gpu_environment,
+    gpu_first_line,
+    gpu_milliseconds,
+    print_row,
+    run,
+)
 from kernel_cases import OPS, Call, KernelCase
 from model_shapes import MODELS, STEPS
 from torch import Tensor
@@ -56,34 +66,31 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         for case in islice(OPS[op](MODELS[model], B, T), 1 if args.first else None)
     ]
     report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
-    errors, red = [], []
-    with args.status.phase("checking", len(cases), "cases") as phase:
-        for model, op, case in cases:
-            error, budget = check(case, args.pdl)
-            errors.append(error)
-            if not error <= budget:
-                red.append(
-                    f"RED: {op} {case.name} {case.shape}: error {error:.3g} over {budget:.3g}"
-                )
-            phase.advance(note=f"{model} {op} {case.name}")
-    if red:
-        print("\n".join([*red, "no speed is reported"]))
-        return finish(report | {"red": red}, 1)
-
     facts |= {f"{name}_gbps": round(rate, 1) for name, rate in bandwidths(args.repeat).items()}
     peak = max(facts["copy_gbps"], facts["read_gbps"])
     print(f"measured: copy {facts['copy_gbps']} GB/s, read {facts['read_gbps']} GB/s")
-    with args.status.phase("timing", len(cases), "cases") as phase:
-        for (model, op, case), error in zip(cases, errors, strict=True):
-            row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
-            row |= time_case(case, args.repeat, args.pdl, peak) | {"max_error": error}
-            with args.status.paused():
-                if not report["rows"] or report["rows"][-1]["model"] != model:
-                    print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
-                print(table_line(row))
-                print_row(row)
-            report["rows"].append(row)
+    red = []
+    with args.status.phase("checking and timing", len(cases), "cases") as phase:
+        for model, op, case in cases:
+            error, budget = check(case, args.pdl)
+            if not error <= budget:
+                where = f"{op} {case.name} {case.shape}"
+                red.append(f"RED: {where}: error {error:.3g} over {budget:.3g}")
+                with args.status.paused():
+                    print(red[-1])
+            if not red:
+                row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
+                row |= time_case(case, args.repeat, args.pdl, peak) | {"max_error": error}
+                with args.status.paused():
+                    if not report["rows"] or report["rows"][-1]["model"] != model:
+                        print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
+                    print(table_line(row))
+                    print_row(row)
+                report["rows"].append(row)
             phase.advance(note=f"{model} {op} {case.name}")
+    if red:
+        print("no speed is reported")
+        return finish(report | {"rows": [], "red": red}, 1)
     return finish(report, 0)
 
 
@@ -162,17 +169,8 @@ def milliseconds(calls: Sequence[Callable[[], object]], repeat: int) -> float:
         for call in [*calls] * rounds:
             call()
 
-    replay = GraphPool().capture(run_all)
-    replay()
-    times = []
-    for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / (rounds * len(calls)))
-    return statistics.median(times)
+    times = gpu_milliseconds(GraphPool().capture(run_all), repeat)
+    return statistics.median(times) / (rounds * len(calls))
 
 
 @jit("BLOCK", "STEPS")

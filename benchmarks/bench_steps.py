@@ -32,6 +32,7 @@ from common import (
     first_line,
     gpu_environment,
     gpu_first_line,
+    gpu_milliseconds,
     print_row,
     run,
 )
@@ -200,20 +201,16 @@ def floor_step(trunk: Llama, batch: int, context: int) -> Callable[[], object]:
 
 def time_step(step: Callable[[], object], repeat: int) -> tuple[float, float]:
     """Milliseconds of a step: the median of `repeat`, and the interquartile range."""
-    times = []
-    for _ in range(repeat + 2):
-        if torch.cuda.is_available():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
+    if torch.cuda.is_available():
+        times = gpu_milliseconds(step, repeat)
+    else:
+        times = []
+        for _ in range(repeat + 2):
             started = time.perf_counter()
             step()
             times.append(1000 * (time.perf_counter() - started))
-    low, median, high = statistics.quantiles(times[2:], n=4)
+        del times[:2]
+    low, median, high = statistics.quantiles(times, n=4)
     return median, high - low
 
 

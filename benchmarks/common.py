@@ -176,6 +176,20 @@ def gpu_first_line(facts: dict[str, Any]) -> str:
     )
 
 
+def gpu_milliseconds(step: Callable[[], object], repeat: int) -> list[float]:
+    """Times on the GPU of `repeat` steps in a row, after two untimed ones. The host enqueues them
+    all before it waits, so that a step's time does not include its launch by the host."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
+    for _ in range(2):
+        step()
+    for event in events[:-1]:
+        event.record()
+        step()
+    events[-1].record()
+    events[-1].synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(events, events[1:], strict=False)]
+
+
 def nvidia_smi(query: str) -> str:
     return answer("nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader")
 

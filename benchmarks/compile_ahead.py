@@ -161,7 +161,9 @@ def launch(job: Job, pdl: bool, on_launch: Launch) -> None:
     ):
         if job.op:
             for case in OPS[job.op](SHAPES[job.model], job.batch, job.rows):
-                case.inputs("meta").launch(pdl)
+                # Prefill launches rope_cache without.
+                for dependent in {pdl, False} if job.op == "rope_cache" else {pdl}:
+                    case.inputs("meta").launch(dependent)
                 if job.first:
                     break
             return

@@ -83,6 +83,53 @@ def test_a_wrong_value_means_no_speed_is_reported(
     assert json.loads(printed.splitlines()[-1])["rows"] == []
 
 
+def test_a_row_is_printed_before_the_next_is_checked(
+    bench: ModuleType,
+    gpu: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from common import rows_printed
+
+    check, checked = bench.check, []
+
+    def one_check(case: Any, pdl: bool) -> tuple[float, float]:
+        checked.append(case.name)
+        if len(checked) == 2:
+            raise KeyboardInterrupt
+        return check(case, pdl)
+
+    monkeypatch.setattr(bench, "check", one_check)
+    bench.main(["--model", "tiny", "--op", "linear", "--rows", "5"])
+    rows = rows_printed(capsys.readouterr().out)
+    assert checked == ["o", "down"] and [row["case"] for row in rows] == ["o"]
+
+
+def test_the_host_waits_only_after_it_has_enqueued_every_timed_step(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from common import gpu_milliseconds
+
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            pass
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert gpu_milliseconds(lambda: done.append("step"), 3) == [2.0] * 3
+    assert done == ["step"] * 2 + ["record", "step"] * 3 + ["record", "wait"]
+
+
 def test_inputs_are_ready_before_another_stream_reads_them(bench: Any) -> None:
     pretend_gpu = pytest.importorskip("pretend_gpu").pretend_gpu
     streams = []

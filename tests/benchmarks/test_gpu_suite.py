@@ -85,6 +85,12 @@ def _runs(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
+def test_the_suite_does_not_write_where_smoke_has_written(gpu_suite: Any) -> None:
+    device = "NVIDIA H100 80GB HBM3"
+    smoke, whole = (gpu_suite.results(device, smoke) for smoke in (True, False))
+    assert smoke != whole and whole.name.startswith("nvidia-h100-80gb-hbm3-")
+
+
 # Seconds per kernel on one core, and the cores of a machine with such a GPU.
 COMPILING, CORES = 2.0, 16
 
@@ -111,13 +117,15 @@ def test_what_is_compiled_ahead_is_what_is_launched(
 ) -> None:
     """Tensors without data need the same binaries as tensors on a GPU."""
     import bench_steps
+    import check_bits
     import compile_ahead
     import kernel_cases
     import model_shapes
     from pretend_gpu import pretend_gpu
 
     tiny = ["--model", "tiny"]
-    jobs = compile_ahead.jobs_of(compile_ahead.parser().parse_args([*tiny, "--batch", "1"]))
+    batches = ["--batch", "1", "--batch", "4"]
+    jobs = compile_ahead.jobs_of(compile_ahead.parser().parse_args([*tiny, *batches]))
     ahead: set[Any] = set()
     with pretend_gpu() as gpu:
         for job in jobs:
@@ -128,5 +136,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(
                     case.inputs("cuda").launch(True)
         assert set(gpu.binaries) <= ahead, "ops"
         assert bench_steps.main([*tiny, "--context", "64", "--repeat", "2"]) == 0
-        capsys.readouterr()
         assert set(gpu.binaries) <= ahead, "steps"
+        assert check_bits.main([*tiny, "--tokens", "16"]) == 0
+        capsys.readouterr()
+        assert set(gpu.binaries) <= ahead, "prompts and answers"
