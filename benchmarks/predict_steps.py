@@ -186,7 +186,7 @@ def matmul_seconds(trace: Trace) -> tuple[float, str]:
             ceiling = multiplied.issue_ceiling(instructions, options["num_warps"], GPUS["sm_90"])
             loaded = multiplied.passes * multiplied.bytes_of_pass
             times["memory"] = multiplied.weight_bytes / DRAM
-            # A matmul of one pass has no loop.
+            # A short loop is unrolled, and then not counted.
             times["issue"] = loaded / ceiling / ISSUED if ceiling else 0.0
             times["tensor cores"] = multiplied.flops / MMA
         bound = max(times, key=lambda one: times[one])

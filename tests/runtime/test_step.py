@@ -1,5 +1,6 @@
 """A step on a GPU: no value travels to the host, and nothing is launched that need not be."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,23 @@ def test_the_prediction_runs_and_states_its_assumptions(predict_steps: Any, caps
     assert predict_steps.main(["--model", "tiny", "--context", "64"]) == 0
     out = capsys.readouterr().out
     assert "predicted, not measured" in out and "| tiny | 1 | 4 | mtp |" in out
+
+
+@pytest.mark.slow
+def test_a_step_of_8b_is_predicted_to_take_little_longer_than_reading_its_bytes(
+    predict_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain and with four drafts, by all four bounds, every launch included."""
+    import triton
+
+    # Counting instructions needs a compiler for an H100, and leaves that driver active.
+    monkeypatch.setattr(triton.runtime.driver, "_active", predict_steps.Device(90))
+    name = "llama-3.1-8b"
+    directory = predict_steps.write_config(predict_steps.MODELS[name], tmp_path / name)
+    args = predict_steps.parser().parse_args(["-K", "4"])
+    rows = list(islice(predict_steps.predict(name, directory, 1, args), 2))
+    assert [(row["drafter"], row["num_speculative_tokens"]) for row in rows] == [
+        ("none", 0),
+        ("n-gram", 4),
+    ]
+    assert all(1 < row["over_bytes"] <= 1.10 for row in rows)
