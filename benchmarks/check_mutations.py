@@ -1,6 +1,6 @@
 """Mutation testing of the kernels: each fault in faults.toml, planted alone, must fail a test.
 
-    python benchmarks/check_mutations.py                 # all, about ten minutes
+    python benchmarks/check_mutations.py                 # all, about an hour
     python benchmarks/check_mutations.py --only linear   # those of linear, or described with it
 
 Works on temporary copies of the checkout, on a CPU, through ttsem. The tests of each op first run
