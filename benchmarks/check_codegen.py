@@ -308,14 +308,15 @@ def kernels() -> set[str]:
 def table(compiled: list[Compiled]) -> str:
     """Markdown: one line per kernel and model, one column per GPU."""
     targets = list(dict.fromkeys(kernel.target for kernel in compiled))
+    some = "" if set(targets) == set(TARGETS) else f"--target {' '.join(targets)} "
     lines = [
         "# What the kernels compile to",
         "",
         f"Triton {triton.__version__}, {date.today()}, by `python benchmarks/check_codegen.py "
-        "--write-table`. Cells: registers per thread / KB of shared memory per block / 16-byte "
-        "loads and copies in the code / tensor-core instructions in the code; for matmuls / the "
-        "issue ceiling, TB/s of weights with every issue slot used, or - without a loop / bytes "
-        "requested from the L2 over the weights' bytes.",
+        f"{some}--write-table`. Cells: registers per thread / KB of shared memory per block / "
+        "16-byte loads and copies in the code / tensor-core instructions in the code; for "
+        "matmuls / the issue ceiling, TB/s of weights with every issue slot used, or - without a "
+        "loop / bytes requested from the L2 over the weights' bytes.",
         "",
         "Issue ceilings are at "
         + ", ".join(f"{GPUS[target].clock / 1e9} GHz ({target})" for target in targets)
