@@ -18,6 +18,7 @@ from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.kernels.cpu.weights import Weights, interleaved, pack, padded_dim, padded_heads
 from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.ops.base import Ops, Projected, positions_of
+from mtpkern.ops.cpu_drafts import ChainUnit, pair_unit
 from mtpkern.ops.cpu_programs import (
     MAX_ROWS,
     ONE_THREAD_BYTES,
@@ -32,7 +33,6 @@ from mtpkern.ops.cpu_programs import (
     new_program,
     new_rows,
     norm_of,
-    pair_unit,
     quants_of,
 )
 from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy
@@ -61,6 +61,7 @@ class CpuOps(Ops):
 
     def __init__(self) -> None:
         self._units = Units()
+        self._chains: dict[tuple[int, ...], ChainUnit] = {}
         self._end = StepEnd()
         # Of the last call of `forward`: the next step's is the same.
         self._forward: _Forward | None = None
@@ -269,6 +270,17 @@ class CpuOps(Ops):
         unit = self._units.get(key, lambda: pair_unit(w, embedding, hidden.shape[1], cache, index))
         runs = unit.run_windows(hidden, tokens, cache.lengths, cache.page_table, rows)
         return joined([unit.results(count)[0].clone() for count in runs])
+
+    def draft_chain(
+        self, w: Any, embedding: Weights, cache: KVCache, pairs: Any, step: Any, count: int
+    ) -> tuple[Tensor, int, Tensor] | None:
+        batch, rows, width = pairs.features.shape
+        if batch * rows > MAX_ROWS or not is_greedy(step.sampling):
+            return None
+        key = (id(w), id(embedding), cache.k.data_ptr(), count)
+        if key not in self._chains:
+            self._chains[key] = ChainUnit(w, embedding, width, cache, count)
+        return self._chains[key].run(pairs, step, count)
 
     # The vocabulary.
 

@@ -255,38 +255,3 @@ def forward_unit(model: Llama, cache: KVCache, taps: Sequence[int]) -> Unit:
     logits = new_rows(program, model.vocabulary.out_features)
     best = program.project(normed, model.vocabulary, logits=logits)
     return Unit(program, (), (features, normed, logits), model, best=best)
-
-
-def pair_unit(w: Any, embedding: Weights, E: int, cache: KVCache, index: int) -> Unit:
-    """A pass of a sequential head: pairs of hidden state and token, one decoder layer, the norm.
-
-    With an input projection the pair is (hidden, token) and goes through it; without one (EAGLE-3)
-    it is (token, hidden), and the attention's input.
-    """
-    program, eps = new_program(ONE_THREAD_BYTES, MAX_ROWS), w.config.rms_norm_eps
-    projects = w.input_proj is not None
-    source, x, token_rows = (new_rows(program, E) for _ in range(3))
-    # A norm writes whole lanes: one that is not the last half is written before what follows it.
-    pair = program.buffer(2 * E + LANES)
-    first, second = pair[:, :E], pair[:, E : 2 * E]
-    program.embed(embedding, token_rows)
-    hidden_norm, token_norm = norm_of(w.hidden_norm, eps), norm_of(w.token_norm, eps)
-    if projects:
-        program.norm(source, hidden_norm, first)
-        program.norm(token_rows, token_norm, second)
-        program.linear(pair, w.input_proj, x)
-    else:
-        program.norm(token_rows, token_norm, first)
-        program.norm(source, hidden_norm, second)
-        if w.norm_before_residual:
-            program.norm(source, hidden_norm, x)
-        else:
-            x = source
-    table = cache_of(cache, w.config, slice(index, index + 1))
-    layer = layer_of(w.layer, eps)
-    out = add_layers(program, x, [layer], table, inputs=None if projects else pair)
-    if projects:
-        normed = new_rows(program, E)
-        program.norm(out, norm_of(w.final_norm, eps), normed)
-        out = normed
-    return Unit(program, (source,), (out[:, :E],), w, embedding)
