@@ -55,7 +55,9 @@ class DraftProgram(Program):
         self._add(L.PICK, 1, fields | {L.INPUTS: x.shape[1]})
 
     def draft(self, best: Array, token_ids: Array) -> None:
-        """Draft token_ids[best[b, 0]], where `best` is what `project` returned; token_ids [V] int64.
+        """Draft token_ids[best[b, 0]], where `best` is what `project` returned.
+
+        token_ids [V] int64 are the tokens of the vocabulary's rows.
 
         Phases after this belong to the next draft.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
 from mtpkern.kernels.cpu.program import LayerCache, Norm, Program
 from mtpkern.kernels.cpu.quants import Array, Quants, quantise
-from mtpkern.kernels.cpu.weights import LANES, Weights, padded_heads
+from mtpkern.kernels.cpu.weights import LANES, padded_heads
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
