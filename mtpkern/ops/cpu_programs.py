@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 128
 # An operation on fewer bytes of weights is over before a second thread has woken up.
 ONE_THREAD_BYTES = 2**18
+AnyUnit = TypeVar("AnyUnit")
 FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -122,13 +123,22 @@ class Unit:
         program.run(rows, batch)
 
 
+class Forward(NamedTuple):
+    """A unit for `CpuOps.forward` and its arguments."""
+
+    model: Llama
+    k: Tensor
+    taps: Sequence[int]
+    unit: Unit
+
+
 class Units:
     """Units by what they are built for, named by address; each keeps that alive."""
 
     def __init__(self) -> None:
-        self._units: dict[Hashable, Unit] = {}
+        self._units: dict[Hashable, Any] = {}
 
-    def get(self, key: Hashable, build: Callable[[], Unit]) -> Unit:
+    def get(self, key: Hashable, build: Callable[[], AnyUnit]) -> AnyUnit:
         if key not in self._units:
             self._units[key] = build()
         return self._units[key]
