@@ -69,8 +69,8 @@ class MtpDrafter(CachedDrafter):
         if not w.zero_first:
             chain = self.ops.draft_chain(w, self.embedding, self.cache, pairs, step, count)
             if chain is not None:
-                tokens, num_proposed, probabilities = chain
-                return Drafts(tokens, HEADS, num_proposed, probabilities)
+                drafted, num_proposed, estimates = chain
+                return Drafts(drafted, HEADS, num_proposed, estimates)
         batch, rows = features.shape[:2]
         index = None
         if w.zero_first:

@@ -104,10 +104,11 @@ class PendingPairs:
         begin = written.copy()
         written[:] = step.lengths.numpy()
         last = np.maximum(written - begin - 1, 0)
-        # Tokens after a sequence's last are undefined.
-        index = begin[:, None] + np.arange(1, 1 + rows + self.open_pairs)
-        index = np.minimum(index, known.shape[1] - 1)
-        tokens = torch.from_numpy(known[np.arange(len(known))[:, None], index])
+        tokens = np.zeros((len(known), rows + self.open_pairs), np.int64)
+        for own, text, first in zip(tokens, known, begin.tolist(), strict=True):
+            # Those after a sequence's last are undefined.
+            after = text[first + 1 : first + 1 + len(own)]
+            own[: len(after)] = after
         pending = self.pending[some]
         features = pending[:, :rows]
         if self.open_pairs:
@@ -115,7 +116,7 @@ class PendingPairs:
             written[:] = np.maximum(written - self.open_pairs, begin)
             remaining = torch.from_numpy(written - begin)
             pending[:, : self.open_pairs] = rows_from(pending, remaining, self.open_pairs)
-        return Pairs(features, tokens, torch.from_numpy(begin), torch.from_numpy(last))
+        return Pairs(features, *(torch.from_numpy(part) for part in (tokens, begin, last)))
 
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Copy a step's rows -> pairs to be written without drafting, since the buffer is half

@@ -121,6 +121,5 @@ class ChainUnit:
         drafted = program.run_chain(rows, pairs.last.numpy(), count, step.min_probability)
         tokens, probabilities = program.tokens[:count], program.probabilities[:count]
         tokens[drafted:], probabilities[drafted:] = tokens[drafted - 1], probabilities[drafted - 1]
-        made = (torch.from_numpy(part[:, :batch].T.copy()) for part in (tokens, probabilities))
-        tokens, probabilities = made
-        return tokens, drafted, probabilities
+        made = [torch.from_numpy(part[:, :batch].T.copy()) for part in (tokens, probabilities)]
+        return made[0], drafted, made[1]
