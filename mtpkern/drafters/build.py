@@ -18,7 +18,7 @@ from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.drafters.mtp_modules import ModulesDrafter
 from mtpkern.drafters.shapes import mtp_layer_config
 from mtpkern.kernels.cpu._formats import GROUP
-from mtpkern.kernels.cpu.quants import Quants, dequantise, quantise
+from mtpkern.kernels.cpu.quants import Quants, dequantise, joined, quantise
 from mtpkern.kernels.cpu.weights import take_outputs
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
@@ -70,8 +70,10 @@ class HeadTensors:
         if self.format == "q8_0" or lm_head.format.startswith("q4") or lm_head.shape[1] % GROUP:
             # Packed, they are in memory already.
             return take_outputs(trunk.vocabulary, ids.numpy()), ids
-        rows = dequantise(lm_head.take(ids.numpy()))
-        return ops.pack(quantise(torch.from_numpy(rows), self.format)), ids
+        # A part at a time: what numpy computes in between stays in the CPU's caches.
+        parts = (dequantise(lm_head.take(some.numpy())) for some in ids.split(512))
+        rounded = [quantise(torch.from_numpy(part), self.format) for part in parts]
+        return ops.pack(joined(*rounded)), ids
 
     def _converted(self, name: str) -> Tensor:
         return self.tensors[name].to(self.trunk.norm.device, self.trunk.dtype)

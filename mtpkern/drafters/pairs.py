@@ -91,8 +91,8 @@ class PendingPairs:
         self.cache, self.open_pairs = cache, open_pairs
         shape = (len(cache.lengths), MAX_PENDING, width)
         self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
-        # The same memory as NumPy sees it; it lacks bfloat16.
-        self._rows, self._written = self.pending.view(torch.uint8).numpy(), cache.lengths.numpy()
+        # The same memory.
+        self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
         self._missed: set[int] = set()
 
@@ -148,7 +148,7 @@ class PendingPairs:
     def _copy(self, step: DraftInput) -> int:
         """Copy the rows that a step committed to the buffer, after those that are there -> the most
         that wait there of one sequence."""
-        rows, most = step.features.view(torch.uint8).numpy(), 0
+        rows, most = self._as_array(step.features), 0
         committed = zip(step.lengths.tolist(), step.advance.tolist(), strict=True)
         for slot, (length, count) in enumerate(committed, step.first):
             start, begin = length - count, int(self._written[slot])
@@ -159,6 +159,11 @@ class PendingPairs:
             self._rows[slot, start - begin : length - begin] = rows[slot - step.first, :count]
             most = max(most, length - begin)
         return most
+
+    @staticmethod
+    def _as_array(rows: Tensor) -> np.ndarray:
+        """Rows of any dtype as NumPy sees them, which lacks bfloat16."""
+        return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
     def _drop_oldest(self, sequence: int, count: int) -> None:
         """Leave zeros in the cache in place of a sequence's first `count` pairs. While the heads
