@@ -300,7 +300,7 @@ def _proposals(drafts: Drafts | None, slots: Sequence[Request | None]) -> list[P
         return [None if slot is None else NO_PROPOSAL for slot in slots]
     count = len(slots)
     sources, lengths = (
-        torch.as_tensor(value).expand(count).tolist()
+        [value] * count if isinstance(value, int) else value.expand(count).tolist()
         for value in (drafts.source, drafts.num_proposed)
     )
     certain = [[1.0] * drafts.tokens.shape[1]] * count

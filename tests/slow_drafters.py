@@ -39,7 +39,12 @@ class Recorder:
             return projected
 
         project = CpuOps.project_rows
-        with mock.patch.object(CpuOps, "project_rows", kept):  # what drafts are chosen from
+        # What drafts are chosen from; a chain in one call keeps no logits, and drafts the same
+        # tokens (test_draft_chain.py).
+        with (
+            mock.patch.object(CpuOps, "project_rows", kept),
+            mock.patch.object(CpuOps, "draft_chain", lambda *_: None),
+        ):
             drafts = self.inner.guess(step, count)
         logits = torch.cat([row.view(batch, -1, row.shape[1]) for row in rows], 1)
         for b in range(batch):

@@ -8,7 +8,7 @@ delays no other.
 """
 
 # Operations.
-LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
+LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ, PICK, DRAFT = range(10)
 
 # Words of a program's head. The rows of a step are T of each of B sequences, R = B T in all.
 (
@@ -25,8 +25,11 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     TABLE_STRIDE,
     IDS,  # address of [R] int64: tokens of the window
     THREADS,  # number of shares
+    # Of the heads that ROWS_OF names, one for each draft, side by side:
+    SKIPPED,  # 1: their phases are skipped
+    LEAST,  # float32 bits: drafting ends where all drafts are accepted less often than this
     HEAD_WORDS,
-) = range(14)
+) = range(16)
 
 # Words of a phase.
 (
@@ -71,8 +74,12 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ = range(8)
     BEST,  # out, address of [R, 3] 64-bit words: id, value bits, log-sum-exp bits
     WRITE_LOGITS,  # 1: OUT holds logits; 0: they stay in scratch
     WEIGHT_FORMAT,  # index into FORMATS, for EMBED
+    ROWS_OF,  # address of the head that describes the rows, or 0: the program's
+    TOKEN_IDS,  # address of [V] int64, for DRAFT
+    CHOSEN,  # out, address of [B] int64, for DRAFT
+    PROBABILITIES,  # out, address of [B] float32, for DRAFT
     PHASE_WORDS,
-) = range(42)
+) = range(46)
 
 FP32, FP16, BF16 = range(3)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ._activations import norm_row
 from ._attention_phases import attend_chunk, qkv_chunk, splits_of
+from ._drafts import draft_tokens, pick_rows
 from ._intrinsics import compiled
 from ._layout import (
     ATTEND,
@@ -19,6 +20,7 @@ from ._layout import (
     CLOSED,
     COUNTER_WORDS,
     DONE,
+    DRAFT,
     EMBED,
     EPS,
     GATE_UP,
@@ -34,11 +36,14 @@ from ._layout import (
     PHASE_TABLE,
     PHASE_WORDS,
     PHASES,
+    PICK,
     PROJECT,
     QKV,
     READ,
+    ROWS_OF,
     SCRATCH,
     SCRATCH_BYTES,
+    SKIPPED,
     THREADS,
     TICKETS,
     TILE,
@@ -115,6 +120,10 @@ def run_chunk(head, phase, rows, chunk, scratch, work):
         project_chunk(phase, rows, chunk, scratch, work)
     elif op == READ:
         read_chunk(phase, chunk)
+    elif op == PICK:
+        pick_rows(head, phase)
+    elif op == DRAFT:
+        draft_tokens(head, phase)
     else:
         for r in range(rows):
             out = word(phase, OUT) + 4 * word(phase, OUT_STRIDE) * r
@@ -153,15 +162,20 @@ def prefetch_weights(head, i, share, shares):
 @compiled
 def run_phases(head, epoch, thread):
     """Work until the step is over -> how many ticks this thread waited for others."""
-    rows = word(head, BATCH) * word(head, WINDOW_ROWS)
     shares = word(head, THREADS)
     scratch = word(head, SCRATCH) + word(head, SCRATCH_BYTES) * thread
     waited = 0
     for i in range(word(head, PHASES)):
         phase = word(head, PHASE_TABLE) + 8 * PHASE_WORDS * i
+        own = head
+        if word(phase, ROWS_OF) != 0:
+            own = word(phase, ROWS_OF)
+            if atomic_load(own + 8 * SKIPPED) == 1:
+                continue
+        rows = word(own, BATCH) * word(own, WINDOW_ROWS)
         tickets = word(head, TICKETS) + 8 * COUNTER_WORDS * shares * i
         done = word(head, DONE) + 8 * COUNTER_WORDS * i
-        chunks = chunks_of(head, phase)
+        chunks = chunks_of(own, phase)
         work = scratch
         prepared = False
         for turn in range(shares):
@@ -178,7 +192,7 @@ def run_phases(head, epoch, thread):
                     prepare(phase, rows, scratch)
                     work = scratch + activation_bytes(phase, rows)
                 prepared = True
-                run_chunk(head, phase, rows, begin + chunk, scratch, work)
+                run_chunk(own, phase, rows, begin + chunk, scratch, work)
                 atomic_add(done, 1)
         prefetch_weights(head, i + 1, thread, shares)
         if atomic_load(done) < chunks:

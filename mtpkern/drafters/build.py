@@ -18,7 +18,7 @@ from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.drafters.mtp_modules import ModulesDrafter
 from mtpkern.drafters.shapes import mtp_layer_config
 from mtpkern.kernels.cpu._formats import GROUP
-from mtpkern.kernels.cpu.quants import Quants, quantise
+from mtpkern.kernels.cpu.quants import Quants, dequantise, joined, quantise
 from mtpkern.kernels.cpu.weights import take_outputs
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
@@ -29,11 +29,11 @@ Settings = Mapping[str, Any]
 class HeadTensors:
     """The tensors of heads in the trunk's dtype and on its device.
 
-    Beside a quantised trunk matrices are rounded to 8 bits, which can change drafts but no token.
+    Beside a quantised trunk matrices are rounded to `format`, which can change drafts but no token.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], trunk: Llama):
-        self.tensors, self.trunk = tensors, trunk
+    def __init__(self, tensors: Mapping[str, Tensor], trunk: Llama, format: str = "q8_0"):
+        self.tensors, self.trunk, self.format = tensors, trunk, format
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -64,10 +64,16 @@ class HeadTensors:
             return self.packed("vocabulary", ops), ids
         if not reduced:
             return trunk.vocabulary, ids
-        if isinstance(trunk.lm_head, Quants):
+        lm_head = trunk.lm_head
+        if not isinstance(lm_head, Quants):
+            return ops.pack(lm_head[ids]), ids
+        if self.format == "q8_0" or lm_head.format.startswith("q4") or lm_head.shape[1] % GROUP:
             # Packed, they are in memory already.
             return take_outputs(trunk.vocabulary, ids.numpy()), ids
-        return ops.pack(trunk.lm_head[ids]), ids
+        # A part at a time: what numpy computes in between stays in the CPU's caches.
+        parts = (dequantise(lm_head.take(some.numpy())) for some in ids.split(512))
+        rounded = [quantise(torch.from_numpy(part), self.format) for part in parts]
+        return ops.pack(joined(*rounded)), ids
 
     def _converted(self, name: str) -> Tensor:
         return self.tensors[name].to(self.trunk.norm.device, self.trunk.dtype)
@@ -75,7 +81,7 @@ class HeadTensors:
     def _rounded(self, w: Tensor) -> Tensor | Quants:
         quantised = isinstance(self.trunk.lm_head, Quants)
         if quantised and w.dim() == 2 and w.shape[1] % GROUP == 0:
-            return quantise(w, "q8_0")
+            return quantise(w, self.format)
         return w
 
 
@@ -122,6 +128,8 @@ def build_mtp(
     tensors: HeadTensors, settings: Settings, trunk: Llama, cache: KVCache, ops: Ops
 ) -> Drafter:
     """A sequential head of one module, EAGLE-3 among them, or of one for each depth."""
+    # Each draft reads all of them once: 8 bits cost more time than they bring acceptance.
+    tensors = HeadTensors(tensors.tensors, trunk, "q4_0")
     vocabulary, modules = tensors.vocabulary(ops), settings.get("num_heads")
     if modules:
         weights = [

@@ -65,7 +65,12 @@ class MtpDrafter(CachedDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         w = self.weights
-        features, tokens, begin, last = self.pairs.take(step)
+        features, tokens, begin, last = pairs = self.pairs.take(step)
+        if not w.zero_first:
+            chain = self.ops.draft_chain(w, self.embedding, self.cache, pairs, step, count)
+            if chain is not None:
+                drafted, num_proposed, estimates = chain
+                return Drafts(drafted, HEADS, num_proposed, estimates)
         batch, rows = features.shape[:2]
         index = None
         if w.zero_first:

@@ -16,6 +16,7 @@ known.
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,15 +36,6 @@ class Pairs(NamedTuple):
     tokens: Tensor  # [B, n + open_pairs] int64, the token after each row, and those after the last
     begin: Tensor  # [B] int64, the cache position of a sequence's first pair
     last: Tensor  # [B] int64, the index of its last pair, 0..n-1; pairs after that are padding
-
-
-class _Noted(NamedTuple):
-    """The rows of a step that are not yet in the buffer."""
-
-    first: int  # slot of the first of B sequences
-    features: Tensor  # [B, T, W]
-    lengths: list[int]  # after the commit
-    advance: list[int]  # how many of the rows each sequence committed
 
 
 class StepPairs:
@@ -90,104 +82,88 @@ class StepPairs:
 class PendingPairs:
     """Pairs that wait in a buffer, in order, for as long as the head does not draft.
 
-    A step that is only observed is noted as it is, and its rows are copied to the buffer later,
-    together with those of other steps: observing must cost next to nothing.
+    Rows are copied as each step is observed, mostly without torch: a step whose drafts do not pay
+    must cost next to nothing, and after a pass over the weights a call of torch takes some 10 us.
     """
 
     def __init__(self, cache: KVCache, width: int, dtype: torch.dtype, open_pairs: int):
         """`cache` is the head's own; features are [.., width] of `dtype`."""
         self.cache, self.open_pairs = cache, open_pairs
-        # The last row of each sequence receives rows that were not accepted.
-        shape = (len(cache.lengths), MAX_PENDING + 1, width)
+        shape = (len(cache.lengths), MAX_PENDING, width)
         self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
-        self._noted: list[_Noted] = []  # steps of the same slots, not yet in `pending`
-        # Sequences for which steps were committed that were never noted.
+        # The same memory.
+        self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
+        # Sequences for which steps were committed that were never observed.
         self._missed: set[int] = set()
 
     def take(self, step: DraftInput) -> Pairs:
         """The pairs to write at a step, which count as written from now on."""
-        self._note(step, step.features)
-        self._copy_noted()
+        rows = max(1, self._copy(step))
         some = slice(step.first, step.first + len(step.lengths))
-        lengths, pending = self.cache.lengths[some], self.pending[some]
-        begin = lengths.clone()
-        waiting = (step.lengths - begin).clamp_(min=1)
-        rows = int(waiting.max())
+        written, known = self._written[some], step.tokens.numpy()
+        begin = written.copy()
+        written[:] = step.lengths.numpy()
+        last = np.maximum(written - begin - 1, 0)
+        tokens = np.zeros((len(known), rows + self.open_pairs), np.int64)
+        for own, text, first in zip(tokens, known, begin.tolist(), strict=True):
+            # Those after a sequence's last are undefined.
+            after = text[first + 1 : first + 1 + len(own)]
+            own[: len(after)] = after
+        pending = self.pending[some]
         features = pending[:, :rows]
-        tokens = tokens_from(step, begin + 1, rows + self.open_pairs)
-        lengths.copy_(step.lengths)
         if self.open_pairs:
             features = features.clone()
-            lengths.copy_(torch.maximum(step.lengths - self.open_pairs, begin))
-            remaining = rows_from(pending, lengths - begin, self.open_pairs)
-            pending[:, : self.open_pairs] = remaining
-        return Pairs(features, tokens, begin, waiting - 1)
+            written[:] = np.maximum(written - self.open_pairs, begin)
+            remaining = torch.from_numpy(written - begin)
+            pending[:, : self.open_pairs] = rows_from(pending, remaining, self.open_pairs)
+        return Pairs(features, *(torch.from_numpy(part) for part in (tokens, begin, last)))
 
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
-        """Note a step -> pairs to be written without drafting, since the buffer is half full: the
-        slot, features [n, W] and the token [n] after each."""
-        self._note(step, step.features.clone())  # the next step overwrites them
-        # Noted rows may take half of the buffer: a quarter of it, and one more step.
-        if len(self._noted) * step.features.shape[1] < MAX_PENDING // 4:
+        """Copy a step's rows -> pairs to be written without drafting, since the buffer is half
+        full: the slot, features [n, W] and the token [n] after each."""
+        if self._copy(step) < MAX_PENDING // 2:
             return ()
-        self._copy_noted()
-        some = slice(step.first, step.first + len(step.lengths))
-        lengths, pending = self.cache.lengths[some], self.pending[some]
-        waiting = step.lengths - lengths
-        if bool(waiting.max() < MAX_PENDING // 2):
-            return ()
-        counts = [int(count) for count in waiting]
+        first, batch = step.first, len(step.lengths)
+        begin = self.cache.lengths[first : first + batch]
+        counts = (step.lengths - begin).tolist()
         if not step.use_heads:
             for b, count in enumerate(counts):
-                self._drop_oldest(step.first + b, count - LATEST)
+                self._drop_oldest(first + b, count - LATEST)
             return ()
-        tokens = tokens_from(step, lengths + 1, max(counts))
+        tokens = tokens_from(step, begin + 1, max(counts))
         return [
-            (step.first + b, pending[b, :count].clone(), tokens[b, :count])
+            (first + b, self.pending[first + b, :count].clone(), tokens[b, :count])
             for b, count in enumerate(counts)
             if count > 0
         ]
 
     def mark_gap(self) -> None:
-        """Steps were committed that were not noted: drop those noted before them."""
-        self._noted.clear()
+        """Steps were committed that were not observed: drop the pairs that wait from before."""
         self._missed = set(range(len(self.cache.lengths)))
 
     def reset(self, sequence: int, length: int) -> None:
-        self._copy_noted()
         self._missed.discard(sequence)
         self.cache.lengths[sequence] = length
 
-    def _note(self, step: DraftInput, features: Tensor) -> None:
-        lengths, advance = step.lengths.tolist(), step.advance.tolist()
-        if self._noted:
-            noted = self._noted[0]
-            if (noted.first, len(noted.lengths)) != (step.first, len(lengths)):
-                self._copy_noted()
-        self._noted.append(_Noted(step.first, features, lengths, advance))
-
-    def _copy_noted(self) -> None:
-        """Copy the committed rows of noted steps to the buffer, after those that are there."""
-        if not self._noted:
-            return
-        noted, self._noted = self._noted, []
-        first, batch = noted[0].first, len(noted[0].lengths)
-        pending = self.pending[first : first + batch]
-        index: list[int] = []
-        for b, begin in enumerate(map(int, self.cache.lengths[first : first + batch])):
-            if first + b in self._missed:
-                start = noted[0].lengths[b] - noted[0].advance[b]
-                self._leave_gap(first + b, start - begin)
-                self._missed.remove(first + b)
+    def _copy(self, step: DraftInput) -> int:
+        """Copy the rows that a step committed to the buffer, after those that are there -> the most
+        that wait there of one sequence."""
+        rows, most = self._as_array(step.features), 0
+        committed = zip(step.lengths.tolist(), step.advance.tolist(), strict=True)
+        for slot, (length, count) in enumerate(committed, step.first):
+            start, begin = length - count, int(self._written[slot])
+            if slot in self._missed:
+                self._missed.remove(slot)
+                self._leave_gap(slot, start - begin)
                 begin = start
-            row = b * pending.shape[1] - begin
-            for step in noted:
-                end, count = step.lengths[b], step.advance[b]
-                index += range(row + end - count, row + end)
-                rejected = row + begin + MAX_PENDING
-                index += [rejected] * (step.features.shape[1] - count)
-        features = torch.cat([step.features for step in noted], 1).flatten(0, 1)
-        pending.flatten(0, 1).index_copy_(0, torch.tensor(index), features)
+            self._rows[slot, start - begin : length - begin] = rows[slot - step.first, :count]
+            most = max(most, length - begin)
+        return most
+
+    @staticmethod
+    def _as_array(rows: Tensor) -> np.ndarray:
+        """Rows of any dtype as NumPy sees them, which lacks bfloat16."""
+        return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
     def _drop_oldest(self, sequence: int, count: int) -> None:
         """Leave zeros in the cache in place of a sequence's first `count` pairs. While the heads

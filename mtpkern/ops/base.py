@@ -252,6 +252,13 @@ class Ops(Protocol):
         """`MtpDrafter.run_pairs` in one call; None: it is composed of the single operations."""
         return None
 
+    def draft_chain(
+        self, w: Any, embedding: Packed, cache: KVCache, pairs: Any, step: Any, count: int
+    ) -> tuple[Tensor, int, Tensor] | None:
+        """`MtpDrafter.guess` in one call, for `pairs` taken at `step` -> (tokens [B, count] int64,
+        how many of them are drafts, probabilities [B, count]); None: it is composed of others."""
+        return None
+
     # The vocabulary.
 
     def project(

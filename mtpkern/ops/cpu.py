@@ -8,7 +8,7 @@ decoding. All decoder layers and the vocabulary are one program.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,12 @@ from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.kernels.cpu.weights import Weights, interleaved, pack, padded_dim, padded_heads
 from mtpkern.kernels.sample import SamplingRows, gumbel_sample
 from mtpkern.ops.base import Ops, Projected, positions_of
+from mtpkern.ops.cpu_drafts import ChainUnit, pair_unit
 from mtpkern.ops.cpu_programs import (
     MAX_ROWS,
     ONE_THREAD_BYTES,
     CpuPlan,
+    Forward,
     Unit,
     Units,
     add_trunk,
@@ -32,7 +34,6 @@ from mtpkern.ops.cpu_programs import (
     new_program,
     new_rows,
     norm_of,
-    pair_unit,
     quants_of,
 )
 from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy
@@ -41,15 +42,6 @@ if TYPE_CHECKING:
     from mtpkern.cache import KVCache
     from mtpkern.config import ModelConfig
     from mtpkern.model import Llama
-
-
-class _Forward(NamedTuple):
-    """A unit for `CpuOps.forward` and its arguments."""
-
-    model: Llama
-    k: Tensor
-    taps: Sequence[int]
-    unit: Unit
 
 
 class CpuOps(Ops):
@@ -63,7 +55,7 @@ class CpuOps(Ops):
         self._units = Units()
         self._end = StepEnd()
         # Of the last call of `forward`: the next step's is the same.
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
 
     def padded_dim(self, head_dim: int) -> int:
         return padded_dim(head_dim)
@@ -197,7 +189,7 @@ class CpuOps(Ops):
     def verify_attention(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, plan: CpuPlan
     ) -> Tensor:
-        width = q.shape[2] * q.shape[3]
+        rows, width = q.flatten(2).flatten(0, 1), q.shape[2] * q.shape[3]
 
         def build() -> Unit:
             program = new_program(ONE_THREAD_BYTES, MAX_ROWS)
@@ -206,7 +198,6 @@ class CpuOps(Ops):
             return Unit(program, (queries,), (out,))
 
         unit = self._units.get(("attend", k_pages.data_ptr()), build)
-        rows = q.reshape(-1, width)
         runs = unit.run_windows(rows, None, plan.cache.lengths, page_table, plan.rows)
         return joined([unit.results(count)[0].clone() for count in runs]).view(q.shape)
 
@@ -238,7 +229,7 @@ class CpuOps(Ops):
             wanted = tuple(taps) or (model.config.num_layers,)
             key = ("forward", id(model), cache.k.data_ptr(), wanted)
             unit = self._units.get(key, lambda: forward_unit(model, cache, wanted))
-            self._forward = last = _Forward(model, cache.k, taps, unit)
+            self._forward = last = Forward(model, cache.k, taps, unit)
         unit, (batch, T) = last.unit, window.shape
         ids, where = window.reshape(-1), (cache.lengths, cache.page_table)
         if batch * T <= MAX_ROWS:
@@ -269,6 +260,16 @@ class CpuOps(Ops):
         unit = self._units.get(key, lambda: pair_unit(w, embedding, hidden.shape[1], cache, index))
         runs = unit.run_windows(hidden, tokens, cache.lengths, cache.page_table, rows)
         return joined([unit.results(count)[0].clone() for count in runs])
+
+    def draft_chain(
+        self, w: Any, embedding: Weights, cache: KVCache, pairs: Any, step: Any, count: int
+    ) -> tuple[Tensor, int, Tensor] | None:
+        batch, rows, width = pairs.features.shape
+        if batch * rows > MAX_ROWS or not is_greedy(step.sampling):
+            return None
+        key = ("chain", id(w), id(embedding), cache.k.data_ptr(), count)
+        unit = self._units.get(key, lambda: ChainUnit(w, embedding, width, cache, count))
+        return unit.run(pairs, step, count)
 
     # The vocabulary.
 
@@ -311,9 +312,8 @@ class CpuOps(Ops):
         probability = (kept.values - kept.logsumexp).exp()
         if is_greedy(sampling):
             return token_ids[kept.best], probability
-        positions = positions_of(lengths + draft, 1)
-        chosen = gumbel_sample(kept.logits[:, None], positions, sampling, token_ids)
-        return chosen[:, 0], probability
+        logits, at = kept.logits[:, None], positions_of(lengths + draft, 1)
+        return gumbel_sample(logits, at, sampling, token_ids)[:, 0], probability
 
     def project_rows(
         self, x: Tensor, vocabulary: Weights, norm: tuple[Tensor, float] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
 from mtpkern.kernels.cpu.program import LayerCache, Norm, Program
 from mtpkern.kernels.cpu.quants import Array, Quants, quantise
-from mtpkern.kernels.cpu.weights import LANES, Weights, padded_heads
+from mtpkern.kernels.cpu.weights import LANES, padded_heads
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 128
 # An operation on fewer bytes of weights is over before a second thread has woken up.
 ONE_THREAD_BYTES = 2**18
+AnyUnit = TypeVar("AnyUnit")
 FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -122,13 +123,22 @@ class Unit:
         program.run(rows, batch)
 
 
+class Forward(NamedTuple):
+    """A unit for `CpuOps.forward` and its arguments."""
+
+    model: Llama
+    k: Tensor
+    taps: Sequence[int]
+    unit: Unit
+
+
 class Units:
     """Units by what they are built for, named by address; each keeps that alive."""
 
     def __init__(self) -> None:
-        self._units: dict[Hashable, Unit] = {}
+        self._units: dict[Hashable, Any] = {}
 
-    def get(self, key: Hashable, build: Callable[[], Unit]) -> Unit:
+    def get(self, key: Hashable, build: Callable[[], AnyUnit]) -> AnyUnit:
         if key not in self._units:
             self._units[key] = build()
         return self._units[key]
@@ -255,38 +265,3 @@ def forward_unit(model: Llama, cache: KVCache, taps: Sequence[int]) -> Unit:
     logits = new_rows(program, model.vocabulary.out_features)
     best = program.project(normed, model.vocabulary, logits=logits)
     return Unit(program, (), (features, normed, logits), model, best=best)
-
-
-def pair_unit(w: Any, embedding: Weights, E: int, cache: KVCache, index: int) -> Unit:
-    """A pass of a sequential head: pairs of hidden state and token, one decoder layer, the norm.
-
-    With an input projection the pair is (hidden, token) and goes through it; without one (EAGLE-3)
-    it is (token, hidden), and the attention's input.
-    """
-    program, eps = new_program(ONE_THREAD_BYTES, MAX_ROWS), w.config.rms_norm_eps
-    projects = w.input_proj is not None
-    source, x, token_rows = (new_rows(program, E) for _ in range(3))
-    # A norm writes whole lanes: one that is not the last half is written before what follows it.
-    pair = program.buffer(2 * E + LANES)
-    first, second = pair[:, :E], pair[:, E : 2 * E]
-    program.embed(embedding, token_rows)
-    hidden_norm, token_norm = norm_of(w.hidden_norm, eps), norm_of(w.token_norm, eps)
-    if projects:
-        program.norm(source, hidden_norm, first)
-        program.norm(token_rows, token_norm, second)
-        program.linear(pair, w.input_proj, x)
-    else:
-        program.norm(token_rows, token_norm, first)
-        program.norm(source, hidden_norm, second)
-        if w.norm_before_residual:
-            program.norm(source, hidden_norm, x)
-        else:
-            x = source
-    table = cache_of(cache, w.config, slice(index, index + 1))
-    layer = layer_of(w.layer, eps)
-    out = add_layers(program, x, [layer], table, inputs=None if projects else pair)
-    if projects:
-        normed = new_rows(program, E)
-        program.norm(out, norm_of(w.final_norm, eps), normed)
-        out = normed
-    return Unit(program, (source,), (out[:, :E],), w, embedding)
