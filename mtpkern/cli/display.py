@@ -63,9 +63,9 @@ def summary(stats: "Stats", load_seconds: float | None = None) -> str:
         f"{stats.tokens_per_second:.1f} tok/s: {counted(stats.new_tokens, 'token')} in "
         f"{counted(stats.steps, 'step')}, {stats.mean_acceptance_length:.2f} per step"
     )
-    if any(map(any, stats.drafted.values())):
-        rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
-        decoding += f"; accepted by position: {rates}"
+    by_position = zip(stats.acceptance_by_position, stats.drafted_by_position, strict=True)
+    if rates := [f"{rate:.2f}" for rate, drafted in by_position if drafted]:
+        decoding += f"; accepted by position: {' '.join(rates)}"
     if len(stats.steps_by_k) > 1:
         (k, n), *others = sorted(stats.steps_by_k.items())
         chosen = [f"{k} in {counted(n, 'step')}", *(f"{k} in {n}" for k, n in others)]

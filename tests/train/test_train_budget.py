@@ -225,8 +225,9 @@ def test_a_signal_saves_and_the_command_that_is_printed_goes_on_with_equal_losse
 
 
 @pytest.mark.slow
-def test_an_interrupted_process_exits_with_130_and_no_traceback(
-    asked: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_process_saves_and_shows_no_traceback(
+    asked: tuple[Path, Path], tmp_path: Path, number: int, code: int
 ):
     words = command(asked, tmp_path / "heads", "--steps", "100000", "--rows", "60")
     process = subprocess.Popen(
@@ -242,11 +243,11 @@ def test_an_interrupted_process_exits_with_130_and_no_traceback(
         while not checkpoint.exists() and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err
     assert torch.load(checkpoint, weights_only=True)["step"] > 0
     assert f"-m mtpkern {shlex.join(words)}\n" in err
 
