@@ -85,12 +85,13 @@ def lines_shown(events: Events) -> list[tuple[float, str, bool]]:
     """Lines as (seconds at which each began, its text with colours, whether it was overwritten)."""
     lines, line, began, sampled = [], "", 0.0, -1.0
     for seconds, text in events:
-        *ended, rest = text.split("\n")
-        for part in ended:
-            lines.append((began if line else seconds, _current(line + part), False))
-            line = ""
-        began = began if line else seconds
-        line = re.split(r"\r +\r", line + rest)[-1]  # leaves out a bar that was erased
+        for number, part in enumerate(text.split("\n")):
+            if number:
+                lines.append((began, _current(line), False))
+                line = ""
+            began = began if line else seconds
+            *erased, line = re.split(r"\r +\r", line + part)
+            began = seconds if erased else began
         if "\r" in line.strip("\r") and seconds >= sampled + 1:
             lines.append((seconds, _current(line), True))
             sampled = seconds

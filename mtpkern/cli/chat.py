@@ -10,7 +10,7 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_stream, summary, with_progress
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import counted
 from mtpkern.status import Status
@@ -113,8 +113,7 @@ class Conversation:
             print("[stopped]" if answer else "[stopped before it began]", file=sys.stderr)
             return
         self.stats = last.completion.stats
-        if last.completion.finish_reason == "length":
-            print(f"[cut after {counted(self.stats.new_tokens, 'token')}]", file=sys.stderr)
+        print_cut(last.completion)
 
     def run_command(self, line: str) -> str:
         """Run a line that begins with / -> what to tell the user."""

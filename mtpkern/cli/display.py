@@ -10,7 +10,7 @@ from mtpkern.errors import counted
 from mtpkern.status import Status, coloured
 
 if TYPE_CHECKING:
-    from mtpkern import Event, Stats
+    from mtpkern import Completion, Event, Stats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _NAME_WIDTH = 17
@@ -40,6 +40,12 @@ def print_stream(events: "Iterator[Event]", *, as_ids: bool = False) -> "Event |
             sys.stdout.write("\n" if current == _PLAIN else _PLAIN + "\n")
             sys.stdout.flush()
     return last
+
+
+def print_cut(completion: "Completion") -> None:
+    """Say on stderr that an answer ended at its greatest length, if it did."""
+    if completion.finish_reason == "length":
+        print(f"[cut after {counted(completion.stats.new_tokens, 'token')}]", file=sys.stderr)
 
 
 def with_progress(events: "Iterator[Event]", status: Status, max_tokens: int) -> "Iterator[Event]":

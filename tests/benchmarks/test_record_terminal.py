@@ -101,6 +101,11 @@ def test_the_picture_breaks_lines_where_the_terminal_does(record_terminal: Any) 
     ]
 
 
+def test_a_line_begins_when_the_bar_before_it_was_erased(record_terminal: Any) -> None:
+    events = [(1.0, "\rbar 1"), (5.0, "\r     "), (5.2, "\rdone\n")]
+    assert record_terminal.lines_shown(events)[-1] == (5.2, "done", False)
+
+
 def test_a_command_that_does_not_exist_is_one_line(
     record_terminal: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,15 @@ def assert_one_line_of_blame(code: int, captured, *words: str) -> None:
         assert word in captured.err
 
 
+def test_an_answer_that_reached_its_limit_says_so(generate, model):
+    _, _, err = generate(PROMPT)
+    assert err.splitlines()[0] == "[cut after 40 tokens]"
+    _, whole, _ = generate(PROMPT, "--json")
+    end = str(json.loads(whole)["token_ids"][20])
+    _, _, err = generate(PROMPT, "--stop-token-id", end)
+    assert "[cut" not in err
+
+
 def test_the_json_object_is_the_published_one_and_alone_on_stdout(generate):
     code, out, err = generate(PROMPT, "--json", "--compare")
     assert (code, err) == (0, "")
@@ -141,7 +150,8 @@ def test_compare_finds_the_tokens_identical(generate, sampling):
     code, out, err = generate(PROMPT, "--compare", "-K", "3", *sampling)
     assert code == 0
     assert "tokens identical" in err and "DIFFER" not in err
-    assert "per step" in err.splitlines()[0] and err.splitlines()[0].endswith("K = 3")
+    _, decoding, *_ = err.splitlines()  # after a note that it was cut
+    assert "per step" in decoding and decoding.endswith("K = 3")
 
 
 def test_compare_says_where_the_tokens_differ_and_fails(generate, monkeypatch):
