@@ -56,7 +56,7 @@ def _chat(args: argparse.Namespace) -> int:
         from mtpkern.device import resolve_device
         from mtpkern.errors import UserError
 
-    _, ops = resolve_device(args.device)
+    _, ops = resolve_device(args.device, args.status)
     # On a CPU the cache is kept, so that a turn only runs what is new in it.
     llm = open_model(args, prefix_caching=ops.host_may_read)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:

@@ -77,7 +77,7 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
 
 def _train(plan: Plan, recipe: Recipe, status: Status) -> dict[str, Any]:
     began = time.monotonic()
-    device, _ = resolve_device(plan.device)
+    device, _ = resolve_device(plan.device, status)
     torch.manual_seed(recipe.seed)
     model = Frozen.load(plan.model, device, status)
     if plan.init is not None:
