@@ -10,7 +10,7 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import counted
 from mtpkern.status import Status
@@ -140,10 +140,11 @@ class Conversation:
         if self.stats is None:
             return "nothing was answered yet"
         used = len(self.llm.encode([*self._opening(), *self.messages])) if self.messages else 0
-        return (
-            f"{summary(self.stats)}\n{counted(len(self.messages) // 2, 'turn')}, {used} of "
-            f"{self.llm.max_length} tokens; loaded in {self.llm.load_seconds:.1f} s"
+        context = (
+            f"{counted(len(self.messages) // 2, 'turn')}, {used} of {self.llm.max_length} tokens; "
+            f"loaded in {self.llm.load_seconds:.1f} s"
         )
+        return f"{summary(self.stats)}\n{wrapped(context, sys.stderr, indent=2)}"
 
 
 def _until(stop: Flag, events: "Iterator[Event]", texts: list[str]) -> "Iterator[Event]":
