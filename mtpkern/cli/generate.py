@@ -188,6 +188,8 @@ def _prompt(
         reason = "--raw has none" if args.raw else "this model has none"
         raise UsageError(f"{given[0]} needs a chat template: {reason}")
     if not chat:
+        if not args.raw:
+            args.status.say("this model has no chat template: it continues the prompt as text")
         return text, {}
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": text}], {
