@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -461,6 +462,34 @@ def test_inspect_counts_the_bytes_of_a_step(model, capsys):
 def main_out(model: Path, capsys) -> str:
     main(["inspect", str(model)])
     return capsys.readouterr().out
+
+
+def test_a_step_above_the_roofline_is_not_a_share_of_it(model):
+    from mtpkern.cli.inspect import describe_steps
+
+    rows = dict(describe_steps(model, "auto", 10**6, bandwidth=1e12))
+    assert rows["plain step"].endswith("% of the roofline, measured")
+    rows = dict(describe_steps(model, "auto", 10**6, bandwidth=1.0))
+    assert rows["plain step"].endswith(
+        "measured; above the roofline, since bandwidth was measured while the machine was busier"
+    )
+
+
+def test_bandwidth_waits_for_a_neighbour_to_pause(monkeypatch):
+    from mtpkern.cli import machine
+
+    # Every reading of the clock is 20 ms after the one before, 10 ms once the neighbour pauses.
+    steps = iter([0.02] * 20)
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += next(steps, 0.01)
+        return now
+
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=clock))
+    size = machine.SMALLEST_BUFFER
+    assert machine.measure_read_bandwidth(size) == pytest.approx(size / 0.01)
 
 
 def test_doctor_names_versions_and_the_device(capsys, monkeypatch, tmp_path):
