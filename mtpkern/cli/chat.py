@@ -68,7 +68,7 @@ def _chat(args: argparse.Namespace) -> int:
     if terminal:
         print(f"{llm.name}: /help lists the commands, Ctrl-D leaves", file=sys.stderr)
     for line in _typed_lines() if terminal else _piped_lines():
-        if line == "/exit":
+        if line.partition(" ")[0] == "/exit":
             break
         try:
             if line.startswith("/"):
