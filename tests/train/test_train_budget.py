@@ -93,6 +93,15 @@ def test_few_prompts_are_learned_from_ten_times_and_more_are_recommended():
     assert "longer than the time given" in budget.describe(short, PACE, 0, 5)[-1]
 
 
+def test_a_machine_on_which_a_second_step_does_not_fit_is_not_asked_for_prompts():
+    """It learns from each token once, which is not the limit."""
+    slow = replace(PACE, row=1 / 37)
+    s = share_out(75, slow, replace(OPEN, rows=1024), 80, 0)
+    lines = budget.describe(s, slow, 0, 120)
+    assert (s.prompts, s.steps) == (8, 1) and "; 1 step, each token learned from 1." in lines[1]
+    assert len(lines) == 2 and "8 prompts" in lines[1]
+
+
 def test_recorded_answers_are_all_learned_from():
     s = share_out(600, replace(PACE, slots=(), step=()), OPEN, 500, 60_000)
     assert (s.prompts, s.held_out, s.slots) == (500, 0, 0)
