@@ -72,8 +72,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     """Parse `argv` (None: this process's own) and call the function `args.run` -> exit code.
 
     The function takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
-    2 is a user's mistake, 130 an interrupt, 141 a closed pipe, 143 and 129 SIGTERM and SIGHUP; all
-    others are the function's own.
+    2 is a user's mistake, 130 an interrupt (Ctrl-C, SIGTERM, SIGHUP), 141 a closed pipe, all others
+    are the function's own.
     """
     if not _open_streams():
         return _complain(parser, UsageError("standard output is closed"))
@@ -125,7 +125,7 @@ def _terminable() -> Iterator[None]:
     are removed. A signal that is ignored, as under nohup, stays so."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+        raise SystemExit(INTERRUPTED)
 
     handled: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():

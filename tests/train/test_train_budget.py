@@ -237,9 +237,9 @@ def test_a_signal_saves_and_the_command_that_is_printed_goes_on_with_equal_losse
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_process_saves_and_shows_no_traceback(
-    asked: tuple[Path, Path], tmp_path: Path, number: int, code: int
+    asked: tuple[Path, Path], tmp_path: Path, number: int
 ):
     words = command(asked, tmp_path / "heads", "--steps", "100000", "--rows", "60")
     process = subprocess.Popen(
@@ -259,7 +259,7 @@ def test_an_interrupted_process_saves_and_shows_no_traceback(
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code and "Traceback" not in err
+    assert process.returncode == 130 and "Traceback" not in err
     assert torch.load(checkpoint, weights_only=True)["step"] > 0
     assert f"-m mtpkern {shlex.join(words)}\n" in err
 
