@@ -28,52 +28,70 @@ from rich.text import Text
 from mtpkern.arguments import Parser, at_least, run
 from mtpkern.outputs import FORCE, output_file, writing
 
-PROMPT = "> "
+PROMPT, CTRL_D = "> ", "\x04"
 Events = list[tuple[float, str]]  # seconds since the start, and what was printed then
 
 
 def record(command: list[str], columns: int, answers: list[str]) -> tuple[Events, int]:
-    """Run a command on a pseudo-terminal and type an answer at each prompt -> events, exit code."""
+    """Run a command on a pseudo-terminal -> events, exit code.
+
+    At each prompt an answer is typed, and Ctrl-D once all of them were.
+    """
     terminal, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     # Programs prefer these to the terminal's own size.
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment | {"TERM": "xterm-256color"},
-    )
-    os.close(theirs)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment | {"TERM": "xterm-256color"},
+            start_new_session=True,
+            # As its controlling terminal, it hangs up the command when it is closed.
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+    except OSError:
+        os.close(terminal)
+        raise
+    finally:
+        os.close(theirs)
     started, decoder = time.monotonic(), codecs.getincrementaldecoder("utf-8")("replace")
     events: Events = []
-    left = list(answers)
-    while True:
-        if not select.select([terminal], [], [], 0.5)[0]:
-            if left and events and events[-1][1].endswith(PROMPT):
-                os.write(terminal, f"{left.pop(0)}\n".encode())
-            continue
-        try:
-            data = os.read(terminal, 65536)
-        except OSError:  # how Linux reports that the command has closed its terminal
-            data = b""
-        if not data:
-            os.close(terminal)
-            return events, process.wait()
-        events.append((time.monotonic() - started, decoder.decode(data)))
+    unanswered = ""  # what was shown since the last answer
+    left = [f"{answer}\n" for answer in answers]
+    try:
+        while True:
+            if not select.select([terminal], [], [], 0.5)[0]:
+                if plain(unanswered).endswith(PROMPT):
+                    os.write(terminal, (left.pop(0) if left else CTRL_D).encode())
+                    unanswered = ""
+                continue
+            try:
+                data = os.read(terminal, 65536)
+            except OSError:  # how Linux reports that the command has closed its terminal
+                data = b""
+            if not data:
+                break
+            events.append((time.monotonic() - started, decoder.decode(data)))
+            unanswered += events[-1][1]
+    finally:
+        os.close(terminal)
+    return events, process.wait()
 
 
 def lines_shown(events: Events) -> list[tuple[float, str, bool]]:
     """Lines as (seconds at which each began, its text with colours, whether it was overwritten)."""
     lines, line, began, sampled = [], "", 0.0, -1.0
     for seconds, text in events:
-        *ended, rest = text.split("\n")
-        for part in ended:
-            lines.append((began if line else seconds, _current(line + part), False))
-            line = ""
-        began = began if line else seconds
-        line = re.split(r"\r +\r", line + rest)[-1]  # leaves out a bar that was erased
+        for number, part in enumerate(text.split("\n")):
+            if number:
+                lines.append((began, _current(line), False))
+                line = ""
+            began = began if line else seconds
+            *erased, line = re.split(r"\r +\r", line + part)
+            began = seconds if erased else began
         if "\r" in line.strip("\r") and seconds >= sampled + 1:
             lines.append((seconds, _current(line), True))
             sampled = seconds
@@ -103,7 +121,9 @@ def as_svg(title: str, events: Events, columns: int) -> str:
     console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
     for _, line, overwritten in [(0.0, title, False), *lines_shown(events)]:
         if not overwritten:
-            console.print(Text.from_ansi(line))
+            text = Text.from_ansi(line)
+            for row in text.divide(range(columns, len(text), columns)):
+                console.print(row, no_wrap=True)
     return console.export_svg(title="mtpkern")
 
 
@@ -123,12 +143,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         description="Record a command on a terminal of its own, as it looks.",
         epilog="example:\n  python benchmarks/record_terminal.py --out chat.txt chat.svg "
-        '--type "Why is the sky blue?" --type /exit -- mtpkern chat',
+        '--type "Why is the sky blue?" -- mtpkern chat',
     )
     add = parser.add_argument
     add("--out", type=Path, nargs="+", required=True, metavar="FILE", help="texts and .svg files")
     add("--columns", type=at_least(20), default=100, metavar="N", help="width of the terminal")
-    add("--type", action="append", default=[], metavar="LINE", help="typed at the next prompt")
+    add(
+        "--type",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="typed at the next prompt; may be repeated, and Ctrl-D follows the last",
+    )
     add("--force", action="store_true", help=FORCE)
     add("command", nargs="+", metavar="COMMAND", help="what to run, after --")
     parser.set_defaults(run=_record)

@@ -11,9 +11,13 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, NoReturn, TypeVar
 
 from mtpkern import status
@@ -68,7 +72,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     """Parse `argv` (None: this process's own) and call the function `args.run` -> exit code.
 
     The function takes the arguments and finds the Status of --quiet and --verbose in `args.status`.
-    2 is a user's mistake, 130 an interrupt, 141 a closed pipe, all others are the function's own.
+    2 is a user's mistake, 130 an interrupt (Ctrl-C, SIGTERM, SIGHUP), 141 a closed pipe, all others
+    are the function's own.
     """
     if not _open_streams():
         return _complain(parser, UsageError("standard output is closed"))
@@ -79,9 +84,9 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         try:
             args = _parse(parser, argv)
             args.command_line = _command_line(parser, argv)
-            with status.from_arguments(args) as args.status:
+            with _terminable(), status.from_arguments(args) as args.status:
                 code = _call(args)
-        except SystemExit as stop:  # --help and --version
+        except SystemExit as stop:  # --help, --version and signals
             code = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()
         return code
@@ -112,6 +117,28 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     if surplus:
         args.parser.error(f"unrecognized arguments: {' '.join(strange or surplus)}")
     return args
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP raise SystemExit, so that locks and unfinished results
+    are removed. A signal that is ignored, as under nohup, stays so."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(INTERRUPTED)
+
+    handled: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                handled.append(number)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _call(args: argparse.Namespace) -> int:

@@ -82,7 +82,7 @@ class LLM:
         ops: Ops | None = None,
         status: Status = SILENT,
     ):
-        self.device, usual = resolve_device(device)
+        self.device, usual = resolve_device(device, status)
         chosen_ops = usual if ops is None else ops
         self.max_batch = integer("max_batch", max_batch, 1, MAX_BATCH)
         dummy = choice("load_format", load_format, ("auto", "dummy")) == "dummy"
@@ -145,7 +145,7 @@ class LLM:
                 with status.phase("timing steps"):
                     for rows, seconds in time_steps(self.runner).items():
                         self.scheduler.draft_length.seconds.observe(rows, seconds)
-        # Without the download, which happens once.
+        # Without downloading and compiling, which happen once.
         self.load_seconds = time.perf_counter() - started
         _log.info("ready on %s after %.1f s", self.device.type, self.load_seconds)
 

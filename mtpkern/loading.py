@@ -18,8 +18,6 @@ from mtpkern.errors import UserError, printable
 from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
-from mtpkern.ops.cpu import CpuOps
-from mtpkern.ops.cpu_programs import kernels
 from mtpkern.runner import Runner, capacity
 from mtpkern.status import Status
 from mtpkern.tokenizer import Tokenizer
@@ -80,9 +78,6 @@ def load_runner(
     weights_dtype = cache_dtype = resolve_dtype(dtype, config)
     # A dtype that the caller gave is what a quantised checkpoint is expanded to.
     keep_format = weights != "auto" or (dtype == "auto" and ops.takes_quants)
-    if isinstance(ops, CpuOps):
-        with status.phase("compiling kernels for this CPU, which happens once"):
-            kernels()
     with status.phase("loading the model", config.num_layers, "layers") as phase:
         trunk = Llama.load(
             directory,

@@ -50,12 +50,21 @@ class Stats:
         return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
+    def drafted_by_position(self) -> list[int]:
+        """Drafts at position i, all sources together."""
+        return self._by_position(self.drafted)
+
+    @property
     def acceptance_by_position(self) -> list[float]:
-        """Accepted at position i over drafted at position i, all sources together."""
-        k = self.num_speculative_tokens
-        drafted = [sum(counts[i] for counts in self.drafted.values()) for i in range(k)]
-        accepted = [sum(counts[i] for counts in self.accepted.values()) for i in range(k)]
-        return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
+        """Accepted at position i over drafted at position i, all sources together; 0 where nothing
+        was drafted."""
+        accepted = self._by_position(self.accepted)
+        return [
+            a / d if d else 0.0 for a, d in zip(accepted, self.drafted_by_position, strict=True)
+        ]
+
+    def _by_position(self, counts: dict[str, list[int]]) -> list[int]:
+        return [sum(c[i] for c in counts.values()) for i in range(self.num_speculative_tokens)]
 
     def count_step(self, k: int, source: str, drafts: int, accepted: int, emitted: int) -> None:
         """Count a step of K = k that accepted the first `accepted` of `drafts` drafts and emitted

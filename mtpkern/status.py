@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 # Seconds until a phase is shown, between two updates of a bar, and between two lines.
 SHOWN_AFTER, REDRAWN_AFTER, REPEATED_AFTER = 1.0, 0.2, 30.0
-_BAR_WIDTH, _LEAST_BAR_WIDTH = 20, 5
+_BAR_WIDTH, _LEAST_BAR_WIDTH, _LEAST_NAME_WIDTH = 20, 5, 12
 _COLUMNS = 80  # of a terminal whose size is unknown
 
 
@@ -77,18 +77,25 @@ class Phase:
             )
             self.bar.start_t = self.started
         facts = ", ".join(filter(None, [self._amount(), self.note]))
-        # On a narrow terminal the names around this phase give way first, then the bar.
+        # On a narrow terminal the names around this phase give way first, then the bar, the facts
+        # and the end of its name; percentage and times stay.
         columns = self.bar.format_dict["ncols"] or _COLUMNS
-        room = columns - len(facts) - len(": 100%|| , 00:00<00:00")
+        room = columns - len(": 100%, 00:00<00:00" if self.total else ": 00:00")
+        if room - len(facts) < min(len(self.what), _LEAST_NAME_WIDTH):
+            facts = ""
+        room -= len(f", {facts}" if facts else "")
         name = ": ".join([*(phase.brief() for phase in around), self.what])
         if len(name) > room:
             name = self.what
-        width = min(_BAR_WIDTH, room - len(name))
+        if len(name) > room:
+            name = f"{name[: room - 3]}..."
+        width = min(_BAR_WIDTH, room - len(name) - len("||"))
         # tqdm formats this text, so its braces are escaped.
         name, facts = (text.replace("{", "{{").replace("}", "}}") for text in (name, facts))
         if self.total:
             bar = f"|{{bar:{width}}}|" if width >= _LEAST_BAR_WIDTH else ""
-            form = f"{name}: {{percentage:3.0f}}%{bar} {facts}, {{elapsed}}<{{remaining}}"
+            numbers = f"{name}: {{percentage:3.0f}}%{bar} {facts}".rstrip()
+            form = f"{numbers}, {{elapsed}}<{{remaining}}"
         else:
             form = ", ".join(filter(None, [f"{name}: {{elapsed}}", facts]))
         self.bar.n, self.bar.total, self.bar.bar_format = self.done, self.total, form

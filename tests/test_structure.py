@@ -64,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "ring": {"kernels"},
     "request": {"config", "drafters", "errors", "ring", "tokenizer"},
     "prompts": {"config", "errors", "request", "tokenizer", "validation"},
-    "device": {"errors", "kernels", "ops", "validation"},
+    "device": {"errors", "kernels", "ops", "status", "validation"},
     "prefill": {"cache", "decode", "device", "drafters", "model", "ops"},
     "runner": STEP | {"device", "prefill", "request", "ring"},
     "scheduler": {"cache", "drafters", "errors", "nvtx_ranges", "request", "runner"},

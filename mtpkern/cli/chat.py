@@ -10,7 +10,7 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_stream, summary, with_progress
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import counted
 from mtpkern.status import Status
@@ -56,7 +56,7 @@ def _chat(args: argparse.Namespace) -> int:
         from mtpkern.device import resolve_device
         from mtpkern.errors import UserError
 
-    _, ops = resolve_device(args.device)
+    _, ops = resolve_device(args.device, args.status)
     # On a CPU the cache is kept, so that a turn only runs what is new in it.
     llm = open_model(args, prefix_caching=ops.host_may_read)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
@@ -68,7 +68,7 @@ def _chat(args: argparse.Namespace) -> int:
     if terminal:
         print(f"{llm.name}: /help lists the commands, Ctrl-D leaves", file=sys.stderr)
     for line in _typed_lines() if terminal else _piped_lines():
-        if line == "/exit":
+        if line.partition(" ")[0] == "/exit":
             break
         try:
             if line.startswith("/"):
@@ -113,8 +113,7 @@ class Conversation:
             print("[stopped]" if answer else "[stopped before it began]", file=sys.stderr)
             return
         self.stats = last.completion.stats
-        if last.completion.finish_reason == "length":
-            print(f"[cut after {counted(self.stats.new_tokens, 'token')}]", file=sys.stderr)
+        print_cut(last.completion)
 
     def run_command(self, line: str) -> str:
         """Run a line that begins with / -> what to tell the user."""
@@ -141,10 +140,11 @@ class Conversation:
         if self.stats is None:
             return "nothing was answered yet"
         used = len(self.llm.encode([*self._opening(), *self.messages])) if self.messages else 0
-        return (
-            f"{summary(self.stats)}\n{counted(len(self.messages) // 2, 'turn')}, {used} of "
-            f"{self.llm.max_length} tokens; loaded in {self.llm.load_seconds:.1f} s"
+        context = (
+            f"{counted(len(self.messages) // 2, 'turn')}, {used} of {self.llm.max_length} tokens; "
+            f"loaded in {self.llm.load_seconds:.1f} s"
         )
+        return f"{summary(self.stats)}\n{wrapped(context, sys.stderr, indent=2)}"
 
 
 def _until(stop: Flag, events: "Iterator[Event]", texts: list[str]) -> "Iterator[Event]":

@@ -10,7 +10,7 @@ from mtpkern.errors import counted
 from mtpkern.status import Status, coloured
 
 if TYPE_CHECKING:
-    from mtpkern import Event, Stats
+    from mtpkern import Completion, Event, Stats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _NAME_WIDTH = 17
@@ -42,6 +42,12 @@ def print_stream(events: "Iterator[Event]", *, as_ids: bool = False) -> "Event |
     return last
 
 
+def print_cut(completion: "Completion") -> None:
+    """Say on stderr that an answer ended at its greatest length, if it did."""
+    if completion.finish_reason == "length":
+        print(f"[cut after {counted(completion.stats.new_tokens, 'token')}]", file=sys.stderr)
+
+
 def with_progress(events: "Iterator[Event]", status: Status, max_tokens: int) -> "Iterator[Event]":
     """The same events, counted on `status` where standard output is not a terminal: nobody sees the
     text as it comes."""
@@ -63,9 +69,9 @@ def summary(stats: "Stats", load_seconds: float | None = None) -> str:
         f"{stats.tokens_per_second:.1f} tok/s: {counted(stats.new_tokens, 'token')} in "
         f"{counted(stats.steps, 'step')}, {stats.mean_acceptance_length:.2f} per step"
     )
-    if any(map(any, stats.drafted.values())):
-        rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
-        decoding += f"; accepted by position: {rates}"
+    by_position = zip(stats.acceptance_by_position, stats.drafted_by_position, strict=True)
+    if rates := [f"{rate:.2f}" for rate, drafted in by_position if drafted]:
+        decoding += f"; accepted by position: {' '.join(rates)}"
     if len(stats.steps_by_k) > 1:
         (k, n), *others = sorted(stats.steps_by_k.items())
         chosen = [f"{k} in {counted(n, 'step')}", *(f"{k} in {n}" for k, n in others)]

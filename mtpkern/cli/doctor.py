@@ -81,7 +81,7 @@ def describe_machine(status: Status = SILENT) -> Iterator[tuple[str, str]]:
     else:
         built_for = torch.version.cuda or torch.version.hip
         yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
-    _, ops = resolve_device("auto")
+    _, ops = resolve_device("auto", status)
     on_cpu, on_gpu = "the CPU, with kernels compiled for it", "the GPU, greedy decoding only"
     yield "generate", f"runs on {on_cpu if ops.host_may_read else on_gpu}"
     directory = default_model_directory()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_stream, summary, with_progress, wrapped
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import printable
 
@@ -108,6 +108,7 @@ def _generate(args: argparse.Namespace) -> int:
             last = print_stream(shown, as_ids=args.token_ids)
             assert last and last.completion, "the last event of a stream carries the completion"
             completion = last.completion
+            print_cut(completion)
             print(summary(completion.stats, llm.load_seconds), file=sys.stderr)
     if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
         print(_MADE_UP, file=sys.stderr)
@@ -187,6 +188,8 @@ def _prompt(
         reason = "--raw has none" if args.raw else "this model has none"
         raise UsageError(f"{given[0]} needs a chat template: {reason}")
     if not chat:
+        if not args.raw:
+            args.status.say("this model has no chat template: it continues the prompt as text")
         return text, {}
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": text}], {

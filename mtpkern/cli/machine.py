@@ -11,22 +11,24 @@ from mtpkern.errors import counted
 
 _MIB = 1 << 20
 SMALLEST_BUFFER, LARGEST_BUFFER = 64 * _MIB, 1024 * _MIB
-_READS = 5
+_SECONDS = 0.5  # so long that a busy neighbour pauses meanwhile
 
 
 def measure_read_bandwidth(working_set: int) -> float:
-    """Bytes per second at which all threads read `working_set` bytes, the best of a few passes.
+    """Bytes per second at which all threads read `working_set` bytes, at best in half a second.
 
     The buffer is as large as one step's weights, within 64 MiB to 1 GiB, because weights that fit
     the last-level cache are not read from memory.
     """
     size = max(SMALLEST_BUFFER, min(LARGEST_BUFFER, working_set))
     buffer = torch.ones(size // 4, dtype=torch.float32)
-    best = math.inf
-    for _ in range(1 + _READS):
+    best, began = math.inf, time.perf_counter()
+    ended = began
+    while ended - began < _SECONDS:
         started = time.perf_counter()
         buffer.sum()
-        best = min(best, time.perf_counter() - started)
+        ended = time.perf_counter()
+        best = min(best, ended - started)
     return buffer.nbytes / best
 
 

@@ -141,7 +141,6 @@ def _train(args: argparse.Namespace) -> int:
     with args.status.phase("starting"):  # importing torch takes a second or two
         from mtpkern.threads import use_threads
         from mtpkern.train.fit import Recipe
-        from mtpkern.train.interrupt import terminable
         from mtpkern.train.run import Plan, train
 
     use_threads(args.threads)
@@ -171,9 +170,8 @@ def _train(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     try:
-        with terminable():
-            train(plan, recipe, status=args.status)
-    except KeyboardInterrupt:
+        train(plan, recipe, status=args.status)
+    except (KeyboardInterrupt, SystemExit):
         if (args.out / ".train").is_dir():
             print(f"stopped; to go on:\n  {args.command_line}", file=sys.stderr)
         raise

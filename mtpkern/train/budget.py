@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtpkern.errors import counted
 from mtpkern.train.dataset import TOP, Dataset, DatasetWriter
 from mtpkern.train.distill import Job
 from mtpkern.train.fit import Recipe, Trainer
@@ -126,24 +127,26 @@ def describe(settings: Settings, pace: Pace, tokens: int, seconds: float) -> lis
     learning = pace.learning(s.steps, s.rows)
     learned = s.steps * pace.in_step(s.rows)
     rate = f"{learned / learning:.0f} rows/s learned from in steps of {s.rows}"
-    answered, amount = 0.0, f"{s.prompts} recorded answers of {tokens} tokens"
+    answers, words = counted(s.prompts, "recorded answer"), counted(tokens, "token")
+    answered, amount = 0.0, f"{answers} of {words}"
     if not tokens:
         answering = pace.answering(s.prompts, s.slots)
         answered = answering + pace.answering(s.held_out, s.slots)
         tokens = round(s.prompts * pace.length)
         rate = f"answers at {tokens / answering:.0f} tokens/s, {s.slots} at a time; {rate}"
-        amount = f"answers to {s.prompts} prompts, about {tokens} tokens, and {s.held_out} held out"
+        prompts = counted(s.prompts, "prompt")
+        amount = f"answers to {prompts}, about {tokens} tokens, and {s.held_out} held out"
     needed = answered + learning
     end = time.strftime("%a %H:%M", time.localtime(time.time() + needed))
     lines = [
         f"measured: {s.dtype}; {rate}",
-        f"planned: {amount}; {s.steps} steps, each token learned from "
+        f"planned: {amount}; {counted(s.steps, 'step')}, each token learned from "
         f"{learned / tokens:.1f} times; {answered / 60:.1f} minutes of answering and "
         f"{learning / 60:.1f} of learning, until about {end}",
     ]
     if seconds and needed > 1.5 * seconds:
         lines.append("that is longer than the time given, which is too short to be of use")
-    elif needed < 0.7 * seconds:
+    elif needed < 0.7 * seconds and s.steps >= int(MOST_PASSES * tokens / pace.in_step(s.rows)):
         lines.append(
             f"that is shorter than the time given: a token is learned from at most {MOST_PASSES} "
             "times, so that more time needs more prompts"

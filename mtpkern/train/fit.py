@@ -167,7 +167,8 @@ class Trainer:
         loss of every step taken. Calls log(step, loss, loss by draft [K], rows/s) after each.
 
         The dtype of embedding and lm_head, both [V, E], is that of all matrix products. On a
-        KeyboardInterrupt the state is saved, unless it came in the middle of an optimiser's step.
+        KeyboardInterrupt or SystemExit the state is saved, unless it came in the middle of an
+        optimiser's step.
         """
         losses: list[float] = []
         try:
@@ -176,7 +177,7 @@ class Trainer:
                 log(self.step, loss, parts, rate)
                 if time.monotonic() - self.saved_at > SAVE_SECONDS:
                     self.save()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             if self.is_whole:
                 self.save()
             raise

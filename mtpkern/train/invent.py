@@ -75,7 +75,7 @@ def _lines(a: argparse.Namespace) -> list[str]:
     from mtpkern.train.teacher import Teacher
 
     use_threads(a.threads)
-    device, _ = resolve_device(a.device)
+    device, _ = resolve_device(a.device, a.status)
     directory = resolve_model(a.model, status=a.status)
     tokenizer = Tokenizer.from_directory(directory)
     head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)

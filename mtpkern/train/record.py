@@ -59,7 +59,7 @@ def _answer(a: argparse.Namespace) -> int:
     from mtpkern.train.teacher import Teacher
 
     use_threads(None)
-    device, _ = resolve_device(a.device)
+    device, _ = resolve_device(a.device, a.status)
     directory = resolve_model(a.model, status=a.status)
     config = load_config(directory)
     taps = {tap for family in a.families for tap in family_taps(family, config.num_layers)}

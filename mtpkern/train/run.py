@@ -77,7 +77,7 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
 
 def _train(plan: Plan, recipe: Recipe, status: Status) -> dict[str, Any]:
     began = time.monotonic()
-    device, _ = resolve_device(plan.device)
+    device, _ = resolve_device(plan.device, status)
     torch.manual_seed(recipe.seed)
     model = Frozen.load(plan.model, device, status)
     if plan.init is not None:
@@ -131,10 +131,11 @@ def _train(plan: Plan, recipe: Recipe, status: Status) -> dict[str, Any]:
         with status.phase("measuring on held-out answers"):
             result = evaluate(head, model.embedding, model.lm_head, held_out, recipe.K)
         overall = result["head"]["overall"]
+        rates = " ".join(f"{rate:.2f}" for rate in overall["acceptance_by_position"])
         with status.paused():
             print(
                 f"step {trainer.step}: {overall['mean_acceptance_length']:.3f} tokens per step on "
-                f"held-out answers, accepted by position {overall['acceptance_by_position']}",
+                f"held-out answers; accepted by position: {rates}",
                 flush=True,
             )
     export_head(head, plan.out, model.lm_head)

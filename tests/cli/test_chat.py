@@ -85,6 +85,11 @@ def test_commands(chat, model):
     assert out == answers(model, "the dog", system="be a dog")
 
 
+@pytest.mark.parametrize("line", ["/exit", "/exit now", "  /exit  "])
+def test_exit_leaves_whatever_follows_it(chat, line):
+    assert chat(f"{line}\nthe fox\n") == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

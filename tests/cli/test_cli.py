@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def assert_one_line_of_blame(code: int, captured, *words: str) -> None:
         assert word in captured.err
 
 
+def test_an_answer_that_reached_its_limit_says_so(generate, model):
+    _, _, err = generate(PROMPT)
+    assert err.splitlines()[0] == "[cut after 40 tokens]"
+    _, whole, _ = generate(PROMPT, "--json")
+    end = str(json.loads(whole)["token_ids"][20])
+    _, _, err = generate(PROMPT, "--stop-token-id", end)
+    assert "[cut" not in err
+
+
 def test_the_json_object_is_the_published_one_and_alone_on_stdout(generate):
     code, out, err = generate(PROMPT, "--json", "--compare")
     assert (code, err) == (0, "")
@@ -141,7 +151,8 @@ def test_compare_finds_the_tokens_identical(generate, sampling):
     code, out, err = generate(PROMPT, "--compare", "-K", "3", *sampling)
     assert code == 0
     assert "tokens identical" in err and "DIFFER" not in err
-    assert "per step" in err.splitlines()[0] and err.splitlines()[0].endswith("K = 3")
+    _, decoding, *_ = err.splitlines()  # after a note that it was cut
+    assert "per step" in decoding and decoding.endswith("K = 3")
 
 
 def test_compare_says_where_the_tokens_differ_and_fails(generate, monkeypatch):
@@ -451,6 +462,34 @@ def test_inspect_counts_the_bytes_of_a_step(model, capsys):
 def main_out(model: Path, capsys) -> str:
     main(["inspect", str(model)])
     return capsys.readouterr().out
+
+
+def test_a_step_above_the_roofline_is_not_a_share_of_it(model):
+    from mtpkern.cli.inspect import describe_steps
+
+    rows = dict(describe_steps(model, "auto", 10**6, bandwidth=1e12))
+    assert rows["plain step"].endswith("% of the roofline, measured")
+    rows = dict(describe_steps(model, "auto", 10**6, bandwidth=1.0))
+    assert rows["plain step"].endswith(
+        "measured; above the roofline, since bandwidth was measured while the machine was busier"
+    )
+
+
+def test_bandwidth_waits_for_a_neighbour_to_pause(monkeypatch):
+    from mtpkern.cli import machine
+
+    # Every reading of the clock is 20 ms after the one before, 10 ms once the neighbour pauses.
+    steps = iter([0.02] * 20)
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += next(steps, 0.01)
+        return now
+
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=clock))
+    size = machine.SMALLEST_BUFFER
+    assert machine.measure_read_bandwidth(size) == pytest.approx(size / 0.01)
 
 
 def test_doctor_names_versions_and_the_device(capsys, monkeypatch, tmp_path):

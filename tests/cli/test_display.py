@@ -46,3 +46,10 @@ def test_a_summary_counts_in_the_singular_too() -> None:
     several = summary(Stats(2, prompt_tokens=3, new_tokens=9, steps=4, steps_by_k=chosen), 0.5)
     assert "9 tokens in 4 steps" in several and "K chosen: 0 in 1 step, 2 in 3\n" in several
     assert several.endswith("loaded in 0.5 s")
+
+
+def test_a_summary_leaves_out_positions_at_which_nothing_was_drafted() -> None:
+    stats = Stats(4, prompt_tokens=3)
+    for k, accepted in ((0, 0), (2, 1), (1, 0)):
+        stats.count_step(k, "heads", k, accepted, accepted + 1)
+    assert "accepted by position: 0.50 0.00; K chosen" in summary(stats)

@@ -1,6 +1,7 @@
 """Outputs: what a command writes is new, its own or --force's; nothing else is ever touched."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import mtpkern
 from mtpkern.errors import UserError
 from mtpkern.outputs import output_directory, output_file, reserve, run_directory, writing
 
+ROOT = str(Path(mtpkern.__file__).parent.parent)
 OWNED = ("config.json", "model.safetensors", "tokenizer*")
 RUN = (".train/run.json", "training.json")
 
@@ -248,6 +251,53 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     write_directory(tmp_path / "d")
     write_file(tmp_path / "f")
     assert sorted(os.listdir(tmp_path)) == ["d", "f"]
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from mtpkern.arguments import Parser, run
+from mtpkern.outputs import output_directory, output_file
+
+def work(args):
+    with output_directory(Path("new/d"), ["*"]) as directory, output_file(Path("new/f")) as file:
+        (directory / "half").touch()
+        file.touch()
+        print("working", flush=True)
+        time.sleep(60)
+
+parser = Parser()
+parser.set_defaults(run=work)
+sys.exit(run(parser, []))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_nothing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    command = [sys.executable, "-c", WAITING]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"working\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no nohup")
+def test_a_command_that_ignores_a_hang_up_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    work = WAITING.replace("time.sleep(60)", "import os; os.kill(os.getpid(), signal.SIGHUP)")
+    result = subprocess.run([sys.executable, "-c", ignoring + work], cwd=tmp_path)
+    assert result.returncode == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"d", "f"}
 
 
 @pytest.mark.parametrize("write", WRITERS)

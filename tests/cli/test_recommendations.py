@@ -385,3 +385,14 @@ def test_a_chat_template_that_is_missing_leaves_plain_text(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no chat template; give it plain text"):
         llm.chat([{"role": "user", "content": PROMPT}], params)
     assert llm.generate(PROMPT, params)
+
+
+def test_generate_says_that_a_model_has_no_chat_template(mtpkern: Any, tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path)
+    (directory / "tokenizer_config.json").unlink()
+    words = ["generate", PROMPT, "--model", str(directory), "--max-tokens", "2"]
+    note = "this model has no chat template: it continues the prompt as text"
+    code, _, err = mtpkern(*words)
+    assert code == 0 and err.splitlines()[0] == note
+    for option in ("--raw", "--quiet"):
+        assert note not in mtpkern(*words, option)[2]

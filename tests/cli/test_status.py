@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -104,6 +105,34 @@ def test_on_a_narrow_terminal_the_bar_gives_way_to_the_numbers(columns, bar):
             wait_for(numbers_are_shown)
             line = seen.screen()[-1]
     assert line.startswith("loading:  50%") and len(line) < columns and ("|" in line) == bar
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(
+    ("total", "shown"),
+    [
+        (None, r"compiling the [a-z ]+\.\.\.: 0\d:\d\d"),
+        (92_900_000, r"compiling the [a-z ]+\.\.\.:  50%, 00:0\d<00:0\d"),
+    ],
+)
+def test_on_a_terminal_of_40_columns_a_long_name_hides_neither_time_nor_percentage(total, shown):
+    import fcntl
+    import termios
+
+    terminal, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    seen = Terminal()
+    with open(theirs, "w", encoding="utf-8") as stream, open(terminal, "rb", 0) as reader:
+        what = "compiling the kernels for this machine's CPU"
+        with Status(stream, delay=0.01).phase(what, total, "B" if total else "") as phase:
+            phase.advance(46_450_000 if total else 0)
+
+            def time_is_shown():
+                seen.write(reader.read(4096).decode(errors="replace"))
+                return re.search(r"\d\d:\d\d", seen.screen()[-1])
+
+            wait_for(time_is_shown)
+    assert re.fullmatch(shown, seen.screen()[-1]) and len(seen.screen()[-1]) < 40
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch):

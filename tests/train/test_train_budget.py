@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -92,6 +93,15 @@ def test_few_prompts_are_learned_from_ten_times_and_more_are_recommended():
     assert "longer than the time given" in budget.describe(short, PACE, 0, 5)[-1]
 
 
+def test_a_machine_on_which_a_second_step_does_not_fit_is_not_asked_for_prompts():
+    """It learns from each token once, which is not the limit."""
+    slow = replace(PACE, row=1 / 37)
+    s = share_out(75, slow, replace(OPEN, rows=1024), 80, 0)
+    lines = budget.describe(s, slow, 0, 120)
+    assert (s.prompts, s.steps) == (8, 1) and "; 1 step, each token learned from 1." in lines[1]
+    assert len(lines) == 2 and "8 prompts" in lines[1]
+
+
 def test_recorded_answers_are_all_learned_from():
     s = share_out(600, replace(PACE, slots=(), step=()), OPEN, 500, 60_000)
     assert (s.prompts, s.held_out, s.slots) == (500, 0, 0)
@@ -107,7 +117,9 @@ def test_recorded_answers_and_a_time_are_enough(
     assert cli.main([*words, "--minutes", "0.05"]) == 0
     out, err = capsys.readouterr()
     assert "planned: 23 recorded answers of " in err and "rows/s learned from in steps of" in err
-    assert "held-out answers, accepted by position" in out
+    assert re.search(
+        r"tokens per step on held-out answers; accepted by position:( \d\.\d\d){4}\n", out
+    )
 
 
 def test_learning_is_measured_on_a_copy_and_for_the_rows_that_there_were(
@@ -225,8 +237,9 @@ def test_a_signal_saves_and_the_command_that_is_printed_goes_on_with_equal_losse
 
 
 @pytest.mark.slow
-def test_an_interrupted_process_exits_with_130_and_no_traceback(
-    asked: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_saves_and_shows_no_traceback(
+    asked: tuple[Path, Path], tmp_path: Path, number: int
 ):
     words = command(asked, tmp_path / "heads", "--steps", "100000", "--rows", "60")
     process = subprocess.Popen(
@@ -242,7 +255,7 @@ def test_an_interrupted_process_exits_with_130_and_no_traceback(
         while not checkpoint.exists() and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
