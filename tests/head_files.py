@@ -14,8 +14,11 @@ from mtpkern.convert import convert
 E, V, L = TINY_CONFIG["hidden_size"], TINY_CONFIG["vocab_size"], TINY_CONFIG["num_hidden_layers"]
 
 
-def write_mtp(directory: Path, *, taps: tuple[int, ...] = (1, 2, 3), reduced: bool = True) -> Path:
-    """A random sequential head for the tiny model, with other head counts than the trunk's."""
+def write_mtp(
+    directory: Path, *, taps: tuple[int, ...] = (1, 2, 3), reduced: bool = True, hidden: int = E
+) -> Path:
+    """A random sequential head for the tiny model, or one of another hidden size, with other head
+    counts than the trunk's."""
     directory.mkdir()
     heads, kv_heads, head_dim, width = 4, 2, 10, 72
     generator = torch.Generator().manual_seed(3)
@@ -24,22 +27,22 @@ def write_mtp(directory: Path, *, taps: tuple[int, ...] = (1, 2, 3), reduced: bo
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
     tensors = {
-        "input_proj.weight": normal(E, 2 * E),
-        "self_attn.q_proj.weight": normal(heads * head_dim, E),
-        "self_attn.k_proj.weight": normal(kv_heads * head_dim, E),
-        "self_attn.v_proj.weight": normal(kv_heads * head_dim, E),
-        "self_attn.o_proj.weight": normal(E, heads * head_dim),
-        "mlp.gate_proj.weight": normal(width, E),
-        "mlp.up_proj.weight": normal(width, E),
-        "mlp.down_proj.weight": normal(E, width),
+        "input_proj.weight": normal(hidden, 2 * hidden),
+        "self_attn.q_proj.weight": normal(heads * head_dim, hidden),
+        "self_attn.k_proj.weight": normal(kv_heads * head_dim, hidden),
+        "self_attn.v_proj.weight": normal(kv_heads * head_dim, hidden),
+        "self_attn.o_proj.weight": normal(hidden, heads * head_dim),
+        "mlp.gate_proj.weight": normal(width, hidden),
+        "mlp.up_proj.weight": normal(width, hidden),
+        "mlp.down_proj.weight": normal(hidden, width),
     }
     for name in ("hidden", "token", "input", "post_attention", "final"):
-        tensors[f"{name}_layernorm.weight"] = 1 + normal(E)
+        tensors[f"{name}_layernorm.weight"] = 1 + normal(hidden)
     if len(taps) > 1:
-        tensors["fc.weight"] = normal(E, len(taps) * E)
+        tensors["fc.weight"] = normal(hidden, len(taps) * hidden)
     settings: dict[str, Any] = {
         "model_type": "mtpkern_mtp",
-        "hidden_size": E,
+        "hidden_size": hidden,
         "tap_layers": list(taps),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,

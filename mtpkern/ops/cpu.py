@@ -34,6 +34,7 @@ from mtpkern.ops.cpu_programs import (
     new_program,
     new_rows,
     norm_of,
+    project_unit,
     quants_of,
 )
 from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy
@@ -320,21 +321,10 @@ class CpuOps(Ops):
     ) -> tuple[Tensor, CpuLogits]:
         """Rows [R, E] through a vocabulary, after a norm if `norm` gives its weights and eps ->
         (the rows that were multiplied, their logits)."""
-        E, V = vocabulary.in_features, vocabulary.out_features
-
-        def build() -> Unit:
-            program = new_program(vocabulary.data.nbytes)
-            source = normed = new_rows(program, E)
-            if norm is not None:
-                normed = new_rows(program, E)
-                program.norm(source, norm_of(*norm), normed)
-            logits = new_rows(program, V)
-            best = program.project(normed, vocabulary, logits=logits)
-            return Unit(program, (source,), (normed, logits), norm, best=best)
-
         # Units of their own for the trunk and a drafter, which must not overwrite each other's.
         whose = None if norm is None else norm[0].data_ptr()
-        unit = self._units.get(("project", id(vocabulary.data), whose), build)
+        key = ("project", id(vocabulary.data), whose)
+        unit = self._units.get(key, lambda: project_unit(vocabulary, norm))
         made, splits = [], x.split(MAX_ROWS)
         for rows in splits:
             unit.inputs[0][: len(rows)].copy_(rows)

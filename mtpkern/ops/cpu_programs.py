@@ -20,7 +20,7 @@ from mtpkern.kernels.cpu._threads import Helpers
 from mtpkern.kernels.cpu.layers import ModelCache, PackedLayer, add_layers
 from mtpkern.kernels.cpu.program import LayerCache, Norm, Program
 from mtpkern.kernels.cpu.quants import Array, Quants, quantise
-from mtpkern.kernels.cpu.weights import LANES, padded_heads
+from mtpkern.kernels.cpu.weights import LANES, Weights, padded_heads
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -265,3 +265,16 @@ def forward_unit(model: Llama, cache: KVCache, taps: Sequence[int]) -> Unit:
     logits = new_rows(program, model.vocabulary.out_features)
     best = program.project(normed, model.vocabulary, logits=logits)
     return Unit(program, (), (features, normed, logits), model, best=best)
+
+
+def project_unit(vocabulary: Weights, norm: tuple[Tensor, float] | None) -> Unit:
+    """Rows through a vocabulary, after a norm if `norm` gives its weights and eps -> the rows that
+    are multiplied, their logits, and the best of them."""
+    program, E = new_program(vocabulary.data.nbytes), vocabulary.in_features
+    source = normed = new_rows(program, E)
+    if norm is not None:
+        normed = new_rows(program, E)
+        program.norm(source, norm_of(*norm), normed)
+    logits = new_rows(program, vocabulary.out_features)
+    best = program.project(normed, vocabulary, logits=logits)
+    return Unit(program, (source,), (normed, logits), norm, best=best)

@@ -43,12 +43,15 @@ class Recorder:
         return drafts
 
 
-def decode(trunk: Path, heads: Path, ops: CpuOps, batch: int, **params: Any) -> Any:
+def decode(
+    trunk: Path, heads: Path, ops: CpuOps, batch: int, weights: str = "auto", **params: Any
+) -> Any:
     """-> (token ids of each answer, all drafts)"""
     llm = LLM(
         trunk,
         heads=heads,
         ops=ops,
+        weights=weights,
         ngram=False,
         num_speculative_tokens=K,
         max_batch=batch,
@@ -74,6 +77,29 @@ def test_a_chain_drafts_what_single_operations_draft(
         assert torch.equal(mine.tokens, theirs.tokens)
         assert mine.num_proposed == theirs.num_proposed
         torch.testing.assert_close(mine.probabilities, theirs.probabilities, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_beside_a_quantised_trunk_the_heads_have_4_bits(reduced: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
+    trunk = tiny_checkpoint(tmp_path / "trunk", **sizes)
+    head = write_mtp(tmp_path / "heads", hidden=64, reduced=reduced)
+    llm = LLM(trunk, heads=head, weights="q8_0", max_length=256)
+    module = llm.drafter.drafter.weights
+    packed = module.fc, module.input_proj, module.layer.gate_up, *module.layer.qkv
+    assert {w.format for w in packed} == {"q4_0"}
+    # The trunk's whole vocabulary is shared; a part of it is rounded again.
+    assert module.vocabulary.format == ("q4_0" if reduced else "q8_0")
+    assert module.layer.down.format == "fp32"  # 72 inputs are not whole groups
+    tokens, drafted = decode(trunk, head, CpuOps(), 3, weights="q8_0")
+    expected_tokens, expected = decode(trunk, head, OneByOne(), 3, weights="q8_0")
+    assert tokens == expected_tokens and len(drafted) > 4
+    for mine, theirs in zip(drafted, expected, strict=True):
+        assert torch.equal(mine.tokens, theirs.tokens)
+        assert mine.num_proposed == theirs.num_proposed
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    plain = LLM(trunk, heads="none", ngram=False, weights="q8_0", max_length=256)
+    assert [answer.token_ids for answer in plain.generate(PROMPTS, params)] == tokens
 
 
 def test_a_chain_ends_where_its_drafts_are_hardly_ever_accepted(
