@@ -163,7 +163,7 @@ PRIOR_COUNT, NEWEST_DRAFT, NEWEST_GAIN = 4.0, 0.02, 0.05
 # MOST_RETRY; steps until a plain step is timed again (REFRESH).
 RETRY, MOST_RETRY, REFRESH = 32, 256, 128
 # The heads are given steps again AWAKE steps before they are tried. For AWAKE steps after the last
-# n-gram match each step is searched for another one, after that one step in LOOKS.
+# n-gram match that was verified each step is searched for another one, then one step in LOOKS.
 AWAKE, LOOKS = 16, 4
 
 
@@ -190,7 +190,7 @@ class DraftLength:
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since the last try
         self._rest = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps between tries
         self._unrefreshed = 0  # steps since the last plain one
-        self._unmatched = 0  # steps since the last n-gram match
+        self._unmatched = 0  # steps since an n-gram match was verified
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first call includes one-time work
         self._batch = 1
@@ -291,7 +291,7 @@ class DraftLength:
             self.credit -= spent - (1 + extra)
         self.credit = min(MOST_CREDIT, self.credit + LOSS * (1 + extra))
         self._note_tries(k, outcomes)
-        copied = any(source == NGRAM for (source, _), _ in outcomes)
+        copied = k > 0 and any(source == NGRAM for (source, _), _ in outcomes)
         self._unmatched = 0 if copied else self._unmatched + 1
         if self._drafted:
             by_heads = sum(accepted for (source, _), accepted in outcomes if source == HEADS)

@@ -222,8 +222,15 @@ def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None
         seen.append(chooser.active_source())
         chooser.observe(0, 0.01, plain, 0)
     assert seen.count(NGRAM) == 4 and seen.count(NONE) == 4 * (LOOKS - 1)
-    chooser.observe(0, 0.01, [(Proposal(NGRAM, (1.0,)), 0)], 0)
-    assert chooser.active_source() == NGRAM
+    # A match that is not worth verifying is not worth a search in each step either.
+    match = [(Proposal(NGRAM, (1.0,)), 0)]
+    seen = []
+    for _ in range(2 * LOOKS):
+        seen.append(chooser.active_source())
+        chooser.observe(0, 0.01, match, 0)
+    assert seen.count(NGRAM) == 2
+    chooser.observe(1, 0.01, match, 0)
+    assert [chooser.active_source() for _ in range(AWAKE)] == [NGRAM] * AWAKE
 
 
 def test_drafts_that_become_good_are_noticed_on_a_cpu() -> None:
