@@ -16,6 +16,15 @@ RUNS = {"q4_0": 8, "q4_1": 8, "q4_k": 8, "q6_k": 2, "q8_0": 1, "q8": 1}
 ONES = constant("i16", 1, 16)
 
 
+def unsigned_of(o: Writer, form: str, weights: str, w: str) -> str:
+    """Vector w as the factor whose bytes are unsigned: |w| for pmaddubsw, w + 128 for vpdpbusd."""
+    if weights in SIGNED and form == "avx2":
+        return o.call(I8, "llvm.abs.v32i8", (I8, w), ("i1", "false"))
+    if weights in SIGNED and form == "vnni":
+        return o.op(f"xor {I8} {w}, {constant('i8', -128, 32)}")
+    return w
+
+
 class GroupDot:
     """The dot products of one row with a group of 8 outputs, built one vector at a time.
 
@@ -29,15 +38,15 @@ class GroupDot:
         # 16-bit sums that are not in a total yet, and how many vectors they hold.
         self._pairs, self._held = [""] * halves, [0] * halves
 
-    def add(self, i: int, w: str, x: str) -> None:
-        """Add the products of vector i: bytes w and the row's x, both [8 outputs][4]."""
+    def add(self, i: int, w: str, unsigned: str, x: str) -> None:
+        """Add the products of vector i: bytes w, `unsigned_of` them, and the row's x, all
+        [8 outputs][4]."""
         o, half = self.o, i // 4 if len(self.totals) == 2 else 0
         if self.form == "avx2":
-            self._add_pairs(half, w, x)
+            self._add_pairs(half, w, unsigned, x)
         elif self.form == "vnni":
-            if self.weights in SIGNED:
-                w = o.op(f"xor {I8} {w}, {constant('i8', -128, 32)}")
-            arguments = ((I32, self.totals[half]), (I32, _as_i32(o, w)), (I32, _as_i32(o, x)))
+            factors = (I32, _as_i32(o, unsigned)), (I32, _as_i32(o, x))
+            arguments = (I32, self.totals[half]), *factors
             self.totals[half] = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
         elif self.form == "neon":
             self.totals[half] = _neon_dot(o, self.totals[half], w, x)
@@ -45,13 +54,12 @@ class GroupDot:
             dot = _portable_dot(o, w, x, self.weights in SIGNED)
             self.totals[half] = o.op(f"add {I32} {self.totals[half]}, {dot}")
 
-    def _add_pairs(self, half: int, w: str, x: str) -> None:
-        """pmaddubsw: products of unsigned w and signed x, added in pairs to 16 bits."""
+    def _add_pairs(self, half: int, w: str, unsigned: str, x: str) -> None:
+        """pmaddubsw: products of |w| and x with w's sign, added in pairs to 16 bits."""
         o = self.o
         if self.weights in SIGNED:
             x = o.call(I8, "llvm.x86.avx2.psign.b", (I8, x), (I8, w))
-            w = o.call(I8, "llvm.abs.v32i8", (I8, w), ("i1", "false"))
-        pairs = o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, w), (I8, x))
+        pairs = o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, unsigned), (I8, x))
         if self._held[half]:
             pairs = o.op(f"add {I16} {self._pairs[half]}, {pairs}")
         self._pairs[half] = pairs

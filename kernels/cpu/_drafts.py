@@ -3,8 +3,9 @@
     pick    out[b] = x[ids[b]]
     draft   token = token_ids[argmax logits];  p = exp(max logits - logsumexp)
 
-The head of a draft's phases is followed by that of the next draft, which is given the token, or is
-skipped where all drafts so far are accepted less often than it is worth.
+Each draft has a program head of its own (see `_layout`), side by side in memory. A draft's token is
+written to the next head's IDS. Where, in every sequence, the probability that all drafts so far are
+accepted is below LEAST, all later heads are marked SKIPPED.
 
 Bytes moved: a row, or a few words, per sequence.
 """

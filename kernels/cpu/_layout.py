@@ -27,7 +27,7 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ, PICK, DRAFT = range(10
     THREADS,  # number of shares
     # Of the heads that ROWS_OF names, one for each draft, side by side:
     SKIPPED,  # 1: their phases are skipped
-    LEAST,  # float32 bits: drafting ends where all drafts are accepted less often than this
+    LEAST,  # float32 bits: the probability that all drafts are accepted, below which drafting ends
     HEAD_WORDS,
 ) = range(16)
 

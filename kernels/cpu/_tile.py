@@ -44,13 +44,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ._dot_products import GroupDot
+from ._dot_products import GroupDot, unsigned_of
 from ._formats import FLOATS, GROUP_BYTES, QUANTISED, STATS_BYTES
 from ._ir import F32, I8, I32, Writer, constant
 
 # Rows of one pass over a block: what 16 vector registers hold.
 ROWS, FLOAT_ROWS = 8, 5
-# From this many rows on, a block's float sums are in memory: its registers hold integer sums.
+# From this many rows on, a block's float sums are in memory: the registers hold integer sums.
 MEMORY_ROWS = 3
 # How far ahead weights are prefetched: groups, or bytes for formats without groups.
 PREFETCH_GROUPS = 32
@@ -167,9 +167,10 @@ def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     dots = [GroupDot(o, form, weights) for _ in range(rows)]
     read = {"q8_0": _read_q8, "q8": _read_q8, "q6_k": _read_q6}.get(weights, _read_q4)
     for i, vector in read(o, group):
+        unsigned = unsigned_of(o, form, weights, vector)
         for x, dot in zip(xs, dots, strict=True):
             four = o.splat("i32", o.load("i32", o.at(x, 4 * i), 4), 8)
-            dot.add(i, vector, o.op(f"bitcast {I32} {four} to {I8}"))
+            dot.add(i, vector, unsigned, o.op(f"bitcast {I32} {four} to {I8}"))
     scales = _scales(o, weights)
     for r in range(rows):
         dx = o.splat("float", o.load("float", stats[r], 4), 8)

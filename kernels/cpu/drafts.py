@@ -80,8 +80,8 @@ class DraftProgram(Program):
         of which row last[b] [B] drafts, as described by `ids`, `lengths`, `page_table` and
         `following` -> how many tokens were drafted, 1..count, for each sequence.
 
-        No token is drafted after those of which all together are accepted with a probability below
-        `least`, in each sequence.
+        Drafting ends early where, in every sequence, the probability that all drafts so far are
+        accepted is below `least`.
         """
         batch, heads = len(last), self._heads
         positions = min(self._positions, self.page_table.shape[1] * self._page_size)
