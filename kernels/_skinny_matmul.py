@@ -184,7 +184,7 @@ def _max_registers(tier: int, block_n: int, element_size: int) -> int | None:
     tiles of 16-bit elements, and at most of float32."""
     if element_size == 4:
         return 255
-    return {(64, 32): 168, (192, 64): 216, (192, 128): 216}.get((tier, block_n))
+    return {(64, 32): 255, (192, 64): 216, (192, 128): 216}.get((tier, block_n))
 
 
 @device
