@@ -1,7 +1,8 @@
 """What bounds a matmul: memory, the L2, the instructions it issues, the tensor cores.
 
-The counts come from a launch's arguments, its grid and the machine code of its loop. The rates of a
-GPU are assumptions, fixed here; nothing is a measurement.
+The counts come from a launch's arguments, its grid and the machine code of its loop, or of all its
+passes where the compiler has unrolled the loop. The rates of a GPU are assumptions, fixed here;
+nothing is a measurement.
 """
 
 from collections.abc import Sequence
@@ -35,11 +36,14 @@ class Matmul(NamedTuple):
     flops: int  # rows that pad a tier included
     passes: int  # of all blocks through their loops
     bytes_of_pass: int  # of weights
+    passes_of_block: int
 
-    def issue_ceiling(self, instructions: int, warps: int, gpu: Gpu) -> float:
-        """Bytes of weights per second with every issue slot used, at `instructions` per pass."""
-        seconds = instructions * warps / 4 / gpu.clock
-        return self.bytes_of_pass / seconds * gpu.multiprocessors if instructions else 0.0
+    def issue_ceiling(self, loop: int, unrolled: int, warps: int, gpu: Gpu) -> float:
+        """Bytes of weights per second with every issue slot used, at `loop` instructions of a warp
+        per pass or, where that is 0, `unrolled` in all passes of a block. What comes before and
+        after the passes is left out. 0 if nothing was counted."""
+        seconds = (loop or unrolled / self.passes_of_block) * warps / 4 / gpu.clock
+        return self.bytes_of_pass / seconds * gpu.multiprocessors if seconds else 0.0
 
 
 def matmul(given: dict[str, Any], grid: Sequence[int]) -> Matmul | None:
@@ -65,6 +69,7 @@ def matmul(given: dict[str, Any], grid: Sequence[int]) -> Matmul | None:
         2 * w.numel() * tier * over_rows,
         blocks * over_rows * segments * steps,
         columns * depth * itemsize,
+        steps,
     )
 
 

@@ -72,7 +72,7 @@ def measure(binary: Any) -> dict[str, Any]:
         "shared": binary.metadata.shared,
         **resources(binary.asm["cubin"]),
         **instructions(binary.asm["ptx"]),
-        "loop": loop_instructions(binary.asm["cubin"]),
+        **issued(binary.asm["cubin"]),
     }
 
 
@@ -111,13 +111,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def loop_instructions(cubin: bytes) -> int:
-    """Instructions of a warp in one pass of the loop that multiplies; 0 if there is no loop."""
-    return multiplying_loop(run_tool("nvdisasm", "-c", cubin))
+def issued(cubin: bytes) -> dict[str, int]:
+    """Instructions of a warp that multiplies: `loop`, in one pass of its loop, or `unrolled`, in
+    all passes if there is no loop. Both are 0 if nothing is multiplied."""
+    sass = run_tool("nvdisasm", "-c", cubin)
+    loop = multiplying_loop(sass)
+    return {"loop": loop, "unrolled": 0 if loop else unrolled_passes(sass)}
 
 
-def multiplying_loop(sass: str) -> int:
-    """The length in instructions of the longest loop that contains an HMMA."""
+def parsed(sass: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions, and the index of the instruction after each label."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -125,6 +128,20 @@ def multiplying_loop(sass: str) -> int:
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(instruction[1])
+    return instructions, labels
+
+
+def unrolled_passes(sass: str) -> int:
+    """The number of instructions from the first load from memory to the last HMMA."""
+    instructions, _ = parsed(sass)
+    loads = [i for i, instruction in enumerate(instructions) if re.search(r"\bLDG", instruction)]
+    dots = [i for i, instruction in enumerate(instructions) if "HMMA" in instruction]
+    return max(0, dots[-1] + 1 - loads[0]) if loads and dots else 0
+
+
+def multiplying_loop(sass: str) -> int:
+    """The length in instructions of the longest loop that contains an HMMA."""
+    instructions, labels = parsed(sass)
     longest = 0
     for end, instruction in enumerate(instructions):
         jump = re.search(r"\bBRA[^`]*`\((\.L_x_\d+)\)", instruction)

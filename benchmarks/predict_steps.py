@@ -28,7 +28,7 @@ from bounds import DRAM, GPUS, ISSUED, L2, MMA, l2_bytes, matmul
 from common import Finish, add_counts, add_names, run
 from dummy_models import medusa_heads, meta_state, mtp_module, write_config
 from model_shapes import MODELS, TINY, ModelShape
-from offline_compiler import Device, launches_compiled, loop_instructions, op_name
+from offline_compiler import Device, issued, launches_compiled, op_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpkern.arguments import Parser, at_least
@@ -182,12 +182,13 @@ def matmul_seconds(trace: Trace) -> tuple[float, str]:
         times = {"L2": l2_bytes(given, grid) / L2}
         multiplied = matmul(given, grid)
         if multiplied is not None:
-            instructions = _instructions(function, args, options)
-            ceiling = multiplied.issue_ceiling(instructions, options["num_warps"], GPUS["sm_90"])
+            counts = _issued(function, args, options)
+            ceiling = multiplied.issue_ceiling(
+                **counts, warps=options["num_warps"], gpu=GPUS["sm_90"]
+            )
             loaded = multiplied.passes * multiplied.bytes_of_pass
             times["memory"] = multiplied.weight_bytes / DRAM
-            # A short loop is unrolled, and then not counted.
-            times["issue"] = loaded / ceiling / ISSUED if ceiling else 0.0
+            times["issue"] = loaded / ceiling / ISSUED
             times["tensor cores"] = multiplied.flops / MMA
         bound = max(times, key=lambda one: times[one])
         seconds += times[bound]
@@ -195,17 +196,17 @@ def matmul_seconds(trace: Trace) -> tuple[float, str]:
     return seconds, ", ".join(f"{name}: {bound}" for name, bound in deciding.items())
 
 
-_counted: dict[tuple[object, ...], int] = {}
+_counted: dict[tuple[object, ...], dict[str, int]] = {}
 
 
-def _instructions(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Instructions per pass of a matmul's loop on sm_90, compiled once per shape."""
+def _issued(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, int]:
+    """Instructions of a matmul's passes on sm_90 (see `issued`), compiled once per shape."""
     key = (function.fn.__name__, *sorted(item for item in options.items()))
     if key not in _counted:
         triton.runtime.driver.set_active(Device(90))
         with launches_compiled() as launched:
             function.run(*args, grid=(1,), warmup=False, **options)
-        _counted[key] = loop_instructions(launched[0][1].asm["cubin"])
+        _counted[key] = issued(launched[0][1].asm["cubin"])
     return _counted[key]
 
 

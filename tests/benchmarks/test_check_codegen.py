@@ -9,7 +9,7 @@ import torch
 
 from mtpkern.kernels._launch import TIERS
 from mtpkern.kernels.linear import linear
-from mtpkern.kernels.multi_head_projection import multi_head_projection
+from mtpkern.kernels.multi_head_projection import ONE_READ_ROWS, multi_head_projection
 
 pytest.importorskip("triton")
 
@@ -66,6 +66,57 @@ def test_the_longest_loop_that_multiplies_is_counted(codegen: Any) -> None:
     assert multiplying_loop(SASS.replace("HMMA", "FFMA")) == 0
 
 
+UNROLLED = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64] ;
+        /*0020*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0040*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0050*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0060*/                   LDG.E.U16 R1, [R2.64] ;
+.L_x_0:
+        /*0070*/                   BRA `(.L_x_0) ;
+"""
+
+
+def test_without_a_loop_all_passes_are_counted(codegen: Any) -> None:
+    from offline_compiler import multiplying_loop, unrolled_passes
+
+    assert multiplying_loop(UNROLLED) == 0 and unrolled_passes(UNROLLED) == 5
+    assert unrolled_passes(UNROLLED.replace("HMMA", "FFMA")) == 0
+
+
+def test_a_loop_and_its_passes_unrolled_have_one_ceiling(codegen: Any) -> None:
+    import bounds
+
+    gpu = bounds.GPUS["sm_90"]
+    multiplied = bounds.Matmul(0, 0, 0, passes=0, bytes_of_pass=4096, passes_of_block=16)
+    looped = multiplied.issue_ceiling(52, 0, 4, gpu)
+    assert looped == multiplied.issue_ceiling(0, 16 * 52, 4, gpu)
+    # A multiprocessor issues 4 instructions per cycle, and 4 warps 52 each per 4096 bytes.
+    assert looped == pytest.approx(132 * 4096 * 1.755e9 / 52)
+    assert multiplied.issue_ceiling(0, 0, 4, gpu) == 0
+
+
+@pytest.mark.parametrize(("K", "unrolled"), [(2048, True), (8192, False)])
+def test_a_short_matmul_has_an_issue_ceiling_like_a_long_one(
+    codegen: Any, monkeypatch: pytest.MonkeyPatch, K: int, unrolled: bool
+) -> None:
+    """The compiler unrolls the projections of a 1B model, with 2,048 inputs."""
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(90))
+    x, w = (torch.empty(n, K, dtype=torch.bfloat16, device="meta") for n in (5, 2048))
+    with codegen.launches_compiled() as launched:
+        linear(x, w)
+    ((kernel, binary, given, grid),) = launched
+    facts = codegen.measure(binary)
+    assert (facts["loop"] == 0) == unrolled and (facts["unrolled"] > 0) == unrolled
+    one = codegen.Compiled("sm_90", "1b", "linear", "o", 5, kernel, **facts)
+    one = codegen.with_bounds(one, given, grid, binary.metadata.num_warps)
+    assert 6 < one.issue_ceiling < 60 and codegen.offences(one) == []
+
+
 # [B, T] of a step, and the most that a layer's matmuls may request from the L2 over its weights.
 @pytest.mark.parametrize(
     ("step", "most"), [((1, 5), 1.25), ((4, 5), 1.5), ((8, 5), 2), ((32, 5), 4)]
@@ -93,6 +144,37 @@ def test_a_layer_of_8b_requests_little_more_than_its_weights_from_the_l2(
             case.inputs("meta").launch(False)
     assert weights == 2 * (6144 * 4096 + 4096 * 4096 + 3 * 4096 * 14336)
     assert 1 < asked / weights <= most
+
+
+def test_the_vocabulary_is_read_once_for_as_many_rows_as_one_read_is_faster(
+    codegen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the bytes that the launches of an 8B model read from memory and request from the L2."""
+    import bounds
+    from triton.runtime.jit import JITFunction
+
+    seconds = 0.0
+
+    def count(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        nonlocal seconds
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        if multiplied := bounds.matmul(given, grid):
+            read = multiplied.weight_bytes / bounds.DRAM
+            seconds += max(read, multiplied.l2_bytes / bounds.L2)
+
+    def taken(*row_counts: int) -> float:
+        nonlocal seconds
+        seconds = 0.0
+        for rows in row_counts:
+            x = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+            multi_head_projection(x, vocabulary)
+        return seconds
+
+    vocabulary = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(JITFunction, "run", count)
+    # Two reads of few rows: of the windows, and of the heads at one row of each sequence.
+    twice = taken(8, 32)
+    assert taken(ONE_READ_ROWS) < twice < taken(ONE_READ_ROWS + 1)
 
 
 @pytest.mark.parametrize("rows", [5, 20, 100, 160])
@@ -144,6 +226,14 @@ def sound(codegen: Any) -> Any:
             ["issues 656 instructions per pass: 2.9 TB/s of weights at most, at least 6.0"],
         ),
         (
+            {"unrolled": 9000, "issue_ceiling": 2.9, "rows_multiplied": 5},
+            ["issues 9000 instructions in all passes: 2.9 TB/s of weights at most, at least 6.0"],
+        ),
+        (
+            {"rows_multiplied": 5},
+            ["has no multiplications to count the issued instructions of"],
+        ),
+        (
             {"mma": {"mma.sync.m16n8k16": 8, "wgmma.mma_async.m64n16k16": 1}},
             ["multiplies with mma.sync.m16n8k16, wgmma.mma_async.m64n16k16"],
         ),
@@ -178,6 +268,52 @@ def test_a_layer_that_requests_too_much_from_the_l2_is_named(
     assert codegen.too_much_l2(layer[1:3]) == []  # not the whole layer
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, ""),
+        ({"stack": 8}, "spills 8 bytes"),
+        ({"issue_ceiling": 2.9}, "issues "),
+        ({"l2_bytes": 3600}, "from the L2 at 20 rows"),
+        ({"binary": "f01", "rows": 21}, "is 2 binaries"),
+    ],
+)
+def test_an_offence_of_any_rule_fails_the_check(
+    codegen: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, Any],
+    said: str,
+) -> None:
+    each = {"model": "llama-3.1-8b", "rows": 20, "weight_bytes": 1000, "l2_bytes": 1000}
+    bounds = {"loop": 90, "issue_ceiling": 9.0, "rows_multiplied": 20}
+    layer = [sound(codegen)._replace(op=op, **each, **bounds) for op in codegen.LAYER]
+    results = [layer[0]._replace(**changed), *layer]
+
+    class Pool:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def submit(self, *_: Any) -> Any:
+            return self
+
+        def result(self) -> Any:
+            return results, []
+
+    monkeypatch.setattr(codegen, "ProcessPoolExecutor", Pool)
+    arguments = ["--model", "llama-3.1-8b", "--op", "linear", "--target", "sm_90"]
+    assert codegen.main(arguments) == (1 if said else 0)
+    out = capsys.readouterr().out
+    offences = [line for line in out.splitlines() if line.startswith("OFFENCE")]
+    assert len(offences) == bool(said) and all(said in line for line in offences)
+
+
 def test_every_kernel_has_a_ceiling(codegen: Any) -> None:
     assert codegen.kernels() == codegen.CEILINGS.keys()
 
@@ -191,10 +327,12 @@ def compiled_attention(codegen: Any, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
     monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(90))
 
-    def compiled(D: int, dtype: torch.dtype, columns: int, B: int = 1, T: int = 5) -> list[Any]:
+    def compiled(
+        D: int, dtype: torch.dtype, columns: int, B: int = 1, T: int = 5, width: int = 4096
+    ) -> list[Any]:
         q = torch.empty(B, T, 8, D, dtype=dtype, device="meta")
         pages = torch.empty(9, 64, 2, D, dtype=dtype, device="meta")
-        table = torch.empty(B, 4096, dtype=torch.int32, device="meta")[:, :columns]
+        table = torch.empty(B, width, dtype=torch.int32, device="meta")[:, :columns]
         lengths = torch.empty(B, dtype=torch.int64, device="meta")
         with codegen.launches_compiled() as launched:
             verify_attention(q, pages, pages, table, lengths)
@@ -248,7 +386,20 @@ def test_attention_is_one_binary_for_all_contexts_batches_and_windows(
 ) -> None:
     sizes = [(columns, B, T) for columns in (1, 17, 4096) for B in (1, 3, 8) for T in (1, 5, 64)]
     hashes = {
-        tuple(binary.hash for binary in compiled_attention(16, torch.bfloat16, columns, B, T))
+        tuple(
+            binary.hash for binary in compiled_attention(16, torch.bfloat16, columns, B, T, width)
+        )
         for columns, B, T in sizes
+        for width in {4096, columns}
     }
     assert len(hashes) == 1
+
+
+def test_the_merge_of_splits_has_no_barriers(
+    compiled_attention: Callable[..., list[Any]],
+) -> None:
+    """It would wait at each for the slowest load of a split."""
+    attention, merge = (
+        binary.asm["ptx"] for binary in compiled_attention(128, torch.bfloat16, 512)
+    )
+    assert "bar.sync" in attention and "bar.sync" not in merge

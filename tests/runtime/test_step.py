@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, tiny_checkpoint
 from head_files import write_hydra, write_medusa, write_mtp, write_published
+from llama_layouts import write_layout
 
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.drafters.base import Drafter, DraftInput, Drafts, NoDrafter
@@ -35,6 +36,8 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
         return NoDrafter()
     if kind == "n-gram":
         return NgramDrafter(TRITON)
+    if kind == "modules":  # included in the checkpoint
+        return load_heads(directory.parent / "trunk", trunk, state.cache, ops=TRITON)[0]
     write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
     write["hydra"] = write_hydra
     heads, _ = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, ops=TRITON)
@@ -50,6 +53,7 @@ KINDS = [
     "mtp with n-gram",
     "hydra",
     "medusa with n-gram",
+    "modules",
 ]
 
 
@@ -59,7 +63,11 @@ def test_no_value_of_a_step_travels_to_the_host(
     predict_steps: Any, tmp_path: Path, kind: str, forced: bool
 ) -> None:
     counts = torch.zeros(8, dtype=torch.int64, device="meta") if forced else None
-    directory = tiny_checkpoint(tmp_path / "trunk")
+    directory = tmp_path / "trunk"
+    if kind == "modules":
+        write_layout("mimo", directory, modules=K)
+    else:
+        tiny_checkpoint(directory)
     trunk, state = predict_steps.meta_state(directory, 2, K, forced=counts)
     drafter = drafter_of(kind, trunk, state, tmp_path / "heads")
     for k in (0, 1, K):
@@ -139,6 +147,39 @@ def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_pa
         assert trace.kernels["vocabulary_tiles"] == 1
     blocks = heads.parallel_heads[0]
     assert read[1] - read[0] == blocks.numel() * blocks.element_size()
+
+
+# Bytes of weights, bytes from the L2, flops, instructions per pass.
+@pytest.mark.parametrize(
+    ("counts", "bound", "seconds"),
+    [
+        ((3 << 30, 1 << 30, 0, 1), "memory", (3 << 30) / 3.0e12),
+        ((1 << 30, 6 << 30, 0, 1), "L2", (6 << 30) / 5.5e12),
+        ((1 << 30, 1 << 30, 10**12, 1), "tensor cores", 1e12 / (0.62 * 989e12)),
+        # 2^18 passes of 4 warps, on 132 multiprocessors that issue 4 instructions per cycle.
+        ((1 << 30, 1 << 30, 0, 9999), "issue", 2**18 * 9999 / 132 / 1.755e9 / 0.7),
+    ],
+)
+def test_the_slowest_of_four_bounds_decides(
+    predict_steps: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: tuple[int, int, int, int],
+    bound: str,
+    seconds: float,
+) -> None:
+    from bounds import Matmul
+
+    weights, requested, flops, instructions = counts
+    multiplied = Matmul(weights, requested, flops, 1 << 18, 4096, passes_of_block=16)
+    monkeypatch.setattr(predict_steps, "matmul", lambda *_: multiplied)
+    monkeypatch.setattr(predict_steps, "l2_bytes", lambda *_: requested)
+    counted = {"loop": 0, "unrolled": 16 * instructions}
+    monkeypatch.setattr(predict_steps, "_issued", lambda *_: counted)
+    trace = predict_steps.Trace()
+    function = type("Function", (), {"arg_names": ()})
+    trace.matmuls = [("linear", function, (), (1,), {"num_warps": 4})] * 2
+    found, deciding = predict_steps.matmul_seconds(trace)
+    assert found == pytest.approx(2 * seconds) and deciding == f"linear: {bound}"
 
 
 def test_the_prediction_runs_and_states_its_assumptions(predict_steps: Any, capsys: Any) -> None:
