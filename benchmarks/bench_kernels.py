@@ -3,8 +3,9 @@
     python benchmarks/bench_kernels.py --model llama-3.1-8b --op linear
 
 A row is an op at one shape. It is timed and printed as soon as its values are checked, against
-float64 with the tests' budget, twice the error of torch in the same dtype. From the first row that
-exceeds it on, nothing is timed, the report has no rows, and the exit code is 1.
+float64 with the tests' budget, twice the error of torch in the same dtype. A case that exceeds the
+budget or does not run gets no row and no speed: it is printed and reported as red, the others are
+still measured, and the exit code is 1.
 Times are medians over replays of a CUDA graph whose calls rotate through inputs larger than the L2
 cache. GB/s are the bytes of the op's formula (in its file's header) over that time; the peak is the
 faster of a copy and a read measured just before. The baseline is torch: cuBLAS,
@@ -35,6 +36,7 @@ from common import (
 from kernel_cases import OPS, Call, KernelCase
 from model_shapes import MODELS, STEPS
 from torch import Tensor
+from triton.errors import TritonError
 
 from mtpkern.arguments import Parser, at_least
 from mtpkern.errors import UserError
@@ -65,33 +67,34 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
         if args.rows is None or B * T in args.rows
         for case in islice(OPS[op](MODELS[model], B, T), 1 if args.first else None)
     ]
-    report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": []}
+    report: dict[str, Any] = {"schema": 1, "environment": facts, "rows": [], "red": []}
     facts |= {f"{name}_gbps": round(rate, 1) for name, rate in bandwidths(args.repeat).items()}
     peak = max(facts["copy_gbps"], facts["read_gbps"])
     print(f"measured: copy {facts['copy_gbps']} GB/s, read {facts['read_gbps']} GB/s")
-    red = []
     with args.status.phase("checking and timing", len(cases), "cases") as phase:
         for model, op, case in cases:
-            error, budget = check(case, args.pdl)
-            if not error <= budget:
-                where = f"{op} {case.name} {case.shape}"
-                red.append(f"RED: {where}: error {error:.3g} over {budget:.3g}")
-                with args.status.paused():
-                    print(red[-1])
-            if not red:
-                row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
-                row |= time_case(case, args.repeat, args.pdl, peak) | {"max_error": error}
-                with args.status.paused():
+            row = {"model": model, "op": op, "case": case.name, "shape": case.shape}
+            reason = ""
+            try:
+                error, budget = check(case, args.pdl)
+                if error <= budget:
+                    row |= time_case(case, args.repeat, args.pdl, peak) | {"max_error": error}
+                else:
+                    reason = f"error {error:.3g} over {budget:.3g}"
+            except (TritonError, RuntimeError) as raised:
+                reason = (str(raised).strip().splitlines() or [type(raised).__name__])[-1]
+            with args.status.paused():
+                if reason:
+                    report["red"].append(f"{model} {op} {case.name} {case.shape}: {reason}")
+                    print(f"RED: {report['red'][-1]}")
+                else:
                     if not report["rows"] or report["rows"][-1]["model"] != model:
                         print(f"\n{model}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
                     print(table_line(row))
                     print_row(row)
-                report["rows"].append(row)
+                    report["rows"].append(row)
             phase.advance(note=f"{model} {op} {case.name}")
-    if red:
-        print("no speed is reported")
-        return finish(report | {"rows": [], "red": red}, 1)
-    return finish(report, 0)
+    return finish(report, 1 if report["red"] else 0)
 
 
 def parser() -> Parser:

@@ -10,7 +10,8 @@ transformers (bench_decode.py). Both first compile their kernels on all cores (c
 
 Each part is a process of its own with a time limit. suite.json and suite.md in
 benchmarks/results/<gpu>-<date>/, with --smoke <gpu>-<date>-smoke/, are written after every part; a
-part that is stopped leaves the rows it has measured so far. Without a GPU the suite runs at a small
+part that is stopped leaves the rows it has measured so far, and a part that fails leaves its rows
+and names what was red. Without a GPU the suite runs at a small
 size, to show that it runs; its numbers then say nothing about a kernel's speed.
 """
 
@@ -191,6 +192,8 @@ def run(part: Part, directory: Path) -> dict[str, Any]:
         result["last_line"] = lines[-1] if lines else ""
         if rows := rows_printed(text):
             result["report"] = {"rows": rows}
+    if red := [line for line in lines if line.startswith("RED: ")]:
+        result["red"] = red
     return result
 
 
@@ -203,6 +206,9 @@ def markdown(report: dict[str, Any], on_gpu: bool) -> str:
     text += ["| part | outcome | seconds |", "|---|---|---|"]
     for name, result in report["parts"].items():
         text.append(f"| {name} | {result['outcome']} | {result['seconds']:.0f} |")
+    for name, result in report["parts"].items():
+        if red := result.get("red"):
+            text += ["", f"Red in {name}:", "", *(f"- {line[5:]}" for line in red)]
     for name, result in report["parts"].items():
         rows = result.get("report", {}).get("rows", [])
         if rows:

@@ -59,28 +59,42 @@ def test_every_op_is_checked_and_reported(
         assert row["percent_of_peak"] == pytest.approx(100 * row["gbps"] / peak)
 
 
-@pytest.mark.parametrize("wrong", [1.0, float("nan")])
-def test_a_wrong_value_means_no_speed_is_reported(
+@pytest.mark.parametrize("wrong", [1.0, float("nan"), None])
+def test_a_wrong_row_is_named_and_has_no_speed_and_the_others_keep_theirs(
     bench: ModuleType,
     gpu: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    wrong: float,
+    wrong: float | None,
 ) -> None:
+    """Wrong values, or none (None), in the first and the last op of three."""
+    from common import rows_printed
+
+    def launched(call: Any, pdl: bool) -> Any:
+        if wrong is None:
+            raise RuntimeError("out of resources\nshared memory")
+        return call.launch(pdl) + wrong
+
     def spoiled(model: Any, B: int, T: int) -> Any:
         for case in bench.OPS["linear"](model, B, T):
             call = case.inputs("cuda")
-            yield case._replace(
-                inputs=lambda device, call=call: call._replace(
-                    launch=lambda pdl: call.launch(pdl) + wrong
-                )
-            )
+            changed = call._replace(launch=partial(launched, call))
+            yield case._replace(inputs=lambda device, changed=changed: changed)
 
-    monkeypatch.setattr(bench, "OPS", {"linear": bench.OPS["linear"], "spoiled": spoiled})
+    linear = bench.OPS["linear"]
+    monkeypatch.setattr(bench, "OPS", {"first": spoiled, "linear": linear, "last": spoiled})
     assert bench.main(["--model", "tiny", "--rows", "5"]) == 1
     printed = capsys.readouterr().out
-    assert "RED: spoiled o" in printed and "RED: linear" not in printed
-    assert json.loads(printed.splitlines()[-1])["rows"] == []
+    assert "RED: tiny first o" in printed and "RED: tiny linear" not in printed
+    report = json.loads(printed.splitlines()[-1])
+    assert [(row["op"], row["case"]) for row in report["rows"]] == [
+        ("linear", "o"),
+        ("linear", "down"),
+    ]
+    assert report["rows"] == rows_printed(printed)
+    reason = "shared memory" if wrong is None else "error "
+    for red, op in zip(report["red"], ["first", "first", "last", "last"], strict=True):
+        assert red.startswith(f"tiny {op} ") and f": {reason}" in red
 
 
 def test_a_row_is_printed_before_the_next_is_checked(

@@ -76,6 +76,24 @@ time.sleep(60)
     assert "| 1.5 |" in gpu_suite.markdown(report, on_gpu=False)
 
 
+def test_a_part_with_a_red_row_keeps_the_others_and_names_it(
+    gpu_suite: Any, tmp_path: Path
+) -> None:
+    code = """
+print('{"row": {"op": "linear", "ms": 1.5}}')
+print("RED: tiny ngram: error 1 over 0.5")
+print('{"schema": 1, "rows": [{"op": "linear", "ms": 1.5}], "red": ["tiny ngram: ..."]}')
+raise SystemExit(1)
+"""
+    result = gpu_suite.run(gpu_suite.Part("kernels", [sys.executable, "-c", code], 20), tmp_path)
+    assert result["outcome"] == "exit code 1"
+    assert result["report"]["rows"] == [{"op": "linear", "ms": 1.5}]
+    assert result["red"] == ["RED: tiny ngram: error 1 over 0.5"]
+    report = {"environment": gpu_suite.environment(), "parts": {"kernels": result}}
+    page = gpu_suite.markdown(report, on_gpu=False)
+    assert "| linear | 1.5 |" in page and "- tiny ngram: error 1 over 0.5" in page
+
+
 def _runs(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
     try:
