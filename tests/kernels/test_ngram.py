@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import guarded_output
 
-from mtpkern.kernels.ngram import ngram, ngram_ref
+from mtpkern.kernels.ngram import BLOCK, ngram, ngram_ref
 
 
 def brute_force(known: list[int], drafts: int, size: int) -> list[int] | None:
@@ -68,6 +68,30 @@ def test_the_kernel_finds_a_match_anywhere_in_a_long_text(
     expected = ngram_ref(tokens, known, 4)
     assert torch.equal(drafts.cpu(), expected[0]) and bool(found.all())
     assert drafts[:, 0].tolist() == [10 + place + 3 for place in places]
+
+
+def test_the_latest_of_two_matches_wins_wherever_they_are(
+    gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more than 128 blocks lie between them."""
+    monkeypatch.setattr(f"{ngram.__module__}.BLOCK", 16)
+    tokens = torch.arange(10, 10 + 2400).repeat(3, 1)
+    tokens[:, 5:8] = tokens[:, 2390:2393] = torch.tensor([1, 2, 3])
+    for b, later in enumerate((700, 2060, 2300)):
+        tokens[b, later : later + 3] = tokens[b, 5:8]
+    known = torch.full((3,), 2393)
+    drafts, found = ngram(tokens.to(gpu), known.to(gpu), 2)
+    assert bool(found.all())
+    assert drafts.tolist() == [[10 + n + 3, 10 + n + 4] for n in (700, 2060, 2300)]
+
+
+def test_a_long_text_is_searched_by_many_blocks() -> None:
+    """Of 1,024 starts each: one block would take some 55 us for 32k tokens."""
+    pretend_gpu = pytest.importorskip("pretend_gpu").pretend_gpu
+    with pretend_gpu() as gpu:
+        ngram(torch.zeros(2, 32768, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 4)
+    assert BLOCK <= 1024
+    assert gpu.grids == {"_latest_match_kernel": {(32, 2)}, "_ngram_kernel": {(2,)}}
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

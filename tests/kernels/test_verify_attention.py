@@ -338,6 +338,21 @@ def test_an_8b_model_fills_an_h100_with_few_partial_results(
         assert partials < 0.2 * 2 * 2 * keys * Hk * D
 
 
+@pytest.mark.parametrize("keys", [60, 300, 1029, 4200])
+def test_the_kernel_writes_as_many_parts_as_the_host_counts(
+    gpu: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{verify_attention.__module__}.FILL", 16)
+    T, Hq, Hk, D = 3, 2, 1, 16
+    launch = make_launch(gpu, [keys - T], T, (Hk, Hq, D), 1024, torch.bfloat16)
+    size = workspace_size(1, T, Hq, Hk, D, launch.page_table.shape[1], 1024)
+    workspace = torch.full((size,), float("nan"), device=gpu)
+    verify_attention(*launch, workspace=workspace)
+    written = int(workspace.isfinite().sum()) + int(workspace.isinf().sum())
+    parts = -(-keys // split_size(1, T, Hq, Hk, keys))
+    assert written == parts * T * Hq * (D + 2)
+
+
 def test_a_key_that_is_nan_reaches_only_rows_of_the_kernel_that_see_it(gpu: str) -> None:
     lengths = [0, 60, 255]
     launch = make_launch(gpu, lengths, 5, (2, 3, 16), 16, torch.bfloat16)

@@ -5,9 +5,11 @@ On a CPU: what it launches of its own is replaced by its definition, the vendor'
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_checkpoint
 from llama_layouts import write_layout
 
@@ -39,6 +41,35 @@ def empty_cache(model: Llama) -> KVCache:
     cache = replace(cache, k=torch.zeros_like(cache.k), v=torch.zeros_like(cache.v))
     cache.assign(0, PAGES)
     return cache
+
+
+def test_a_sliding_window_meets_few_extents(tmp_path: Path) -> None:
+    """cuDNN makes a plan for each new one, which takes longer than a chunk."""
+    tiny_checkpoint(tmp_path, max_position_embeddings=1024)
+    cache = empty_cache(Llama.load(tmp_path, dtype=torch.float32, ops=TRITON, device="cpu"))
+    cache = replace(cache, page_table=torch.zeros(1, 512, dtype=torch.int32))
+    extents = set()
+    for begin in range(0, 24 * 1024, 512):
+        for rows in range(64, 513, 64):
+            chunk = prefill.plan_chunk(begin, rows, cache, 1000)
+            assert chunk.mask is not None and chunk.mask.shape == (rows, 64 * len(chunk.pages))
+            extents.add(len(chunk.pages))
+    assert len(extents) <= 4
+
+
+def test_attention_without_a_mask_is_not_cudnn_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its extent is another in each chunk."""
+    enabled = []
+    plain = F.scaled_dot_product_attention
+
+    def record(*args: Any, **named: Any) -> Any:
+        enabled.append((torch.backends.cuda.cudnn_sdp_enabled(), "attn_mask" in named))
+        return plain(*args, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    q, k = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 192, 16)
+    prefill.attend(q, k, k, None)
+    assert enabled == [(False, True)]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral_window_7"])
