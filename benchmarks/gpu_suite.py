@@ -145,8 +145,7 @@ def parts(on_gpu: bool, smoke: bool) -> list[Part]:
             Part("steps", script("bench_steps.py", *model, "--repeat", "10"), 20),
         ]
     tests = ["-m", "pytest", "-q", "-m", "kernel or cuda", "-p", "no:cacheprovider", "-n", "auto"]
-    # A package that some other test needs may be missing on a machine without a network.
-    tests.append("--continue-on-collection-errors")
+    tests += kernel_tests()
     models = ["--model", "llama-3.1-8b", "--model", "llama-3.2-1b"]
     small = ["--model", "smollm2-135m"]
     contexts = ["--context", "1024", "--context", "8192", "--context", "32768"]
@@ -161,6 +160,14 @@ def parts(on_gpu: bool, smoke: bool) -> list[Part]:
         Part("batches", many, 50),
         Part("decode", script("bench_decode.py", "--limit", "8", "--peers", "--no-sources"), 60),
     ]
+
+
+def kernel_tests() -> list[str]:
+    """The test files that take the fixtures `gpu` or `cuda`. A package that some other test needs
+    may be missing on a machine without a network."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    takes = re.compile(r"\b(?:gpu|cuda): str\b")
+    return [str(file.relative_to(ROOT)) for file in files if takes.search(file.read_text("utf-8"))]
 
 
 def run(part: Part, directory: Path) -> dict[str, Any]:

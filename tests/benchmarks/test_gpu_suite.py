@@ -1,5 +1,6 @@
 """gpu_suite: it runs without a GPU, at a small size, and keeps within its time limits on one."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -107,6 +108,26 @@ def test_the_suite_does_not_write_where_smoke_has_written(gpu_suite: Any) -> Non
     device = "NVIDIA H100 80GB HBM3"
     smoke, whole = (gpu_suite.results(device, smoke) for smoke in (True, False))
     assert smoke != whole and whole.name.startswith("nvidia-h100-80gb-hbm3-")
+
+
+def test_the_tests_on_a_gpu_are_those_that_need_one_and_no_optional_package(
+    gpu_suite: Any,
+) -> None:
+    """One file that cannot be imported would make the whole part fail."""
+    (part,) = (part for part in gpu_suite.parts(True, False) if part.name == "tests")
+    tests = SUITE.parents[1] / "tests"
+    chosen = {tests.parent / word for word in part.command if word.startswith("tests/")}
+    for file in tests.rglob("test_*.py"):
+        arguments = {
+            arg.arg
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef)
+            and (node.name.startswith("test_") or node.decorator_list)
+            for arg in node.args.args
+        }
+        assert (file in chosen) >= bool(arguments & {"gpu", "cuda"}), file
+    for file in chosen:
+        assert "gguf" not in file.read_text(encoding="utf-8"), file
 
 
 # Seconds per kernel on one core, and the cores of a machine with such a GPU.
