@@ -89,6 +89,7 @@ def spoil(llm: LLM) -> None:
     if isinstance(drafter, CompanionDrafter):
         heads, copies = Spoiled(drafter.drafter, vocabulary), Spoiled(drafter.ngram, vocabulary)
         llm.drafter = CompanionDrafter(copies, heads, llm.ops)
+        llm.runner.ngram = copies  # what searches while the heads rest
     else:
         llm.drafter = Spoiled(drafter, vocabulary)
 

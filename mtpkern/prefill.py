@@ -83,13 +83,17 @@ def first_drafts(
     For the drafter, the prompt's last row is a committed step whose bonus token is window[0].
     `use_heads` and `min_probability` are as in `decode_step`.
     """
-    config = model.config
-    normed, projected = ops.project(
-        last.hidden, model.norm, config.rms_norm_eps, model.vocabulary, drafter.parallel_heads
-    )
+    # The vocabulary is read for parallel heads alone, and the norm for heads.
+    normed, projected, heads = last.hidden, None, drafter.parallel_heads
+    eps = model.config.rms_norm_eps
+    if heads is not None:
+        normed, projected = ops.project(last.hidden, model.norm, eps, model.vocabulary, heads)
+    elif drafter.taps:
+        normed = ops.rms_norm(last.hidden, model.norm, eps)
+    features = join_taps(drafter.taps, last.tapped, normed, model.config.num_layers)
     one = torch.ones(1, dtype=torch.int64, device=state.window.device)
     step = DraftInput(
-        features=join_taps(drafter.taps, last.tapped, normed, config.num_layers)[None],
+        features=features[None],
         projected=projected,
         target=state.window[:, :1].clone(),  # the drafter may keep it beyond the next step
         tokens=state.progress.tokens,

@@ -4,7 +4,7 @@ The scheduler decides which sequences those are, and their pages and K.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -51,10 +51,16 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.k = self.state.window.shape[1] - 1
-        self.plain_state = self.state.view(len(self.state.window), 0)  # for steps without drafts
+        # For steps without drafts.
+        self.plain_state = replace(self.state, window=self.state.window[:, :1])
         self.slots: list[Request | None] = [None] * len(self.state.window)
         # The drafts of each slot's next step, where the host may read them.
         self.proposals: list[Proposal | None] = [None] * len(self.slots)
+        self.proposed = False  # whether there are any
+        # The sources that are given each of the next steps, which have K = 0: see `KChooser.rest`.
+        self.rest: Iterator[int] = iter(())
+        # Seconds of such steps that the chooser has not observed yet.
+        self.rested: list[float] = []
 
 
 class StepInFlight(NamedTuple):
@@ -64,8 +70,9 @@ class StepInFlight(NamedTuple):
     k: int
     slots: tuple[Request | None, ...]  # as they were when it started
     proposals: tuple[Proposal | None, ...]  # the drafts that it verifies, where the host may read
-    seconds: float  # host time: on a CPU, the step's duration
+    started: float  # seconds, by time.perf_counter()
     heads_drafted: int  # tokens that the heads drafted at its end, where the host may read
+    resting: bool  # whether it is one of `Batch.rest`
 
 
 class Runner:
@@ -170,17 +177,16 @@ class Runner:
                 self.state.view(1, batch.k, slot),
                 self.trunk,
                 last,
-                self.drafter,
+                self._drafter_for(batch.k_chooser.active_source()),
                 self.ops,
                 slot=slot,
-                use_heads=batch.k_chooser.use_heads(),
+                use_heads=batch.k_chooser.use_heads_first(),
                 min_probability=batch.k_chooser.min_probability(),
             )
         if self.ops.host_may_read:
             (proposal,) = _proposals(drafts, [request])
             batch.proposals[slot] = proposal
-            if drafted := _heads_drafted([proposal]):
-                batch.k_chooser.spend(time.perf_counter() - request.started, drafted)
+            batch.proposed |= proposal is not NO_PROPOSAL
 
     def _write_slot(self, batch: Batch, slot: int, request: Request, prompt: Tensor) -> None:
         """Write a request's tokens, limits, sampling parameters and pages into a slot."""
@@ -223,26 +229,32 @@ class Runner:
         self.cache.reset(slot)
         self.drafter.reset(slot)
 
-    def start_step(self, batch: Batch, k: int) -> StepInFlight:
-        """Start a step that verifies `k` drafts; batch.proposals are then those of the next."""
+    def start_step(
+        self, batch: Batch, k: int, source: int, started: float, *, resting: bool = False
+    ) -> StepInFlight:
+        """Start a step that verifies `k` drafts and is given to `source`, as in
+        `KChooser.active_source`; batch.proposals are then those of the next.
+
+        The choice of k began at `started`.
+        """
         verified = tuple(batch.proposals)
         self.clock += 1
         heads_drafted = 0
-        started = time.perf_counter()
         if self.graphs:
             self.graphs[len(batch.slots), k, self._graph_pages(batch.slots)]()
         else:
-            output = self.launch(batch, k)
-            if batch.k and self.ops.host_may_read:
-                batch.proposals[:] = _proposals(output.drafts, batch.slots)
+            drafts = self.launch(batch, k, source).drafts
+            if self.ops.host_may_read and (batch.proposed or not _is_empty(drafts)):
+                batch.proposals[:] = _proposals(drafts, batch.slots)
                 heads_drafted = _heads_drafted(batch.proposals)
-        seconds = time.perf_counter() - started
-        return StepInFlight(self.clock, k, tuple(batch.slots), verified, seconds, heads_drafted)
+                batch.proposed = any(p is not None and p.probabilities for p in batch.proposals)
+        slots = tuple(batch.slots)
+        return StepInFlight(self.clock, k, slots, verified, started, heads_drafted, resting)
 
-    def launch(self, batch: Batch, k: int) -> StepOutput:
+    def launch(self, batch: Batch, k: int, source: int = HEADS) -> StepOutput:
         """Run a step kernel by kernel: on a CPU, under capture, and on a GPU without graphs."""
         on_host, state, k_chooser = self.ops.host_may_read, batch.state, batch.k_chooser
-        drafter = self._drafter_for(k_chooser) if batch.k else NO_DRAFTER
+        drafter = self._drafter_for(source) if batch.k else NO_DRAFTER
         use_heads, min_probability = True, MIN_PROBABILITY
         if not on_host:
             state = replace(self.state.view(len(batch.slots), k), cache=state.cache)
@@ -263,11 +275,8 @@ class Runner:
             withheld=batch.withheld,
         )
 
-    def _drafter_for(self, k_chooser: KChooser) -> Drafter:
-        """The drafter that observes the next step: on a CPU, without the sources that rest."""
-        if not self.ops.host_may_read:
-            return self.drafter
-        source = k_chooser.active_source()
+    def _drafter_for(self, source: int) -> Drafter:
+        """The drafter that is given the next step, without the sources that rest."""
         if source == HEADS and self._heads_rested:
             self.drafter.mark_gap()
         self._heads_rested = source != HEADS
@@ -294,9 +303,16 @@ class Runner:
         return next((most for most in some if pages <= most), whole)
 
 
+def _is_empty(drafts: Drafts | None) -> bool:
+    """Whether it is known, without reading a tensor, that there are no drafts."""
+    if drafts is None:
+        return True
+    return isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
+
+
 def _proposals(drafts: Drafts | None, slots: Sequence[Request | None]) -> list[Proposal | None]:
     """The drafts of each occupied slot, read by the host of a CPU; None: there are none."""
-    if drafts is None or (isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0):
+    if drafts is None or _is_empty(drafts):
         return [None if slot is None else NO_PROPOSAL for slot in slots]
     count = len(slots)
     sources, lengths = (

@@ -8,10 +8,11 @@ from mtpkern.cache import PagePool, Prefix
 from mtpkern.drafters.draft_length import (
     DraftLength,
     FixedDraftLength,
-    GraphDraftLength,
     KChooser,
     Proposal,
 )
+from mtpkern.drafters.graph_draft_length import GraphDraftLength
+from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.errors import UserError
 from mtpkern.nvtx_ranges import span
 from mtpkern.request import Event, Request
@@ -55,7 +56,7 @@ class Scheduler:
             logprobs=any(request.params.logprobs for request in requests),
             min_tokens=any(request.withheld for request in requests),
         )
-        slots, proposals, k_chooser = batch.slots, batch.proposals, batch.k_chooser
+        slots = batch.slots
         waiting, in_flight = deque(requests), deque[StepInFlight]()
         try:
             while waiting or any(slots):
@@ -72,14 +73,14 @@ class Scheduler:
                 needed = max(request.left for request in slots if request is not None)
                 while len(in_flight) < min(steps_ahead, needed):
                     with _STEP:
-                        chosen = k_chooser.choose([p for p in proposals if p is not None])
-                        in_flight.append(runner.start_step(batch, chosen))
+                        in_flight.append(self._start(batch))
                 yield from self._collect(in_flight.popleft(), batch)
                 for slot, occupant in enumerate(slots):
                     if occupant is not None and occupant.finish_reason:
                         self._release(slot, occupant)
-                        slots[slot] = proposals[slot] = None
+                        slots[slot] = batch.proposals[slot] = None
         finally:
+            _end_rest(batch)
             for slot, occupant in enumerate(slots):
                 if occupant is not None:
                     self._release(slot, occupant)
@@ -98,11 +99,27 @@ class Scheduler:
     def _k_chooser(self, batch: int, k: int) -> KChooser:
         """The K chooser, up to k, of a run with `batch` slots."""
         if k and self.draft_length is not None:
-            self.draft_length.begin(batch)
+            heads = not isinstance(self.runner.drafter, NgramDrafter)
+            self.draft_length.begin(batch, heads=heads)
             return self.draft_length
         durations = self.runner.graph_seconds
         seconds = {drafts: cost for (size, drafts), cost in durations.items() if size == batch}
         return GraphDraftLength(seconds) if k and seconds else FixedDraftLength(k)
+
+    def _start(self, batch: Batch) -> StepInFlight:
+        """Start the next step: one of a rest, or with the K that the chooser chooses."""
+        started, k_chooser = time.perf_counter(), batch.k_chooser
+        if not batch.proposed:
+            source = next(batch.rest, None)
+            if source is None:
+                _end_rest(batch)
+                batch.rest = iter(k_chooser.rest())
+                source = next(batch.rest, None)
+            if source is not None:
+                return self.runner.start_step(batch, 0, source, started, resting=True)
+        _end_rest(batch)
+        k = k_chooser.choose([p for p in batch.proposals if p is not None])
+        return self.runner.start_step(batch, k, k_chooser.active_source(), started)
 
     def _collect(self, step: StepInFlight, batch: Batch) -> Iterator[tuple[int, Event]]:
         """Wait for a step and pass its tokens to their requests, which stop where they must."""
@@ -115,16 +132,21 @@ class Scheduler:
                 check=self.runner.check_device,
             )
         now, k = time.perf_counter(), step.k
+        seconds = now - step.started  # on a CPU, the step's duration
         outcomes, taken = [], []
         for request, proposal, record in zip(step.slots, step.proposals, records, strict=True):
             if request is not None and not request.finish_reason:
-                record = record._replace(drafted=min(record.drafted, k))
-                if proposal is None:
-                    proposal = Proposal(record.source, (1.0,) * record.drafted)
-                proposal = proposal._replace(probabilities=proposal.probabilities[:k])
-                outcomes.append((proposal, min(record.accepted, record.drafted)))
+                if not step.resting:
+                    record = record._replace(drafted=min(record.drafted, k))
+                    if proposal is None:
+                        proposal = Proposal(record.source, (1.0,) * record.drafted)
+                    proposal = proposal._replace(probabilities=proposal.probabilities[:k])
+                    outcomes.append((proposal, min(record.accepted, record.drafted)))
                 taken.append((request, record))
-        batch.k_chooser.observe(k, step.seconds, outcomes, step.heads_drafted)
+        if step.resting:
+            batch.rested.append(seconds)
+        else:
+            batch.k_chooser.observe(k, seconds, outcomes, step.heads_drafted)
         for request, record in taken:
             for event in request.take(record, k, now):
                 yield request.index, event
@@ -143,3 +165,11 @@ class Scheduler:
         else:
             self.pool.release(request.pages)
         self.runner.release(slot)
+
+
+def _end_rest(batch: Batch) -> None:
+    """Tell the chooser of the resting steps that it has not observed."""
+    batch.rest = iter(())
+    if batch.rested:
+        batch.k_chooser.observe_rest(batch.rested)
+        batch.rested = []

@@ -53,7 +53,8 @@ class DraftInput(NamedTuple):
     """One committed step, as a drafter sees it; n is the number of layers that it taps."""
 
     features: Tensor  # [B, T, n*E], the tapped hidden states; overwritten by the next step
-    projected: Projected  # logits of the LM head and of parallel heads for those rows
+    # Logits of the LM head and of parallel heads for those rows; None if no drafter needs them.
+    projected: Projected | None
     target: Tensor  # [B, T] int64, the tokens that the model chose after each row
     tokens: Tensor  # [B, max_length + ...] int64, tokens[b, : lengths[b] + 1] are defined
     lengths: Tensor  # [B] int64, after the commit: tokens[b, lengths[b]] is the bonus token

@@ -6,25 +6,20 @@ The gain is in tokens: what K drafts add to the one token of a plain step, less 
 time would have brought at the present speed (tokens per duration of a plain step). The best K has
 the highest gain; K = 0, plain decoding, has gain 0.
 
-`GraphDraftLength` is for a GPU: it chooses before a step is launched, and the host, some steps
-ahead of the device, cannot read the drafts. `DraftLength` is for a CPU: it chooses after
-drafting, from the source of the drafts and their probabilities.
+`DraftLength` is for a CPU: it chooses after drafting, from the source of the drafts and their
+probabilities. `GraphDraftLength` (graph_draft_length.py) is for a GPU.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 from mtpkern.drafters.base import HEADS, MIN_PROBABILITY, NGRAM, NONE, SOURCES
 from mtpkern.drafters.timings import Timings
 
-# Weight of the newest observation in a running mean, which follows changes in about 100 steps.
-NEWEST = 0.02
 # Acceptance rate assumed before any observation: high enough that drafts are tried.
 PRIOR = 0.7
-# Share of the tokens per second that probes may cost.
-PROBE_BUDGET = 0.01
-# A probe drafts in one step and verifies in the next.
-PROBE_STEPS = 2
 
 
 class Proposal(NamedTuple):
@@ -38,20 +33,24 @@ class Proposal(NamedTuple):
 class KChooser(Protocol):
     """Chooses K for each step of a batch."""
 
+    def rest(self) -> Iterable[int]:
+        """Sources, as in `active_source`, of the next steps, which are plain (K = 0) and need no
+        call of the chooser for as long as no source drafts; empty if the next step needs one."""
+
     def choose(self, proposals: Sequence[Proposal]) -> int:
         """K of the next step, given the drafts of each active sequence (empty if unknown)."""
 
     def use_heads(self) -> bool:
         """Whether the heads should draft at the end of the next step."""
 
+    def use_heads_first(self) -> bool:
+        """Whether the heads should draft after a prompt, before its first step."""
+
     def active_source(self) -> int:
         """Who is given the next step: HEADS (heads and n-gram), NGRAM alone, or NONE."""
 
     def min_probability(self) -> float:
         """From which probability of acceptance one more draft of the heads is worth its cost."""
-
-    def spend(self, seconds: float, drafted: int) -> None:
-        """Account for `drafted` tokens that the heads drafted outside of a step, after a prompt."""
 
     def observe(
         self,
@@ -64,6 +63,9 @@ class KChooser(Protocol):
         proposal, cut to k, and how many of its drafts were accepted; `drafted` is how many tokens
         the heads drafted at the step's end."""
 
+    def observe_rest(self, seconds: Sequence[float]) -> None:
+        """Learn from the steps of a rest, which took `seconds`."""
+
 
 class FixedDraftLength:
     """The K that the caller asked for, at every step."""
@@ -71,10 +73,16 @@ class FixedDraftLength:
     def __init__(self, k: int):
         self.k = k
 
+    def rest(self) -> Iterable[int]:
+        return () if self.k else repeat(NONE)
+
     def choose(self, proposals: Sequence[Proposal]) -> int:
         return self.k
 
     def use_heads(self) -> bool:
+        return True
+
+    def use_heads_first(self) -> bool:
         return True
 
     def active_source(self) -> int:
@@ -83,9 +91,6 @@ class FixedDraftLength:
     def min_probability(self) -> float:
         return MIN_PROBABILITY
 
-    def spend(self, seconds: float, drafted: int) -> None:
-        pass
-
     def observe(
         self,
         k: int,
@@ -95,65 +100,14 @@ class FixedDraftLength:
     ) -> None:
         pass
 
-
-class GraphDraftLength(FixedDraftLength):
-    """Chooses K among those with a CUDA graph, for one batch size."""
-
-    def __init__(self, seconds: Mapping[int, float]):
-        """`seconds` maps each K that has a graph, 0 included, to the duration of its step."""
-        if 0 not in seconds or min(seconds.values()) <= 0:
-            raise ValueError(f"seconds must hold K = 0 and be positive, got {dict(seconds)}")
-        super().__init__(max(seconds))
-        self.seconds = dict(seconds)
-        self.acceptance_rates = [PRIOR] * self.k
-        self._probing = 0  # remaining steps of a probe
-        self._since = 0  # steps since the last probe
-
-    def observe(
-        self,
-        k: int,
-        seconds: float,
-        outcomes: Sequence[tuple[Proposal, int]],
-        drafted: int,
-    ) -> None:
-        for proposal, accepted in outcomes:
-            for i in range(min(len(proposal.probabilities), accepted + 1)):
-                self.acceptance_rates[i] += NEWEST * ((i < accepted) - self.acceptance_rates[i])
-
-    def tokens(self, k: int) -> float:
-        """How many tokens a step of K = k is expected to emit."""
-        emitted, reached = 1.0, 1.0
-        for rate in self.acceptance_rates[:k]:
-            reached *= rate
-            emitted += reached
-        return emitted
-
-    def best(self) -> int:
-        """The K with the most tokens per second; of equal ones the smallest."""
-        return max(sorted(self.seconds), key=lambda k: self.tokens(k) / self.seconds[k])
-
-    def choose(self, proposals: Sequence[Proposal]) -> int:
-        """K of the next step: the best one, or now and then the largest, as a probe."""
-        best = self.best()
-        if self._probing == 0 and best < self.k:
-            self._since += 1
-            if self._since >= self._interval(best):
-                self._probing, self._since = PROBE_STEPS, 0
-        if self._probing:
-            self._probing -= 1
-            return self.k
-        return best
-
-    def _interval(self, best: int) -> int:
-        """Steps between probes, so that their cost stays within the budget."""
-        lost = self.seconds[self.k] / self.seconds[best] - 1 / self.tokens(best)
-        return max(16, round(PROBE_STEPS * lost / PROBE_BUDGET))
+    def observe_rest(self, seconds: Sequence[float]) -> None:
+        pass
 
 
 # How much time drafting may lose, in durations of a plain step: at first (START), from the start
 # of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
 # much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED, MOST_CREDIT = 4.0, 1.5, 0.75, 16.0
+START, RENEWED, DOUBTED, MOST_CREDIT = 2.0, 1.5, 0.5, 16.0
 LOSS = 0.005
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
@@ -162,9 +116,10 @@ PRIOR_COUNT, NEWEST_DRAFT, NEWEST_GAIN = 4.0, 0.02, 0.05
 # Steps until a source that does not pay is tried again, doubled after each failure up to
 # MOST_RETRY; steps until a plain step is timed again (REFRESH).
 RETRY, MOST_RETRY, REFRESH = 32, 256, 128
-# The heads are given steps again AWAKE steps before they are tried. For AWAKE steps after the last
-# n-gram match that was verified each step is searched for another one, then one step in LOOKS.
-AWAKE, LOOKS = 16, 4
+# The heads are given steps again AWAKE steps before they are tried. A rest has at most MOST_REST
+# steps. After an n-gram match that brought a token each step is searched for another one; after
+# each that was not worth verifying, half as many, down to one in MOST_LOOK.
+AWAKE, MOST_REST, MOST_LOOK = 8, 32, 16
 
 
 class DraftLength:
@@ -174,6 +129,9 @@ class DraftLength:
     the source's own estimate, corrected by how often its drafts were accepted so far. The heads
     draft as long as that brings more than it costs. An account of what drafting has lost keeps
     decoding within `LOSS` of plain decoding, however wrong the estimates are.
+
+    After a pass over a model's weights a few lines of Python take as long as one per cent of a
+    step. Steps without drafts whose K is certain are therefore a rest: see `KChooser.rest`.
     """
 
     def __init__(self, most: int):
@@ -190,14 +148,15 @@ class DraftLength:
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since the last try
         self._rest = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps between tries
         self._unrefreshed = 0  # steps since the last plain one
-        self._unmatched = 0  # steps since an n-gram match was verified
+        self._look = 1  # steps from one n-gram search to the next while nothing is drafted
+        self._copying = False  # whether the step at hand verifies n-gram drafts
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first call includes one-time work
-        self._batch = 1
+        self._batch, self._heads = 1, True
 
-    def begin(self, batch: int) -> None:
-        """Start a run of `batch` sequences at a time."""
-        self._batch = batch
+    def begin(self, batch: int, *, heads: bool = True) -> None:
+        """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
+        self._batch, self._heads = batch, heads
         self._drafted = 0
         if self._warm:
             self.credit = RENEWED if self.gain > 0 else DOUBTED
@@ -222,6 +181,16 @@ class DraftLength:
         beyond = self.seconds(self._batch * (k + 1)) - plain
         return self.speed * max(0.0, beyond) / plain if plain else 0.0
 
+    def rest(self) -> Iterable[int]:
+        steps = self._steps_to_try()
+        if steps <= AWAKE:
+            return [HEADS] * steps
+        steps = min(steps - AWAKE, MOST_REST)
+        sources = [NONE] * steps
+        sources[self._look - 1 :: self._look] = [NGRAM] * (steps // self._look)
+        sources[-1] = NGRAM
+        return sources
+
     def choose(self, proposals: Sequence[Proposal]) -> int:
         most = max((len(probabilities) for _, probabilities in proposals), default=0)
         self._unrefreshed += 1
@@ -235,15 +204,22 @@ class DraftLength:
             sources = {source for source, probabilities in proposals if probabilities}
             if all(self._idle[source] >= self._rest[source] for source in sources):
                 best = max(lengths[1:], key=gains.__getitem__)
+        if any(source == NGRAM for source, _ in proposals):
+            self._copying = best > 0
+            if not best:
+                self._look = min(2 * self._look, MOST_LOOK)
         return best
 
     def use_heads(self) -> bool:
-        return self._may_try_heads(0)
+        return self._steps_to_try() == 0
+
+    def use_heads_first(self) -> bool:
+        return False  # the first token is the hardest to guess: a call here does not pay
 
     def active_source(self) -> int:
-        if self._may_try_heads(AWAKE):
+        if self._steps_to_try() <= AWAKE:
             return HEADS
-        return NGRAM if self._unmatched < AWAKE or self._unmatched % LOOKS == 0 else NONE
+        return NGRAM if self._look == 1 or self._copying else NONE
 
     def min_probability(self) -> float:
         plain = self.plain()
@@ -252,13 +228,6 @@ class DraftLength:
         rows = (self.seconds(self._batch * (self.most + 1)) - plain) / self.most
         passes = (self.drafting(self.most) - self.drafting(1)) / max(1, self.most - 1)
         return self.speed * max(0.0, rows + passes) / plain
-
-    def spend(self, seconds: float, drafted: int) -> None:
-        self._drafted = drafted
-        plain = self.plain()
-        if self._warm and plain:
-            self.credit -= seconds / plain
-        self._warm = True
 
     def observe(
         self,
@@ -291,8 +260,9 @@ class DraftLength:
             self.credit -= spent - (1 + extra)
         self.credit = min(MOST_CREDIT, self.credit + LOSS * (1 + extra))
         self._note_tries(k, outcomes)
-        copied = k > 0 and any(source == NGRAM for (source, _), _ in outcomes)
-        self._unmatched = 0 if copied else self._unmatched + 1
+        self._copying = False
+        if any(source == NGRAM and accepted for (source, _), accepted in outcomes):
+            self._look = 1
         if self._drafted:
             by_heads = sum(accepted for (source, _), accepted in outcomes if source == HEADS)
             self._update_gain(by_heads / active - self.price(k) - self._draft_price(self._drafted))
@@ -301,12 +271,26 @@ class DraftLength:
             self.gain *= 1 - NEWEST_GAIN / 2
         self._drafted = drafted
 
-    def _may_try_heads(self, steps: int) -> bool:
-        """Whether the credit allows a call of the heads, and they are not at rest, `steps` plain
-        steps from now."""
-        if self.price(1) + self._draft_price() > self.credit + LOSS * steps:
-            return False
-        return self.gain >= 0 or self._idle[HEADS] + steps >= self._rest[HEADS]
+    def observe_rest(self, seconds: Sequence[float]) -> None:
+        steps = len(seconds)
+        self.seconds.observe(self._batch, *seconds)
+        self._unrefreshed = self._drafted = 0
+        self.speed = 1 + (self.speed - 1) * (1 - NEWEST_GAIN) ** steps
+        self.credit = min(MOST_CREDIT, self.credit + LOSS * steps)
+        self.gain *= (1 - NEWEST_GAIN / 2) ** steps
+        for source in self._idle:
+            self._idle[source] += steps
+
+    def _steps_to_try(self) -> int:
+        """After how many plain steps the heads may draft: the credit allows it, and they do not
+        rest."""
+        if not self._heads:
+            return AWAKE + MOST_REST
+        missing = self.price(1) + self._draft_price() - self.credit
+        steps = math.ceil(missing / LOSS) if missing > 0 else 0
+        if self.gain < 0:
+            steps = max(steps, self._rest[HEADS] - self._idle[HEADS])
+        return steps
 
     def _draft_price(self, drafts: int = 1) -> float:
         """What it costs that the heads draft `drafts` tokens, in tokens."""

@@ -32,6 +32,7 @@ class MedusaDrafter(NoDrafter):
         )
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
+        assert step.projected is not None, "parallel heads share the LM head's pass"
         drafts = step.projected.drafts(step.accepted, count, step.lengths, step.sampling)
         return Drafts(drafts, HEADS, count)
 

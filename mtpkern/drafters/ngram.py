@@ -15,11 +15,10 @@ class NgramDrafter(NoDrafter):
 
     def __init__(self, ops: Ops, size: int = 3):
         self.ops, self.size = ops, size
-        self._host_may_read = ops.host_may_read
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        drafts, found = self.ops.ngram(step.tokens, step.lengths + 1, count, self.size)
-        if self._host_may_read and not bool(found.any()):
+        drafts, found = self.ops.ngram(step.tokens, step.lengths, count, self.size)
+        if found is None:
             return Drafts(drafts, NONE, 0)
         return Drafts(drafts, found * NGRAM, found * count)
 

@@ -14,9 +14,9 @@ class Timings:
         self._seen: dict[int, deque[float]] = {}
         self._median: dict[int, float] = {}
 
-    def observe(self, count: int, seconds: float) -> None:
+    def observe(self, count: int, *seconds: float) -> None:
         seen = self._seen.setdefault(count, deque(maxlen=TIMINGS))
-        seen.append(seconds)
+        seen.extend(seconds)
         self._median[count] = median(seen)
 
     def __bool__(self) -> bool:

@@ -340,6 +340,6 @@ class CpuOps(Ops):
         return self._end.advance(*step)
 
     def ngram(
-        self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor]:
-        return self._end.ngram(tokens, known, drafts, size)
+        self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._end.ngram(tokens, lengths, drafts, size)

@@ -65,7 +65,10 @@ class StepEnd:
         self._words, self._ngram_words = (
             np.zeros(count, np.int64) for count in (END_WORDS, NGRAM_WORDS)
         )
+        self._at, self._ngram_at = self._words.ctypes.data, self._ngram_words.ctypes.data
         self._progress: Progress | None = None
+        # Of the last search: its arguments, and what it read and wrote.
+        self._searched: tuple[Tensor, Tensor, int, int] | None = None
 
     def advance(
         self,
@@ -97,19 +100,31 @@ class StepEnd:
             0 if logprobs is None else logprobs.data_ptr(),
             *(accepted.data_ptr(), count.data_ptr()),
         ]
-        self._advance(words.ctypes.data, batch, rows)
+        self._advance(self._at, batch, rows)
         return accepted, count
 
-    def ngram(self, tokens: Tensor, known: Tensor, drafts: int, size: int) -> tuple[Tensor, Tensor]:
-        batch = len(tokens)
-        copied = torch.empty(batch, drafts, dtype=torch.int64)
-        found = torch.empty(batch, dtype=torch.bool)
-        self._ngram_words[:] = [
-            *(tokens.data_ptr(), tokens.stride(0), known.data_ptr(), size),
-            *(copied.data_ptr(), found.data_ptr()),
-        ]
-        self._ngram(self._ngram_words.ctypes.data, batch, drafts)
-        return copied, found
+    def ngram(
+        self, tokens: Tensor, lengths: Tensor, drafts: int, size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        last = self._searched
+        if (
+            last is None
+            or tokens is not last[0]
+            or lengths is not last[1]
+            or (drafts, size) != last[2:]
+        ):
+            self._searched = (tokens, lengths, drafts, size)
+            batch = len(tokens)
+            self._lengths, self._known = lengths.numpy(), np.zeros(batch, np.int64)
+            self._copied = torch.empty(batch, drafts, dtype=torch.int64)
+            self._found = torch.empty(batch, dtype=torch.bool)
+            self._ngram_words[:] = [
+                *(tokens.data_ptr(), tokens.stride(0), self._known.ctypes.data, size),
+                *(self._copied.data_ptr(), self._found.data_ptr()),
+            ]
+        np.add(self._lengths, 1, out=self._known)
+        matches = self._ngram(self._ngram_at, len(self._known), drafts)
+        return self._copied, self._found if matches else None
 
 
 def is_greedy(sampling: SamplingRows) -> bool:

@@ -170,9 +170,10 @@ class Definitions(Ops):
         return advance_ref(window, target, largest, logprobs, progress)
 
     def ngram(
-        self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor]:
-        return ngram_ref(tokens, known, drafts, size)
+        self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
+    ) -> tuple[Tensor, Tensor | None]:
+        copied, found = ngram_ref(tokens, lengths + 1, drafts, size)
+        return copied, found if found.any() else None
 
 
 DEFINITIONS = Definitions()

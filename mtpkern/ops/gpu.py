@@ -222,9 +222,9 @@ class GpuOps(Ops):
         return advance(window, target, largest, logprobs, progress, pdl=self.pdl)
 
     def ngram(
-        self, tokens: Tensor, known: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor]:
-        return ngram(tokens, known, drafts, size, pdl=self.pdl)
+        self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
+    ) -> tuple[Tensor, Tensor | None]:
+        return ngram(tokens, lengths + 1, drafts, size, pdl=self.pdl)
 
 
 def stacked(heads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ import pytest
 from mtpkern.drafters.base import HEADS, NGRAM, NONE
 from mtpkern.drafters.draft_length import (
     AWAKE,
-    LOOKS,
-    PROBE_BUDGET,
+    MOST_LOOK,
+    MOST_REST,
     RETRY,
     DraftLength,
     FixedDraftLength,
-    GraphDraftLength,
     Proposal,
 )
+from mtpkern.drafters.graph_draft_length import PROBE_BUDGET, GraphDraftLength
 from mtpkern.drafters.timings import Timings
 
 FLAT = {0: 1.0, 1: 1.01, 2: 1.02, 4: 1.04}
@@ -142,9 +142,33 @@ class Machine:
 
     def run(self, chooser: DraftLength | FixedDraftLength, tokens: int) -> float:
         """Decode that many tokens per sequence -> the rate over that of plain decoding."""
-        seconds, emitted = 0.0, 0.0
+        seconds, emitted, rested = 0.0, 0.0, []
+        self.choices = 0
         windows = [Proposal(NONE, ())] * self.batch
+        rest = iter(())
         while emitted < tokens:
+            # As the scheduler does: a rest ends where something is drafted.
+            source = None
+            if not any(window.probabilities for window in windows):
+                source = next(rest, None)
+                if source is None:
+                    if rested:
+                        chooser.observe_rest(rested)
+                        rested = []
+                    rest = iter(chooser.rest())
+                    source = next(rest, None)
+            if source is not None:
+                rested.append(self.step(0))
+                seconds += rested[-1]
+                emitted += 1
+                if source != NONE:
+                    windows = [self.window(False, 1.0) for _ in windows]
+                continue
+            rest = iter(())
+            if rested:
+                chooser.observe_rest(rested)
+                rested = []
+            self.choices += 1
             k = chooser.choose(windows)
             use, least = chooser.use_heads(), chooser.min_probability()
             stood = [self.stood(window, k) for window in windows]
@@ -210,27 +234,51 @@ def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None
     chooser.seconds.observe(1, 0.01)
     assert chooser.active_source() == HEADS
     chooser.gain, chooser._idle[HEADS] = -0.5, 0
-    plain = [(Proposal(NONE, ()), 0)]
-    seen = []
-    for _ in range(RETRY):
-        seen.append(chooser.active_source())
-        chooser.observe(0, 0.01, plain, 0)
-    assert seen[:AWAKE] == [NGRAM] * AWAKE and seen[AWAKE:] == [HEADS] * (RETRY - AWAKE)
+    seen = list(chooser.rest())
+    assert seen == [NGRAM] * (RETRY - AWAKE)
+    chooser.observe_rest([0.01] * len(seen))
+    assert list(chooser.rest()) == [HEADS] * AWAKE and not chooser.use_heads()
+    chooser.observe_rest([0.01] * AWAKE)
+    assert list(chooser.rest()) == [] and chooser.use_heads()
+    # Searches become rarer with each match that is not worth verifying.
     chooser._rest[HEADS], chooser._idle[HEADS] = 256, 0
-    seen = []
-    for _ in range(4 * LOOKS):
-        seen.append(chooser.active_source())
-        chooser.observe(0, 0.01, plain, 0)
-    assert seen.count(NGRAM) == 4 and seen.count(NONE) == 4 * (LOOKS - 1)
-    # A match that is not worth verifying is not worth a search in each step either.
-    match = [(Proposal(NGRAM, (1.0,)), 0)]
-    seen = []
-    for _ in range(2 * LOOKS):
-        seen.append(chooser.active_source())
-        chooser.observe(0, 0.01, match, 0)
-    assert seen.count(NGRAM) == 2
-    chooser.observe(1, 0.01, match, 0)
-    assert [chooser.active_source() for _ in range(AWAKE)] == [NGRAM] * AWAKE
+    chooser.seconds.observe(2, 0.03)
+    chooser._idle[NGRAM], chooser._rest[NGRAM] = 0, 256
+    match, searches = Proposal(NGRAM, (1.0,)), []
+    for _ in range(6):
+        assert chooser.choose([match]) == 0
+        chooser.observe(0, 0.01, [(match._replace(probabilities=()), 0)], 0)
+        searches.append(list(chooser.rest()).count(NGRAM))
+    assert searches == [16, 8, 4, 2, 2, 2] and MOST_REST // MOST_LOOK == 2
+    # One that brings a token is followed by a search in each step.
+    chooser.seconds.observe(2, *[0.01] * 7)
+    assert chooser.choose([match]) == 1 and chooser.active_source() == NGRAM
+    chooser.observe(1, 0.01, [(match, 1)], 0)
+    assert list(chooser.rest()) == [NGRAM] * MOST_REST
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_drafts_that_never_pay_need_few_choices(batch: int) -> None:
+    machine = Machine(1.0, 0.1, batch=batch, **HOSTILE)
+    chooser = machine.loaded()
+    machine.run(chooser, 500)
+    chooser.begin(batch)
+    machine.run(chooser, 100)
+    assert machine.choices <= 25  # of 100 steps, and each of three sequences often has a match
+
+
+def test_without_heads_or_copies_steps_are_searched_and_not_chosen() -> None:
+    machine = Machine(0.1, 0.1)
+    chooser = machine.loaded()
+    chooser.begin(1, heads=False)
+    machine.run(chooser, 100)
+    assert machine.choices == 0 and not chooser.use_heads() and chooser.active_source() == NGRAM
+
+
+def test_a_fixed_k_of_zero_rests_always() -> None:
+    machine = Machine(0.1, 0.1)
+    assert machine.run(FixedDraftLength(0), 1000) == pytest.approx(1) and machine.choices == 0
+    assert not list(FixedDraftLength(4).rest()) and not list(GraphDraftLength(FLAT).rest())
 
 
 def test_drafts_that_become_good_are_noticed_on_a_cpu() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from mtpkern.checkpoints.directory import load_tensors
 from mtpkern.config import SamplingParams
 from mtpkern.drafters.base import HEADS, NGRAM, NONE, Drafts, NoDrafter
-from mtpkern.drafters.draft_length import DraftLength
+from mtpkern.drafters.draft_length import MOST_REST, DraftLength, FixedDraftLength
 from mtpkern.drafters.mtp import MtpDrafter
 from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
@@ -219,7 +220,7 @@ def test_a_long_run_of_copies_is_written_before_the_buffer_overflows(tmp_path: P
 
     class AlwaysCopies:
         def guess(self, step: Any, count: int) -> Drafts:
-            drafts = llm.ops.ngram(step.tokens, step.lengths + 1, count, 1)[0]
+            drafts = llm.ops.ngram(step.tokens, step.lengths, count, 1)[0]
             return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM), torch.tensor([count]))
 
     recorder = watch(llm)
@@ -247,6 +248,7 @@ def test_heads_that_rested_continue_after_a_gap_of_zeros(
         return HEADS if next(steps) % 60 not in range(10, 40) else NONE
 
     monkeypatch.setattr(DraftLength, "active_source", active_source)
+    monkeypatch.setattr(DraftLength, "rest", lambda self: ())
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: True)
     monkeypatch.setattr(DraftLength, "min_probability", lambda self: 0.0)
     monkeypatch.setattr(
@@ -269,6 +271,37 @@ def test_heads_that_rested_continue_after_a_gap_of_zeros(
     assert seen[0.0] == seen[9.0] == seen[torch.nan]
 
 
+def test_resting_steps_are_neither_chosen_nor_observed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 steps without anything to draft: a call of the chooser for each rest, none per step."""
+    trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, ngram=False, max_length=256)
+    params = SamplingParams(max_tokens=100, ignore_eos=True, logprobs=True)
+    calls = Counter[str]()
+    for owner, name in (
+        *((DraftLength, name) for name in ("choose", "observe", "rest", "observe_rest")),
+        (FixedDraftLength, "choose"),
+        (MtpDrafter, "observe"),
+        (MtpDrafter, "guess"),
+    ):
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+    (plain,) = llm.generate([PROMPT], params, speculate=False)
+    assert not calls
+    monkeypatch.setattr(DraftLength, "_steps_to_try", lambda self: 1000)
+    (drafted,) = llm.generate([PROMPT], params)
+    assert drafted.token_ids == plain.token_ids and drafted.logprobs == plain.logprobs
+    assert drafted.stats.steps_by_k == {0: 100}
+    rests = -(-100 // MOST_REST)
+    assert calls == {"rest": rests, "observe_rest": rests}
+
+
 def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:
     """The head runs as many rows of each sequence as of the one with the most pending pairs."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
@@ -277,7 +310,7 @@ def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Pat
 
     class CopiesUnlessLast:
         def guess(self, step: Any, count: int) -> Drafts:
-            drafts = llm.ops.ngram(step.tokens, step.lengths + 1, count, 1)[0]
+            drafts = llm.ops.ngram(step.tokens, step.lengths, count, 1)[0]
             source = torch.where(step.tokens[:, 0] == 77, 0, NGRAM)
             return Drafts(drafts, source, torch.tensor([count]))
 

@@ -14,7 +14,7 @@ from llama_layouts import write_layout
 from mtpkern import device, warmup
 from mtpkern.config import SamplingParams
 from mtpkern.drafters.base import HEADS, DraftInput, Drafts
-from mtpkern.drafters.draft_length import GraphDraftLength
+from mtpkern.drafters.graph_draft_length import GraphDraftLength
 from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.errors import UserError
