@@ -56,14 +56,11 @@ def _chat(args: argparse.Namespace) -> int:
         from mtpkern.device import resolve_device
         from mtpkern.errors import UserError
 
-    _, ops = resolve_device(args.device, args.status)
+    params = sampling_params(args)
+    _, ops = resolve_device(args.device)
     # On a CPU the cache is kept, so that a turn only runs what is new in it.
-    llm = open_model(args, prefix_caching=ops.host_may_read)
-    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
-        raise UsageError(
-            f"{llm.name} has no chat template: mtpkern generate --raw continues a text"
-        )
-    conversation = Conversation(llm, sampling_params(args), args.system)
+    llm = open_model(args, prefix_caching=ops.host_may_read, before_loading=_check_template)
+    conversation = Conversation(llm, params, args.system)
     terminal = sys.stdin.isatty()
     if terminal:
         print(f"{llm.name}: /help lists the commands, Ctrl-D leaves", file=sys.stderr)
@@ -82,6 +79,13 @@ def _chat(args: argparse.Namespace) -> int:
             hint = " (/reset starts over)" if isinstance(error, UserError) else ""
             print(f"error: {error}{hint}", file=sys.stderr)
     return 0
+
+
+def _check_template(llm: "LLM") -> None:
+    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+        raise UsageError(
+            f"{llm.name} has no chat template: mtpkern generate --raw continues a text"
+        )
 
 
 class Conversation:
