@@ -10,10 +10,10 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import counted
-from mtpkern.status import Status
+from mtpkern.status import Status, wrapped
 
 if TYPE_CHECKING:
     from mtpkern import LLM, Event, SamplingParams, Stats
@@ -63,7 +63,8 @@ def _chat(args: argparse.Namespace) -> int:
     conversation = Conversation(llm, params, args.system)
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{llm.name}: /help lists the commands, Ctrl-D leaves", file=sys.stderr)
+        greeting = f"{llm.name}: /help lists the commands, Ctrl-D leaves"
+        print(wrapped(greeting, sys.stderr, indent=2), file=sys.stderr)
     for line in _typed_lines() if terminal else _piped_lines():
         if line.partition(" ")[0] == "/exit":
             break
@@ -77,7 +78,7 @@ def _chat(args: argparse.Namespace) -> int:
                 raise
             # Only a turn, which may not fit the context, is a UserError.
             hint = " (/reset starts over)" if isinstance(error, UserError) else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
+            print(wrapped(f"error: {error}{hint}", sys.stderr, indent=2), file=sys.stderr)
     return 0
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import printable
+from mtpkern.status import wrapped
 
 if TYPE_CHECKING:
     from mtpkern import LLM, Completion
@@ -113,7 +114,7 @@ def _generate(args: argparse.Namespace) -> int:
             print_cut(completion)
             print(summary(completion.stats, llm.load_seconds), file=sys.stderr)
     if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
-        print(_MADE_UP, file=sys.stderr)
+        print(wrapped(_MADE_UP, sys.stderr, indent=2), file=sys.stderr)
     plain = None
     if args.compare:
         # A seed drawn for the first answer serves both.
