@@ -137,7 +137,8 @@ class OpenHeads(NamedTuple):
     @property
     def most(self) -> int | None:
         """How many tokens they draft at most; None: any number."""
-        return self.settings.get("num_heads")  # each head drafts one token
+        most: int | None = self.settings.get("num_heads")  # each head drafts one token
+        return most
 
     def build(self, trunk: Llama, cache: KVCache, ops: Ops) -> Drafter:
         """A drafter for the trunk and its cache."""
