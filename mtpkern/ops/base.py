@@ -95,6 +95,7 @@ class Ops(Protocol):
 
     def compile(self) -> None:
         """Compile what a first run on a machine lacks, which takes several seconds."""
+        return
 
     def padded_dim(self, head_dim: int) -> int:
         """The head dimension of the KV cache."""
