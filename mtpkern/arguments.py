@@ -236,7 +236,8 @@ def _discard(stream: IO[str]) -> None:
 
 def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     try:
-        print(f"{parser.prog}: error:", " ".join(str(error).split()), file=sys.stderr)
+        line = f"{parser.prog}: error: {' '.join(str(error).split())}"
+        print(status.wrapped(line, sys.stderr, indent=2), file=sys.stderr)
     except OSError:
         _discard(sys.stderr)
     return USER_ERROR

@@ -51,10 +51,14 @@ def resolve_dtype(name: str | torch.dtype, config: ModelConfig) -> torch.dtype:
 
     "auto" is the checkpoint's dtype, or float32 if the checkpoint has none.
     """
-    if isinstance(name, torch.dtype):
-        name = str(name).removeprefix("torch.")
-    name = choice("dtype", name, ("auto", *DTYPES))
+    name = dtype_name(name)
     return (config.dtype or torch.float32) if name == "auto" else DTYPES[name]
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A user's choice of a dtype by name: "auto" or one of DTYPES."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    return choice("dtype", name, ("auto", *DTYPES))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def convert(source: Path, target: Path, *, force: bool = False) -> None:
     the format is not known, the result would not load, or `target` cannot be written; nothing is
     left behind then.
     """
+    if not source.exists():
+        raise UserError(f"{printable(source)}: no such file or directory")
     candidates = [source / name for name in KNOWN_FILES] if source.is_dir() else [source]
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:

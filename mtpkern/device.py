@@ -9,7 +9,7 @@ from mtpkern.kernels._launch import HAS_TRITON
 from mtpkern.ops.base import Ops
 from mtpkern.ops.cpu import CpuOps
 from mtpkern.ops.gpu import GpuOps
-from mtpkern.status import SILENT, Status
+from mtpkern.status import Status
 from mtpkern.validation import choice
 
 
@@ -48,19 +48,18 @@ def settings_for(device: torch.device) -> DeviceSettings:
     return CPU if device.type == "cpu" else GPU
 
 
-def resolve_device(device: str | torch.device, status: Status = SILENT) -> tuple[torch.device, Ops]:
+def resolve_device(device: str | torch.device) -> tuple[torch.device, Ops]:
     """The device to run on and its operations; "auto" is a GPU that can run the kernels, if there
     is one, else the CPU. Raises UserError for a device that cannot be used.
 
-    The first call on a machine compiles the CPU's kernels, which takes several seconds.
+    Nothing is compiled yet: see `compile_kernels`.
     """
     if isinstance(device, torch.device):
         device = _current(device)
     name = choice("device", device, ("auto", "cpu", "cuda"))
     usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if name == "cpu" or (name == "auto" and not (usable and HAS_TRITON)):
-        with status.phase("compiling kernels for this CPU, which happens once"):
-            return torch.device("cpu"), CpuOps()
+        return torch.device("cpu"), CpuOps()
     if not usable:
         raise UserError("device cuda needs an NVIDIA GPU of compute capability 8.0 or newer")
     if not HAS_TRITON:
@@ -68,6 +67,13 @@ def resolve_device(device: str | torch.device, status: Status = SILENT) -> tuple
             "device cuda needs Triton, which is not installed (it has wheels for Linux)"
         )
     return torch.device("cuda"), GpuOps(pdl=torch.cuda.get_device_capability() >= (9, 0))
+
+
+def compile_kernels(ops: Ops, status: Status) -> None:
+    """Compile what a first run on a machine lacks. Call it after all that a user may have mistaken
+    is checked, since it takes several seconds."""
+    with status.phase("compiling kernels for this CPU, which happens once"):
+        ops.compile()
 
 
 def _current(device: torch.device) -> str:

@@ -3,20 +3,20 @@
 import gc
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtpkern import loading
 from mtpkern.checkpoints.llama import load_config
 from mtpkern.checkpoints.resolve import model_name, resolve_model
 from mtpkern.config import MAX_SPECULATIVE_TOKENS, SamplingParams
-from mtpkern.device import resolve_device
+from mtpkern.device import compile_kernels, resolve_device
 from mtpkern.drafters.base import Drafter
 from mtpkern.drafters.load import find_heads
-from mtpkern.errors import UserError, counted
-from mtpkern.loading import load_runner, load_tokenizer, resolve_length, weights_format
+from mtpkern.errors import UserError
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.prompts import Job, Message, Prompt, as_list, encode_prompt, is_chat, plan_jobs
@@ -52,7 +52,8 @@ class LLM:
     to round the weights of any checkpoint to: q4_0, q4_1, q8_0, q8, bf16, fp16 or fp32. `threads`
     is the number of CPU threads (None: at most one per physical core), set for the whole process.
     `ops` replaces the device's own operations, and `status` shows the progress of loading, of long
-    prompts and of `generate`.
+    prompts and of `generate`. `before_loading(llm)` is called when the settings are checked and
+    `encode` works: what it raises comes before kernels are compiled and weights are read.
 
     For measurements only, with meaningless answers: load_format "dummy" makes up weights for a
     directory that holds config.json alone, and `synthetic_acceptance` accepts drafts at these rates
@@ -81,8 +82,9 @@ class LLM:
         threads: int | None = None,
         ops: Ops | None = None,
         status: Status = SILENT,
+        before_loading: Callable[["LLM"], object] = lambda llm: None,
     ):
-        self.device, usual = resolve_device(device, status)
+        self.device, usual = resolve_device(device)
         chosen_ops = usual if ops is None else ops
         self.max_batch = integer("max_batch", max_batch, 1, MAX_BATCH)
         dummy = choice("load_format", load_format, ("auto", "dummy")) == "dummy"
@@ -96,27 +98,27 @@ class LLM:
         if synthetic_acceptance is not None:
             synthetic_acceptance = rates("synthetic_acceptance", synthetic_acceptance)
         self.synthetic_acceptance = synthetic_acceptance
-        heads = location("heads", heads)
+        loading.check_formats(dtype, weights, chosen_ops)
         if flag("prefix_caching", prefix_caching) and not chosen_ops.host_may_read:
             # There prefill and decoding run different code, so that the bits of K and V differ.
             raise UserError("prefix_caching needs device cpu in this version")
+        use_threads(threads)
+        heads = location("heads", heads)
+        named = None if heads == "auto" else find_heads(heads)
         directory = resolve_model(model, status=status)
         started = time.perf_counter()
         self.status, self.config = status, load_config(directory)
         self.name = model_name(directory)
-        heads_directory = find_heads(heads, self.name, directory)
+        heads_directory = find_heads(heads, self.name, directory) if heads == "auto" else named
         self.heads_name = None if heads_directory is None else heads_directory.name
-        use_threads(threads)
-        self.max_length = resolve_length(max_length, self.config)
+        self.max_length = loading.resolve_length(max_length, self.config)
         self._default_length = max_length is None
-        self.tokenizer = load_tokenizer(directory, self.config)
-        self.eos_token_ids = self.config.eos_token_ids
-        if not self.eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
-            self.eos_token_ids = (self.tokenizer.eos_token_id,)
+        self.tokenizer = loading.load_tokenizer(directory, self.config)
+        self.eos_token_ids = loading.end_tokens(self.config, self.tokenizer)
         self._events: Generator[tuple[int, Event], None, None] | None = None  # of the current run
         self._closed = False
         with torch.inference_mode():
-            self.runner = load_runner(
+            plan = loading.RunnerPlan(
                 directory,
                 self.config,
                 heads_directory,
@@ -127,16 +129,21 @@ class LLM:
                 dummy=dummy,
                 ngram=ngram,
                 num_speculative_tokens=num_speculative_tokens,
-                synthetic_acceptance=self.synthetic_acceptance,
-                ends=max(1, len(self.eos_token_ids)),
                 max_batch=self.max_batch,
                 max_length=self.max_length,
                 cache_tokens=cache_tokens,
+            )
+            checked = time.perf_counter()
+            before_loading(self)
+            compile_kernels(chosen_ops, status)
+            started += time.perf_counter() - checked
+            self.runner = plan.load(
+                ends=max(1, len(self.eos_token_ids)),
+                synthetic_acceptance=self.synthetic_acceptance,
                 status=status,
             )
             self.k, self.dtype = self.runner.k, self.runner.cache.k.dtype
-            self.weights = weights_format(self.runner.trunk)
-            _log.info("loaded %s as %s from %s", self.name, self.weights, directory)
+            self.weights = loading.weights_format(self.runner.trunk)
             adaptive = num_speculative_tokens is None and self.k > 0
             self.scheduler = Scheduler(self.runner, adaptive, prefix_caching)
             if graph and self.runner.settings.uses_graphs:
@@ -147,7 +154,7 @@ class LLM:
                         self.scheduler.draft_length.seconds.observe(rows, seconds)
         # Without downloading and compiling, which happen once.
         self.load_seconds = time.perf_counter() - started
-        _log.info("ready on %s after %.1f s", self.device.type, self.load_seconds)
+        _log.info("loaded %s as %s from %s", self, self.weights, directory)
 
     @property
     def trunk(self) -> Llama:
@@ -308,14 +315,7 @@ class LLM:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        if len(ids) >= self.max_length:
-            limit, default = self.config.max_position_embeddings, self._default_length
-            longer = f"{limit}: raise max_length" if self.max_length < limit else "no more"
-            raise UserError(
-                f"the prompt has {counted(len(ids), 'token')}; the context holds {self.max_length}"
-                f"{' by default' if default else ''}, of which at least one must be left for the "
-                f"answer, and the model takes {longer}"
-            )
+        loading.check_length(ids, self.max_length, self.config, by_default=self._default_length)
         return ids
 
     @torch.inference_mode()

@@ -1,20 +1,21 @@
 """What LLM loads: tokenizer, trunk, drafter and cache, and the defaults that depend on them."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mtpkern.cache import KVCache
+from mtpkern.checkpoints.directory import is_gguf
+from mtpkern.checkpoints.llama import check_checkpoint
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
-from mtpkern.config import ModelConfig, resolve_dtype
+from mtpkern.config import ModelConfig, dtype_name, resolve_dtype
 from mtpkern.device import settings_for
 from mtpkern.drafters.base import Drafter, NoDrafter
-from mtpkern.drafters.load import load_heads
+from mtpkern.drafters.load import OpenHeads, open_heads
 from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
-from mtpkern.errors import UserError, printable
+from mtpkern.errors import UserError, counted, printable
 from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
@@ -27,8 +28,6 @@ DEFAULT_SPECULATIVE_TOKENS = 4
 # The default of max_length for models that take more, so that the cache stays small.
 DEFAULT_MAX_LENGTH = 8192
 
-_log = logging.getLogger(__name__)
-
 
 def resolve_length(length: int | None, config: ModelConfig) -> int:
     """max_length, where `length` is the caller's."""
@@ -36,6 +35,22 @@ def resolve_length(length: int | None, config: ModelConfig) -> int:
     if length is None:
         return min(limit, DEFAULT_MAX_LENGTH)
     return integer("max_length", length, 2, limit)
+
+
+def check_length(
+    prompt: Sequence[int], max_length: int, config: ModelConfig, *, by_default: bool
+) -> None:
+    """Raise UserError for a prompt that leaves no token for the answer. `by_default`: max_length is
+    not the caller's."""
+    if len(prompt) < max_length:
+        return
+    limit = config.max_position_embeddings
+    longer = f"{limit}: raise max_length" if max_length < limit else "no more"
+    raise UserError(
+        f"the prompt has {counted(len(prompt), 'token')}; the context holds {max_length}"
+        f"{' by default' if by_default else ''}, of which at least one must be left for the "
+        f"answer, and the model takes {longer}"
+    )
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
@@ -47,87 +62,122 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def load_runner(
-    directory: Path,
-    config: ModelConfig,
-    heads: Path | None,
-    *,
-    ops: Ops,
-    device: torch.device,
-    dtype: str | torch.dtype,
-    weights: str,
-    dummy: bool,
-    ngram: bool,
-    num_speculative_tokens: int | None,
-    synthetic_acceptance: Sequence[float] | None,
-    ends: int,
-    max_batch: int,
-    max_length: int,
-    cache_tokens: int | None,
-    status: Status,
-) -> Runner:
-    """Load the checkpoint in `directory` and the heads in `heads` (None: no heads).
+def end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The end-of-text tokens: the checkpoint's, else the tokenizer's."""
+    if config.eos_token_ids or tokenizer is None or tokenizer.eos_token_id is None:
+        return config.eos_token_ids
+    return (tokenizer.eos_token_id,)
 
-    `ends` is the most end tokens of a sequence, `dummy` is load_format "dummy"; the others are as
-    in `LLM`. Raises UserError.
-    """
-    k = _resolve_k(num_speculative_tokens, has_drafter=heads is not None or ngram)
+
+def check_formats(dtype: str | torch.dtype, weights: str, ops: Ops) -> None:
+    """Raise UserError unless there are such a dtype and such a format of weights for `ops`."""
+    dtype_name(dtype)
     choice("weights", weights, ("auto", *ROUNDED_FORMATS))
     if weights != "auto" and not ops.takes_quants:
         raise UserError(f"weights {weights} needs device cpu")
-    weights_dtype = cache_dtype = resolve_dtype(dtype, config)
-    # A dtype that the caller gave is what a quantised checkpoint is expanded to.
-    keep_format = weights != "auto" or (dtype == "auto" and ops.takes_quants)
-    with status.phase("loading the model", config.num_layers, "layers") as phase:
-        trunk = Llama.load(
-            directory,
-            dtype=weights_dtype,
-            ops=ops,
-            device=device,
-            dummy=dummy,
-            weights=weights if keep_format else None,
-            on_layer=phase.advance,
+
+
+class RunnerPlan:
+    """A checkpoint and heads to load, and the cache for them.
+
+    What a caller may have mistaken is found here, before kernels are compiled and weights are read:
+    raises UserError.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        heads: Path | None,
+        *,
+        ops: Ops,
+        device: torch.device,
+        dtype: str | torch.dtype,
+        weights: str,
+        dummy: bool,
+        ngram: bool,
+        num_speculative_tokens: int | None,
+        max_batch: int,
+        max_length: int,
+        cache_tokens: int | None,
+    ):
+        """`heads`: their directory, None without any. `dummy` is load_format "dummy"; the others
+        are as in `LLM`."""
+        self.directory, self.ops, self.device, self.ngram = directory, ops, device, ngram
+        self.dummy, self.max_length = dummy, max_length
+        self.k = _resolve_k(num_speculative_tokens, has_drafter=heads is not None or ngram)
+        self.heads: OpenHeads | None = None
+        if heads is not None and self.k:
+            self.heads = open_heads(heads, config, None if dummy else directory)
+            most = self.heads.most
+            if most is not None and self.k > most:
+                if num_speculative_tokens is not None:
+                    raise UserError(
+                        f"num_speculative_tokens must be at most {most}, the number of heads, "
+                        f"got {self.k}"
+                    )
+                self.k = most
+        self.dtype = cache_dtype = resolve_dtype(dtype, config)
+        entries = {} if dummy else check_checkpoint(directory)[1]
+        # A dtype that the caller gave is what a quantised checkpoint is expanded to.
+        keep_format = weights != "auto" or (dtype == "auto" and ops.takes_quants)
+        self.weights = weights if keep_format else None
+        if keep_format and (weights != "auto" or is_gguf(entries)) and dtype == "auto":
+            cache_dtype = torch.float16
+        try:
+            self.cache = _make_cache(
+                config,
+                ops,
+                self.k,
+                max_batch,
+                max_length,
+                cache_tokens,
+                dtype=cache_dtype,
+                device=device,
+            )
+        except (MemoryError, RuntimeError) as error:
+            raise UserError(
+                f"no memory for a cache of max_batch={max_batch} sequences of "
+                f"max_length={max_length} ({printable(str(error).splitlines()[0])}): "
+                "lower one of them, or cache_tokens"
+            ) from None
+        self.layers = config.num_layers
+
+    def load(
+        self, *, ends: int, synthetic_acceptance: Sequence[float] | None, status: Status
+    ) -> Runner:
+        """Load the weights; `ends` is the most end tokens of a sequence."""
+        ops, heads = self.ops, self.heads
+        with status.phase("loading the model", self.layers, "layers") as phase:
+            trunk = Llama.load(
+                self.directory,
+                dtype=self.dtype,
+                ops=ops,
+                device=self.device,
+                dummy=self.dummy,
+                weights=self.weights,
+                on_layer=phase.advance,
+            )
+        drafter: Drafter
+        drafter = copier = NgramDrafter(ops) if self.ngram else NoDrafter()
+        if heads is not None:
+            with status.phase("loading the heads"):
+                drafter = heads.build(trunk, self.cache, ops)
+            if self.ngram or ops.host_may_read:
+                drafter = CompanionDrafter(copier, drafter, ops)
+        return Runner(
+            trunk,
+            drafter,
+            self.cache,
+            ops,
+            ngram=copier,
+            k=self.k,
+            max_length=self.max_length,
+            ends=ends,
+            synthetic_acceptance=synthetic_acceptance,
+            device=self.device,
+            status=status,
         )
-    if isinstance(trunk.lm_head, Quants) and dtype == "auto":
-        cache_dtype = torch.float16
-    try:
-        cache = _make_cache(
-            config, ops, k, max_batch, max_length, cache_tokens, dtype=cache_dtype, device=device
-        )
-    except (MemoryError, RuntimeError) as error:
-        raise UserError(
-            f"no memory for a cache of max_batch={max_batch} sequences of "
-            f"max_length={max_length} ({printable(str(error).splitlines()[0])}): "
-            "lower one of them, or cache_tokens"
-        ) from None
-    drafter: Drafter
-    drafter = copier = NgramDrafter(ops) if ngram else NoDrafter()
-    if heads is not None and k:
-        with status.phase("loading the heads"):
-            base = None if dummy else directory
-            drafter, most = load_heads(heads, trunk, cache, ops=ops, base=base)
-        _log.info("loaded heads from %s", heads)
-        if most is not None and k > most:
-            if num_speculative_tokens is not None:
-                raise UserError(
-                    f"num_speculative_tokens must be at most {most}, the number of heads, got {k}"
-                )
-            k = most
-        if ngram or ops.host_may_read:
-            drafter = CompanionDrafter(copier, drafter, ops)
-    return Runner(
-        trunk,
-        drafter,
-        cache,
-        ops,
-        ngram=copier,
-        k=k,
-        max_length=max_length,
-        ends=ends,
-        synthetic_acceptance=synthetic_acceptance,
-        device=device,
-        status=status,
-    )
 
 
 def weights_format(trunk: Llama) -> str:

@@ -44,6 +44,7 @@ class Llama:
     lm_head: Tensor | Quants  # [V, E], as loaded
     vocabulary: Any  # [V, E], the LM head packed
     dtype: torch.dtype  # of the weights that are not quantised
+    release: Callable[[], None]  # drops resident pages of files, which `lm_head` may be a view of
 
     @classmethod
     def load(
@@ -83,7 +84,7 @@ class Llama:
         embedding = ops.pack_embedding(w.embedding, tied)
         # Packed weights are copies: the file's pages need not stay resident.
         w.release()
-        return cls(config, embedding, w.layers, w.norm, w.lm_head, vocabulary, dtype)
+        return cls(config, embedding, w.layers, w.norm, w.lm_head, vocabulary, dtype, w.release)
 
 
 def pack_layer(layer: LayerWeights, head_dim: int, ops: Ops) -> DecoderLayer:

@@ -15,7 +15,9 @@ is imported here.
 import argparse
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from tqdm import tqdm
 SHOWN_AFTER, REDRAWN_AFTER, REPEATED_AFTER = 1.0, 0.2, 30.0
 _BAR_WIDTH, _LEAST_BAR_WIDTH, _LEAST_NAME_WIDTH = 20, 5, 12
 _COLUMNS = 80  # of a terminal whose size is unknown
+_LEAST_WIDTH = 40  # of a terminal that text is wrapped for
 
 
 class _Bar(tqdm):
@@ -216,7 +219,7 @@ class Status:
             self._print(f"{phase.what} ...")
 
     def _print(self, text: str) -> None:
-        self.stream.write(text + "\n")
+        self.stream.write(wrapped(text, self.stream, indent=2) + "\n")
         self.stream.flush()
         self._printed_at = time.time()
 
@@ -265,3 +268,16 @@ def steerable(stream: TextIO) -> bool:
 def coloured(stream: TextIO) -> bool:
     """Whether a stream shows colours, and its reader has not declined them (NO_COLOR)."""
     return steerable(stream) and not os.environ.get("NO_COLOR")
+
+
+def wrapped(line: str, stream: TextIO, *, indent: int = 0) -> str:
+    """A line broken at spaces to fit `stream` if that is a terminal, all but the first indented."""
+    if not stream.isatty():
+        return line
+    return textwrap.fill(
+        line,
+        max(shutil.get_terminal_size().columns, _LEAST_WIDTH),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -89,7 +89,7 @@ LIBRARIES: dict[str, set[str]] = {
     "kernels.cpu": STANDARD
     | {"torch", "numpy", "numba", "llvmlite"}
     | {"contextlib", "ctypes", "hashlib", "importlib", "itertools", "operator", "os", "pathlib"}
-    | {"platform", "queue", "re", "struct", "sys", "tempfile", "threading"},
+    | {"mmap", "platform", "queue", "re", "struct", "sys", "tempfile", "threading"},
     "graph": STANDARD | {"contextlib", "torch"},
     "reference": STANDARD | {"torch"},
 }

@@ -125,6 +125,11 @@ class Kernels:
 
         return call
 
+    def compile_entries(self) -> None:
+        """Compile the functions of ENTRIES that the directory lacks."""
+        for name in ENTRIES:
+            self.entry(name)
+
     def _emit_tile(self, weights: str) -> bytes:
         return emit_object(tile_ir(weights, self.target.form), self.target, optimise=False)
 

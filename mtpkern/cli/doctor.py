@@ -65,7 +65,7 @@ def describe_machine(status: Status = SILENT) -> Iterator[tuple[str, str]]:
         from mtpkern.checkpoints.llama import load_config
         from mtpkern.checkpoints.model_cache import default_model_directory, is_complete
         from mtpkern.cli import machine
-        from mtpkern.device import resolve_device
+        from mtpkern.device import compile_kernels, resolve_device
 
     cores = counted(os.cpu_count() or 1, "core")
     yield "cpu", f"{machine.cpu_model()}, {cores}, torch uses {machine.describe_threads()}"
@@ -81,7 +81,8 @@ def describe_machine(status: Status = SILENT) -> Iterator[tuple[str, str]]:
     else:
         built_for = torch.version.cuda or torch.version.hip
         yield "gpu", "none found" if built_for else "none: this torch is a CPU build"
-    _, ops = resolve_device("auto", status)
+    _, ops = resolve_device("auto")
+    compile_kernels(ops, status)
     on_cpu, on_gpu = "the CPU, with kernels compiled for it", "the GPU, greedy decoding only"
     yield "generate", f"runs on {on_cpu if ops.host_may_read else on_gpu}"
     directory = default_model_directory()

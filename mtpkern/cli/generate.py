@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
-from mtpkern.cli.display import print_cut, print_stream, summary, with_progress, wrapped
+from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import printable
+from mtpkern.status import wrapped
 
 if TYPE_CHECKING:
     from mtpkern import LLM, Completion
@@ -86,20 +87,22 @@ def _generate(args: argparse.Namespace) -> int:
         import mtpkern.engine
 
     params = sampling_params(args, logprobs=args.json)
+    given = _Prompt(text, args)
     llm = open_model(
         args,
         load_format=args.load_format,
         synthetic_acceptance=args.synthetic_acceptance,
         graph=not args.no_graph,
+        before_loading=given.check,
     )
-    prompt, chat = _prompt(llm, text, args)
+    prompt, chat = given.prompt, given.chat
     if args.compare or args.cuda_profile:
         # The first steps of a process include setup, which neither side should be charged for.
         brief = mtpkern.SamplingParams(max_tokens=_WARM_UP_TOKENS)
         with args.status.phase("warming up"):
             for speculate in (True, False):
                 llm.generate(prompt, brief, speculate=speculate, **chat)
-    with _profiled(llm) if args.cuda_profile else nullcontext():
+    with _profiled() if args.cuda_profile else nullcontext():
         if args.json:
             completion = llm.generate(prompt, params, **chat)[0]
         else:
@@ -111,7 +114,7 @@ def _generate(args: argparse.Namespace) -> int:
             print_cut(completion)
             print(summary(completion.stats, llm.load_seconds), file=sys.stderr)
     if not args.json and (args.synthetic_acceptance or args.load_format == "dummy"):
-        print(_MADE_UP, file=sys.stderr)
+        print(wrapped(_MADE_UP, sys.stderr, indent=2), file=sys.stderr)
     plain = None
     if args.compare:
         # A seed drawn for the first answer serves both.
@@ -132,12 +135,10 @@ def _rates(text: str) -> list[float]:
 
 
 @contextmanager
-def _profiled(llm: "LLM") -> "Iterator[None]":
+def _profiled() -> "Iterator[None]":
     """The block between cudaProfilerStart and cudaProfilerStop, which a profiler waits for."""
     import torch
 
-    if llm.device.type != "cuda":
-        raise UsageError("--cuda-profile needs device cuda")
     torch.cuda.profiler.start()
     try:
         yield
@@ -167,35 +168,53 @@ def _read_prompt(given: str | None) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _prompt(
-    llm: "LLM", text: str, args: argparse.Namespace
-) -> tuple["str | list[int] | list[dict[str, str]]", dict[str, Any]]:
+class _Prompt:
     """The prompt and its chat settings: messages if the model has a template, unless --raw."""
-    chat_options = {
-        "--system": args.system,
-        "--tools": args.tools,
-        "--template-arg": args.template_arg or None,
-    }
-    given = [flag for flag, value in chat_options.items() if value is not None]
-    if args.token_ids:
-        if given:
-            raise UsageError(f"{given[0]} needs a prompt that is text: leave out --token-ids")
-        return _token_ids(text), {}
-    if llm.tokenizer is None:
-        raise UsageError(f"{llm.name} has no tokenizer: give token ids, and --token-ids")
-    chat = llm.tokenizer.has_chat_template and not args.raw
-    if given and not chat:
-        reason = "--raw has none" if args.raw else "this model has none"
-        raise UsageError(f"{given[0]} needs a chat template: {reason}")
-    if not chat:
-        if not args.raw:
-            args.status.say("this model has no chat template: it continues the prompt as text")
-        return text, {}
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return [*system, {"role": "user", "content": text}], {
-        "tools": None if args.tools is None else _read_json(args.tools),
-        "chat_template_kwargs": dict(args.template_arg),
-    }
+
+    prompt: "str | list[int] | list[dict[str, str]]"
+
+    def __init__(self, text: str, args: argparse.Namespace):
+        """What is wrong whatever the model is, raises UsageError here."""
+        self.args, self.text = args, text
+        chat_options = {
+            "--system": args.system,
+            "--tools": args.tools,
+            "--template-arg": args.template_arg or None,
+        }
+        self.given = [flag for flag, value in chat_options.items() if value is not None]
+        if self.given and args.token_ids:
+            raise UsageError(f"{self.given[0]} needs a prompt that is text: leave out --token-ids")
+        if self.given and args.raw:
+            raise UsageError(f"{self.given[0]} needs a chat template: --raw has none")
+        self.prompt = _token_ids(text) if args.token_ids else text
+        self.chat: dict[str, Any] = {}
+        self.tools = None if args.tools is None else _read_json(args.tools)
+
+    def check(self, llm: "LLM") -> None:
+        """Apply the model's template. Raises UsageError or UserError for what the model cannot
+        answer."""
+        args = self.args
+        if args.cuda_profile and llm.device.type != "cuda":
+            raise UsageError("--cuda-profile needs device cuda")
+        if not args.token_ids:
+            if llm.tokenizer is None:
+                raise UsageError(f"{llm.name} has no tokenizer: give token ids, and --token-ids")
+            if llm.tokenizer.has_chat_template and not args.raw:
+                self._use_template()
+            elif self.given:
+                raise UsageError(f"{self.given[0]} needs a chat template: this model has none")
+            elif not args.raw:
+                args.status.say("this model has no chat template: it continues the prompt as text")
+        llm.encode(self.prompt, **self.chat)
+
+    def _use_template(self) -> None:
+        system = self.args.system
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        self.prompt = [*messages, {"role": "user", "content": self.text}]
+        self.chat = {
+            "tools": self.tools,
+            "chat_template_kwargs": dict(self.args.template_arg),
+        }
 
 
 def _template_argument(text: str) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from mtpkern.drafters.mtp import MtpDrafter, MtpWeights
 from mtpkern.drafters.mtp_modules import ModulesDrafter
 from mtpkern.drafters.shapes import mtp_layer_config
 from mtpkern.kernels.cpu._formats import GROUP
-from mtpkern.kernels.cpu.quants import Quants, dequantise, joined, quantise
+from mtpkern.kernels.cpu.quants import SLICE, Quants, dequantise, joined, quantise
 from mtpkern.kernels.cpu.weights import take_outputs
 from mtpkern.model import DecoderLayer, Llama, pack_layer
 from mtpkern.ops.base import Ops
@@ -59,7 +59,7 @@ class HeadTensors:
         their own, the trunk's, or the rows `draft_vocab` of the trunk's."""
         trunk, reduced = self.trunk, "draft_vocab" in self
         ids = self.tensors["draft_vocab"] if reduced else torch.arange(trunk.config.vocab_size)
-        ids = ids.to(trunk.norm.device, torch.int64)
+        ids = ids.to(trunk.norm.device, torch.int64, copy=True)
         if "vocabulary.weight" in self:
             return self.packed("vocabulary", ops), ids
         if not reduced:
@@ -70,9 +70,9 @@ class HeadTensors:
         if self.format == "q8_0" or lm_head.format.startswith("q4") or lm_head.shape[1] % GROUP:
             # Packed, they are in memory already.
             return take_outputs(trunk.vocabulary, ids.numpy()), ids
-        # A part at a time: what numpy computes in between stays in the CPU's caches.
-        parts = (dequantise(lm_head.take(some.numpy())) for some in ids.split(512))
+        parts = (dequantise(lm_head.take(some.numpy())) for some in ids.split(SLICE))
         rounded = [quantise(torch.from_numpy(part), self.format) for part in parts]
+        trunk.release()  # the rows that were read, of a mapped file
         return ops.pack(joined(*rounded)), ids
 
     def _converted(self, name: str) -> Tensor:
@@ -82,7 +82,8 @@ class HeadTensors:
         quantised = isinstance(self.trunk.lm_head, Quants)
         if quantised and w.dim() == 2 and w.shape[1] % GROUP == 0:
             return quantise(w, self.format)
-        return w
+        # Vectors are copied, so that packed heads leave nothing of their file mapped.
+        return w.clone() if w.dim() == 1 else w
 
 
 def build_medusa(

@@ -65,13 +65,14 @@ _WITH_HEADS = {
 _LOG = logging.getLogger(__name__)
 
 
-def find_heads(name: str, model: str, directory: Path | None = None) -> Path | None:
+def find_heads(name: str, model: str = "", directory: Path | None = None) -> Path | None:
     """The directory of heads that `name` means for `model`; None if there are to be none.
 
     `name` is "auto", "none", the name of heads in the package, or a directory. "auto" means the
     heads in the checkpoint's own `directory`, else those that the package has for these weights,
-    else none. A checkpoint whose config.json names heads that fine-tuning dropped has none, and a
-    warning says so. Raises UserError for any other name.
+    else none; the other names mean the same for every model. A checkpoint whose config.json names
+    heads that fine-tuning dropped has none, and a warning says so. Raises UserError for any other
+    name.
     """
     if name == "none":
         return None
@@ -126,16 +127,30 @@ class _Kind(NamedTuple):
     build: Callable[..., Drafter]
 
 
-def load_heads(
-    directory: Path,
-    trunk: Llama,
-    cache: KVCache,
-    *,
-    ops: Ops,
-    base: Path | None = None,
-) -> tuple[Drafter, int | None]:
-    """Load heads for a trunk and its cache -> a drafter, and how many tokens it drafts at most
-    (None: any number). Raises ModelLoadError if they do not fit.
+class OpenHeads(NamedTuple):
+    """Heads that fit a trunk, in our own layout; their tensors are mapped from the files."""
+
+    kind: _Kind
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    @property
+    def most(self) -> int | None:
+        """How many tokens they draft at most; None: any number."""
+        most: int | None = self.settings.get("num_heads")  # each head drafts one token
+        return most
+
+    def build(self, trunk: Llama, cache: KVCache, ops: Ops) -> Drafter:
+        """A drafter for the trunk and its cache."""
+        tensors = dict(self.tensors)
+        embedding = tensors.get("embed_tokens.weight")
+        if embedding is not None and _is_same(embedding, trunk, ops):
+            del tensors["embed_tokens.weight"]
+        return self.kind.build(HeadTensors(tensors, trunk), self.settings, trunk, cache, ops)
+
+
+def open_heads(directory: Path, config: ModelConfig, base: Path | None = None) -> OpenHeads:
+    """Open heads for a trunk of this configuration. Raises ModelLoadError if they do not fit.
 
     `base` is the trunk's checkpoint: heads whose config.json has the fingerprint of other weights
     are refused. None skips that check.
@@ -144,12 +159,7 @@ def load_heads(
         raise ModelLoadError(
             f"{printable(directory)} was trained on other weights than those of {printable(base)}"
         )
-    kind, tensors, settings = _read(directory, trunk.config)
-    embedding = tensors.get("embed_tokens.weight")
-    if embedding is not None and _is_same(embedding, trunk, ops):
-        del tensors["embed_tokens.weight"]
-    drafter = kind.build(HeadTensors(tensors, trunk), settings, trunk, cache, ops)
-    return drafter, settings.get("num_heads")  # each head drafts one token
+    return _read(directory, config)
 
 
 def check_heads(directory: Path) -> None:
@@ -162,8 +172,7 @@ def check_heads(directory: Path) -> None:
         raise ModelLoadError(
             f"{printable(directory)} is not complete: {printable(error)}"
         ) from None
-    _, tensors, _ = _read(directory, trunk)
-    for tensor, values in tensors.items():
+    for tensor, values in _read(directory, trunk).tensors.items():
         if values.is_floating_point() and not values.isfinite().all():
             raise ModelLoadError(
                 f"{printable(directory)}: tensor {tensor} holds values that are not finite"
@@ -195,9 +204,8 @@ def _open(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     return tensors, settings, name
 
 
-def _read(directory: Path, trunk: ModelConfig) -> tuple[_Kind, dict[str, Tensor], dict[str, Any]]:
-    """Read heads and check them against a trunk -> their kind, tensors and settings, in our own
-    layout."""
+def _read(directory: Path, trunk: ModelConfig) -> OpenHeads:
+    """Read heads and check them against a trunk."""
     path = directory / "config.json"
     tensors, settings, name = _open(directory)
     kind = _KINDS.get(name)
@@ -220,7 +228,7 @@ def _read(directory: Path, trunk: ModelConfig) -> tuple[_Kind, dict[str, Tensor]
     most = settings.get("num_heads")
     if most is not None and most < 1:
         raise ModelLoadError(f"{printable(path)} names {most} heads")
-    return kind, tensors, settings
+    return OpenHeads(kind, tensors, settings)
 
 
 def _check(directory: Path, tensors: Mapping[str, Tensor], shapes: Shapes, vocab_size: int) -> None:

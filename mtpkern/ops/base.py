@@ -93,6 +93,10 @@ class Ops(Protocol):
     # The dtype of hidden states; None: that of the weights.
     row_dtype: torch.dtype | None
 
+    def compile(self) -> None:
+        """Compile what a first run on a machine lacks, which takes several seconds."""
+        return
+
     def padded_dim(self, head_dim: int) -> int:
         """The head dimension of the KV cache."""
         return head_dim

@@ -30,6 +30,7 @@ from mtpkern.ops.cpu_programs import (
     forward_unit,
     head_norm,
     joined,
+    kernels,
     layer_cache,
     new_program,
     new_rows,
@@ -57,6 +58,9 @@ class CpuOps(Ops):
         self._end = StepEnd()
         # Of the last call of `forward`: the next step's is the same.
         self._forward: Forward | None = None
+
+    def compile(self) -> None:
+        kernels().compile_entries()
 
     def padded_dim(self, head_dim: int) -> int:
         return padded_dim(head_dim)

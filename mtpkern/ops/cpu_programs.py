@@ -146,14 +146,12 @@ class Units:
 
 @cache
 def kernels() -> Kernels:
-    """This process's kernels, compiled by the first run on a machine. Raises UserError where this
-    CPU cannot run them."""
+    """This process's kernels, compiled on first use. Raises UserError where this CPU cannot run
+    them."""
     try:
-        found = Kernels(directory=default_cache())
+        return Kernels(directory=default_cache())
     except ValueError as error:
         raise UserError(f"device cpu: {error}") from None
-    found.entry("run_program")
-    return found
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +15,6 @@ from mtpkern.kernels.cpu._layout import END_WORDS, NGRAM_WORDS, TOKENS
 from mtpkern.kernels.sample import GREEDY, SamplingRows, gumbel_sample
 from mtpkern.ops.base import Withheld, positions_of
 from mtpkern.ops.cpu_programs import kernels
-
-ENTRIES = ("end_step", "draft_ngram")
 
 
 class CpuLogits(NamedTuple):
@@ -61,7 +60,7 @@ class StepEnd:
     """`advance` and `ngram`, compiled: see kernels/cpu/_step_end.py."""
 
     def __init__(self) -> None:
-        self._advance, self._ngram = (kernels().entry(name) for name in ENTRIES)
+        self._kernels = kernels()
         self._words, self._ngram_words = (
             np.zeros(count, np.int64) for count in (END_WORDS, NGRAM_WORDS)
         )
@@ -69,6 +68,14 @@ class StepEnd:
         self._progress: Progress | None = None
         # Of the last search: its arguments, and what it read and wrote.
         self._searched: tuple[Tensor, Tensor, int, int] | None = None
+
+    @cached_property
+    def _advance(self) -> Callable[[int, int, int], int]:
+        return self._kernels.entry("end_step")
+
+    @cached_property
+    def _ngram(self) -> Callable[[int, int, int], int]:
+        return self._kernels.entry("draft_ngram")
 
     def advance(
         self,

@@ -211,6 +211,12 @@ def digest(jobs: Iterable[Job]) -> str:
     return hashlib.sha256(repr([job.prompt for job in jobs]).encode()).hexdigest()[:16]
 
 
+def check_prompts(files: Iterable[Path]) -> None:
+    """Raise UserError if a file of prompts is missing or malformed, before a model is fetched."""
+    for file in files:
+        read_turns(file)
+
+
 def read_prompts(files: Iterable[Path], tokenizer: Tokenizer, seed: int, context: int) -> list[Job]:
     """Shuffled jobs from JSONL files (see `read_turns`), neighbours of similar lengths.
 

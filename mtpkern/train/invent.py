@@ -75,14 +75,13 @@ def _lines(a: argparse.Namespace) -> list[str]:
     from mtpkern.train.teacher import Teacher
 
     use_threads(a.threads)
-    device, _ = resolve_device(a.device, a.status)
+    device, _ = resolve_device(a.device)
     directory = resolve_model(a.model, status=a.status)
     tokenizer = Tokenizer.from_directory(directory)
     head, jobs = invented_jobs(tokenizer, OPENINGS, a.count)
     context = load_config(directory).max_position_embeddings
     capacity = min(a.max_new + max(len(job.prompt) for job in jobs), context)
-    with a.status.phase("loading the model"):
-        teacher = Teacher(directory, capacity, device)
+    teacher = Teacher(directory, capacity, device, status=a.status)
     slots = a.slots
     if slots is None:
         with a.status.phase("measuring how fast it goes"):

