@@ -117,7 +117,7 @@ def make_step(
     """A step over one sequence in one page of `capacity` slots."""
     D = shape["D"]
     k, v = (
-        torch.zeros(shape["layers"], 1, capacity, shape["kv_heads"], D, dtype=torch.float16)
+        torch.randn(shape["layers"], 1, capacity, shape["kv_heads"], D).to(torch.float16)
         for _ in range(2)
     )
     cos, sin = rotary_tables(1 / 100000 ** (torch.arange(0, D, 2) / D), 1.0, capacity)

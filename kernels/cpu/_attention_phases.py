@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from ._activations import norm_row
-from ._attention import attend_split, first_seen, merge_splits, store_row
+from ._attention import attend_split, first_seen, merge_splits
+from ._cache_rows import store_row
 from ._intrinsics import compiled
 from ._layout import (
     COS,
@@ -34,6 +35,7 @@ from ._layout import (
     SLIDING,
     SPLIT,
     TABLE_STRIDE,
+    THREADS,
     V_PAGES,
     WINDOW_ROWS,
     X_STRIDE,
@@ -101,7 +103,9 @@ def slot_of(head, b, position, page_size):
 
 
 @compiled
-def attend_chunk(head, phase, chunk, work):
+def attend_chunk(head, phase, chunk, begin, end, work):
+    """One head and split, of this thread's chunks begin..end-1 of the phase."""
+    before, after = chunk - begin, end - chunk
     heads, kv_heads, D = word(phase, HEADS), word(phase, KV_HEADS), word(phase, HEAD_DIM)
     group, T = heads // kv_heads, word(head, WINDOW_ROWS)
     b = 0
@@ -112,11 +116,15 @@ def attend_chunk(head, phase, chunk, work):
             break
         chunk -= splits * kv_heads
         b += 1
-    kv_head, split = chunk // splits, first + chunk % splits
+    # A split's heads are side by side in memory; few splits would be shared out unevenly.
+    many = splits >= 2 * word(head, THREADS)
+    if many:
+        kv_head, split = chunk % kv_heads, first + chunk // kv_heads
+    else:
+        kv_head, split = chunk // splits, first + chunk % splits
     size = 4 * D + 32
     per_head = size * word(phase, MAX_SPLITS)
-    begin = b * T * heads + kv_head * group
-    partials = word(phase, PARTIALS) + per_head * begin
+    partials = word(phase, PARTIALS) + per_head * (b * T * heads + kv_head * group)
     attend_split(
         word(phase, X) + 4 * (word(phase, X_STRIDE) * b * T + kv_head * group * D),
         4 * word(phase, X_STRIDE),
@@ -137,6 +145,8 @@ def attend_chunk(head, phase, chunk, work):
         partials + size * split,
         per_head * heads,
         per_head,
+        not many or before < kv_heads,
+        many and after > kv_heads,
         work,
     )
     counter = word(phase, MERGES) + 8 * COUNTER_WORDS * (b * kv_heads + kv_head)
@@ -153,5 +163,6 @@ def attend_chunk(head, phase, chunk, work):
                     position // SPLIT,
                     size,
                     D,
+                    work,
                     word(phase, OUT) + 4 * out,
                 )

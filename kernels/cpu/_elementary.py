@@ -14,25 +14,24 @@ from ._vectors import (
     float_bits,
     fma,
     fma_scalar,
-    halve,
-    maximum,
-    minimum,
-    power_of_two,
-    propagate_nan,
-    round_even,
+    low_bits_exponent,
     splat,
-    to_int,
+    where_less,
 )
 
 F32 = np.float32
+# 1.5 * 2^23: float32 of this size are integers.
+ROUNDING = 12582912.0
 
 
 @compiled
 def exp(x):
-    """e^x: 0 below -104, infinity above 89; denormal results are kept."""
-    bounded = maximum(minimum(x, splat(89.0)), splat(-105.0))
-    n = round_even(bounded * splat(1.44269504088896341))
-    r = fma(n, splat(-0.693359375), bounded)
+    """e^x: 0 below -87.3, infinity above 88.37."""
+    # The sum's low bits are n + 127 where n is the integer nearest to x / log 2.
+    magic = splat(ROUNDING + 127.0)
+    rounded = fma(x, splat(1.44269504088896341), magic)
+    n = rounded - magic
+    r = fma(n, splat(-0.693359375), x)
     r = fma(n, splat(2.12194440e-4), r)
     p = splat(1.9875691500e-4)
     p = fma(p, r, splat(1.3981999507e-3))
@@ -40,11 +39,9 @@ def exp(x):
     p = fma(p, r, splat(4.1665795894e-2))
     p = fma(p, r, splat(1.6666665459e-1))
     p = fma(p, r, splat(5.0000001201e-1))
-    y = fma(p, r * r, r) + splat(1.0)
-    # Two factors, since n is in -152..129.
-    exponent = to_int(n)
-    half = halve(exponent)
-    return propagate_nan(x, y * power_of_two(half) * power_of_two(exponent - half))
+    y = (fma(p, r * r, r) + splat(1.0)) * low_bits_exponent(rounded)
+    y = where_less(x, splat(-87.3), splat(0.0), y)
+    return where_less(splat(88.37), x, splat(np.inf), y)
 
 
 @compiled

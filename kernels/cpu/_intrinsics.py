@@ -81,6 +81,7 @@ def operation(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
             4: lambda typing, a, b, c, d: (sig, codegen),
             8: lambda typing, a, b, c, d, e, f, g, h: (sig, codegen),
             9: lambda typing, a, b, c, d, e, f, g, h, i: (sig, codegen),
+            10: lambda typing, a, b, c, d, e, f, g, h, i, j: (sig, codegen),
         }
         return intrinsic(by_count[len(kinds)])
 

@@ -90,7 +90,7 @@ CLOSED = 2**31 - 1
 # Keys per split of the cache: split i holds the same keys whatever the length of the sequence.
 SPLIT = 128
 # Keys that are converted to float32 at a time.
-KEYS = 32
+KEYS = 64
 # Blocks of 8 outputs in a chunk of the vocabulary; sums of exponentials are taken per chunk.
 VOCABULARY_BLOCKS = 32
 

@@ -106,14 +106,14 @@ def read_chunk(phase, chunk):
 
 
 @compiled
-def run_chunk(head, phase, rows, chunk, scratch, work):
+def run_chunk(head, phase, rows, chunk, begin, end, scratch, work):
     op = word(phase, OP)
     if op == LINEAR:
         linear_chunk(phase, rows, chunk, scratch, work)
     elif op == QKV:
         qkv_chunk(head, phase, rows, chunk, scratch)
     elif op == ATTEND:
-        attend_chunk(head, phase, chunk, work)
+        attend_chunk(head, phase, chunk, begin, end, work)
     elif op == GATE_UP:
         gate_up_chunk(phase, rows, chunk, scratch, work)
     elif op == PROJECT:
@@ -192,7 +192,7 @@ def run_phases(head, epoch, thread):
                     prepare(phase, rows, scratch)
                     work = scratch + activation_bytes(phase, rows)
                 prepared = True
-                run_chunk(own, phase, rows, begin + chunk, scratch, work)
+                run_chunk(own, phase, rows, begin + chunk, begin, begin + count, scratch, work)
                 atomic_add(done, 1)
         prefetch_weights(head, i + 1, thread, shares)
         if atomic_load(done) < chunks:

@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from ._intrinsics import F8, F32, I8, I32, I64, LANES, call, lanes_of, operation
+from ._intrinsics import F8, F32, I8, I32, I64, LANES, call, lanes_of, operation, store
 
 
 @operation(F8, types.float32)
@@ -76,22 +76,17 @@ def to_int(builder, value):
     return builder.fptosi(value, I8.llvm)
 
 
-@operation(F8, I8)
-def power_of_two(builder, exponent):
-    """2^exponent for exponents -126..127."""
-    biased = builder.add(exponent, lanes_of(127))
-    return builder.bitcast(builder.shl(biased, lanes_of(23)), F8.llvm)
+@operation(F8, F8)
+def low_bits_exponent(builder, value):
+    """2^(e - 127) where e, 1..254, are the low bits of the number's representation."""
+    bits = builder.bitcast(value, I8.llvm)
+    return builder.bitcast(builder.shl(bits, lanes_of(23)), F8.llvm)
 
 
-@operation(I8, I8)
-def halve(builder, value):
-    return builder.ashr(value, lanes_of(1))
-
-
-@operation(F8, F8, F8)
-def propagate_nan(builder, source, value):
-    """value, or NaN in the lanes where source is NaN."""
-    return builder.select(builder.fcmp_unordered("uno", source, source), source, value)
+@operation(F8, F8, F8, F8, F8)
+def where_less(builder, a, b, chosen, other):
+    """chosen in the lanes where a < b, other elsewhere."""
+    return builder.select(builder.fcmp_ordered("<", a, b), chosen, other)
 
 
 @operation(F8, F8, types.int64, types.int64)
@@ -143,17 +138,23 @@ def reduce_max(builder, value):
     return builder.extract_element(value, ir.Constant(I32, 0))
 
 
-@operation(F8, *[F8] * 8)
-def reduce_add_8(builder, *values):
-    """The sums of eight vectors, one per lane, each by the tree of `reduce_add`."""
-    rows = list(values)
+@operation(types.void, types.int64, types.int64, *[F8] * 8)
+def store_transposed(builder, address, stride, *rows):
+    """Store column i of eight rows at address + stride * i."""
+    # Halves of 4, then of 2, then of 1 lane change places.
+    columns = list(rows)
     for width in (4, 2, 1):
-        runs = [range(start, start + width) for start in range(0, 2 * LANES, 2 * width)]
-        low = [lane for run in runs for lane in run]
-        high = [lane + width for lane in low]
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        rows = [builder.fadd(*(_shuffle(builder, *pair, m) for m in (low, high))) for pair in pairs]
-    return rows[0]
+        for i in range(LANES):
+            if not i & width:
+                a, b = columns[i], columns[i + width]
+                lanes = range(LANES)
+                low = [k if not k & width else k - width + LANES for k in lanes]
+                high = [k + width if not k & width else k + LANES for k in lanes]
+                columns[i] = _shuffle(builder, a, b, low)
+                columns[i + width] = _shuffle(builder, a, b, high)
+    for column in columns:
+        store(builder, address, column, 4)
+        address = builder.add(address, stride)
 
 
 @operation(I8, F8)

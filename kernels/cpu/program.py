@@ -159,7 +159,7 @@ class Program:
             L.MAX_SPLITS: splits,
         }
         rows = self.max_rows * pages.heads // Hk
-        self._scratch = max(self._scratch, 4 * (L.KEYS * D + rows * L.SPLIT))
+        self._scratch = max(self._scratch, 4 * (L.KEYS * D + rows * L.SPLIT), 4 * (splits + LANES))
         self._add(L.ATTEND, 0, fields)
 
     def project(
