@@ -37,7 +37,8 @@ def drafter_of(kind: str, trunk: Llama, state: DecodeState, directory: Path) -> 
     if kind == "n-gram":
         return NgramDrafter(TRITON)
     if kind == "modules":  # included in the checkpoint
-        return load_heads(directory.parent / "trunk", trunk, state.cache, ops=TRITON)[0]
+        included = open_heads(directory.parent / "trunk", trunk.config)
+        return included.build(trunk, state.cache, TRITON)
     write = {"mtp": write_mtp, "medusa": write_medusa, "published": write_published}
     write["hydra"] = write_hydra
     heads = open_heads(write[kind.split(" ")[0]](directory), trunk.config).build(
