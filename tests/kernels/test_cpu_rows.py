@@ -172,6 +172,23 @@ def test_a_row_attends_with_the_same_bits_in_any_window_batch_and_thread(window)
             assert same_bits(part[0], np.ascontiguousarray(whole[b, first : first + rows]))
 
 
+@pytest.mark.parametrize("head_dim, group", [(64, 1), (80, 3), (128, 4)])
+def test_heads_of_any_size_attend_to_many_splits_with_any_number_of_threads(head_dim, group):
+    """Registers hold 32 or 64 columns of two rows or one; splits are shared out by their number."""
+    length, rows = 8 * SPLIT - 3, 5
+    paged = make_paged(1, (length + rows) // 64 + 1, 64, HK, head_dim, torch.float16)
+    fill(paged, [length + rows])
+    q = normal(1, rows, HK * group, head_dim)
+    whole = attended(paged, q, [length])
+    wide = paged.k[0].float(), paged.v[0].float(), paged.page_table
+    close(whole, verify_attention_ref(q, *wide, torch.tensor([length])))
+    for threads in (2, 3, 5):
+        assert same_bits(attended(paged, q, [length], threads=threads), whole)
+        for t in range(rows):
+            one = attended(paged, q[:, t : t + 1], [length + t], threads=threads)
+            assert same_bits(one[0], np.ascontiguousarray(whole[:, t]))
+
+
 def test_what_a_row_does_not_see_has_no_effect_on_it():
     """Slots past the window, and before a sliding one, hold NaN or infinity."""
     paged = paged_for(torch.float32)
