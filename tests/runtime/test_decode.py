@@ -145,6 +145,10 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
         chosen.append(generator.randint(0, max((len(w.probabilities) for w in windows), default=0)))
         return chosen[-1]
 
+    def rest(self: DraftLength) -> list[int]:
+        return [generator.choice([0, 1, 2]) for _ in range(generator.randint(0, 2))]
+
+    monkeypatch.setattr(DraftLength, "rest", rest)
     monkeypatch.setattr(DraftLength, "choose", choose)
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: generator.random() < 0.5)
     monkeypatch.setattr(DraftLength, "active_source", lambda self: generator.choice([0, 1, 1, 2]))
