@@ -110,6 +110,17 @@ def add_values(p0, first0, end0, p1, first1, end1, values, D, out0, out1, ahead,
 
 
 @compiled
+def share_of_tile(pages, table, position, seen, kv_head, KV_HEADS, D, page_size, kind):
+    """(address of a head's equal share of the bytes of the tile at `position`, its size); 0 for the
+    address if the tile is not among the first `seen` positions."""
+    size = KEYS * D * (4 if kind < FP16 else 2)
+    if position >= seen:
+        return 0, size
+    first, _ = tile_address(pages, table, position, 0, KV_HEADS, D, page_size, kind)
+    return first + size * kv_head, size
+
+
+@compiled
 def attend_split(
     q,  # address of the sequence's first row and of the KV head's first query head
     q_stride,  # bytes
@@ -130,7 +141,7 @@ def attend_split(
     partials,  # of the first row and head
     partial_row,  # bytes from window row to window row
     partial_head,
-    cold,  # whether nobody has prefetched this split's keys
+    cold,  # whether this split's keys have not been prefetched
     prefetching,  # whether to prefetch this head's share of the next split's
     work,
 ):
@@ -141,18 +152,18 @@ def attend_split(
     end = min(low + SPLIT, length + rows)
     count = (end - begin + 7) // 8 * 8
     scores = work + 4 * KEYS * D
-    # The share of the next split's tile, in steps of the loops over pairs of query rows.
-    share = KEYS * D * (4 if kind < FP16 else 2)
+    # The loops over pairs of query rows prefetch in equal steps.
     steps = KEYS // 32 * D
-    hint = share // ((rows * group + 1) // 2) // steps
+    pairs = (rows * group + 1) // 2
+    known = length + rows if prefetching else 0
     for start in range(begin, end, KEYS):
         stop = min(start + KEYS, end)
         source, step = tile_address(k_pages, table, start, kv_head, KV_HEADS, D, page_size, kind)
         transpose_tile(source, step, stop - start, kind, D, cold, work)
-        ahead = 0
-        if prefetching and start + SPLIT < length + rows:
-            ahead, _ = tile_address(k_pages, table, start + SPLIT, 0, KV_HEADS, D, page_size, kind)
-            ahead += share * kv_head
+        ahead, size = share_of_tile(
+            k_pages, table, start + SPLIT, known, kv_head, KV_HEADS, D, page_size, kind
+        )
+        hint = size // (pairs * steps)
         row, t, g = scores + 4 * (start - begin), 0, 0
         while t < rows:
             u, h = next_query(t, g, group)
@@ -187,10 +198,10 @@ def attend_split(
         stop = min(start + KEYS, end)
         source, step = tile_address(v_pages, table, start, kv_head, KV_HEADS, D, page_size, kind)
         widen_tile(source, step, stop - start, kind, D, cold, work)
-        ahead = 0
-        if prefetching and start + SPLIT < length + rows:
-            ahead, _ = tile_address(v_pages, table, start + SPLIT, 0, KV_HEADS, D, page_size, kind)
-            ahead += share * kv_head
+        ahead, size = share_of_tile(
+            v_pages, table, start + SPLIT, known, kv_head, KV_HEADS, D, page_size, kind
+        )
+        hint = size // (pairs * steps)
         p, t, g = scores + 4 * (start - begin), 0, 0
         while t < rows:
             u, h = next_query(t, g, group)

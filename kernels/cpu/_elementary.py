@@ -26,9 +26,10 @@ ROUNDING = 12582912.0
 
 @compiled
 def exp(x):
-    """e^x: 0 below -87.3, infinity above 88.37."""
-    # The sum's low bits are n + 127 where n is the integer nearest to x / log 2.
-    magic = splat(ROUNDING + 127.0)
+    """e^x: 0 below -86.6, infinity above 88.72, where float32 ends."""
+    # The sum's low bits are n + 126, for a factor of 2^(n - 1), where n is the integer nearest to
+    # x / log 2: 2^n itself would end at e^88.37.
+    magic = splat(ROUNDING + 126.0)
     rounded = fma(x, splat(1.44269504088896341), magic)
     n = rounded - magic
     r = fma(n, splat(-0.693359375), x)
@@ -39,9 +40,10 @@ def exp(x):
     p = fma(p, r, splat(4.1665795894e-2))
     p = fma(p, r, splat(1.6666665459e-1))
     p = fma(p, r, splat(5.0000001201e-1))
-    y = (fma(p, r * r, r) + splat(1.0)) * low_bits_exponent(rounded)
-    y = where_less(x, splat(-87.3), splat(0.0), y)
-    return where_less(splat(88.37), x, splat(np.inf), y)
+    y = fma(p, r * r, r) + splat(1.0)
+    y = (y + y) * low_bits_exponent(rounded)
+    y = where_less(x, splat(-86.6), splat(0.0), y)
+    return where_less(splat(88.73), x, splat(np.inf), y)
 
 
 @compiled

@@ -70,8 +70,8 @@ def test_silu_reaches_its_ends():
         out.append(gated(x, torch.cat([torch.diag(some), torch.eye(8)]), None, 0.0)[0])
     truth = torch.nn.functional.silu(gates.double())
     error = (torch.from_numpy(np.stack(out)).double() - truth).abs()
-    # Below -88.37 the exponential is infinite and what is left is 0.
-    assert (error <= 6e-7 * truth.abs() + 4e-37).all()
+    # Below -88.7 the exponential overflows and what is left is 0, as in torch.
+    assert (error <= 6e-7 * truth.abs() + 3e-37).all()
 
 
 def make_program(paged: Paged, batch: int, rows: int, threads: int = 1) -> Program:
