@@ -26,5 +26,5 @@ MODELS = {
 
 # Sequences and window rows [B, T] of a step: plain decoding, K = 4, and K = 4 in batches.
 STEPS = ((1, 1), (1, 5), (8, 5), (32, 5))
-# Steps in the row tiers that STEPS leaves out: 20 and 125 rows.
-OTHER_TIERS = ((4, 5), (25, 5))
+# Steps in the row tiers that STEPS leaves out: 10, 20 and 125 rows.
+OTHER_TIERS = ((2, 5), (4, 5), (25, 5))

@@ -60,6 +60,7 @@ def tiles(present: tuple[int, int]) -> Iterator[tuple[int, int]]:
 KNOBS = (
     Knob("_launch", "column_tile", lambda _: (16, 32, 64, 128)),
     Knob("_launch", "depth_tile", tiles),
+    Knob("_launch", "few_rows_stages", lambda _: range(3, 9)),
     Knob("verify_attention", "_stages", lambda _: range(1, 10)),
     Knob("verify_attention", "_warps", lambda _: (2, 4, 8)),
     Knob("verify_attention", "FILL", around),

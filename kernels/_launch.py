@@ -34,7 +34,11 @@ FILL = 132
 
 # Row counts that share one pass over the weights. Rows are padded to the smallest tier that fits;
 # more rows than the largest tier take further passes.
-TIERS = (16, 32, 64, 128, 192)
+TIERS = (8, 16, 32, 64, 128, 192)
+
+# Elements of a weight's row in a chunk of K, by their bytes. The segments of a matmul interleave in
+# chunks. Float32 is multiplied without tensor cores, with all of a tile's inputs in registers.
+CHUNK = {2: 128, 4: 32}
 
 # Columns per block of the launch that adds up the segments of a matmul with more than 16 rows.
 BLOCK_END = 512
@@ -203,38 +207,47 @@ def row_tier(rows: int) -> int:
     return next((tier for tier in TIERS if rows <= tier), TIERS[-1])
 
 
-def segment(N: int, K: int) -> int:
-    """Length of the segments into which a matmul [N, K] splits K; their sums are added in ascending
-    order.
+def segments(N: int) -> int:
+    """Segments into which a matmul with N columns splits K; their sums are added in this order.
 
-    There are as many segments as it takes for blocks of 128 columns by one segment to nearly fill
-    an H100, of at least 512 inputs each. The rows play no part, so that a row's sums are the same
-    in every tier.
+    A segment is every `segments(N)`th chunk of K. Four, one per warp of a block of 16 columns,
+    unless blocks of 32 columns fill the device twice. The rows play no part, so that a row's sums
+    are the same in every tier.
     """
-    segments = 1
-    while ceil_div(N, 128) * segments < 0.9 * FILL and 2 * segments * 512 <= K:
-        segments *= 2
-    return ceil_div(ceil_div(K, segments), 128) * 128
+    return 4 if N < 64 * FILL else 1
 
 
-def column_tile(N: int, K: int, tier: int, element_size: int) -> int:
+def column_tile(N: int, tier: int, element_size: int) -> int:
     """Output columns per block: many, since each block reads all of x, but few enough for every
     multiprocessor to have a block, and in float32 few enough for the registers."""
-    if tier == 16:  # a block runs through all segments, and x is small beside the weights
-        return 32 if N >= 32 * FILL else 16
-    blocks = ceil_div(K, segment(N, K))
+    if tier <= 16:  # a block runs through all segments, and x is small beside the weights
+        return 16 if segments(N) > 1 else 32
     wide = (128, 64) if tier >= 128 and element_size == 2 else (64,)
-    return next((n for n in wide if ceil_div(N, n) * blocks >= 0.9 * FILL), 32)
+    return next((n for n in wide if ceil_div(N, n) * segments(N) >= 0.9 * FILL), 32)
 
 
 def depth_tile(tier: int, element_size: int) -> tuple[int, int]:
-    """Bytes of a row that a block loads per iteration, and Triton's num_stages, which is the number
-    of loads in flight plus one: at most 96 KB, so that two blocks fit on a multiprocessor.
+    """For more than 16 rows: bytes of a row that a block loads per iteration, and Triton's
+    num_stages, which is the number of loads in flight plus one: at most 96 KB, so that two blocks
+    fit on a multiprocessor.
 
     Float32 is multiplied without tensor cores, with all of a tile's inputs in registers.
     """
     deep = 256 if element_size == 2 else 128
-    return {16: (256, 8), 32: (256, 5), 64: (deep, 4), 128: (128, 4), 192: (128, 3)}[tier]
+    return {32: (deep, 5), 64: (deep, 4), 128: (128, 4), 192: (128, 3)}[tier]
+
+
+def few_rows_stages(blocks: int, bytes_of_stage: int) -> int:
+    """Triton's num_stages for up to 16 rows: as many loads in flight as leave room for an equal
+    number of blocks on every multiprocessor. With room for more, some get more than others."""
+    kilobytes = {1: 120, 3: 72}.get(ceil_div(blocks, FILL), 96)
+    return min(8, 1 + min(kilobytes, shared_kilobytes()) * 1024 // bytes_of_stage)
+
+
+def shared_kilobytes() -> int:
+    """Shared memory that a block may have for its loads on this GPU."""
+    arch = import_triton().runtime.driver.active.get_current_target().arch
+    return 96 if arch in (86, 89, 120, 121) else 160
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:
@@ -267,9 +280,8 @@ def wait_for_producer():
 
 
 @device
-def prefetch_l2(w_ptr, n, in_n, stride_wn, K, LINES: tl.constexpr = 16):
-    """Prefetch the first LINES times 64 elements of the rows n of w [N, K], of which in_n exist."""
-    k = tl.arange(0, LINES) * 64  # 128 bytes of a 16-bit weight
+def prefetch_l2(w_ptr, n, in_n, stride_wn, k, K):
+    """Prefetch the lines of 128 bytes at k of the rows n of w [N, K], of which in_n exist."""
     ptrs = w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :]
     # For a row or column that does not exist, any address in w will do.
     ptrs = tl.where(in_n[:, None] & (k < K)[None, :], ptrs, w_ptr)

@@ -2,13 +2,13 @@
 
 For up to 16 rows an op is one launch: `multiply_rows` computes a block's columns, and the op's
 epilogue follows in registers. For more rows the blocks are wider, since each reads all of x. There
-are fewer of them, so that K is split, too: `partial_sums`, then a launch that adds the parts and
-runs the epilogue.
+are fewer of them, so that the segments of K go to different blocks: `partial_sums`, then a launch
+that adds the parts and runs the epilogue.
 
-The weights are the left operand, in tiles of 16 or 32 output columns: too few for wgmma, so that
-every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same order of k.
-Where K is split depends on the weight's shape alone, and every tier adds the same parts in the same
-order. So a row's bits do not depend on how many rows there are.
+The weights are the left operand, in tiles of 16 or 32 output columns per warp: too few for wgmma,
+so that every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same
+order of k. How K is split depends on the weight's shape alone (`segments`), and every tier adds the
+same parts in the same order. So a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from ._launch import (
+    CHUNK,
     ceil_div,
     column_tile,
     depth_tile,
     device,
+    few_rows_stages,
     jit,
     prefetch_l2,
     row_tier,
-    segment,
+    segments,
     tl,
     wait_for_producer,
 )
@@ -34,38 +36,54 @@ from ._launch import (
 def multiply_rows(
     x_ptr, w_ptr, n, in_n,  # [R, K] [N, K] [BLOCK_N] [BLOCK_N]
     R, stride_xr, stride_wn,
-    K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows n of w, of which in_n exist, times R <= 16 rows of x -> float32 sums [BLOCK_N, 16].
+    """Rows n of w, of which in_n exist, times R <= ROWS rows of x -> float32 sums [BLOCK_N, ROWS].
 
     Includes the prologue of a dependent launch: weights are prefetched, then x is waited for.
     """
     if PDL:
-        prefetch_l2(w_ptr, n, in_n, stride_wn, K)
+        prefetch_l2(w_ptr, n, in_n, stride_wn, tl.arange(0, 16) * 64, K)
         wait_for_producer()
-    r = tl.arange(0, 16)
-    w_ptrs = w_ptr + n.to(tl.int64) * stride_wn
-    x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
-    total = tl.zeros([BLOCK_N, 16], tl.float32)
-    acc = tl.zeros([BLOCK_N, 16], tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        if SEGMENT < K:
-            # One loop for all segments, so that loads stay in flight between them.
-            ended = begin % SEGMENT == 0
-            total = tl.where(ended, total + acc, total)
-            acc = tl.where(ended, 0.0, acc)
-        k = begin + tl.arange(0, BLOCK_K)
-        in_k = k < K
-        w = tl.load(
-            w_ptrs[:, None] + k[None, :],
-            mask=in_n[:, None] & in_k[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        x = tl.load(x_ptrs + k[:, None], mask=(r < R)[None, :] & in_k[:, None], other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
-    return total + acc
+    r = tl.arange(0, ROWS)
+    w_rows, x_rows = n.to(tl.int64) * stride_wn, r.to(tl.int64) * stride_xr
+    if SEGMENTS == 1:
+        # The warps side by side over the columns.
+        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        for begin in range(0, K, BLOCK_K):
+            k = begin + tl.arange(0, BLOCK_K)
+            in_k = k < K
+            w = tl.load(
+                w_ptr + w_rows[:, None] + k[None, :],
+                mask=in_n[:, None] & in_k[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+            in_x = (r < R)[None, :] & in_k[:, None]
+            x = tl.load(x_ptr + x_rows[None, :] + k[:, None], mask=in_x, other=0.0)
+            total = tl.dot(w, x, total, input_precision="ieee")
+    else:
+        # All segments side by side, a warp each.
+        s = tl.arange(0, SEGMENTS)
+        acc = tl.zeros([SEGMENTS, BLOCK_N, ROWS], tl.float32)
+        for begin in range(0, K, SEGMENTS * BLOCK_K):
+            k = begin + s[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            in_k = k < K
+            w = tl.load(
+                w_ptr + w_rows[None, :, None] + k[:, None, :],
+                mask=in_n[None, :, None] & in_k[:, None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+            in_x = (r < R)[None, None, :] & in_k[:, :, None]
+            x = tl.load(x_ptr + x_rows[None, None, :] + k[:, :, None], mask=in_x, other=0.0)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        for i in tl.static_range(SEGMENTS):
+            total += tl.sum(tl.where((s == i)[:, None, None], acc, 0.0), 0)
+    return total
 
 
 @jit("ROWS", "TAIL", "N", "K", "SEGMENTS", definition="linear_ref")
@@ -73,21 +91,23 @@ def _partial_sums_kernel(
     x_ptr, w_ptr, partial_ptr,  # [H, R, K] [H, N, K] [SEGMENTS, R, H * N]
     R,
     stride_xr, stride_xh, stride_wh, stride_wn, stride_ps, stride_pr,
-    N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SEGMENTS: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sums of ROWS + TAIL rows and BLOCK_N columns over one segment of K."""
+    """One program: the sums of ROWS + TAIL rows and BLOCK_N columns over one segment of K, whose
+    chunks have DEPTH elements."""
     first_n = tl.program_id(1) * BLOCK_N
     segment, h = tl.program_id(2) % SEGMENTS, (tl.program_id(2) // SEGMENTS).to(tl.int64)
-    begin = segment * SEGMENT
-    w_ptr += h * stride_wh + begin
+    w_ptr += h * stride_wh
     if PDL:
         all_n = first_n + tl.arange(0, BLOCK_N)
-        prefetch_l2(w_ptr, all_n, all_n < N, stride_wn, K - begin)
+        lines = tl.arange(0, 16) * 64
+        lines = (lines // DEPTH * SEGMENTS + segment) * DEPTH + lines % DEPTH
+        prefetch_l2(w_ptr, all_n, all_n < N, stride_wn, lines, K)
         wait_for_producer()
-    x_ptr += h * stride_xh + begin
+    x_ptr += h * stride_xh
     r = tl.program_id(0) * (ROWS + TAIL) + tl.arange(0, ROWS)
     tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
@@ -99,27 +119,31 @@ def _partial_sums_kernel(
     tail_accs = accs  # without a tail, a placeholder
     if TAIL > 0:
         tail_accs = (tl.zeros([CHUNK, TAIL], tl.float32),) * CHUNKS
-    for step in range(0, SEGMENT, BLOCK_K):
-        k = step + tl.arange(0, BLOCK_K)
-        in_k = k < K - begin
+    tl.static_assert(DEPTH % BLOCK_K == 0)
+    first_k = segment * DEPTH
+    for i in range(BLOCK_K, tl.cdiv(K, SEGMENTS * DEPTH) * DEPTH + BLOCK_K, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        # To the next block of the chunk, or to the segment's next chunk.
+        first_k += tl.where(i % DEPTH == 0, BLOCK_K + (SEGMENTS - 1) * DEPTH, BLOCK_K)
+        in_k = k < K
         x = tl.load(x_ptrs + k[:, None], mask=(r < R)[None, :] & in_k[:, None], other=0.0)
         tail_x = x
         if TAIL > 0:
             in_x = (tail_r < R)[None, :] & in_k[:, None]
             tail_x = tl.load(tail_ptrs + k[:, None], mask=in_x, other=0.0)
         sums, tail_sums = (), ()
-        for i in tl.static_range(CHUNKS):
-            n = first_n + i * CHUNK + tl.arange(0, CHUNK)
+        for c in tl.static_range(CHUNKS):
+            n = first_n + c * CHUNK + tl.arange(0, CHUNK)
             w = tl.load(
                 w_ptr + n.to(tl.int64)[:, None] * stride_wn + k[None, :],
                 mask=(n < N)[:, None] & in_k[None, :],
                 other=0.0,
                 eviction_policy="evict_first",
             )
-            acc = tl.dot(w, x, accs[i], input_precision="ieee")
+            acc = tl.dot(w, x, accs[c], input_precision="ieee")
             sums = sums + (acc,)  # type: ignore[assignment]
             if TAIL > 0:
-                tail_acc = tl.dot(w, tail_x, tail_accs[i], input_precision="ieee")
+                tail_acc = tl.dot(w, tail_x, tail_accs[c], input_precision="ieee")
                 tail_sums = tail_sums + (tail_acc,)  # type: ignore[assignment]
         accs = sums
         if TAIL > 0:
@@ -145,16 +169,16 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     segments of K in ascending order (`add_segments`).
     """
     (H, N, K), R, size = w.shape, x.shape[-2], w.element_size()
-    length, tier = segment(H * N, K), row_tier(R)
-    segments, block_n = ceil_div(K, length), column_tile(H * N, K, tier, size)
+    tier, parts = row_tier(R), segments(H * N)
+    block_n = column_tile(H * N, tier, size)
     depth, stages = depth_tile(tier, size)
     rows = min(tier, 128)  # the remaining rows of a larger tier are the tail
-    partial = torch.empty(segments, R, H * N, dtype=torch.float32, device=x.device)
+    partial = torch.empty(parts, R, H * N, dtype=torch.float32, device=x.device)
     # Passes over the same tile of weights are adjacent blocks, so that they share it in the L2.
-    _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), segments * H)](
+    _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), parts * H)](
         x, w, partial, R,
         x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
-        N=N, K=K, SEGMENT=length, SEGMENTS=segments,
+        N=N, K=K, SEGMENTS=parts, DEPTH=CHUNK[size],
         ROWS=rows, TAIL=tier - rows, CHUNK=min(32, rows // 2),
         BLOCK_N=block_n, BLOCK_K=depth // size,
         num_warps=4 if tier * size <= 128 else 8,
@@ -165,17 +189,20 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     return partial
 
 
-def tile_of_16(w: Tensor, N: int, K: int) -> tuple[int, dict[str, int | None]]:
-    """Output columns per block for up to 16 rows of a matmul [N, K], and the options with which
-    `multiply_rows` reads w."""
-    size = w.element_size()
-    block_n, (depth, stages) = column_tile(N, K, 16, size), depth_tile(16, size)
+def tile_of_few(w: Tensor, N: int, R: int) -> tuple[int, dict[str, int | None]]:
+    """Output columns per block for R <= 16 rows of a matmul with N columns, and the options with
+    which `multiply_rows` reads w."""
+    size, tier = w.element_size(), row_tier(R)
+    block_n, parts = column_tile(N, tier, size), segments(N)
+    depth = CHUNK[size] * (1 if parts > 1 else 2)
+    stage = parts * (block_n + tier) * depth * size
     return block_n, {
-        "SEGMENT": segment(N, K),
-        "BLOCK_K": depth // size,
+        "SEGMENTS": parts,
+        "ROWS": tier,
+        "BLOCK_K": depth,
         "num_warps": 4,
-        "num_stages": stages,
-        "maxnreg": _max_registers(16, block_n, size),
+        "num_stages": few_rows_stages(ceil_div(N, block_n), stage),
+        "maxnreg": _max_registers(tier, block_n, size),
     }
 
 

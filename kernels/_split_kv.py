@@ -16,11 +16,18 @@ from torch import Tensor
 from ._launch import device, jit, power_of_two, tl, wait_for_producer
 from .window_slots import node_depth
 
-# Keys of a granule, which are multiplied at a time.
-KEYS = 64
-# Nodes of the tree that are merged into one, and the keys of a node of its third and last level.
+# Keys of a granule, which are multiplied at a time, and of one whose tile has more than KEY_BYTES
+# bytes a key or is of float32, which is multiplied in registers.
+KEYS, FEW_KEYS = 128, 64
+KEY_BYTES = 256
+# Nodes of the tree that are merged into one.
 FAN = 4
-TOP = FAN**3 * KEYS
+
+
+def granule(D: int, element_size: int) -> int:
+    """Keys of a granule. The rows play no part, so that a row's bits do not depend on them."""
+    small = element_size == 2 and power_of_two(D) * element_size <= KEY_BYTES
+    return KEYS if small else FEW_KEYS
 
 
 @device
@@ -133,6 +140,7 @@ def merge_splits(
     splits: int,
     fill: int,
     window: int,
+    keys: int,
     *,
     pdl: bool,
 ) -> None:
@@ -142,6 +150,6 @@ def merge_splits(
         acc, m, z, lengths, tree, out, splits, fill,
         0 if tree is None else tree.stride(0), *out.stride()[:3],
         D=D, WINDOW=window, HAS_TREE=tree is not None,
-        KEYS=KEYS, FAN=FAN, TOP=TOP, BLOCK_D=power_of_two(D),
+        KEYS=keys, FAN=FAN, TOP=FAN**3 * keys, BLOCK_D=power_of_two(D),
         num_warps=1, pdl=pdl,
     )  # fmt: skip

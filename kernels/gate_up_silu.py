@@ -26,7 +26,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_16
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_few
 from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
 
@@ -49,19 +49,20 @@ def _gate_up_silu_kernel(
     R,
     stride_xr, stride_wn, stride_or,
     F: tl.constexpr, E: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_F columns of R <= 16 rows."""
+    """One program: BLOCK_F columns of R <= ROWS rows."""
     # The tile's rows of weights alternate: a gate, its up, the next gate.
     i = tl.arange(0, 2 * BLOCK_F)
     column = tl.program_id(0) * BLOCK_F + i // 2
     n = column + (i % 2) * F
     acc = multiply_rows(
-        x_ptr, w_ptr, n, column < F, R, stride_xr, stride_wn, E, SEGMENT, 2 * BLOCK_F, BLOCK_K, PDL
-    )
+        x_ptr, w_ptr, n, column < F, R, stride_xr, stride_wn,
+        E, SEGMENTS, ROWS, 2 * BLOCK_F, BLOCK_K, PDL,
+    )  # fmt: skip
     gate, up = split_pairs(acc)
-    r, f = tl.arange(0, 16), tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    r, f = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     _store_gated(gate, up, r, f, bias_ptr, out_ptr, R, stride_or, F)
 
 
@@ -132,7 +133,7 @@ def gate_up_silu(
             num_warps=4, pdl=pdl,
         )  # fmt: skip
         return out
-    block_n, read = tile_of_16(w, 2 * F, E)
+    block_n, read = tile_of_few(w, 2 * F, R)
     _gate_up_silu_kernel[(ceil_div(F, block_n // 2),)](
         x, w, *given,
         x.stride(0), w.stride(0), out.stride(0),

@@ -23,7 +23,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_16
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_few
 
 
 def linear_ref(
@@ -48,15 +48,15 @@ def _linear_kernel(
     R,
     stride_xr, stride_wn, stride_rr, stride_or,
     N: tl.constexpr, K: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N columns of R <= 16 rows."""
+    """One program: BLOCK_N columns of R <= ROWS rows."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = multiply_rows(
-        x_ptr, w_ptr, n, n < N, R, stride_xr, stride_wn, K, SEGMENT, BLOCK_N, BLOCK_K, PDL
+        x_ptr, w_ptr, n, n < N, R, stride_xr, stride_wn, K, SEGMENTS, ROWS, BLOCK_N, BLOCK_K, PDL
     )
-    r = tl.arange(0, 16)
+    r = tl.arange(0, ROWS)
     _store_rows(acc, r, n, bias_ptr, residual_ptr, out_ptr, R, stride_rr, stride_or, N)
 
 
@@ -136,7 +136,7 @@ def linear(
             num_warps=4, pdl=pdl,
         )  # fmt: skip
         return out
-    block_n, read = tile_of_16(w, N, K)
+    block_n, read = tile_of_few(w, N, R)
     _linear_kernel[(ceil_div(N, block_n),)](
         x, w, *given,
         x.stride(0), w.stride(0), stride_rr, out.stride(0),

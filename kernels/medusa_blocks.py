@@ -24,7 +24,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_16
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, tile_of_few
 from .linear import linear_ref
 
 
@@ -47,20 +47,20 @@ def _medusa_blocks_kernel(
     R,
     stride_xr, stride_xh, stride_wh, stride_wn, stride_bh, stride_or, stride_oh,
     HEADS: tl.constexpr, E: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N columns of a head's block, for R <= 16 rows."""
+    """One program: BLOCK_N columns of a head's block, for R <= ROWS rows."""
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_ptr += h * stride_wh
     x_ptr += h * stride_xh
     acc = multiply_rows(
-        x_ptr, w_ptr, n, n < E, R, stride_xr, stride_wn, E, SEGMENT, BLOCK_N, BLOCK_K, PDL
+        x_ptr, w_ptr, n, n < E, R, stride_xr, stride_wn, E, SEGMENTS, ROWS, BLOCK_N, BLOCK_K, PDL
     )
     bias_ptr += h * stride_bh
     out_ptr += h * stride_oh
-    r = tl.arange(0, 16)
+    r = tl.arange(0, ROWS)
     _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E)
 
 
@@ -139,7 +139,7 @@ def medusa_blocks(
                 num_warps=4, pdl=pdl,
             )  # fmt: skip
         else:
-            block_n, read = tile_of_16(w, H * E, E)
+            block_n, read = tile_of_few(w, H * E, R)
             _medusa_blocks_kernel[(ceil_div(E, block_n), H)](
                 x, w[:, d], bias[:, d], y, R,
                 x.stride(0), stride_xh, w.stride(0), w.stride(2), bias.stride(0), *y.stride()[:2],

@@ -98,7 +98,7 @@ def _vocabulary_tiles_kernel(
     tile = tl.program_id(1)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
-        prefetch_l2(w_ptr, v, v < V, stride_wv, E, 4)
+        prefetch_l2(w_ptr, v, v < V, stride_wv, tl.arange(0, 4) * 64, E)
         wait_for_producer()
     first = tl.program_id(0) * (CHUNK * CHUNKS)
     rows = tl.arange(0, CHUNK)

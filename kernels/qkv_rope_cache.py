@@ -27,7 +27,7 @@ from ._launch import (
     tl,
     wait_for_producer,
 )
-from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_16
+from ._skinny_matmul import add_segments, multiply_rows, partial_sums, split_pairs, tile_of_few
 from .linear import linear_ref
 from .rms_norm import rms_norm, rms_norm_ref
 from .rope_cache import check_cache, check_q, rope_cache_ref, store_halves
@@ -68,10 +68,11 @@ def _qkv_rope_cache_kernel(
     stride_xr, stride_wn, stride_qr,
     stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    ROTATE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROTATE: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N columns of R <= 16 rows."""
+    """One program: BLOCK_N columns of R <= ROWS rows."""
     # Columns come in the pairs that rotation mixes, dimensions i and i + D/2 of a head, next to
     # each other, so that a tile may be narrower than a head.
     N: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
@@ -79,10 +80,11 @@ def _qkv_rope_cache_kernel(
     pair = tl.program_id(0) * (BLOCK_N // 2) + i // 2
     n = pair // (D // 2) * D + pair % (D // 2) + i % 2 * (D // 2)
     acc = multiply_rows(
-        x_ptr, w_ptr, n, pair < N // 2, R, stride_xr, stride_wn, E, SEGMENT, BLOCK_N, BLOCK_K, PDL
-    )
+        x_ptr, w_ptr, n, pair < N // 2, R, stride_xr, stride_wn,
+        E, SEGMENTS, ROWS, BLOCK_N, BLOCK_K, PDL,
+    )  # fmt: skip
     low, high = split_pairs(acc)
-    r, pairs = tl.arange(0, 16), tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    r, pairs = tl.arange(0, ROWS), tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     _append(
         low, high, r, pairs,
         bias_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr, R, page_size,
@@ -259,7 +261,7 @@ def qkv_rope_cache(
             num_warps=4, pdl=pdl,
         )  # fmt: skip
     else:
-        block_n, read = tile_of_16(w, N, E)
+        block_n, read = tile_of_few(w, N, R)
         _qkv_rope_cache_kernel[(ceil_div(N, block_n),)](
             x, w, *given,
             x.stride(0), w.stride(0), *strides,

@@ -39,10 +39,11 @@ from ._launch import (
     device,
     jit,
     power_of_two,
+    shared_kilobytes,
     tl,
     wait_for_producer,
 )
-from ._split_kv import FAN, KEYS, merge_splits, merged, nothing, split_layout
+from ._split_kv import FAN, granule, merge_splits, merged, nothing, split_layout
 from .window_slots import node_depth
 
 # Packed query rows per tile, the same for every T. Too few for wgmma, so that every architecture
@@ -179,35 +180,54 @@ def _either(a, b):
     return a | b
 
 
-def split_size(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
+def split_size(
+    B: int, T: int, Hq: int, Hk: int, D: int, keys: int, *, element_size: int = 2
+) -> int:
     """Keys of a split of a sequence with `keys` keys, as `split_layout` decides on the device."""
-    granules, fill = ceil_div(keys, KEYS), _fill(B, T, Hq, Hk)
-    return KEYS * (FAN**2 if granules >= FAN**2 * fill else FAN if granules >= FAN * fill else 1)
+    few, fill = granule(D, element_size), _fill(B, T, Hq, Hk)
+    granules = ceil_div(keys, few)
+    return few * (FAN**2 if granules >= FAN**2 * fill else FAN if granules >= FAN * fill else 1)
 
 
-def split_count(B: int, T: int, Hq: int, Hk: int, keys: int) -> int:
+def split_count(
+    B: int, T: int, Hq: int, Hk: int, D: int, keys: int, *, element_size: int = 2
+) -> int:
     """The most splits of a sequence, if its cache holds `keys` keys: a multiple of 4, so that every
     part of the workspace is aligned to 16 bytes.
     """
-    few = min(FAN * _fill(B, T, Hq, Hk) + 1, ceil_div(keys, KEYS))
-    return 4 * ceil_div(max(few, ceil_div(keys, FAN * FAN * KEYS)), 4)
+    granules = ceil_div(keys, granule(D, element_size))
+    few = min(FAN * _fill(B, T, Hq, Hk) + 1, granules)
+    return 4 * ceil_div(max(few, ceil_div(granules, FAN * FAN)), 4)
 
 
 def _fill(B: int, T: int, Hq: int, Hk: int) -> int:
     """How many splits per sequence saturate the device, times B sequences, Hk heads, all tiles."""
-    return ceil_div(FILL, B * Hk * ceil_div(T * Hq // Hk, ROWS))
+    return ceil_div(FILL // 2, B * Hk * ceil_div(T * Hq // Hk, ROWS))
 
 
-def workspace_size(B: int, T: int, Hq: int, Hk: int, D: int, max_pages: int, page_size: int) -> int:
+def workspace_size(
+    B: int,
+    T: int,
+    Hq: int,
+    Hk: int,
+    D: int,
+    max_pages: int,
+    page_size: int,
+    *,
+    element_size: int = 2,
+) -> int:
     """How many float32 of workspace `verify_attention` needs for these shapes."""
-    return B * T * Hq * split_count(B, T, Hq, Hk, max_pages * page_size) * (D + 2) if B else 0
+    if B == 0:
+        return 0
+    splits = split_count(B, T, Hq, Hk, D, max_pages * page_size, element_size=element_size)
+    return B * T * Hq * splits * (D + 2)
 
 
-def _stages(bytes_of_key: int) -> int:
-    """Stages of the pipeline: two of every three wait for the page table, so that 7 stages have
-    three tiles of keys and values in flight, 5 have two, 3 have one; up to some 80 KB.
+def _stages(bytes_of_granule: int) -> int:
+    """Stages of the pipeline: two of every three wait for the page table, so that 5 stages have two
+    granules in flight, 3 have one.
     """
-    return 7 if bytes_of_key <= 128 else 5 if bytes_of_key <= 256 else 3
+    return 5 if 2 * bytes_of_granule <= 1024 * shared_kilobytes() else 3
 
 
 def _warps(block_d: int, element_size: int) -> int:
@@ -276,7 +296,8 @@ def verify_attention(
     if window < 0 or (tree is not None and 0 < window < T):
         least = "0" if tree is None else f"0, or T={T} or more with a tree"
         raise ValueError(f"window must be {least}, got {window}")
-    size = workspace_size(B, T, Hq, Hk, D, max_pages, page_size)
+    element_size = q.element_size()
+    size = workspace_size(B, T, Hq, Hk, D, max_pages, page_size, element_size=element_size)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     check_dtype("workspace", workspace, torch.float32)
@@ -287,8 +308,8 @@ def verify_attention(
         )
     if B == 0:
         return out
-    splits, rows = split_count(B, T, Hq, Hk, max_pages * page_size), B * T * Hq
-    fill = _fill(B, T, Hq, Hk)
+    keys, fill, rows = granule(D, element_size), _fill(B, T, Hq, Hk), B * T * Hq
+    splits = split_count(B, T, Hq, Hk, D, max_pages * page_size, element_size=element_size)
     acc, m, z = workspace.view(-1)[:size].split([rows * splits * D, rows * splits, rows * splits])
     stride_tb = 0 if tree is None else tree.stride(0)
     block_d = power_of_two(D)
@@ -301,10 +322,10 @@ def verify_attention(
         page_table.stride(0), stride_tb,
         HEADS=Hq, KV_HEADS=Hk, D=D, PAGE_SIZE=page_size,
         WINDOW=window, HAS_TREE=tree is not None,
-        ROWS=ROWS, KEYS=KEYS, FAN=FAN, BLOCK_D=block_d,
-        num_warps=_warps(block_d, q.element_size()),
-        num_stages=_stages(block_d * q.element_size()),
+        ROWS=ROWS, KEYS=keys, FAN=FAN, BLOCK_D=block_d,
+        num_warps=_warps(block_d, element_size),
+        num_stages=_stages(2 * keys * block_d * element_size),
         pdl=pdl,
     )  # fmt: skip
-    merge_splits(acc, m, z, lengths, tree, out, splits, fill, window, pdl=pdl)
+    merge_splits(acc, m, z, lengths, tree, out, splits, fill, window, keys, pdl=pdl)
     return out

@@ -172,7 +172,7 @@ def verify_attention_cases(model: ModelShape, B: int, T: int) -> Iterator[Kernel
             )
 
         moved = DTYPE.itemsize * (2 * B * keys * Hk * D + 2 * B * T * Hq * D)
-        moved += 2 * 4 * (D + 2) * B * T * Hq * -(-keys // split_size(B, T, Hq, Hk, keys))
+        moved += 2 * 4 * (D + 2) * B * T * Hq * -(-keys // split_size(B, T, Hq, Hk, D, keys))
         moved += 4 * B * pages + 8 * B
         yield KernelCase(f"{keys} keys", f"B={B} T={T} Hq={Hq} Hk={Hk} D={D}", moved, inputs)
 

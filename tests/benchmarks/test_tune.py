@@ -56,7 +56,7 @@ def test_the_attention_and_the_search_are_tuned_in_emulation(
 ) -> None:
     report = tuned(tune, capsys, "--op", "verify_attention", "--op", "ngram")
     assert report["table"] == [
-        "verify_attention._stages(32)",
+        "verify_attention._stages(8192)",
         "verify_attention._warps(16, 2)",
         "verify_attention.FILL",
         "ngram.BLOCK",
@@ -66,7 +66,7 @@ def test_the_attention_and_the_search_are_tuned_in_emulation(
 def test_a_call_of_a_table_is_tuned_once_for_all_cases_that_make_it(
     tune: ModuleType, gpu: str
 ) -> None:
-    knob = next(knob for knob in tune.KNOBS if knob.name == "depth_tile")
+    knob = next(knob for knob in tune.KNOBS if knob.name == "few_rows_stages")
     tried: list[Any] = []
     uses = [("linear", case) for case in tune.OPS["linear"](tune.TINY, 1, 5)]
     ((key, (present, users)),) = tune.calls_of(knob, uses, False).items()
@@ -82,11 +82,11 @@ def test_a_call_of_a_table_is_tuned_once_for_all_cases_that_make_it(
 
 
 def test_a_value_with_other_bits_is_refused(tune: ModuleType, gpu: str) -> None:
-    """Granules of 32 keys are as accurate as those of 64, but round differently."""
-    knob = tune.Knob("verify_attention", "KEYS", lambda _: (32,))
+    """Granules of 32 keys are as accurate as those of 128, but round differently."""
+    knob = tune.Knob("_split_kv", "KEYS", lambda _: (32,))
     uses = [("verify_attention", case) for case in tune.OPS["verify_attention"](tune.TINY, 1, 5)]
     checked = [(use, tune.results(use[1], False)) for use in uses]
-    assert not tune.try_value(knob, (), 64, checked, 1, False).refused
+    assert not tune.try_value(knob, (), 128, checked, 1, False).refused
     trial = tune.try_value(knob, (), 32, checked, 1, False)
     assert "other bits in verify_attention 128 keys" in trial.refused and trial.ms == math.inf
 

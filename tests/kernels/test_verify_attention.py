@@ -330,9 +330,9 @@ def test_an_8b_model_fills_an_h100_with_few_partial_results(
     B: int, T: int, keys: int, live: int, launched: int
 ) -> None:
     Hq, Hk, D = 32, 8, 128
-    size = split_size(B, T, Hq, Hk, keys)
+    size = split_size(B, T, Hq, Hk, D, keys)
     assert B * Hk * -(-keys // size) == live >= 132
-    assert B * Hk * split_count(B, T, Hq, Hk, keys) == launched
+    assert B * Hk * split_count(B, T, Hq, Hk, D, keys) == launched
     partials = 2 * 4 * (D + 2) * T * Hq * -(-keys // size)
     if keys >= 32768:
         assert partials < 0.2 * 2 * 2 * keys * Hk * D
@@ -349,7 +349,7 @@ def test_the_kernel_writes_as_many_parts_as_the_host_counts(
     workspace = torch.full((size,), float("nan"), device=gpu)
     verify_attention(*launch, workspace=workspace)
     written = int(workspace.isfinite().sum()) + int(workspace.isinf().sum())
-    parts = -(-keys // split_size(1, T, Hq, Hk, keys))
+    parts = -(-keys // split_size(1, T, Hq, Hk, D, keys))
     assert written == parts * T * Hq * (D + 2)
 
 

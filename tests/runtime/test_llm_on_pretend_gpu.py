@@ -220,13 +220,13 @@ def test_a_graph_s_drafter_spans_the_columns_that_its_model_spans(
         monkeypatch.setattr(GraphPool, "capture", recorded)
         heads = write_mtp(tmp_path / "heads")
         llm = load(directory, heads=heads, num_speculative_tokens=3, max_length=900)
-    Hq, Hk = llm.config.num_heads, llm.config.num_kv_heads
+    Hq, Hk, D = llm.config.num_heads, llm.config.num_kv_heads, llm.config.head_dim
     buckets = set()
     for (batch, k, pages), found in zip(llm.runner.graphs, grids, strict=True):
         buckets.add(pages)
         # The model's and the drafter's first pass have k + 1 rows, its others one.
         windows = {k + 1, 1} if k else {1}
-        most = {split_count(batch, T, Hq, Hk, 64 * pages) for T in windows}
+        most = {split_count(batch, T, Hq, Hk, D, 64 * pages) for T in windows}
         assert found == {(splits, Hk, batch) for splits in most}, (batch, k, pages)
     assert buckets == {2, 16}
 
