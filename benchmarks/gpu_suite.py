@@ -155,10 +155,10 @@ def parts(on_gpu: bool, smoke: bool) -> list[Part]:
     return [
         Part("compile", ahead, 50),
         Part("tests", [sys.executable, *tests], 110),
-        Part("kernels", script("bench_kernels.py", "--pdl", *models, "--repeat", "10"), 110),
-        Part("steps", script("bench_steps.py", *models, *small, *contexts), 100),
-        Part("batches", many, 50),
-        Part("decode", script("bench_decode.py", "--limit", "8", "--peers", "--no-sources"), 60),
+        Part("kernels", script("bench_kernels.py", "--pdl", *models, "--repeat", "10"), 80),
+        Part("steps", script("bench_steps.py", *models, *small, *contexts), 50),
+        Part("batches", many, 40),
+        Part("decode", script("bench_decode.py", "--limit", "8", "--peers", "--no-sources"), 150),
     ]
 
 

@@ -207,23 +207,23 @@ def row_tier(rows: int) -> int:
     return next((tier for tier in TIERS if rows <= tier), TIERS[-1])
 
 
-def segments(N: int) -> int:
-    """Segments into which a matmul with N columns splits K; their sums are added in this order.
+def segments(N: int, K: int) -> int:
+    """Segments into which a matmul [N, K] splits K; their sums are added in this order.
 
-    A segment is every `segments(N)`th chunk of K. Four, one per warp of a block of 16 columns,
-    unless blocks of 32 columns fill the device twice. The rows play no part, so that a row's sums
+    A segment is every `segments(N, K)`th chunk of K. Four, one per warp of a block of 16 columns,
+    unless there are many columns and they are short. The rows play no part, so that a row's sums
     are the same in every tier.
     """
-    return 4 if N < 64 * FILL else 1
+    return 1 if N >= 64 * FILL or (N >= 16 * FILL and 2 * N > 3 * K) else 4
 
 
-def column_tile(N: int, tier: int, element_size: int) -> int:
+def column_tile(N: int, K: int, tier: int, element_size: int) -> int:
     """Output columns per block: many, since each block reads all of x, but few enough for every
     multiprocessor to have a block, and in float32 few enough for the registers."""
     if tier <= 16:  # a block runs through all segments, and x is small beside the weights
-        return 16 if segments(N) > 1 else 32
+        return 16 if segments(N, K) > 1 else 64
     wide = (128, 64) if tier >= 128 and element_size == 2 else (64,)
-    return next((n for n in wide if ceil_div(N, n) * segments(N) >= 0.9 * FILL), 32)
+    return next((n for n in wide if ceil_div(N, n) * segments(N, K) >= 0.9 * FILL), 32)
 
 
 def depth_tile(tier: int, element_size: int) -> tuple[int, int]:

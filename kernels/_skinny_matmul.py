@@ -45,7 +45,7 @@ def multiply_rows(
     Includes the prologue of a dependent launch: weights are prefetched, then x is waited for.
     """
     if PDL:
-        prefetch_l2(w_ptr, n, in_n, stride_wn, tl.arange(0, 16) * 64, K)
+        prefetch_l2(w_ptr, n, in_n, stride_wn, tl.arange(0, 4) * 64, K)
         wait_for_producer()
     r = tl.arange(0, ROWS)
     w_rows, x_rows = n.to(tl.int64) * stride_wn, r.to(tl.int64) * stride_xr
@@ -169,8 +169,8 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     segments of K in ascending order (`add_segments`).
     """
     (H, N, K), R, size = w.shape, x.shape[-2], w.element_size()
-    tier, parts = row_tier(R), segments(H * N)
-    block_n = column_tile(H * N, tier, size)
+    tier, parts = row_tier(R), segments(H * N, K)
+    block_n = column_tile(H * N, K, tier, size)
     depth, stages = depth_tile(tier, size)
     rows = min(tier, 128)  # the remaining rows of a larger tier are the tail
     partial = torch.empty(parts, R, H * N, dtype=torch.float32, device=x.device)
@@ -192,15 +192,15 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
 def tile_of_few(w: Tensor, N: int, R: int) -> tuple[int, dict[str, int | None]]:
     """Output columns per block for R <= 16 rows of a matmul with N columns, and the options with
     which `multiply_rows` reads w."""
-    size, tier = w.element_size(), row_tier(R)
-    block_n, parts = column_tile(N, tier, size), segments(N)
-    depth = CHUNK[size] * (1 if parts > 1 else 2)
-    stage = parts * (block_n + tier) * depth * size
+    size, tier, K = w.element_size(), row_tier(R), w.shape[-1]
+    block_n, parts = column_tile(N, K, tier, size), segments(N, K)
+    stage = parts * (block_n + tier) * CHUNK[size] * size
     return block_n, {
         "SEGMENTS": parts,
         "ROWS": tier,
-        "BLOCK_K": depth,
-        "num_warps": 4,
+        "BLOCK_K": CHUNK[size],
+        # With four, Triton would multiply 64 columns with wgmma.
+        "num_warps": 4 if parts > 1 else 2,
         "num_stages": few_rows_stages(ceil_div(N, block_n), stage),
         "maxnreg": _max_registers(tier, block_n, size),
     }

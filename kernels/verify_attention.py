@@ -223,10 +223,13 @@ def workspace_size(
     return B * T * Hq * splits * (D + 2)
 
 
-def _stages(bytes_of_granule: int) -> int:
-    """Stages of the pipeline: two of every three wait for the page table, so that 5 stages have two
-    granules in flight, 3 have one.
+def _stages(bytes_of_granule: int, granules: int) -> int:
+    """Stages of the pipeline, for splits of so many granules: two of every three wait for the page
+    table, so that 5 stages have two granules in flight, 3 have one. For one there is nothing to
+    pipeline.
     """
+    if granules == 1:
+        return 2
     return 5 if 2 * bytes_of_granule <= 1024 * shared_kilobytes() else 3
 
 
@@ -312,7 +315,8 @@ def verify_attention(
     splits = split_count(B, T, Hq, Hk, D, max_pages * page_size, element_size=element_size)
     acc, m, z = workspace.view(-1)[:size].split([rows * splits * D, rows * splits, rows * splits])
     stride_tb = 0 if tree is None else tree.stride(0)
-    block_d = power_of_two(D)
+    block_d, capacity = power_of_two(D), max_pages * page_size
+    granules = split_size(B, T, Hq, Hk, D, capacity, element_size=element_size) // keys
     tiles = ceil_div(T * Hq // Hk, ROWS)
     _verify_attention_kernel[(tiles * splits, Hk, B)](
         q, k_pages, v_pages, page_table, lengths, tree, acc, m, z, T, splits, fill,
@@ -324,7 +328,7 @@ def verify_attention(
         WINDOW=window, HAS_TREE=tree is not None,
         ROWS=ROWS, KEYS=keys, FAN=FAN, BLOCK_D=block_d,
         num_warps=_warps(block_d, element_size),
-        num_stages=_stages(2 * keys * block_d * element_size),
+        num_stages=_stages(2 * keys * block_d * element_size, granules),
         pdl=pdl,
     )  # fmt: skip
     merge_splits(acc, m, z, lengths, tree, out, splits, fill, window, keys, pdl=pdl)

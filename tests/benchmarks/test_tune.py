@@ -56,7 +56,7 @@ def test_the_attention_and_the_search_are_tuned_in_emulation(
 ) -> None:
     report = tuned(tune, capsys, "--op", "verify_attention", "--op", "ngram")
     assert report["table"] == [
-        "verify_attention._stages(8192)",
+        "verify_attention._stages(8192, 1)",
         "verify_attention._warps(16, 2)",
         "verify_attention.FILL",
         "ngram.BLOCK",

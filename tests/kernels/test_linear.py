@@ -123,7 +123,7 @@ def test_a_weight_is_read_once_for_192_rows(gpu: str, rows: int, passes: int) ->
     with recorded_traffic() as traffic:
         out = linear(x, w, bias, residual=residual)
     assert bool((traffic.reads(w) == passes).all())
-    assert bool((traffic.reads(x) == -(-N // column_tile(N, row_tier(rows), 2))).all())
+    assert bool((traffic.reads(x) == -(-N // column_tile(N, K, row_tier(rows), 2))).all())
     assert bool((traffic.reads(bias) == (1 if rows <= 16 else rows)).all())
     assert bool((traffic.reads(residual) == 1).all())
     assert bool((traffic.writes(out) == 1).all())

@@ -99,7 +99,7 @@ def test_a_row_keeps_its_bits_across_tiers(
     gpu: str, depth: int, fill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_launch, "FILL", fill)
-    N = 2 * _launch.column_tile(256, 128, 2)
+    N = 2 * _launch.column_tile(256, depth, 128, 2)
     assert (N == 256) == (fill == 2)
     assert_equal_across_tiers(run_linear, gpu, depth, N)
 
