@@ -80,9 +80,12 @@ def multiply_rows(
             in_x = (r < R)[None, None, :] & in_k[:, :, None]
             x = tl.load(x_ptr + x_rows[None, None, :] + k[:, :, None], mask=in_x, other=0.0)
             acc = tl.dot(w, x, acc, input_precision="ieee")
-        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        for i in tl.static_range(SEGMENTS):
-            total += tl.sum(tl.where((s == i)[:, None, None], acc, 0.0), 0)
+        tl.static_assert(SEGMENTS == 4)
+        parts = tl.reshape(tl.permute(acc, (1, 2, 0)), [BLOCK_N, ROWS, 2, 2])
+        even, odd = tl.split(parts)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        total = first + second + third + fourth
     return total
 
 

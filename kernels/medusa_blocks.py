@@ -94,7 +94,8 @@ def _store_block(acc, r, n, bias_ptr, x_ptr, out_ptr, R, stride_xr, stride_or, E
     bias = tl.load(bias_ptr + n, mask=n < E, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + (wide_r * stride_xr)[None, :] + n[:, None], mask=mask, other=0.0)
     gate = acc + bias[:, None]
-    y = x.to(tl.float32) + gate / (1 + tl.exp(-gate))
+    # Which product is fused is spelled out: the two kernels must round alike.
+    y = tl.fma(gate, 1 / (1 + tl.exp(-gate)), x.to(tl.float32))
     ptrs = out_ptr + (wide_r * stride_or)[None, :] + n[:, None]
     tl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -166,7 +166,8 @@ def _rotate(low, high, r, d, in_r, rotated, positions_ptr, cos_ptr, sin_ptr, D):
     mask = in_r[:, None] & rotated[None, :]
     cos = tl.load(cos_ptr + index, mask=mask, other=1.0)
     sin = tl.load(sin_ptr + index, mask=mask, other=0.0)
-    return low * cos - high * sin, high * cos + low * sin
+    # Which products are fused is spelled out: the two kernels must round alike.
+    return tl.fma(low, cos, -(high * sin)), tl.fma(high, cos, low * sin)
 
 
 @jit("HEADS", "KV_HEADS", "D")

@@ -7,20 +7,20 @@ on the width of the window nor on where it ends.
 
 The keys of a sequence are split between blocks, and a second launch merges the parts (`_split_kv`).
 
-With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL / (B Hk tiles)) and
-n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 17):
+With s bytes an element, G = Hq / Hk, `tiles` = ceil(T G / ROWS), W = ceil(FILL / 2 / (B Hk tiles))
+and n keys of a sequence in splits of S, in brackets for Llama-3.1-8B at B = 1, T = 5 (W = 9):
 
-blocks: Hk tiles ceil(n / S) that work (136 for 1029 keys, 256 for 32k), of Hk tiles
+blocks: Hk tiles ceil(n / S) that work (72 for 1029 keys, 128 for 32k), of Hk tiles
     max(FAN W + 1, ceil(capacity / (FAN^2 KEYS))) that are launched, the latter factor rounded up to
-    a multiple of four (576 for a capacity of 32k, 1024 for 131k)
+    a multiple of four (320 for a capacity of 32k, 512 for 131k)
 bytes of the cache: 2 s n Hk D tiles, from DRAM once, since the tiles over the same keys run side
     by side and share them in the L2
 bytes of partial results: 4 (D + 2) T Hq for each split, written and read, which is
-    4 T G (D + 2) / (s D S) of the cache's (63 % up to 4352 keys, where they stay in the L2; 16 % up
-    to 17k, then 4.0 %; at most 6.3 % for any T)
+    4 T G (D + 2) / (s D S) of the cache's (32 % up to 4.5k keys, where they stay in the L2; 7.9 %
+    up to 18k, then 2.0 %; at most 3.2 % for any T)
 bytes of q and the output: 2 s T Hq D
-instructions of a warp (sm_90, bf16, D = 128, Triton 3.9): at most 1004 for a granule, those that
-    follow FAN granules included (4 warps share 32 KB of keys and values); 46 for a split in the
+instructions of a warp (sm_90, bf16, D = 128, Triton 3.9): at most 1164 for a granule, those that
+    follow FAN granules included (4 warps share 64 KB of keys and values); 46 for a split in the
     merge, which has no barriers
 """
 

@@ -32,9 +32,9 @@ def dots_of_sixteen() -> Iterator[None]:
             for arg, its in zip(args[:2], (a_type, b_type), strict=True)
         )
         acc = ops.to_float(args[2], acc_type).astype(np.float32)
-        for k in range(0, a.shape[1], 16):
+        for k in range(0, a.shape[-1], 16):
             # The sixteen products and their sum are exact in float64, unless they differ by 2^30.
-            acc = (acc + a[:, k : k + 16] @ b[k : k + 16]).astype(np.float32)
+            acc = (acc + a[..., k : k + 16] @ b[..., k : k + 16, :]).astype(np.float32)
         return [ops.from_float(acc, op.result_types[0])]
 
     handlers["tt.dot"] = dot
