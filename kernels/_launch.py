@@ -246,8 +246,21 @@ def few_rows_stages(blocks: int, bytes_of_stage: int) -> int:
 
 def shared_kilobytes() -> int:
     """Shared memory that a block may have for its loads on this GPU."""
-    arch = import_triton().runtime.driver.active.get_current_target().arch
-    return 96 if arch in (86, 89, 120, 121) else 160
+    return 96 if compute_capability() in (86, 89, 120, 121) else 160
+
+
+def has_wgmma(element_size: int) -> bool:
+    """Whether Triton multiplies tiles with at least 64 rows of the left operand with wgmma.
+
+    On an H200 its sums equal those of mma.sync in every bit (tests/kernels/test_row_invariance.py).
+    The tensor cores of sm_100 have instructions of their own, for which this is not known.
+    """
+    return element_size == 2 and compute_capability() == 90
+
+
+def compute_capability() -> int:
+    """Of this GPU: 90 for sm_90."""
+    return import_triton().runtime.driver.active.get_current_target().arch
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, *shape: int) -> None:

@@ -5,10 +5,11 @@ epilogue follows in registers. For more rows the blocks are wider, since each re
 are fewer of them, so that the segments of K go to different blocks: `partial_sums`, then a launch
 that adds the parts and runs the epilogue.
 
-The weights are the left operand, in tiles of 16 or 32 output columns per warp: too few for wgmma,
-so that every tier of rows and every architecture multiplies with mma.sync m16n8k16 in the same
-order of k. How K is split depends on the weight's shape alone (`segments`), and every tier adds the
-same parts in the same order. So a row's bits do not depend on how many rows there are.
+The weights are the left operand, and all tiers of rows multiply with mma.sync m16n8k16 in the same
+order of k: tiles of 16 or 32 output columns per warp are too few for wgmma. On sm_90 more than 16
+rows are multiplied with wgmma, whose sums have the same bits. How K is split depends on the
+weight's shape alone (`segments`), and every tier adds the same parts in the same order. So a row's
+bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from ._launch import (
     CHUNK,
+    FILL,
     ceil_div,
     column_tile,
     depth_tile,
     device,
     few_rows_stages,
+    has_wgmma,
     jit,
     prefetch_l2,
     row_tier,
@@ -115,8 +118,8 @@ def _partial_sums_kernel(
     tail_r = tl.program_id(0) * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL if TAIL > 0 else 1)
     x_ptrs = x_ptr + r.to(tl.int64)[None, :] * stride_xr
     tail_ptrs = x_ptr + tail_r.to(tl.int64)[None, :] * stride_xr
-    # Columns in chunks of fewer than there are rows: Triton then lays out its warps along the rows.
-    # Otherwise it lays them out along the columns, which are too few for all warps.
+    # Without wgmma, columns in chunks of fewer than there are rows: Triton then lays out its warps
+    # along the rows. Otherwise it lays them out along the columns, which are too few for all warps.
     CHUNKS: tl.constexpr = BLOCK_N // CHUNK
     accs = (tl.zeros([CHUNK, ROWS], tl.float32),) * CHUNKS
     tail_accs = accs  # without a tail, a placeholder
@@ -176,16 +179,26 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     block_n = column_tile(H * N, K, tier, size)
     depth, stages = depth_tile(tier, size)
     rows = min(tier, 128)  # the remaining rows of a larger tier are the tail
+    tail, chunk, num_warps = tier - rows, min(32, rows // 2), 4 if tier * size <= 128 else 8
+    max_registers = _max_registers(tier, block_n, size)
+    if has_wgmma(size) and block_n >= 64:
+        tail = 32 if 128 < R <= 160 else tail
+        chunk, num_warps, max_registers = block_n, block_n // 16, None
+        # A buffer per stage, in the shared memory of one of two blocks on a multiprocessor, or of
+        # the only one.
+        blocks = ceil_div(H * N, block_n) * parts
+        kilobytes = 108 if blocks > FILL else 160
+        stages = kilobytes * 1024 // ((block_n + rows + tail) * depth)
     partial = torch.empty(parts, R, H * N, dtype=torch.float32, device=x.device)
     # Passes over the same tile of weights are adjacent blocks, so that they share it in the L2.
-    _partial_sums_kernel[(ceil_div(R, tier), ceil_div(N, block_n), parts * H)](
+    _partial_sums_kernel[(ceil_div(R, rows + tail), ceil_div(N, block_n), parts * H)](
         x, w, partial, R,
         x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
         N=N, K=K, SEGMENTS=parts, DEPTH=CHUNK[size],
-        ROWS=rows, TAIL=tier - rows, CHUNK=min(32, rows // 2),
+        ROWS=rows, TAIL=tail, CHUNK=chunk,
         BLOCK_N=block_n, BLOCK_K=depth // size,
-        num_warps=4 if tier * size <= 128 else 8,
-        maxnreg=_max_registers(tier, block_n, size),
+        num_warps=num_warps,
+        maxnreg=max_registers,
         num_stages=stages,
         pdl=pdl,
     )  # fmt: skip
@@ -227,18 +240,24 @@ def add_segments(partial_ptr, offsets, mask, stride_ps, SEGMENTS: tl.constexpr):
 
 
 @device
-def sum_columns(x):
-    """Sum x [rows, n] float32 over n -> [rows], by multiplication with ones.
+def add_exactly(ones, x):
+    """Multiply `ones` [16, n], bfloat16 zeros and ones, by x [n, columns] float32.
 
     The order of tl.sum depends on the tile's shape; that of mma does not. A float32 is exactly the
     sum of three bfloat16.
     """
-    ones = tl.full([x.shape[1], 16], 1.0, tl.bfloat16)
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
-    total = tl.dot((rest - middle.to(tl.float32)).to(tl.bfloat16), ones)
-    return tl.max(tl.dot(high, ones, tl.dot(middle, ones, total)), 1)
+    total = tl.dot(ones, (rest - middle.to(tl.float32)).to(tl.bfloat16))
+    return tl.dot(ones, high, tl.dot(ones, middle, total))
+
+
+@device
+def sum_columns(x):
+    """Sum x [rows, n] float32 over n -> [rows], in an order that depends on n only."""
+    ones = tl.full([16, x.shape[1]], 1.0, tl.bfloat16)
+    return tl.max(add_exactly(ones, tl.trans(x)), 0)
 
 
 @device

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kernel_checks import assert_within_budget, guarded_output
 from torch import Tensor
 
+from mtpkern.kernels import _launch
 from mtpkern.kernels.medusa_blocks import medusa_blocks_ref
 from mtpkern.kernels.multi_head_projection import (
     Projection,
@@ -95,11 +96,19 @@ def make(R: int, V: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tr
     return hidden, vocabulary, truth
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float32, 80), (torch.bfloat16, 80), (torch.bfloat16, 90)]
+)
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_values_logsumexp_given_and_logits_are_within_twice_the_error_of_the_dtype(
-    gpu: str, launch: tuple[int, int, int], dtype: torch.dtype
+    gpu: str,
+    launch: tuple[int, int, int],
+    dtype: torch.dtype,
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With the tiles of mma.sync, and with those of wgmma."""
+    monkeypatch.setattr(_launch, "compute_capability", lambda: capability)
     (R, V, E), n = launch, 3
     hidden, vocabulary, truth = make(*launch, dtype)
     top_k, rows = min(V, 3), R - R // 3

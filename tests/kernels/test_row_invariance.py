@@ -113,6 +113,18 @@ def test_what_follows_the_sums_keeps_a_row_s_bits_too(
     assert_equal_across_tiers(run, gpu, 4096, 64)
 
 
+@pytest.mark.parametrize("run", [run_linear, run_multi_head_projection])
+def test_the_tiles_of_wgmma_keep_the_order_of_the_sums(
+    gpu: str, run: Callable[[Tensor, int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU; a GPU with wgmma has these tiles in all tests."""
+    if torch.version.cuda is not None:
+        pytest.skip("another GPU would multiply these tiles with its own instructions")
+    monkeypatch.setattr(_launch, "compute_capability", lambda: 90)
+    monkeypatch.setattr(_launch, "FILL", 2)
+    assert_equal_across_tiers(run, gpu, 2048, 256)
+
+
 def run_linear_in_float32(x: Tensor, N: int) -> Tensor:
     return linear(x.float(), weight(str(x.device), N, x.shape[1]).float())
 
