@@ -52,17 +52,21 @@ def matmul(given: dict[str, Any], grid: Sequence[int]) -> Matmul | None:
     if "w_ptr" not in given or depth is None or given["w_ptr"].dim() < 2:
         return None
     w, R, K = given["w_ptr"], given["R"], given.get("K") or given["E"]
-    columns = given.get("BLOCK_N") or given.get("BLOCK_V") or 2 * given["BLOCK_F"]
+    columns = given.get("BLOCK_N") or 2 * given.get("BLOCK_F", 0)
     grid = (*grid, 1, 1)[:3]
     segments, over_rows, tier, partial = 1, 1, 16, 0
-    if "BLOCK_V" in given:
-        over_rows, tier = grid[0], given["CHUNK"] * given["CHUNKS"]
-    elif "SEGMENTS" in given:
+    if "TILES" in given:
+        columns, over_rows = given["TILES"] * given["TILE"], grid[0]
+        tier = given["CHUNK"] * given["CHUNKS"] + given["TAIL"]
+    elif "partial_ptr" in given:
         segments, over_rows, tier = given["SEGMENTS"], grid[0], given["ROWS"] + given["TAIL"]
         partial = 4 * given["partial_ptr"].numel()
+    elif "SEGMENTS" in given:  # side by side in every block
+        depth, tier = depth * given["SEGMENTS"], given["ROWS"]
     blocks = grid[0] * grid[1] * grid[2] // (segments * over_rows)
     weight_bytes, itemsize = w.numel() * w.element_size(), w.element_size()
-    steps = -(-min(K, given.get("SEGMENT", K)) // depth) if segments > 1 else -(-K // depth)
+    chunk = given.get("DEPTH", depth)
+    steps = -(-K // (segments * chunk)) * (chunk // depth)
     return Matmul(
         weight_bytes,
         weight_bytes * over_rows + blocks * R * K * itemsize + partial,

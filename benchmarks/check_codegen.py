@@ -7,12 +7,13 @@
 The launchers run on tensors without data, with Triton's launch replaced by its compilation, so what
 is compiled is what a GPU would run: the same tiles and the same specialisation. A kernel passes if
 it spills nothing, stays under its ceilings of registers and shared memory, copies 16 bytes at a
-time, and multiplies with mma.sync m16n8k16 only (reasons in `offences`). Otherwise its offences are
-listed and the exit code is 1.
+time, and multiplies with mma.sync m16n8k16, or on sm_90 with wgmma (reasons in `offences`).
+Otherwise its offences are listed and the exit code is 1.
 """
 
 import argparse
 import ast
+import re
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,8 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 TABLE = ROOT / "benchmarks" / "results" / f"codegen-triton-{triton.__version__}.md"
 # Dependent launches overlap only if blocks of two kernels fit on one multiprocessor.
 MAX_SHARED = 100 * 1024
+# Adds sixteen products at a time, as mma.sync m16n8k16 does.
+WGMMA = r"wgmma\.mma_async\.m64n\d+k16"
 # TB/s of weights on an H100 with all issue slots used: for up to 64 rows, and for more.
 MIN_ISSUE_CEILING = (6.0, 3.0)
 # What the matmuls of a layer of an 8B model may request from the L2 over their weights, by rows.
@@ -51,6 +54,8 @@ class Ceiling(NamedTuple):
     multiplies: bool = False  # with mma.sync m16n8k16
     wide: bool = True  # some loads or asynchronous copies of 16 bytes
     narrow: int = 15  # at most this % of the copied bytes in smaller copies
+    shared: int = MAX_SHARED
+    wgmma: bool = False  # on sm_90, where its sums have the bits of mma.sync
 
 
 # One line per kernel, by the name of its function without `_` and `_kernel`.
@@ -62,7 +67,8 @@ CEILINGS = {
     "rope_cache": Ceiling(registers=96),
     "linear": Ceiling(registers=168, multiplies=True),
     "linear_end": Ceiling(registers=64),
-    "partial_sums": Ceiling(registers=255, multiplies=True),
+    # A multiprocessor of sm_90 has 227 KB, for one block or for two.
+    "partial_sums": Ceiling(registers=255, multiplies=True, shared=160 * 1024, wgmma=True),
     "gate_up_silu": Ceiling(registers=192, multiplies=True),
     "gate_up_silu_end": Ceiling(registers=64),
     # Triton 3.6 copies a page number once for each piece of the page.
@@ -70,7 +76,7 @@ CEILINGS = {
     "merge_splits": Ceiling(registers=72, wide=False),  # 72 on sm_89 with Triton 3.6
     "medusa_blocks": Ceiling(registers=216, multiplies=True),
     "medusa_blocks_end": Ceiling(registers=64),
-    "vocabulary_tiles": Ceiling(registers=255, multiplies=True),
+    "vocabulary_tiles": Ceiling(registers=255, multiplies=True, shared=108 * 1024, wgmma=True),
     "vocabulary_merge": Ceiling(registers=96, multiplies=True),
     "accept": Ceiling(registers=32, wide=False),
     "advance": Ceiling(registers=64, wide=False),
@@ -222,8 +228,9 @@ def with_bounds(one: Compiled, given: dict[str, Any], grid: Any, warps: int) -> 
 def offences(kernel: Compiled) -> list[Offence]:
     """The rules that a kernel breaks.
 
-    Other tensor-core instructions would round differently, and Triton chooses among them by the
-    shape of a tile: a row keeps its bits because one kind is used everywhere. Many narrow copies
+    Other tensor-core instructions may round differently, and Triton chooses among them by the
+    shape of a tile: a row keeps its bits because one kind is used everywhere, and on sm_90 another
+    that was measured to give the same bits. Many narrow copies
     mean that the compiler lost the alignment of a weight or of the cache; a few are page numbers or
     the weights of a norm.
     """
@@ -233,13 +240,16 @@ def offences(kernel: Compiled) -> list[Offence]:
         wrong.append(f"spills {kernel.stack} bytes per thread")
     if kernel.registers > ceiling.registers:
         wrong.append(f"takes {kernel.registers} registers, at most {ceiling.registers}")
-    if kernel.shared > MAX_SHARED:
-        wrong.append(f"takes {kernel.shared} bytes of shared memory, at most {MAX_SHARED}")
+    if kernel.shared > ceiling.shared:
+        wrong.append(f"takes {kernel.shared} bytes of shared memory, at most {ceiling.shared}")
     if ceiling.wide and not kernel.wide:
         wrong.append("has no 16-byte loads")
     if ceiling.wide and kernel.narrow > ceiling.narrow:
         wrong.append(f"copies {kernel.narrow} % in less than 16 bytes at a time")
-    if set(kernel.mma) != ({"mma.sync.m16n8k16"} if ceiling.multiplies else set()):
+    allowed = {"mma.sync.m16n8k16"}
+    if ceiling.wgmma and kernel.target == "sm_90":
+        allowed |= {kind for kind in kernel.mma if re.fullmatch(WGMMA, kind)}
+    if bool(kernel.mma) != ceiling.multiplies or not set(kernel.mma) <= allowed:
         wrong.append(f"multiplies with {', '.join(kernel.mma) or 'nothing'}")
     least = MIN_ISSUE_CEILING[kernel.rows_multiplied > 64]
     if 0 < kernel.issue_ceiling < least and kernel.target == "sm_90":

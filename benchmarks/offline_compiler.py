@@ -13,6 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+# mma.sync and wgmma in machine code.
+MULTIPLICATION = re.compile(r"\bHG?MMA\b")
+
 
 class Device:
     """A driver for a GPU that is not there, with the answers that the compiler needs."""
@@ -132,20 +135,20 @@ def parsed(sass: str) -> tuple[list[str], dict[str, int]]:
 
 
 def unrolled_passes(sass: str) -> int:
-    """The number of instructions from the first load from memory to the last HMMA."""
+    """The number of instructions from the first load from memory to the last multiplication."""
     instructions, _ = parsed(sass)
     loads = [i for i, instruction in enumerate(instructions) if re.search(r"\bLDG", instruction)]
-    dots = [i for i, instruction in enumerate(instructions) if "HMMA" in instruction]
+    dots = [i for i, instruction in enumerate(instructions) if MULTIPLICATION.search(instruction)]
     return max(0, dots[-1] + 1 - loads[0]) if loads and dots else 0
 
 
 def multiplying_loop(sass: str) -> int:
-    """The length in instructions of the longest loop that contains an HMMA."""
+    """The length in instructions of the longest loop that multiplies on tensor cores."""
     instructions, labels = parsed(sass)
     longest = 0
     for end, instruction in enumerate(instructions):
         jump = re.search(r"\bBRA[^`]*`\((\.L_x_\d+)\)", instruction)
         begin = labels.get(jump[1], end + 1) if jump else end + 1
-        if any("HMMA" in body for body in instructions[begin : end + 1]):
+        if any(MULTIPLICATION.search(body) for body in instructions[begin : end + 1]):
             longest = max(longest, end + 1 - begin)
     return longest

@@ -9,7 +9,7 @@ from model_shapes import ModelShape
 from torch import Tensor
 
 from mtpkern.kernels.medusa_blocks import medusa_blocks
-from mtpkern.kernels.multi_head_projection import BLOCK_V, Projection, multi_head_projection
+from mtpkern.kernels.multi_head_projection import TILE, Projection, multi_head_projection
 from mtpkern.kernels.sample import sample
 
 from .case import DTYPE, Call, K, KernelCase, normal
@@ -43,7 +43,7 @@ def medusa_blocks_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCas
 def multi_head_projection_cases(model: ModelShape, B: int, T: int) -> Iterator[KernelCase]:
     """The LM head alone, with all K heads, and with what sampling needs."""
     E, V = model.E, model.V
-    tiles = -(-V // BLOCK_V)
+    tiles = -(-V // TILE)
     # Name, rows, top_k, and whether logits are returned: those of given ids, and whole rows.
     for name, R, top_k, wanted in (
         ("LM head", B * T, 1, False),
@@ -88,7 +88,7 @@ def multi_head_projection_cases(model: ModelShape, B: int, T: int) -> Iterator[K
                 baseline,
             )
 
-        moved = DTYPE.itemsize * (V * E + R * E) + 2 * tiles * R * (8 * top_k + 4)
+        moved = DTYPE.itemsize * (V * E + R * E) + R * (4 * V + 4 * TILE * top_k + 16 * tiles)
         moved += R * (12 * top_k + 4) + (R * (8 + 4) + 4 * R * V if wanted else 0)
         yield KernelCase(name, f"R={R} V={V} E={E} top_k={top_k}", moved, inputs)
 

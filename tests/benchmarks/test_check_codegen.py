@@ -125,10 +125,12 @@ def test_a_layer_of_8b_requests_little_more_than_its_weights_from_the_l2(
     codegen: Any, step: tuple[int, int], most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bounds
+    import triton
     from kernel_cases import OPS
     from model_shapes import MODELS
     from triton.runtime.jit import JITFunction
 
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(90))
     asked, weights = 0, 0
 
     def count(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -146,12 +148,17 @@ def test_a_layer_of_8b_requests_little_more_than_its_weights_from_the_l2(
     assert 1 < asked / weights <= most
 
 
+@pytest.mark.parametrize(("arch", "memory"), [(80, 3.0e12), (90, 4.4e12)])
 def test_the_vocabulary_is_read_once_for_as_many_rows_as_one_read_is_faster(
-    codegen: Any, monkeypatch: pytest.MonkeyPatch
+    codegen: Any, monkeypatch: pytest.MonkeyPatch, arch: int, memory: float
 ) -> None:
-    """By the bytes that the launches of an 8B model read from memory and request from the L2."""
+    """By the bytes that the launches of an 8B model read from memory and request from the L2, with
+    the tiles of mma.sync and with those of wgmma."""
     import bounds
+    import triton
     from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", codegen.Device(arch))
 
     seconds = 0.0
 
@@ -159,7 +166,7 @@ def test_the_vocabulary_is_read_once_for_as_many_rows_as_one_read_is_faster(
         nonlocal seconds
         given = dict(zip(self.arg_names, args, strict=False)) | options
         if multiplied := bounds.matmul(given, grid):
-            read = multiplied.weight_bytes / bounds.DRAM
+            read = multiplied.weight_bytes / memory
             seconds += max(read, multiplied.l2_bytes / bounds.L2)
 
     def taken(*row_counts: int) -> float:
@@ -236,6 +243,11 @@ def sound(codegen: Any) -> Any:
         (
             {"mma": {"mma.sync.m16n8k16": 8, "wgmma.mma_async.m64n16k16": 1}},
             ["multiplies with mma.sync.m16n8k16, wgmma.mma_async.m64n16k16"],
+        ),
+        ({"kernel": "partial_sums", "mma": {"wgmma.mma_async.m64n16k16": 1}}, []),
+        (
+            {"kernel": "partial_sums", "mma": {"wgmma.mma_async.m64n16k8": 1}},
+            ["multiplies with wgmma.mma_async.m64n16k8"],
         ),
     ],
 )
