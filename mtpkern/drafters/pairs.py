@@ -98,38 +98,41 @@ class PendingPairs:
 
     def take(self, step: DraftInput) -> Pairs:
         """The pairs to write at a step, which count as written from now on."""
-        rows = max(1, self._copy(step))
-        some = slice(step.first, step.first + len(step.lengths))
-        written, known = self._written[some], step.tokens.numpy()
-        begin = written.copy()
-        written[:] = step.lengths.numpy()
-        last = np.maximum(written - begin - 1, 0)
-        tokens = np.zeros((len(known), rows + self.open_pairs), np.int64)
-        for own, text, first in zip(tokens, known, begin.tolist(), strict=True):
+        waiting = self._copy(step)
+        begin = [start for start, _ in waiting]
+        rows = max(1, *(length - start for start, length in waiting))
+        last = [max(0, length - start - 1) for start, length in waiting]
+        written = [max(length - self.open_pairs, start) for start, length in waiting]
+        some = slice(step.first, step.first + len(waiting))
+        self._written[some] = written
+        tokens = np.zeros((len(waiting), rows + self.open_pairs), np.int64)
+        for own, text, start in zip(tokens, step.tokens.numpy(), begin, strict=True):
             # Those after a sequence's last are undefined.
-            after = text[first + 1 : first + 1 + len(own)]
+            after = text[start + 1 : start + 1 + len(own)]
             own[: len(after)] = after
         pending = self.pending[some]
         features = pending[:, :rows]
         if self.open_pairs:
             features = features.clone()
-            written[:] = np.maximum(written - self.open_pairs, begin)
-            remaining = torch.from_numpy(written - begin)
+            remaining = torch.tensor(written) - torch.tensor(begin)
             pending[:, : self.open_pairs] = rows_from(pending, remaining, self.open_pairs)
-        return Pairs(features, *(torch.from_numpy(part) for part in (tokens, begin, last)))
+        return Pairs(
+            features, *(torch.from_numpy(np.array(part)) for part in (tokens, begin, last))
+        )
 
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Copy a step's rows -> pairs to be written without drafting, since the buffer is half
         full: the slot, features [n, W] and the token [n] after each."""
-        if self._copy(step) < MAX_PENDING // 2:
+        waiting = self._copy(step)
+        if all(length - begin < MAX_PENDING // 2 for begin, length in waiting):
             return ()
-        first, batch = step.first, len(step.lengths)
-        begin = self.cache.lengths[first : first + batch]
-        counts = (step.lengths - begin).tolist()
+        first, batch = step.first, len(waiting)
+        counts = [length - begin for begin, length in waiting]
         if not step.use_heads:
             for b, count in enumerate(counts):
                 self._drop_oldest(first + b, count - LATEST)
             return ()
+        begin = self.cache.lengths[first : first + batch]
         tokens = tokens_from(step, begin + 1, max(counts))
         return [
             (first + b, self.pending[first + b, :count].clone(), tokens[b, :count])
@@ -145,10 +148,10 @@ class PendingPairs:
         self._missed.discard(sequence)
         self.cache.lengths[sequence] = length
 
-    def _copy(self, step: DraftInput) -> int:
-        """Copy the rows that a step committed to the buffer, after those that are there -> the most
-        that wait there of one sequence."""
-        rows, most = self._as_array(step.features), 0
+    def _copy(self, step: DraftInput) -> list[tuple[int, int]]:
+        """Copy the rows that a step committed to the buffer, after those that are there -> of each
+        sequence, the positions where its waiting pairs begin and end."""
+        rows, waiting = self._as_array(step.features), []
         committed = zip(step.lengths.tolist(), step.advance.tolist(), strict=True)
         for slot, (length, count) in enumerate(committed, step.first):
             start, begin = length - count, int(self._written[slot])
@@ -157,8 +160,8 @@ class PendingPairs:
                 self._leave_gap(slot, start - begin)
                 begin = start
             self._rows[slot, start - begin : length - begin] = rows[slot - step.first, :count]
-            most = max(most, length - begin)
-        return most
+            waiting.append((begin, length))
+        return waiting
 
     @staticmethod
     def _as_array(rows: Tensor) -> np.ndarray:

@@ -38,7 +38,7 @@ from mtpkern.ops.cpu_programs import (
     project_unit,
     quants_of,
 )
-from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy
+from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy, trunk_results
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -234,22 +234,24 @@ class CpuOps(Ops):
             wanted = tuple(taps) or (model.config.num_layers,)
             key = ("forward", id(model), cache.k.data_ptr(), wanted)
             unit = self._units.get(key, lambda: forward_unit(model, cache, wanted))
-            self._forward = last = Forward(model, cache.k, taps, unit)
+            self._forward = last = Forward(model, cache.k, taps, unit, {})
         unit, (batch, T) = last.unit, window.shape
-        ids, where = window.reshape(-1), (cache.lengths, cache.page_table)
         if batch * T <= MAX_ROWS:
-            unit.run_window(ids, *where, T)
-            columns = unit.results(batch * T)
+            unit.run_window(window, cache.lengths, cache.page_table)
+            if (batch, T) not in last.results:
+                last.results[batch, T] = trunk_results(unit.results(batch * T), (batch, T))
+            features, normed, projected = last.results[batch, T]
         else:
-            runs = unit.run_windows(None, ids, *where, T)
+            runs = unit.run_windows(None, window.reshape(-1), cache.lengths, cache.page_table, T)
             made = [tuple(part.clone() for part in unit.results(count)) for count in runs]
             columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
-        features, normed, logits, best, values, sums = columns
-        E, padded = normed.shape[1], features.shape[1] // max(1, len(taps))
-        if padded != E:
-            features = features.unflatten(1, (-1, padded))[:, :, :E].flatten(1)
-        later = self._later(normed, model.vocabulary, heads) if heads else None
-        return features, CpuLogits(logits, best, values, sums, later)
+            features, normed, projected = trunk_results(columns, (batch, T))
+        states, E = max(1, len(taps)), normed.shape[1]
+        if features.shape[1] != states * E:  # each is padded to whole lanes
+            features = features.unflatten(1, (states, -1))[:, :, :E].flatten(1)
+        if heads:
+            projected = projected._replace(heads=self._later(normed, model.vocabulary, heads))
+        return features, projected
 
     def pair_layer(
         self,

@@ -65,6 +65,7 @@ class Unit:
         self.inputs, self.outputs = (tuple(map(torch.from_numpy, a)) for a in (inputs, outputs))
         self.best = None if best is None else torch.from_numpy(best)
         self._results: dict[int, tuple[Tensor, ...]] = {}
+        self._window: Tensor | None = None
         self._lengths: Tensor | None = None
         self._page_table: Tensor | None = None
 
@@ -107,16 +108,22 @@ class Unit:
             self._run_part(some, lengths[b : b + count] + t, page_table[b:], rows)
             yield total
 
-    def run_window(self, ids: Tensor, lengths: Tensor, page_table: Tensor, T: int) -> None:
-        """Run T rows of each sequence, ids [B * T], all of which the program holds."""
-        self._run_part(ids, lengths, page_table, T)
+    def run_window(self, window: Tensor, lengths: Tensor, page_table: Tensor) -> None:
+        """Run window [B, T] of ids, all rows of which the program holds."""
+        batch, rows = window.shape
+        if window is not self._window:
+            self._window, self._given = window, window.numpy()
+            self._ids = self.program.ids[: batch * rows].reshape(batch, rows)
+        self._ids[:] = self._given
+        self._run_part(None, lengths, page_table, rows)
 
     def _run_part(self, ids: Tensor | None, lengths: Tensor, page_table: Tensor, rows: int) -> None:
-        program, batch = self.program, len(lengths)
+        program = self.program
         if lengths is not self._lengths:
             self._lengths, self._numbers = lengths, lengths.numpy()
         if page_table is not self._page_table:
             self._page_table, program.page_table = page_table, page_table.numpy()
+        batch = len(self._numbers)
         program.lengths[:batch] = self._numbers
         if ids is not None:
             program.ids[: batch * rows] = ids.numpy()
@@ -124,12 +131,13 @@ class Unit:
 
 
 class Forward(NamedTuple):
-    """A unit for `CpuOps.forward` and its arguments."""
+    """A unit for `CpuOps.forward`, its arguments, and its results by batch and rows."""
 
     model: Llama
     k: Tensor
     taps: Sequence[int]
     unit: Unit
+    results: dict[tuple[int, int], tuple[Tensor, Tensor, Any]]
 
 
 class Units:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import is_not
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels.advance import Progress
-from mtpkern.kernels.cpu._layout import END_WORDS, NGRAM_WORDS, TOKENS
+from mtpkern.kernels.cpu._layout import ACCEPTED, END_WORDS, LOGPROBS, NGRAM_WORDS, TOKENS
 from mtpkern.kernels.sample import GREEDY, SamplingRows, gumbel_sample
 from mtpkern.ops.base import Withheld, positions_of
 from mtpkern.ops.cpu_programs import kernels
@@ -21,8 +22,8 @@ class CpuLogits(NamedTuple):
     """`Projected` of R = B * T rows; overwritten by the next projection."""
 
     logits: Tensor  # [R, V] float32
-    best: Tensor  # [R] int64, the most likely token of each row
-    values: Tensor  # [R] float32, its logit
+    best: Tensor  # [R] or [B, T] int64, the most likely token of each row
+    values: Tensor  # of the same shape, float32, its logit
     logsumexp: Tensor  # [R] float32
     heads: Callable[[Tensor], Tensor] | None  # rows [B] -> logits [B, H, V] of the parallel heads
 
@@ -34,14 +35,14 @@ class CpuLogits(NamedTuple):
         withheld: Withheld | None = None,
     ) -> Tensor:
         if withheld is None and is_greedy(sampling):
-            return self.best.view(shape)
+            return viewed(self.best, shape)
         own, positions = self.logits.view(*shape, -1), positions_of(lengths, shape[1])
         if withheld is not None:
             own = withheld.mask(own, positions)
         return gumbel_sample(own, positions, sampling)
 
     def largest(self, shape: tuple[int, int]) -> Tensor:
-        return self.values.view(shape)
+        return viewed(self.values, shape)
 
     def drafts(
         self, accepted: Tensor, count: int, lengths: Tensor, sampling: SamplingRows
@@ -56,8 +57,21 @@ class CpuLogits(NamedTuple):
         return chosen.view(target.shape)
 
 
+def trunk_results(
+    columns: Sequence[Tensor], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, CpuLogits]:
+    """Results of `forward_unit` for B sequences of T rows, shape = (B, T) -> features, normed
+    rows, and logits."""
+    features, normed, logits, best, values, sums = columns
+    return features, normed, CpuLogits(logits, best.view(shape), values.view(shape), sums, None)
+
+
 class StepEnd:
-    """`advance` and `ngram`, compiled: see kernels/cpu/_step_end.py."""
+    """`advance` and `ngram`, compiled: see kernels/cpu/_step_end.py.
+
+    Their results are overwritten by the next call. Addresses of tensors that are those of the call
+    before are not looked up again.
+    """
 
     def __init__(self) -> None:
         self._kernels = kernels()
@@ -66,6 +80,7 @@ class StepEnd:
         )
         self._at, self._ngram_at = self._words.ctypes.data, self._ngram_words.ctypes.data
         self._progress: Progress | None = None
+        self._rows: tuple[Tensor, ...] = ()
         # Of the last search: its arguments, and what it read and wrote.
         self._searched: tuple[Tensor, Tensor, int, int] | None = None
 
@@ -86,7 +101,6 @@ class StepEnd:
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
         batch, rows = window.shape
-        accepted, count = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
         words = self._words
         if self._progress is not progress:
             self._progress = progress
@@ -98,17 +112,21 @@ class StepEnd:
                 *(p.source.data_ptr(), p.drafted.data_ptr(), p.clock.data_ptr()),
                 *(p.ring.data_ptr(), p.ring.shape[0], p.ring.stride(0), p.ring.stride(1)),
             ]
+            self._counts = (torch.empty_like(p.lengths), torch.empty_like(p.lengths))
+            words[ACCEPTED:TOKENS] = [counts.data_ptr() for counts in self._counts]
+        given = (window, target, largest)
+        if any(map(is_not, given, self._rows)) or not self._rows:
+            self._rows = given
+            words[:LOGPROBS] = [
+                *(window.data_ptr(), window.stride(0)),
+                *(target.data_ptr(), *target.stride()),
+                *(largest.data_ptr(), *largest.stride()),
+            ]
         if logprobs is not None:
             logprobs = logprobs.contiguous()
-        words[:TOKENS] = [
-            *(window.data_ptr(), window.stride(0)),
-            *(target.data_ptr(), *target.stride()),
-            *(largest.data_ptr(), *largest.stride()),
-            0 if logprobs is None else logprobs.data_ptr(),
-            *(accepted.data_ptr(), count.data_ptr()),
-        ]
+        words[LOGPROBS] = 0 if logprobs is None else logprobs.data_ptr()
         self._advance(self._at, batch, rows)
-        return accepted, count
+        return self._counts
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int
@@ -122,16 +140,18 @@ class StepEnd:
         ):
             self._searched = (tokens, lengths, drafts, size)
             batch = len(tokens)
-            self._lengths, self._known = lengths.numpy(), np.zeros(batch, np.int64)
             self._copied = torch.empty(batch, drafts, dtype=torch.int64)
             self._found = torch.empty(batch, dtype=torch.bool)
             self._ngram_words[:] = [
-                *(tokens.data_ptr(), tokens.stride(0), self._known.ctypes.data, size),
+                *(tokens.data_ptr(), tokens.stride(0), lengths.data_ptr(), size),
                 *(self._copied.data_ptr(), self._found.data_ptr()),
             ]
-        np.add(self._lengths, 1, out=self._known)
-        matches = self._ngram(self._ngram_at, len(self._known), drafts)
+        matches = self._ngram(self._ngram_at, len(self._found), drafts)
         return self._copied, self._found if matches else None
+
+
+def viewed(rows: Tensor, shape: tuple[int, int]) -> Tensor:
+    return rows if rows.shape == shape else rows.view(shape)
 
 
 def is_greedy(sampling: SamplingRows) -> bool:
