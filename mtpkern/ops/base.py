@@ -299,7 +299,8 @@ class Ops(Protocol):
         logprobs: Tensor | None,
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
-        """Accept, commit and report a step: see kernels/advance.py -> (accepted, count), [B]."""
+        """Accept, commit and report a step: see kernels/advance.py -> (accepted, count), [B],
+        overwritten by the next call."""
         ...
 
     def ngram(

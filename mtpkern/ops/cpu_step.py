@@ -139,14 +139,14 @@ class StepEnd:
             or (drafts, size) != last[2:]
         ):
             self._searched = (tokens, lengths, drafts, size)
-            batch = len(tokens)
+            self._batch = batch = len(tokens)
             self._copied = torch.empty(batch, drafts, dtype=torch.int64)
             self._found = torch.empty(batch, dtype=torch.bool)
             self._ngram_words[:] = [
                 *(tokens.data_ptr(), tokens.stride(0), lengths.data_ptr(), size),
                 *(self._copied.data_ptr(), self._found.data_ptr()),
             ]
-        matches = self._ngram(self._ngram_at, len(self._found), drafts)
+        matches = self._ngram(self._ngram_at, self._batch, drafts)
         return self._copied, self._found if matches else None
 
 
