@@ -141,7 +141,7 @@ def decode_step(
     drafts = None
     if state.window.shape[1] > 1:
         step = DraftInput(
-            features=features.view(batch, rows, -1) if drafter.taps else features,
+            features=features,
             projected=projected,
             target=target,
             tokens=progress.tokens,

@@ -52,8 +52,7 @@ class Tensors(Protocol):
 class DraftInput(NamedTuple):
     """One committed step, as a drafter sees it; n is the number of layers that it taps."""
 
-    # [B, T, n*E], the tapped hidden states; overwritten by the next step, undefined if n = 0.
-    features: Tensor
+    features: Tensor  # [B, T, n*E], the tapped hidden states; overwritten by the next step
     # Logits of the LM head and of parallel heads for those rows; None if no drafter needs them.
     projected: Projected | None
     target: Tensor  # [B, T] int64, the tokens that the model chose after each row

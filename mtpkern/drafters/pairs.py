@@ -91,6 +91,7 @@ class PendingPairs:
         self.cache, self.open_pairs = cache, open_pairs
         shape = (len(cache.lengths), MAX_PENDING, width)
         self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
+        self._lacks_type = dtype == torch.bfloat16  # in NumPy
         # The same memory.
         self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
@@ -110,15 +111,14 @@ class PendingPairs:
             # Those after a sequence's last are undefined.
             after = text[start + 1 : start + 1 + len(own)]
             own[: len(after)] = after
-        pending = self.pending[some]
-        features = pending[:, :rows]
+        features = self.pending[some, :rows]
         if self.open_pairs:
             features = features.clone()
             remaining = torch.tensor(written) - torch.tensor(begin)
+            pending = self.pending[some]
             pending[:, : self.open_pairs] = rows_from(pending, remaining, self.open_pairs)
-        return Pairs(
-            features, *(torch.from_numpy(np.array(part)) for part in (tokens, begin, last))
-        )
+        parts = (tokens, np.array(begin), np.array(last))
+        return Pairs(features, *map(torch.from_numpy, parts))
 
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Copy a step's rows -> pairs to be written without drafting, since the buffer is half
@@ -163,10 +163,8 @@ class PendingPairs:
             waiting.append((begin, length))
         return waiting
 
-    @staticmethod
-    def _as_array(rows: Tensor) -> np.ndarray:
-        """Rows of any dtype as NumPy sees them, which lacks bfloat16."""
-        return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
+    def _as_array(self, rows: Tensor) -> np.ndarray:
+        return (rows.view(torch.int16) if self._lacks_type else rows).numpy()
 
     def _drop_oldest(self, sequence: int, count: int) -> None:
         """Leave zeros in the cache in place of a sequence's first `count` pairs. While the heads

@@ -233,15 +233,15 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Projected]:
         """Run a window through layers, final norm and vocabulary -> (features, logits).
 
-        The features [R, n*E] are the hidden states after the n layers `taps` side by side, those of
-        the last layer normed (without taps: that one). Both may be overwritten by the next call.
+        The features [B, T, n*E] are the hidden states after the n layers `taps` side by side, those
+        of the last layer normed (without taps: that one). Both may be overwritten by the next call.
         """
         last = model.config.num_layers
         hidden, tapped = self.layers(model, window, cache, [tap for tap in taps if tap < last])
         normed, projected = self.project(
             hidden, model.norm, model.config.rms_norm_eps, model.vocabulary, heads
         )
-        return join_taps(taps, tapped, normed, last), projected
+        return join_taps(taps, tapped, normed, last).view(*window.shape, -1), projected
 
     def pair_layer(
         self,

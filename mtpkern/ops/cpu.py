@@ -239,16 +239,17 @@ class CpuOps(Ops):
         if batch * T <= MAX_ROWS:
             unit.run_window(window, cache.lengths, cache.page_table)
             if (batch, T) not in last.results:
-                last.results[batch, T] = trunk_results(unit.results(batch * T), (batch, T))
+                last.results[batch, T] = trunk_results(
+                    unit.results(batch * T), len(taps), (batch, T)
+                )
             features, normed, projected = last.results[batch, T]
         else:
             runs = unit.run_windows(None, window.reshape(-1), cache.lengths, cache.page_table, T)
             made = [tuple(part.clone() for part in unit.results(count)) for count in runs]
             columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
-            features, normed, projected = trunk_results(columns, (batch, T))
-        states, E = max(1, len(taps)), normed.shape[1]
-        if features.shape[1] != states * E:  # each is padded to whole lanes
-            features = features.unflatten(1, (states, -1))[:, :, :E].flatten(1)
+            features, normed, projected = trunk_results(columns, len(taps), (batch, T))
+        if features.dim() == 4:
+            features = features.flatten(2)  # a copy without the padding
         if heads:
             projected = projected._replace(heads=self._later(normed, model.vocabulary, heads))
         return features, projected

@@ -58,11 +58,14 @@ class CpuLogits(NamedTuple):
 
 
 def trunk_results(
-    columns: Sequence[Tensor], shape: tuple[int, int]
+    columns: Sequence[Tensor], taps: int, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, CpuLogits]:
-    """Results of `forward_unit` for B sequences of T rows, shape = (B, T) -> features, normed
-    rows, and logits."""
+    """Views of the results of `forward_unit`, shape = (B, T) -> features [B, T, n*E], or [B, T, n,
+    E] where they are padded; normed rows [B * T, E]; logits."""
     features, normed, logits, best, values, sums = columns
+    features = features.view(*shape, max(1, taps), -1)[..., : normed.shape[1]]
+    if features.is_contiguous():
+        features = features.flatten(2)
     return features, normed, CpuLogits(logits, best.view(shape), values.view(shape), sums, None)
 
 
