@@ -113,7 +113,7 @@ class FixedDraftLength:
 # How much time drafting may lose, in durations of a plain step: at first (START), from the start
 # of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
 # much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED, MOST_CREDIT = 2.0, 1.5, 0.5, 16.0
+START, RENEWED, DOUBTED, MOST_CREDIT = 2.0, 1.5, 0.25, 16.0
 LOSS = 0.005
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
