@@ -260,8 +260,7 @@ class LLM:
         jobs, speculate = plan_jobs(encoded, params), flag("speculate", speculate)
         completions: dict[int, Completion] = {}
         most = [min(job.params.max_tokens, self.max_length - len(job.prompt.ids)) for job in jobs]
-        answering = self.status.phase("answering", sum(most), "tokens")
-        with torch.inference_mode(), answering as phase:
+        with torch.inference_mode(), self.status.phase("answering", sum(most), "tokens") as phase:
             for number, event in self._run(jobs, speculate):
                 phase.advance()
                 if event.completion is not None:

@@ -122,7 +122,7 @@ class Runner:
         self.graph_bytes = 0
         # The duration of a graph by (batch, K), where K is chosen while running.
         self.graph_seconds: dict[tuple[int, int], float] = {}
-        self._heads_rested = False  # whether the heads missed a prompt or the latest step
+        self._heads_rested = False  # whether they did not observe the latest step
 
     def pages_for(self, request: Request) -> int:
         """The most pages that a request can need."""
@@ -156,7 +156,6 @@ class Runner:
         use_heads = batch.k > 0 and batch.k_chooser.heads_may_pay()
         begin = self._cached_tokens(slot, request, use_heads=use_heads)
         drafter = self.drafter if use_heads else NO_DRAFTER
-        self._heads_rested |= batch.k > 0 and not use_heads
         with self.status.phase("reading the prompt", len(prompt) - 1 - begin, "tokens") as phase:
             last = run_prompt(
                 self.trunk,

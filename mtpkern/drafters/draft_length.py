@@ -47,7 +47,7 @@ class KChooser(Protocol):
         """Whether the heads should draft after a prompt, before its first step."""
 
     def heads_may_pay(self) -> bool:
-        """Whether the heads may draft at all, so that they should be given the prompts."""
+        """Whether the heads may draft in this run, so that they should be given its prompts."""
 
     def active_source(self) -> int:
         """Who is given the next step: HEADS (heads and n-gram), NGRAM alone, or NONE."""
@@ -158,13 +158,11 @@ class DraftLength:
         self._copying = False  # whether the step at hand verifies n-gram drafts
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first call includes one-time work
-        self._batch = 1
-        self._may_pay = True  # whether there are heads whose drafts may pay in this run
+        self._batch, self._may_pay = 1, True  # of this run: see `heads_may_pay`
 
     def begin(self, batch: int, *, heads: bool = True) -> None:
         """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
-        self._batch = batch
-        self._drafted = 0
+        self._batch, self._drafted = batch, 0
         self._may_pay = heads and self._could_pay()
         if self._warm:
             self.credit = RENEWED if self.gain > 0 else DOUBTED

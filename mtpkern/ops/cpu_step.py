@@ -1,11 +1,11 @@
-"""A step on a CPU after its last matmul: logits, acceptance and n-gram drafts."""
+"""A step on a CPU: the trunk's results, logits, acceptance and n-gram drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import is_not
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from mtpkern.kernels.advance import Progress
 from mtpkern.kernels.cpu._layout import ACCEPTED, END_WORDS, LOGPROBS, NGRAM_WORDS, TOKENS
 from mtpkern.kernels.sample import GREEDY, SamplingRows, gumbel_sample
 from mtpkern.ops.base import Withheld, positions_of
-from mtpkern.ops.cpu_programs import kernels
+from mtpkern.ops.cpu_programs import MAX_ROWS, Unit, kernels
+
+if TYPE_CHECKING:
+    from mtpkern.cache import KVCache
+    from mtpkern.model import Llama
 
 
 class CpuLogits(NamedTuple):
@@ -57,16 +61,39 @@ class CpuLogits(NamedTuple):
         return chosen.view(target.shape)
 
 
-def trunk_results(
-    columns: Sequence[Tensor], taps: int, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor, CpuLogits]:
-    """Views of the results of `forward_unit`, shape = (B, T) -> features [B, T, n*E], or [B, T, n,
-    E] where they are padded; normed rows [B * T, E]; logits."""
-    features, normed, logits, best, values, sums = columns
-    features = features.view(*shape, max(1, taps), -1)[..., : normed.shape[1]]
-    if features.is_contiguous():
-        features = features.flatten(2)
-    return features, normed, CpuLogits(logits, best.view(shape), values.view(shape), sums, None)
+class Forward:
+    """A unit of `forward_unit` and what it is for. Views of its results are kept by their shape."""
+
+    def __init__(self, model: Llama, k: Tensor, taps: Sequence[int], unit: Unit):
+        """`k` are the keys of the cache."""
+        self.model, self.k, self.taps, self.unit = model, k, taps, unit
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, CpuLogits]] = {}
+
+    def run(self, window: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, CpuLogits]:
+        """Run window [B, T] -> features [B, T, n*E], normed rows [B * T, E], and logits."""
+        (batch, T), where = window.shape, (cache.lengths, cache.page_table)
+        if batch * T <= MAX_ROWS:
+            self.unit.run_window(window, *where)
+            if (batch, T) not in self._views:
+                self._views[batch, T] = self._shaped(self.unit.results(batch * T), batch, T)
+            features, normed, logits = self._views[batch, T]
+        else:
+            runs = self.unit.run_windows(None, window.reshape(-1), *where, T)
+            features, normed, logits = self._shaped(self.unit.copies(runs), batch, T)
+        if features.dim() == 4:
+            features = features.flatten(2)
+        return features, normed, logits
+
+    def _shaped(
+        self, results: Sequence[Tensor], batch: int, T: int
+    ) -> tuple[Tensor, Tensor, CpuLogits]:
+        """Views as `run` returns them, but of features [B, T, n, E] where E is padded."""
+        features, normed, logits, best, values, sums = results
+        features = features.view(batch, T, max(1, len(self.taps)), -1)[..., : normed.shape[1]]
+        if features.is_contiguous():
+            features = features.flatten(2)
+        best, values = best.view(batch, T), values.view(batch, T)
+        return features, normed, CpuLogits(logits, best, values, sums, None)
 
 
 class StepEnd:
