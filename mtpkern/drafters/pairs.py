@@ -91,7 +91,7 @@ class PendingPairs:
         self.cache, self.open_pairs = cache, open_pairs
         shape = (len(cache.lengths), MAX_PENDING, width)
         self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
-        self._lacks_type = dtype == torch.bfloat16  # in NumPy
+        self._as_int16 = dtype == torch.bfloat16  # which NumPy lacks
         # The same memory.
         self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
@@ -164,7 +164,7 @@ class PendingPairs:
         return waiting
 
     def _as_array(self, rows: Tensor) -> np.ndarray:
-        return (rows.view(torch.int16) if self._lacks_type else rows).numpy()
+        return (rows.view(torch.int16) if self._as_int16 else rows).numpy()
 
     def _drop_oldest(self, sequence: int, count: int) -> None:
         """Leave zeros in the cache in place of a sequence's first `count` pairs. While the heads
