@@ -4,6 +4,7 @@ Speculation is not a mode. Plain decoding is this step with K = 0, a window of o
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,17 @@ class DecodeState:
     sampling: SamplingRows
     cache: KVCache
     forced: Tensor | None = None  # acceptance counts of drafters/synthetic.py
+
+    @cached_property
+    def windows(self) -> list[Tensor]:
+        """The first 0, 1, .., K + 1 rows of the window, [B, rows] each: the same views in every
+        step, since each call of a tensor library counts on a CPU."""
+        return [self.window[:, :rows] for rows in range(self.window.shape[1] + 1)]
+
+    @cached_property
+    def draft_rows(self) -> Tensor:
+        """The window without its first row: [B, K]."""
+        return self.window[:, 1:]
 
     @classmethod
     def empty(
@@ -84,7 +96,7 @@ class DecodeState:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepOutput:
     """What a step decided: sequence b emits target[b, : count[b]]."""
 
@@ -115,7 +127,7 @@ def decode_step(
     are accepted is below `min_probability`; both need `ops.host_may_read`.
     """
     progress = state.progress
-    window = state.window[:, :rows]
+    window = state.window if rows is None else state.windows[rows]
     batch, rows = window.shape
 
     heads = drafter.parallel_heads
@@ -129,7 +141,7 @@ def decode_step(
     drafts = None
     if state.window.shape[1] > 1:
         step = DraftInput(
-            features=features.view(batch, rows, -1),
+            features=features,
             projected=projected,
             target=target,
             tokens=progress.tokens,
@@ -151,7 +163,7 @@ def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     only_fillers = isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
     if only_fillers and state.forced is None:  # forced drafts may be -1, not a token
         return drafts  # `advance` has set source and drafted to what they are then
-    state.window[:, 1:] = drafts.tokens
+    state.draft_rows.copy_(drafts.tokens)
     progress = state.progress
     for tensor, value in (
         (progress.source, drafts.source),

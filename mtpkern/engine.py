@@ -260,7 +260,7 @@ class LLM:
         jobs, speculate = plan_jobs(encoded, params), flag("speculate", speculate)
         completions: dict[int, Completion] = {}
         most = [min(job.params.max_tokens, self.max_length - len(job.prompt.ids)) for job in jobs]
-        with self.status.phase("answering", sum(most), "tokens") as phase:
+        with torch.inference_mode(), self.status.phase("answering", sum(most), "tokens") as phase:
             for number, event in self._run(jobs, speculate):
                 phase.advance()
                 if event.completion is not None:
@@ -281,7 +281,8 @@ class LLM:
         jobs = plan_jobs([self._encoded(prompt, chat)], params)
         if len(jobs) > 1:
             raise UserError(f"n must be 1 for a stream, got {len(jobs)}")
-        run = self._run(jobs, flag("speculate", speculate))
+        # As a decorator of a generator, it leaves inference mode between two events.
+        run = torch.inference_mode()(self._run)(jobs, flag("speculate", speculate))
         return (event for _, event in run)
 
     def _encoded(self, prompt: Prompt, chat: Mapping[str, Any]) -> EncodedPrompt:
@@ -318,7 +319,6 @@ class LLM:
         loading.check_length(ids, self.max_length, self.config, by_default=self._default_length)
         return ids
 
-    @torch.inference_mode()
     def _run(self, jobs: list[Job], speculate: bool) -> Iterator[tuple[int, Event]]:
         """Run all jobs -> each token, with its job's index. One run at a time."""
         self._check_open()

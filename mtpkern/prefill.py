@@ -14,7 +14,7 @@ from mtpkern.decode import DecodeState, draft
 from mtpkern.device import DeviceSettings
 from mtpkern.drafters.base import Drafter, DraftInput, Drafts
 from mtpkern.model import Llama
-from mtpkern.ops.base import Ops, join_taps
+from mtpkern.ops.base import Ops
 
 
 class LastRow(NamedTuple):
@@ -59,7 +59,7 @@ def run_prompt(
             last = LastRow(hidden[known : known + 1], [tap[known : known + 1] for tap in tapped])
         if drafter.taps and known:
             normed = ops.rms_norm(hidden, model.norm, model.config.rms_norm_eps)
-            features = join_taps(drafter.taps, tapped, normed, layers)[:known]
+            features = ops.join_taps(drafter.taps, tapped, normed, layers)[:known]
             drafter.prefill(slot, features, prompt[begin + 1 : begin + 1 + known].to(device))
         begin += len(chunk)
         on_tokens(len(chunk))
@@ -90,7 +90,7 @@ def first_drafts(
         normed, projected = ops.project(last.hidden, model.norm, eps, model.vocabulary, heads)
     elif drafter.taps:
         normed = ops.rms_norm(last.hidden, model.norm, eps)
-    features = join_taps(drafter.taps, last.tapped, normed, model.config.num_layers)
+    features = ops.join_taps(drafter.taps, last.tapped, normed, model.config.num_layers)
     one = torch.ones(1, dtype=torch.int64, device=state.window.device)
     step = DraftInput(
         features=features[None],

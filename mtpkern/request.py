@@ -249,7 +249,7 @@ class Request:
             end -= max(held, default=0)
         text = self._text[self._shown : end]
         self._shown = max(self._shown, end)
-        return _without_marks(text)
+        return _without_marks(text) if self._marks else text
 
     def completion(self) -> Completion:
         """The answer of a finished request."""

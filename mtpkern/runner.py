@@ -153,8 +153,9 @@ class Runner:
         started = time.perf_counter()
         prompt = torch.tensor(request.prompt)
         self._write_slot(batch, slot, request, prompt)
-        begin = self._cached_tokens(slot, request, speculate=batch.k > 0)
-        drafter = self.drafter if batch.k else NO_DRAFTER
+        use_heads = batch.k > 0 and batch.k_chooser.heads_may_pay()
+        begin = self._cached_tokens(slot, request, use_heads=use_heads)
+        drafter = self.drafter if use_heads else NO_DRAFTER
         with self.status.phase("reading the prompt", len(prompt) - 1 - begin, "tokens") as phase:
             last = run_prompt(
                 self.trunk,
@@ -215,12 +216,12 @@ class Runner:
         ends[: len(known)] = torch.tensor(known, dtype=torch.int64, device=self.device)
         self.cache.assign(slot, request.pages)
 
-    def _cached_tokens(self, slot: int, request: Request, *, speculate: bool) -> int:
+    def _cached_tokens(self, slot: int, request: Request, *, use_heads: bool) -> int:
         """How many tokens of its prompt a request's pages hold, and prefill can leave out."""
         pairs = max(0, min(request.pairs, request.known - self.drafter.lookahead))
         # One row is run in any case, since the first window is drafted from it.
-        begin = max(0, min(pairs if speculate else request.known, len(request.prompt) - 2))
-        self.drafter.reset(slot, begin if speculate else pairs)
+        begin = max(0, min(pairs if use_heads else request.known, len(request.prompt) - 2))
+        self.drafter.reset(slot, begin if use_heads else pairs)
         return begin
 
     def release(self, slot: int) -> None:

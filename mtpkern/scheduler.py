@@ -137,7 +137,8 @@ class Scheduler:
         for request, proposal, record in zip(step.slots, step.proposals, records, strict=True):
             if request is not None and not request.finish_reason:
                 if not step.resting:
-                    record = record._replace(drafted=min(record.drafted, k))
+                    if record.drafted > k:
+                        record = record._replace(drafted=k)
                     if proposal is None:
                         proposal = Proposal(record.source, (1.0,) * record.drafted)
                     proposal = proposal._replace(probabilities=proposal.probabilities[:k])

@@ -3,9 +3,10 @@
     pick    out[b] = x[ids[b]]
     draft   token = token_ids[argmax logits];  p = exp(max logits - logsumexp)
 
-Each draft has a program head of its own (see `_layout`), side by side in memory. A draft's token is
-written to the next head's IDS. Where, in every sequence, the probability that all drafts so far are
-accepted is below LEAST, all later heads are marked SKIPPED.
+Each draft has a program head of its own (see `_layout`), side by side in memory. A draft fills the
+next one: the same batch, and for each sequence the drafted token and the next position. Where, in
+every sequence, the probability that all drafts so far are accepted is below LEAST, all later heads
+are marked SKIPPED.
 
 Bytes moved: a row, or a few words, per sequence.
 """
@@ -22,10 +23,13 @@ from ._layout import (
     IDS,
     INPUTS,
     LEAST,
+    LENGTHS,
     OUT,
     OUT_STRIDE,
+    PAGE_TABLE,
     PROBABILITIES,
     SKIPPED,
+    TABLE_STRIDE,
     TOKEN_IDS,
     X_STRIDE,
     X,
@@ -59,6 +63,10 @@ def draft_tokens(head, phase):
     far (X: before this draft, or 0)."""
     least, worthwhile = bits_float(word(head, LEAST)), 0
     following = head + 8 * HEAD_WORDS
+    store_i64(following + 8 * BATCH, word(head, BATCH))
+    store_i64(following + 8 * PAGE_TABLE, word(head, PAGE_TABLE))
+    store_i64(following + 8 * TABLE_STRIDE, word(head, TABLE_STRIDE))
+    store_i64(following + 8 * LEAST, word(head, LEAST))
     for b in range(word(head, BATCH)):
         best = word(phase, BEST) + 24 * b
         token = word(word(phase, TOKEN_IDS), word(best, 0))
@@ -73,6 +81,7 @@ def draft_tokens(head, phase):
         store_f32(word(phase, PROBABILITIES) + 4 * b, probability)
         store_f32(word(phase, OUT) + 4 * b, reached)
         store_i64(word(following, IDS) + 8 * b, token)
+        store_i64(word(following, LENGTHS) + 8 * b, word(word(head, LENGTHS), b) + 1)
     if worthwhile == 0:
         # All drafts after this one.
         while atomic_load(following + 8 * SKIPPED) == 0:

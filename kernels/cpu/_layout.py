@@ -25,11 +25,12 @@ LINEAR, QKV, ATTEND, GATE_UP, PROJECT, NORM, EMBED, READ, PICK, DRAFT = range(10
     TABLE_STRIDE,
     IDS,  # address of [R] int64: tokens of the window
     THREADS,  # number of shares
+    EPOCH,  # number of the next step, modulo 2^31
     # Of the heads that ROWS_OF names, one for each draft, side by side:
     SKIPPED,  # 1: their phases are skipped
     LEAST,  # float32 bits: the probability that all drafts are accepted, below which drafting ends
     HEAD_WORDS,
-) = range(16)
+) = range(17)
 
 # Words of a phase.
 (
@@ -85,7 +86,6 @@ FP32, FP16, BF16 = range(3)
 
 # Counters that several threads change have a cache line each.
 COUNTER_WORDS = 8
-CLOSED = 2**31 - 1
 
 # Keys per split of the cache: split i holds the same keys whatever the length of the sequence.
 SPLIT = 128
@@ -129,7 +129,7 @@ VOCABULARY_BLOCKS = 32
 (
     TEXT,  # address of [B, ...] int64
     TEXT_STRIDE,
-    KNOWN,  # address of [B] int64
+    TEXT_LENGTHS,  # address of [B] int64: committed tokens, after which one more is known
     SIZE,
     COPIED,  # out, address of [B, K] int64, contiguous
     FOUND,  # out, address of [B] bytes

@@ -2,7 +2,7 @@
 
 See `_layout` for the memory. A ticket holds the step's epoch in its high half and the next chunk of
 a share in the low one, so a thread that returns late from an earlier step finds another epoch and
-leaves without touching anything.
+leaves without touching anything. The calling thread, number 0, ends a step by opening the next.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ._layout import (
     BLOCK_BYTES,
     BLOCKS,
     CHUNKS,
-    CLOSED,
     COUNTER_WORDS,
     DONE,
     DRAFT,
     EMBED,
+    EPOCH,
     EPS,
     GATE_UP,
     IDS,
@@ -53,7 +53,16 @@ from ._layout import (
     X,
 )
 from ._matmul import activation_bytes, gate_up_chunk, linear_chunk, prepare
-from ._memory import atomic_add, atomic_load, compare_swap, load_f8, prefetch, store_f32, word
+from ._memory import (
+    atomic_add,
+    atomic_load,
+    compare_swap,
+    load_f8,
+    prefetch,
+    store_f32,
+    store_i64,
+    word,
+)
 from ._processor import IEEE_MODE, float_mode, pause, set_float_mode, ticks, yield_core
 from ._vectors import bits_float, reduce_add, splat
 from ._vocabulary import embed_row, project_chunk
@@ -84,7 +93,7 @@ def grab(ticket, epoch, chunks):
             return -2
         chunk = seen & 0xFFFFFFFF
         if chunk >= chunks:
-            return -2 if chunk == CLOSED else -1
+            return -1
         if compare_swap(ticket, seen, seen + 1) == 1:
             return chunk
 
@@ -212,6 +221,18 @@ def run_phases(head, epoch, thread):
 
 
 @compiled
+def open_step(head, epoch):
+    """Clear all counters for a step, whose helpers have not been called yet."""
+    shares = word(head, THREADS)
+    for i in range(word(head, PHASES)):
+        store_i64(word(head, DONE) + 8 * COUNTER_WORDS * i, 0)
+        for share in range(shares):
+            ticket = word(head, TICKETS) + 8 * COUNTER_WORDS * (shares * i + share)
+            store_i64(ticket, epoch << 32)
+    store_i64(head + 8 * EPOCH, epoch)
+
+
+@compiled
 def run_program(head, epoch, thread):
     """Run a step's phases -> the share of the time, in thousandths, that this thread waited.
 
@@ -221,6 +242,8 @@ def run_program(head, epoch, thread):
     set_float_mode(IEEE_MODE)
     begin = ticks()
     waited = run_phases(head, epoch, thread)
+    if thread == 0 and epoch == word(head, EPOCH):
+        open_step(head, (epoch + 1) & 0x7FFFFFFF)
     total = ticks() - begin
     set_float_mode(mode)
     return 1000 * waited // max(total, 1)

@@ -21,7 +21,6 @@ from ._layout import (
     ENDS_COUNT,
     ENDS_STRIDE,
     FOUND,
-    KNOWN,
     LARGEST,
     LARGEST_STEP,
     LARGEST_STRIDE,
@@ -37,6 +36,7 @@ from ._layout import (
     TARGET_STEP,
     TARGET_STRIDE,
     TEXT,
+    TEXT_LENGTHS,
     TEXT_STRIDE,
     TOKENS,
     TOKENS_STRIDE,
@@ -131,7 +131,7 @@ def draft_ngram(at, batch, drafts):
     size, matches = word(at, SIZE), 0
     for b in range(batch):
         text = word(at, TEXT) + 8 * b * word(at, TEXT_STRIDE)
-        known = word(word(at, KNOWN), b)
+        known = word(word(at, TEXT_LENGTHS), b) + 1
         pattern = text + 8 * (known - size)
         start = known - size - 1
         while start >= 0:

@@ -6,12 +6,14 @@
     ...                          phases up to the vocabulary
     program.draft(best, ids)     the first draft, whose token the phases after this embed
     ...
-    program.run_chain(rows, last, count, least)
+    program.run_chain(rows, last, following, count, least)
 
 Passes whose drafts would hardly ever be accepted are skipped.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from .quants import Array
 
 class DraftProgram(Program):
     """A chain of up to `drafts` passes. The first has the rows of `run`; the others have one row
-    per sequence, at the positions `following` and those after it."""
+    per sequence, at its positions `following` and those after it."""
 
     def __init__(
         self, kernels: Kernels, helpers: Helpers, *, max_rows: int, max_batch: int, drafts: int
@@ -38,12 +40,11 @@ class DraftProgram(Program):
         self._heads[:, L.WINDOW_ROWS] = 1
         for head, ids, lengths in zip(self._heads, self._own_ids, self._own_lengths, strict=True):
             head[L.IDS], head[L.LENGTHS] = ids.ctypes.data, lengths.ctypes.data
-        self._steps = np.arange(-1, drafts)[:, None]
+        self._first, self._skipped = self._heads[0], self._heads[:, L.SKIPPED]
         self._reached = np.zeros((drafts, max_batch), np.float32)
         # What `run_chain` gives: drafts and their probabilities, [drafts, max_batch].
         self.tokens = np.zeros((drafts, max_batch), np.int64)
         self.probabilities = np.zeros((drafts, max_batch), np.float32)
-        self.following = np.zeros(max_batch, np.int64)
         self._drafts = 0
         self._single = False
 
@@ -75,26 +76,29 @@ class DraftProgram(Program):
         self._add(L.DRAFT, 1, fields)
         self._drafts += 1
 
-    def run_chain(self, rows: int, last: Array, count: int, least: float) -> int:
-        """Run the first `count` passes, the first of them over `rows` rows of each of B sequences
-        of which row last[b] [B] drafts, as described by `ids`, `lengths`, `page_table` and
-        `following` -> how many tokens were drafted, 1..count, for each sequence.
+    def run_chain(
+        self, rows: int, last: Sequence[int], following: Sequence[int], count: int, least: float
+    ) -> int:
+        """Run the first `count` passes, the first of them over `rows` rows of each of B sequences,
+        described by `ids`, `lengths` and `page_table`, of which row last[b] drafts; following[b] is
+        the position of the second pass -> how many tokens were drafted for each sequence, 1..count.
 
         Drafting ends early where, in every sequence, the probability that all drafts so far are
         accepted is below `least`.
         """
-        batch, heads = len(last), self._heads
+        batch, first, skipped = len(last), self._first, self._skipped
         positions = min(self._positions, self.page_table.shape[1] * self._page_size)
-        if self.following[:batch].max() + count - 1 > positions:
+        if max(following) + count - 1 > positions:
             raise ValueError(f"following + {count - 1} rows must be at most {positions}")
-        self._own_lengths[:, :batch] = self.following[:batch] + self._steps
-        self._own_ids[0, :batch] = np.arange(0, batch * rows, rows) + last
-        heads[:, L.BATCH], heads[:, L.LEAST] = batch, float_bits(least)
-        heads[:, L.PAGE_TABLE] = self.page_table.ctypes.data
-        heads[:, L.TABLE_STRIDE] = self.page_table.shape[1]
-        heads[:count, L.SKIPPED], heads[count:, L.SKIPPED] = 0, 1
+        self._own_lengths[0, :batch] = [position - 1 for position in following]
+        self._own_ids[0, :batch] = [b * rows + row for b, row in enumerate(last)]
+        first[L.BATCH], first[L.LEAST] = batch, float_bits(least)
+        if self.page_table is not self._table_seen:
+            first[L.PAGE_TABLE] = self.page_table.ctypes.data
+            first[L.TABLE_STRIDE] = self.page_table.shape[1]
+        skipped[:count], skipped[count:] = 0, 1
         self.run(rows, batch)
-        return count - int(heads[:count, L.SKIPPED].sum())
+        return skipped[:count].tolist().count(0)
 
     def _add(self, op: int, chunks: int, fields: dict[int, int]) -> None:
         own = self._heads[self._drafts].ctypes.data if self._single else 0

@@ -72,7 +72,6 @@ class Program:
         self._partials, self._merges = 0, 0
         self._tokens, self._positions, self._page_size = 2**31, 2**31, 2**31
         self._lock = threading.Lock()
-        self._epoch = 0
         self._table: Array | None = None
         self._head = np.zeros(L.HEAD_WORDS, np.int64)
         self.page_table = np.zeros((max_batch, 1), np.int32)
@@ -205,15 +204,10 @@ class Program:
                 self._table_seen = self.page_table
                 head[L.PAGE_TABLE] = self.page_table.ctypes.data
                 head[L.TABLE_STRIDE] = self.page_table.shape[1]
-            # Tickets are opened once all counters are clear, and closed before anything else
-            # changes: a helper that is late finds nothing to do.
-            self._epoch = (self._epoch + 1) % 2**31
-            epoch = self._epoch
-            self._done[:] = 0
-            self._tickets[..., 0] = epoch << 32
+            # The step before has opened this one: a helper that is late finds nothing to do.
+            epoch = int(head[L.EPOCH])
             self.helpers.call(lambda thread: self._run(self._at, epoch, thread))
             waited = self._run(self._at, epoch, 0)
-            self._tickets[..., 0] = epoch << 32 | L.CLOSED
             self.helpers.learn(waited)
             return waited
 

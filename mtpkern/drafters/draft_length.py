@@ -46,6 +46,9 @@ class KChooser(Protocol):
     def use_heads_first(self) -> bool:
         """Whether the heads should draft after a prompt, before its first step."""
 
+    def heads_may_pay(self) -> bool:
+        """Whether the heads may draft in this run, so that they should be given its prompts."""
+
     def active_source(self) -> int:
         """Who is given the next step: HEADS (heads and n-gram), NGRAM alone, or NONE."""
 
@@ -85,6 +88,9 @@ class FixedDraftLength:
     def use_heads_first(self) -> bool:
         return True
 
+    def heads_may_pay(self) -> bool:
+        return True
+
     def active_source(self) -> int:
         return HEADS
 
@@ -107,7 +113,7 @@ class FixedDraftLength:
 # How much time drafting may lose, in durations of a plain step: at first (START), from the start
 # of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
 # much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED, MOST_CREDIT = 2.0, 1.5, 0.5, 16.0
+START, RENEWED, DOUBTED, MOST_CREDIT = 2.0, 1.5, 0.25, 16.0
 LOSS = 0.005
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
@@ -152,12 +158,12 @@ class DraftLength:
         self._copying = False  # whether the step at hand verifies n-gram drafts
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first call includes one-time work
-        self._batch, self._heads = 1, True
+        self._batch, self._may_pay = 1, True  # of this run: see `heads_may_pay`
 
     def begin(self, batch: int, *, heads: bool = True) -> None:
         """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
-        self._batch, self._heads = batch, heads
-        self._drafted = 0
+        self._batch, self._drafted = batch, 0
+        self._may_pay = heads and self._could_pay()
         if self._warm:
             self.credit = RENEWED if self.gain > 0 else DOUBTED
 
@@ -165,12 +171,14 @@ class DraftLength:
         """Seconds of a step without drafts."""
         return self.seconds(self._batch)
 
-    def extra(self, proposals: Sequence[Proposal], k: int) -> float:
-        """How many of k drafts are expected to be accepted, on average over the sequences."""
+    def extra(self, proposals: Sequence[Proposal], k: int, *, claimed: bool = False) -> float:
+        """How many of k drafts are expected to be accepted, on average over the sequences; with
+        `claimed`, by the sources' own estimates."""
         total = 0.0
         for source, probabilities in proposals:
             reached = 1.0
-            for probability, trust in zip(probabilities[:k], self._trusted(source), strict=False):
+            trusts = repeat(1.0) if claimed else self._trusted(source)
+            for probability, trust in zip(probabilities[:k], trusts, strict=False):
                 reached *= min(1.0, probability * trust)
                 total += reached
         return total / max(1, len(proposals))
@@ -203,7 +211,8 @@ class DraftLength:
         if best == 0 and len(gains) > 1:
             sources = {source for source, probabilities in proposals if probabilities}
             if all(self._idle[source] >= self._rest[source] for source in sources):
-                best = max(lengths[1:], key=gains.__getitem__)
+                pay = [k for k in lengths if self.extra(proposals, k, claimed=True) > self.price(k)]
+                best = max(pay, key=gains.__getitem__, default=0)
         if any(source == NGRAM for source, _ in proposals):
             self._copying = best > 0
             if not best:
@@ -215,6 +224,9 @@ class DraftLength:
 
     def use_heads_first(self) -> bool:
         return False  # the first token is the hardest to guess: a call here does not pay
+
+    def heads_may_pay(self) -> bool:
+        return self._may_pay
 
     def active_source(self) -> int:
         if self._steps_to_try() <= AWAKE:
@@ -284,13 +296,23 @@ class DraftLength:
     def _steps_to_try(self) -> int:
         """After how many plain steps the heads may draft: the credit allows it, and they do not
         rest."""
-        if not self._heads:
+        if not self._may_pay:
             return AWAKE + MOST_REST
         missing = self.price(1) + self._draft_price() - self.credit
         steps = math.ceil(missing / LOSS) if missing > 0 else 0
         if self.gain < 0:
             steps = max(steps, self._rest[HEADS] - self._idle[HEADS])
         return steps
+
+    def _could_pay(self) -> bool:
+        """Whether some K would be faster than plain decoding if the heads' drafts were accepted at
+        the rate `PRIOR`."""
+        plain, extra = self.plain(), 0.0
+        for k in range(1, self.most + 1):
+            extra += PRIOR**k
+            if self.seconds(self._batch * (k + 1)) + self.drafting(k) < (1 + extra) * plain:
+                return True
+        return not plain
 
     def _draft_price(self, drafts: int = 1) -> float:
         """What it costs that the heads draft `drafts` tokens, in tokens."""

@@ -45,7 +45,7 @@ class CompanionDrafter:
         if self._host_may_read and not step.use_heads:
             self.drafter.observe(step)
             return copied
-        if self._host_may_read and isinstance(copied.source, int) and bool(step.advance.any()):
+        if self._host_may_read and isinstance(copied.source, int):
             return self.drafter.guess(step, count)
         source = torch.as_tensor(copied.source, device=step.accepted.device)
         found = (source == NGRAM).expand(len(step.accepted))

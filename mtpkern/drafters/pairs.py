@@ -91,6 +91,7 @@ class PendingPairs:
         self.cache, self.open_pairs = cache, open_pairs
         shape = (len(cache.lengths), MAX_PENDING, width)
         self.pending = torch.zeros(shape, dtype=dtype, device=cache.lengths.device)
+        self._as_int16 = dtype == torch.bfloat16  # which NumPy lacks
         # The same memory.
         self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
@@ -98,38 +99,40 @@ class PendingPairs:
 
     def take(self, step: DraftInput) -> Pairs:
         """The pairs to write at a step, which count as written from now on."""
-        rows = max(1, self._copy(step))
-        some = slice(step.first, step.first + len(step.lengths))
-        written, known = self._written[some], step.tokens.numpy()
-        begin = written.copy()
-        written[:] = step.lengths.numpy()
-        last = np.maximum(written - begin - 1, 0)
-        tokens = np.zeros((len(known), rows + self.open_pairs), np.int64)
-        for own, text, first in zip(tokens, known, begin.tolist(), strict=True):
+        waiting = self._copy(step)
+        begin = [start for start, _ in waiting]
+        rows = max(1, *(length - start for start, length in waiting))
+        last = [max(0, length - start - 1) for start, length in waiting]
+        written = [max(length - self.open_pairs, start) for start, length in waiting]
+        some = slice(step.first, step.first + len(waiting))
+        self._written[some] = written
+        tokens = np.zeros((len(waiting), rows + self.open_pairs), np.int64)
+        for own, text, start in zip(tokens, step.tokens.numpy(), begin, strict=True):
             # Those after a sequence's last are undefined.
-            after = text[first + 1 : first + 1 + len(own)]
+            after = text[start + 1 : start + 1 + len(own)]
             own[: len(after)] = after
-        pending = self.pending[some]
-        features = pending[:, :rows]
+        features = self.pending[some, :rows]
         if self.open_pairs:
             features = features.clone()
-            written[:] = np.maximum(written - self.open_pairs, begin)
-            remaining = torch.from_numpy(written - begin)
+            remaining = torch.tensor(written) - torch.tensor(begin)
+            pending = self.pending[some]
             pending[:, : self.open_pairs] = rows_from(pending, remaining, self.open_pairs)
-        return Pairs(features, *(torch.from_numpy(part) for part in (tokens, begin, last)))
+        parts = (tokens, np.array(begin), np.array(last))
+        return Pairs(features, *map(torch.from_numpy, parts))
 
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Copy a step's rows -> pairs to be written without drafting, since the buffer is half
         full: the slot, features [n, W] and the token [n] after each."""
-        if self._copy(step) < MAX_PENDING // 2:
+        waiting = self._copy(step)
+        if all(length - begin < MAX_PENDING // 2 for begin, length in waiting):
             return ()
-        first, batch = step.first, len(step.lengths)
-        begin = self.cache.lengths[first : first + batch]
-        counts = (step.lengths - begin).tolist()
+        first, batch = step.first, len(waiting)
+        counts = [length - begin for begin, length in waiting]
         if not step.use_heads:
             for b, count in enumerate(counts):
                 self._drop_oldest(first + b, count - LATEST)
             return ()
+        begin = self.cache.lengths[first : first + batch]
         tokens = tokens_from(step, begin + 1, max(counts))
         return [
             (first + b, self.pending[first + b, :count].clone(), tokens[b, :count])
@@ -145,10 +148,10 @@ class PendingPairs:
         self._missed.discard(sequence)
         self.cache.lengths[sequence] = length
 
-    def _copy(self, step: DraftInput) -> int:
-        """Copy the rows that a step committed to the buffer, after those that are there -> the most
-        that wait there of one sequence."""
-        rows, most = self._as_array(step.features), 0
+    def _copy(self, step: DraftInput) -> list[tuple[int, int]]:
+        """Copy the rows that a step committed to the buffer, after those that are there -> of each
+        sequence, the positions where its waiting pairs begin and end."""
+        rows, waiting = self._as_array(step.features), []
         committed = zip(step.lengths.tolist(), step.advance.tolist(), strict=True)
         for slot, (length, count) in enumerate(committed, step.first):
             start, begin = length - count, int(self._written[slot])
@@ -157,13 +160,11 @@ class PendingPairs:
                 self._leave_gap(slot, start - begin)
                 begin = start
             self._rows[slot, start - begin : length - begin] = rows[slot - step.first, :count]
-            most = max(most, length - begin)
-        return most
+            waiting.append((begin, length))
+        return waiting
 
-    @staticmethod
-    def _as_array(rows: Tensor) -> np.ndarray:
-        """Rows of any dtype as NumPy sees them, which lacks bfloat16."""
-        return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
+    def _as_array(self, rows: Tensor) -> np.ndarray:
+        return (rows.view(torch.int16) if self._as_int16 else rows).numpy()
 
     def _drop_oldest(self, sequence: int, count: int) -> None:
         """Leave zeros in the cache in place of a sequence's first `count` pairs. While the heads

@@ -233,15 +233,26 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Projected]:
         """Run a window through layers, final norm and vocabulary -> (features, logits).
 
-        The features [R, n*E] are the hidden states after the n layers `taps` side by side, those of
-        the last layer normed (without taps: that one). Both may be overwritten by the next call.
+        The features [B, T, n*E] are the hidden states after the n layers `taps` side by side, those
+        of the last layer normed (without taps: that one). Both may be overwritten by the next call.
         """
         last = model.config.num_layers
         hidden, tapped = self.layers(model, window, cache, [tap for tap in taps if tap < last])
         normed, projected = self.project(
             hidden, model.norm, model.config.rms_norm_eps, model.vocabulary, heads
         )
-        return join_taps(taps, tapped, normed, last), projected
+        features = self.join_taps(taps, tapped, normed, last)
+        return features.view(*window.shape, -1), projected
+
+    def join_taps(
+        self, taps: Sequence[int], tapped: list[Tensor], normed: Tensor, layers: int
+    ) -> Tensor:
+        """The hidden states [R, n*E] of `forward`, of which `tapped` precede the last layer."""
+        return self.side_by_side([*tapped, normed] if layers in taps or not tapped else tapped)
+
+    def side_by_side(self, parts: list[Tensor]) -> Tensor:
+        """Rows [R, a], [R, b], ... -> [R, a + b + ...]."""
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def pair_layer(
         self,
@@ -299,7 +310,8 @@ class Ops(Protocol):
         logprobs: Tensor | None,
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
-        """Accept, commit and report a step: see kernels/advance.py -> (accepted, count), [B]."""
+        """Accept, commit and report a step: see kernels/advance.py -> (accepted, count), [B],
+        overwritten by the next call."""
         ...
 
     def ngram(
@@ -309,12 +321,6 @@ class Ops(Protocol):
         see kernels/ngram.py -> ([B, K], found [B]), overwritten by the next call. Where the host
         may read, found is None if no sequence has a match."""
         ...
-
-
-def join_taps(taps: Sequence[int], tapped: list[Tensor], normed: Tensor, layers: int) -> Tensor:
-    """The hidden states [R, n*E] of `Ops.forward`, of which `tapped` precede the last layer."""
-    parts = [*tapped, normed] if layers in taps or not tapped else tapped
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def positions_of(lengths: Tensor, count: int) -> Tensor:

@@ -23,10 +23,10 @@ from mtpkern.ops.cpu_programs import (
     MAX_ROWS,
     ONE_THREAD_BYTES,
     CpuPlan,
-    Forward,
     Unit,
     Units,
     add_trunk,
+    copied,
     forward_unit,
     head_norm,
     joined,
@@ -38,7 +38,7 @@ from mtpkern.ops.cpu_programs import (
     project_unit,
     quants_of,
 )
-from mtpkern.ops.cpu_step import CpuLogits, StepEnd, is_greedy
+from mtpkern.ops.cpu_step import CpuLogits, Forward, StepEnd, is_greedy
 
 if TYPE_CHECKING:
     from mtpkern.cache import KVCache
@@ -111,7 +111,7 @@ class CpuOps(Ops):
         for some in ids.reshape(-1).split(MAX_ROWS):
             unit.program.ids[: len(some)] = some.numpy()
             unit.program.run(len(some))
-            made.append(unit.results(len(some))[0].clone())
+            made.append(copied(unit.results(len(some))[0]))
         return joined(made)
 
     def rms_norm(
@@ -135,7 +135,9 @@ class CpuOps(Ops):
             return Unit(program, (source,), (normed,), w)
 
         normed = self._units.get(("norm", w.data_ptr(), K), build).run_rows(x)
-        return normed if out is None else out.copy_(normed)
+        if out is not None:
+            out.numpy()[:] = normed.numpy()
+        return normed if out is None else out
 
     def linear(self, x: Tensor, w: Weights, *, residual: Tensor | None = None) -> Tensor:
         def build() -> Unit:
@@ -188,7 +190,7 @@ class CpuOps(Ops):
 
         unit = self._units.get(("qkv", id(w[0].data), k_pages.data_ptr()), build)
         runs = unit.run_windows(x, None, plan.cache.lengths, plan.cache.page_table, plan.rows)
-        made = [unit.results(count)[0][:, : heads * D].clone() for count in runs]
+        made = [copied(unit.results(count)[0][:, : heads * D]) for count in runs]
         return joined(made).view(-1, plan.rows, heads, D)
 
     def verify_attention(
@@ -204,7 +206,7 @@ class CpuOps(Ops):
 
         unit = self._units.get(("attend", k_pages.data_ptr()), build)
         runs = unit.run_windows(rows, None, plan.cache.lengths, page_table, plan.rows)
-        return joined([unit.results(count)[0].clone() for count in runs]).view(q.shape)
+        return unit.copies(runs)[0].view(q.shape)
 
     # Whole layers.
 
@@ -219,11 +221,8 @@ class CpuOps(Ops):
 
         unit = self._units.get(("layers", id(model), cache.k.data_ptr(), tuple(taps)), build)
         ids, T = window.reshape(-1), window.shape[1]
-        made = [
-            tuple(part.clone() for part in unit.results(count))
-            for count in unit.run_windows(None, ids, cache.lengths, cache.page_table, T)
-        ]
-        hidden, *tapped = (joined(column) for column in zip(*made, strict=True))
+        runs = unit.run_windows(None, ids, cache.lengths, cache.page_table, T)
+        hidden, *tapped = unit.copies(runs)
         return hidden, tapped
 
     def forward(
@@ -235,21 +234,13 @@ class CpuOps(Ops):
             key = ("forward", id(model), cache.k.data_ptr(), wanted)
             unit = self._units.get(key, lambda: forward_unit(model, cache, wanted))
             self._forward = last = Forward(model, cache.k, taps, unit)
-        unit, (batch, T) = last.unit, window.shape
-        ids, where = window.reshape(-1), (cache.lengths, cache.page_table)
-        if batch * T <= MAX_ROWS:
-            unit.run_window(ids, *where, T)
-            columns = unit.results(batch * T)
-        else:
-            runs = unit.run_windows(None, ids, *where, T)
-            made = [tuple(part.clone() for part in unit.results(count)) for count in runs]
-            columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
-        features, normed, logits, best, values, sums = columns
-        E, padded = normed.shape[1], features.shape[1] // max(1, len(taps))
-        if padded != E:
-            features = features.unflatten(1, (-1, padded))[:, :, :E].flatten(1)
-        later = self._later(normed, model.vocabulary, heads) if heads else None
-        return features, CpuLogits(logits, best, values, sums, later)
+        features, normed, projected = last.run(window, cache)
+        if heads:
+            projected = projected._replace(heads=self._later(normed, model.vocabulary, heads))
+        return features, projected
+
+    def side_by_side(self, parts: list[Tensor]) -> Tensor:
+        return joined(parts, axis=1)
 
     def pair_layer(
         self,
@@ -264,7 +255,7 @@ class CpuOps(Ops):
         key = ("pairs", id(w), id(embedding), cache.k[index].data_ptr())
         unit = self._units.get(key, lambda: pair_unit(w, embedding, hidden.shape[1], cache, index))
         runs = unit.run_windows(hidden, tokens, cache.lengths, cache.page_table, rows)
-        return joined([unit.results(count)[0].clone() for count in runs])
+        return unit.copies(runs)[0]
 
     def draft_chain(
         self, w: Any, embedding: Weights, cache: KVCache, pairs: Any, step: Any, count: int
@@ -331,10 +322,10 @@ class CpuOps(Ops):
         unit = self._units.get(key, lambda: project_unit(vocabulary, norm))
         made, splits = [], x.split(MAX_ROWS)
         for rows in splits:
-            unit.inputs[0][: len(rows)].copy_(rows)
+            unit.inputs[0][: len(rows)] = rows.numpy()
             unit.program.run(len(rows))
             found = unit.results(len(rows))
-            made.append(found if len(splits) == 1 else tuple(part.clone() for part in found))
+            made.append(found if len(splits) == 1 else tuple(map(copied, found)))
         normed, logits, best, values, sums = (joined(column) for column in zip(*made, strict=True))
         return normed, CpuLogits(logits, best, values, sums, None)
 

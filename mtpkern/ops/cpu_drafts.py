@@ -86,6 +86,7 @@ class ChainUnit:
             kernels(), threads, max_rows=MAX_ROWS, max_batch=MAX_ROWS, drafts=drafts
         )
         program.keep(w, embedding)
+        self._page_table: Tensor | None = None
         self.features = features = new_rows(program, width)
         hidden = features
         if w.input_norm is not None:
@@ -113,12 +114,13 @@ class ChainUnit:
         program = self.program
         batch, rows = pairs.features.shape[:2]
         program.lengths[:batch] = pairs.begin.numpy()
-        program.following[:batch] = step.lengths.numpy()
-        program.page_table = step.page_table.numpy()
+        if step.page_table is not self._page_table:
+            self._page_table, program.page_table = step.page_table, step.page_table.numpy()
         given = self.features[: batch * rows]
         given.reshape(batch, rows, -1)[:] = pairs.features.numpy()
         program.ids[: batch * rows] = pairs.tokens.numpy().reshape(-1)
-        drafted = program.run_chain(rows, pairs.last.numpy(), count, step.min_probability)
+        last, following = pairs.last.tolist(), step.lengths.tolist()
+        drafted = program.run_chain(rows, last, following, count, step.min_probability)
         tokens, probabilities = program.tokens[:count], program.probabilities[:count]
         tokens[drafted:], probabilities[drafted:] = tokens[drafted - 1], probabilities[drafted - 1]
         made = [torch.from_numpy(part[:, :batch].T.copy()) for part in (tokens, probabilities)]

@@ -6,7 +6,7 @@ It holds MAX_ROWS rows; more rows take several runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -62,9 +62,10 @@ class Unit:
         `Program.project` returns."""
         program.keep(*kept)
         self.program = program
-        self.inputs, self.outputs = (tuple(map(torch.from_numpy, a)) for a in (inputs, outputs))
+        self.inputs, self.outputs = tuple(inputs), tuple(map(torch.from_numpy, outputs))
         self.best = None if best is None else torch.from_numpy(best)
         self._results: dict[int, tuple[Tensor, ...]] = {}
+        self._window: Tensor | None = None
         self._lengths: Tensor | None = None
         self._page_table: Tensor | None = None
 
@@ -79,6 +80,11 @@ class Unit:
             self._results[rows] = tuple(views)
         return self._results[rows]
 
+    def copies(self, runs: Iterable[int]) -> list[Tensor]:
+        """The results of runs of so many rows each, copied after each run and joined."""
+        made = [list(map(copied, self.results(count))) for count in runs]
+        return [joined(column) for column in zip(*made, strict=True)]
+
     def run_rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run x [R, K], any R, added to `residual` [R, N] -> a copy of the first output [R, N]."""
         made = []
@@ -87,11 +93,11 @@ class Unit:
             count = len(rows)
             if count:
                 # Gates are padded to whole lanes, so that x may have more columns than w.
-                self.inputs[0][:count].copy_(rows[:, : self.inputs[0].shape[1]])
+                self.inputs[0][:count] = rows.numpy()[:, : self.inputs[0].shape[1]]
                 if residual is not None:
-                    self.inputs[1][:count].copy_(residual[begin : begin + count])
+                    self.inputs[1][:count] = residual[begin : begin + count].numpy()
                 self.program.run(count)
-            made.append(self.results(count)[0].clone())
+            made.append(copied(self.results(count)[0]))
         return joined(made)
 
     def run_windows(
@@ -102,34 +108,31 @@ class Unit:
         for b, count, t, rows in parts(len(lengths), T):
             begin, total = b * T + t, count * rows
             if x is not None:
-                self.inputs[0][:total].copy_(x[begin : begin + total])
+                self.inputs[0][:total] = x[begin : begin + total].numpy()
             some = None if ids is None else ids[begin : begin + total]
             self._run_part(some, lengths[b : b + count] + t, page_table[b:], rows)
             yield total
 
-    def run_window(self, ids: Tensor, lengths: Tensor, page_table: Tensor, T: int) -> None:
-        """Run T rows of each sequence, ids [B * T], all of which the program holds."""
-        self._run_part(ids, lengths, page_table, T)
+    def run_window(self, window: Tensor, lengths: Tensor, page_table: Tensor) -> None:
+        """Run window [B, T] of ids, all rows of which the program holds."""
+        batch, rows = window.shape
+        if window is not self._window:
+            self._window, self._given = window, window.numpy()
+            self._ids = self.program.ids[: batch * rows].reshape(batch, rows)
+        self._ids[:] = self._given
+        self._run_part(None, lengths, page_table, rows)
 
     def _run_part(self, ids: Tensor | None, lengths: Tensor, page_table: Tensor, rows: int) -> None:
-        program, batch = self.program, len(lengths)
+        program = self.program
         if lengths is not self._lengths:
             self._lengths, self._numbers = lengths, lengths.numpy()
         if page_table is not self._page_table:
             self._page_table, program.page_table = page_table, page_table.numpy()
+        batch = len(self._numbers)
         program.lengths[:batch] = self._numbers
         if ids is not None:
             program.ids[: batch * rows] = ids.numpy()
         program.run(rows, batch)
-
-
-class Forward(NamedTuple):
-    """A unit for `CpuOps.forward` and its arguments."""
-
-    model: Llama
-    k: Tensor
-    taps: Sequence[int]
-    unit: Unit
 
 
 class Units:
@@ -182,8 +185,16 @@ def parts(batch: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
         yield b, min(most, batch - b), 0, rows
 
 
-def joined(made: Sequence[Tensor]) -> Tensor:
-    return made[0] if len(made) == 1 else torch.cat(list(made))
+def copied(rows: Tensor) -> Tensor:
+    """A copy, made by NumPy as all copies here: a large one by torch would wake its own threads,
+    which then spin beside the kernels' for some milliseconds."""
+    return torch.from_numpy(rows.numpy().copy())
+
+
+def joined(made: Sequence[Tensor], axis: int = 0) -> Tensor:
+    if len(made) == 1:
+        return made[0]
+    return torch.from_numpy(np.concatenate([part.numpy() for part in made], axis))
 
 
 def quants_of(w: Tensor | Quants) -> Quants:

@@ -1,28 +1,33 @@
-"""A step on a CPU after its last matmul: logits, acceptance and n-gram drafts."""
+"""A step on a CPU: the trunk's results, logits, acceptance and n-gram drafts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from operator import is_not
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtpkern.kernels.advance import Progress
-from mtpkern.kernels.cpu._layout import END_WORDS, NGRAM_WORDS, TOKENS
+from mtpkern.kernels.cpu._layout import ACCEPTED, END_WORDS, LOGPROBS, NGRAM_WORDS, TOKENS
 from mtpkern.kernels.sample import GREEDY, SamplingRows, gumbel_sample
 from mtpkern.ops.base import Withheld, positions_of
-from mtpkern.ops.cpu_programs import kernels
+from mtpkern.ops.cpu_programs import MAX_ROWS, Unit, kernels
+
+if TYPE_CHECKING:
+    from mtpkern.cache import KVCache
+    from mtpkern.model import Llama
 
 
 class CpuLogits(NamedTuple):
     """`Projected` of R = B * T rows; overwritten by the next projection."""
 
     logits: Tensor  # [R, V] float32
-    best: Tensor  # [R] int64, the most likely token of each row
-    values: Tensor  # [R] float32, its logit
+    best: Tensor  # [R] or [B, T] int64, the most likely token of each row
+    values: Tensor  # of the same shape, float32, its logit
     logsumexp: Tensor  # [R] float32
     heads: Callable[[Tensor], Tensor] | None  # rows [B] -> logits [B, H, V] of the parallel heads
 
@@ -34,14 +39,14 @@ class CpuLogits(NamedTuple):
         withheld: Withheld | None = None,
     ) -> Tensor:
         if withheld is None and is_greedy(sampling):
-            return self.best.view(shape)
+            return viewed(self.best, shape)
         own, positions = self.logits.view(*shape, -1), positions_of(lengths, shape[1])
         if withheld is not None:
             own = withheld.mask(own, positions)
         return gumbel_sample(own, positions, sampling)
 
     def largest(self, shape: tuple[int, int]) -> Tensor:
-        return self.values.view(shape)
+        return viewed(self.values, shape)
 
     def drafts(
         self, accepted: Tensor, count: int, lengths: Tensor, sampling: SamplingRows
@@ -56,8 +61,47 @@ class CpuLogits(NamedTuple):
         return chosen.view(target.shape)
 
 
+class Forward:
+    """A unit of `forward_unit` and what it is for. Views of its results are kept by their shape."""
+
+    def __init__(self, model: Llama, k: Tensor, taps: Sequence[int], unit: Unit):
+        """`k` are the keys of the cache."""
+        self.model, self.k, self.taps, self.unit = model, k, taps, unit
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, CpuLogits]] = {}
+
+    def run(self, window: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, CpuLogits]:
+        """Run window [B, T] -> features [B, T, n*E], normed rows [B * T, E], and logits."""
+        (batch, T), where = window.shape, (cache.lengths, cache.page_table)
+        if batch * T <= MAX_ROWS:
+            self.unit.run_window(window, *where)
+            if (batch, T) not in self._views:
+                self._views[batch, T] = self._shaped(self.unit.results(batch * T), batch, T)
+            features, normed, logits = self._views[batch, T]
+        else:
+            runs = self.unit.run_windows(None, window.reshape(-1), *where, T)
+            features, normed, logits = self._shaped(self.unit.copies(runs), batch, T)
+        if features.dim() == 4:
+            features = features.flatten(2)
+        return features, normed, logits
+
+    def _shaped(
+        self, results: Sequence[Tensor], batch: int, T: int
+    ) -> tuple[Tensor, Tensor, CpuLogits]:
+        """Views as `run` returns them, but of features [B, T, n, E] where E is padded."""
+        features, normed, logits, best, values, sums = results
+        features = features.view(batch, T, max(1, len(self.taps)), -1)[..., : normed.shape[1]]
+        if features.is_contiguous():
+            features = features.flatten(2)
+        best, values = best.view(batch, T), values.view(batch, T)
+        return features, normed, CpuLogits(logits, best, values, sums, None)
+
+
 class StepEnd:
-    """`advance` and `ngram`, compiled: see kernels/cpu/_step_end.py."""
+    """`advance` and `ngram`, compiled: see kernels/cpu/_step_end.py.
+
+    Their results are overwritten by the next call. Addresses of tensors that are those of the call
+    before are not looked up again.
+    """
 
     def __init__(self) -> None:
         self._kernels = kernels()
@@ -66,6 +110,7 @@ class StepEnd:
         )
         self._at, self._ngram_at = self._words.ctypes.data, self._ngram_words.ctypes.data
         self._progress: Progress | None = None
+        self._rows: tuple[Tensor, ...] = ()
         # Of the last search: its arguments, and what it read and wrote.
         self._searched: tuple[Tensor, Tensor, int, int] | None = None
 
@@ -86,7 +131,6 @@ class StepEnd:
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
         batch, rows = window.shape
-        accepted, count = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
         words = self._words
         if self._progress is not progress:
             self._progress = progress
@@ -98,17 +142,21 @@ class StepEnd:
                 *(p.source.data_ptr(), p.drafted.data_ptr(), p.clock.data_ptr()),
                 *(p.ring.data_ptr(), p.ring.shape[0], p.ring.stride(0), p.ring.stride(1)),
             ]
+            self._counts = (torch.empty_like(p.lengths), torch.empty_like(p.lengths))
+            words[ACCEPTED:TOKENS] = [counts.data_ptr() for counts in self._counts]
+        given = (window, target, largest)
+        if any(map(is_not, given, self._rows)) or not self._rows:
+            self._rows = given
+            words[:LOGPROBS] = [
+                *(window.data_ptr(), window.stride(0)),
+                *(target.data_ptr(), *target.stride()),
+                *(largest.data_ptr(), *largest.stride()),
+            ]
         if logprobs is not None:
             logprobs = logprobs.contiguous()
-        words[:TOKENS] = [
-            *(window.data_ptr(), window.stride(0)),
-            *(target.data_ptr(), *target.stride()),
-            *(largest.data_ptr(), *largest.stride()),
-            0 if logprobs is None else logprobs.data_ptr(),
-            *(accepted.data_ptr(), count.data_ptr()),
-        ]
+        words[LOGPROBS] = 0 if logprobs is None else logprobs.data_ptr()
         self._advance(self._at, batch, rows)
-        return accepted, count
+        return self._counts
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int
@@ -121,17 +169,19 @@ class StepEnd:
             or (drafts, size) != last[2:]
         ):
             self._searched = (tokens, lengths, drafts, size)
-            batch = len(tokens)
-            self._lengths, self._known = lengths.numpy(), np.zeros(batch, np.int64)
+            self._batch = batch = len(tokens)
             self._copied = torch.empty(batch, drafts, dtype=torch.int64)
             self._found = torch.empty(batch, dtype=torch.bool)
             self._ngram_words[:] = [
-                *(tokens.data_ptr(), tokens.stride(0), self._known.ctypes.data, size),
+                *(tokens.data_ptr(), tokens.stride(0), lengths.data_ptr(), size),
                 *(self._copied.data_ptr(), self._found.data_ptr()),
             ]
-        np.add(self._lengths, 1, out=self._known)
-        matches = self._ngram(self._ngram_at, len(self._known), drafts)
+        matches = self._ngram(self._ngram_at, self._batch, drafts)
         return self._copied, self._found if matches else None
+
+
+def viewed(rows: Tensor, shape: tuple[int, int]) -> Tensor:
+    return rows if rows.shape == shape else rows.view(shape)
 
 
 def is_greedy(sampling: SamplingRows) -> bool:

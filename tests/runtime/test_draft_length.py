@@ -267,6 +267,30 @@ def test_drafts_that_never_pay_need_few_choices(batch: int) -> None:
     assert machine.choices <= 25  # of 100 steps, and each of three sequences often has a match
 
 
+def test_heads_that_cannot_pay_are_neither_given_prompts_nor_steps() -> None:
+    machine = Machine(1.0, 0.1, rate=1.0, batch=3)
+    chooser = machine.loaded()
+    assert not chooser.heads_may_pay()  # a draft costs 0.75 steps
+    machine.run(chooser, 200)
+    assert not chooser.drafting and HEADS not in chooser.rest() and not chooser.use_heads()
+    chooser.begin(1)
+    assert chooser.heads_may_pay()
+    cheap = Machine(0.1, 0.1).loaded()
+    assert cheap.heads_may_pay() and FixedDraftLength(4).heads_may_pay()
+    cheap.begin(1, heads=False)
+    assert not cheap.heads_may_pay()
+
+
+def test_a_copy_is_tried_only_where_it_could_pay() -> None:
+    """One sequence of three has a match: even if all of it stood, verifying it costs more."""
+    chooser = Machine(0.3, 0.1, batch=3).loaded()
+    nothing, match = Proposal(NONE, ()), Proposal(NGRAM, (1.0,) * 4)
+    chooser.trust[NGRAM] = [0.0] * 4
+    chooser._weight[NGRAM] = [50.0] * 4
+    assert chooser.choose([match, nothing, nothing]) == 0
+    assert chooser.choose([match] * 3) > 0
+
+
 def test_without_heads_or_copies_steps_are_searched_and_not_chosen() -> None:
     machine = Machine(0.1, 0.1)
     chooser = machine.loaded()

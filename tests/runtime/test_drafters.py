@@ -302,6 +302,29 @@ def test_resting_steps_are_neither_chosen_nor_observed(
     assert calls == {"rest": rests, "observe_rest": rests}
 
 
+def test_heads_that_cannot_pay_are_not_given_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kept prefixes too: where they may pay again, they are given what they lack."""
+    trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, max_length=256, prefix_caching=True)
+    params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True)
+    given: list[int] = []
+    prefill = MtpDrafter.prefill
+
+    def counted(self: MtpDrafter, sequence: int, features: Tensor, tokens: Tensor) -> None:
+        given.append(len(tokens))
+        prefill(self, sequence, features, tokens)
+
+    monkeypatch.setattr(MtpDrafter, "prefill", counted)
+    (plain,) = llm.generate([PROMPT], params, speculate=False)
+    for may_pay in (False, True):
+        monkeypatch.setattr(DraftLength, "_could_pay", lambda self, may_pay=may_pay: may_pay)
+        (drafted,) = llm.generate([PROMPT], params)
+        assert drafted.token_ids == plain.token_ids and drafted.logprobs == plain.logprobs
+        assert sum(given) == (len(PROMPT) - 2 if may_pay else 0)
+
+
 def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:
     """The head runs as many rows of each sequence as of the one with the most pending pairs."""
     trunk = tiny_checkpoint(tmp_path / "trunk")

@@ -2,11 +2,18 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_checkpoint
+from head_files import write_mtp
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpkern import threads
+from mtpkern.config import SamplingParams
+from mtpkern.engine import LLM
 from mtpkern.errors import UserError
 from mtpkern.threads import physical_cores, use_threads
 
@@ -56,3 +63,24 @@ def test_threads_are_what_was_asked_for_and_else_no_more_than_cores(machine: Pat
     assert use_threads(None) == torch.get_num_threads() == 4
     with pytest.raises(UserError, match=r"threads must be an integer in 1\.\.1024, got 0"):
         use_threads(0)
+
+
+def test_a_prompt_wakes_none_of_torch_s_threads(tmp_path: Path) -> None:
+    """They would spin beside the kernels' for milliseconds: no operation of torch is large."""
+    trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, max_length=512)
+    large: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            computed = isinstance(out, Tensor) and not func.is_view
+            if computed and "empty" not in func.name() and out.numel() >= 128 * 48:
+                large.append(func.name())
+            return out
+
+    with Watch():
+        llm.generate([[5 + i % 50 for i in range(300)]], SamplingParams(max_tokens=2))
+    assert not large  # of 128 rows, a chunk of the prompt
