@@ -114,7 +114,8 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     members = {c: [case for case in cases if case.category == c] for c in categories}
     rows = [row(category, chosen, args.k) for category, chosen in members.items()]
     report |= {"rows": rows, "overall": row("overall", cases, args.k)}
-    report["environment"]["load_after"] = load()
+    if not on_gpu:
+        report["environment"]["load_after"] = load()
     print_report(report)
     return finish(report, 0)
 
@@ -312,12 +313,19 @@ def print_report(report: dict[str, Any]) -> None:
             line += f", accepted by position {rates}"
         print(line)
     if peers := report.get("peers"):
+        rates = {
+            name.removesuffix("_tokens_per_second").replace("_", " "): value
+            for name, value in peers.items()
+            if name.startswith("transformers")
+        }
+        theirs = ", ".join(f"{name} {value:.1f} tok/s" for name, value in rates.items())
         print(
-            f"transformers: {peers['transformers_tokens_per_second']:.1f} tok/s, plain decoding "
-            f"here {peers['plain_tokens_per_second']:.1f}: {peers['ratio']:.2f} times as fast"
+            f"{theirs}; plain decoding here {peers['plain_tokens_per_second']:.1f}: "
+            f"{peers['ratio']:.2f} times as fast"
         )
     facts = report["environment"]
-    print(f"load before {averages(facts['load'])}, after {averages(facts['load_after'])}")
+    if "load" in facts:  # of the CPU
+        print(f"load before {averages(facts['load'])}, after {averages(facts['load_after'])}")
 
 
 if __name__ == "__main__":
