@@ -153,6 +153,42 @@ def test_ctrl_c_before_the_first_token_forgets_the_message(chat, model, monkeypa
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class PressesCtrlC(io.StringIO):
+    """A terminal's stderr, on which Ctrl-C is pressed whenever more than a prompt is printed."""
+
+    def write(self, text: str) -> int:
+        if text not in ("", "> "):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_ctrl_c_that_comes_late_does_not_end_the_conversation(
+    model, tmp_path, monkeypatch, capsys
+):
+    """Whatever it was meant for: a line, an answer, a command."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    typed = iter([KeyboardInterrupt, "/bad", "the fox", "/stats", KeyboardInterrupt, "the dog"])
+
+    def read(prompt: str = "") -> str:
+        line = next(typed, EOFError)
+        if isinstance(line, str):
+            return line
+        if line is KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", PressesCtrlC())
+    code = main(["chat", "--model", str(model), *SAMPLED, "--quiet"])
+    assert (code, capsys.readouterr().out) == (0, answers(model, "the fox", "the dog"))
+    shown = sys.stderr.getvalue()
+    for words in ("(Ctrl-D or /exit leaves)", "no such command: /bad", "1 turn, "):
+        assert words in shown
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def _take_terminal() -> None:
     """Make standard input the process's own terminal, whose Ctrl-C interrupts it."""
     import fcntl
