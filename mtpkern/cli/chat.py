@@ -99,7 +99,7 @@ class Conversation:
     def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None, ctrl_c: "_CtrlC"):
         self.llm, self.params, self.system, self.ctrl_c = llm, params, system, ctrl_c
         self.messages: list[dict[str, str]] = []
-        self.stats: Stats | None = None
+        self.stats: Stats | None = None  # of the last answer, unless it was stopped
 
     def take_turn(self, text: str, status: Status) -> None:
         """Answer a message, and print the answer as it comes.
@@ -120,6 +120,7 @@ class Conversation:
         if answer:
             self.messages += [message, {"role": "assistant", "content": "".join(answer)}]
         if last is None or last.completion is None:
+            self.stats = None
             print("[stopped]" if answer else "[stopped before it began]", file=sys.stderr)
             return
         self.stats = last.completion.stats
@@ -147,14 +148,15 @@ class Conversation:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def _describe(self) -> str:
-        if self.stats is None:
+        if self.stats is None and not self.messages:
             return "nothing was answered yet"
         used = len(self.llm.encode([*self._opening(), *self.messages])) if self.messages else 0
         context = (
             f"{counted(len(self.messages) // 2, 'turn')}, {used} of {self.llm.max_length} tokens; "
             f"loaded in {self.llm.load_seconds:.1f} s"
         )
-        return f"{summary(self.stats)}\n{wrapped(context, sys.stderr, indent=2)}"
+        last = "the last answer was stopped" if self.stats is None else summary(self.stats)
+        return f"{last}\n{wrapped(context, sys.stderr, indent=2)}"
 
 
 class _CtrlC:

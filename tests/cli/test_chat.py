@@ -132,9 +132,10 @@ def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_printed(chat, model, mo
         messages.append({"role": "assistant", "content": said})
         expected += said + "\n"
     monkeypatch.setattr(LLM, "stream", interrupted)
-    code, out, err = chat("the fox\nthe dog\n")
+    code, out, err = chat("the fox\nthe dog\n/stats\n")
     assert (code, out) == (0, expected)
-    assert err.splitlines() == ["[stopped]"] * 2
+    assert err.splitlines()[:-1] == ["[stopped]"] * 2 + ["the last answer was stopped"]
+    assert err.splitlines()[-1].startswith("2 turns, ")
 
 
 def test_ctrl_c_before_the_first_token_forgets_the_message(chat, model, monkeypatch):
