@@ -4,8 +4,8 @@ Only what certainly cannot work is refused: the least that the weights take is c
 that the process could still get, including swap and the file cache.
 """
 
+import errno
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,13 +63,16 @@ def check_fit(
 
 @contextmanager
 def refusals_named(what: str, advice: str) -> Iterator[None]:
-    """Turn a refused allocation, torch's or numpy's, into OutOfMemory."""
+    """Turn a refused allocation, of memory or of a mapping of a file, into OutOfMemory."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else "MemoryError"
-        refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not refused and not re.search("allocate|overflow", line):
+    except (MemoryError, RuntimeError, OSError) as error:
+        line = (str(error).strip() or "MemoryError").splitlines()[0]
+        if isinstance(error, OSError):
+            refused = error.errno == errno.ENOMEM
+        else:
+            refused = isinstance(error, MemoryError) or "allocate" in line or "overflow" in line
+        if not refused:
             raise
         raise OutOfMemory(f"no memory for {what} ({printable(line)}): {advice}") from None
 

@@ -1,5 +1,6 @@
 """A model that cannot fit into memory is refused before anything of it is read."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -161,6 +162,7 @@ def test_a_gpu_has_room_for_the_cache_too(monkeypatch: pytest.MonkeyPatch) -> No
     "error",
     [
         MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate"),
     ],
