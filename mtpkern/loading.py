@@ -19,7 +19,7 @@ from mtpkern.drafters.load import OpenHeads, open_heads
 from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
 from mtpkern.errors import UserError, counted
 from mtpkern.kernels.cpu.quants import GROUP, Quants
-from mtpkern.memory import check_fit, refusals_named, weight_bytes
+from mtpkern.memory import check_fit, explain_out_of_memory, weight_bytes
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.runner import Runner, capacity
@@ -143,7 +143,7 @@ class RunnerPlan:
                 lower=lower,
                 smaller=_smaller(size, config, ops),
             )
-        with refusals_named(
+        with explain_out_of_memory(
             f"a cache of max_batch={max_batch} sequences of max_length={max_length}",
             f"lower {lower}",
         ):
@@ -156,7 +156,7 @@ class RunnerPlan:
         self, *, ends: int, synthetic_acceptance: Sequence[float] | None, status: Status
     ) -> Runner:
         """Load the weights; `ends` is the most end tokens of a sequence."""
-        with refusals_named("the model", "lower max_length, or take a smaller model"):
+        with explain_out_of_memory("the model", "lower max_length, or take a smaller model"):
             return self._load(ends, synthetic_acceptance, status)
 
     def _load(

@@ -62,7 +62,7 @@ def check_fit(
 
 
 @contextmanager
-def refusals_named(what: str, advice: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
     """Turn a refused allocation, of memory or of a mapping of a file, into OutOfMemory."""
     try:
         yield

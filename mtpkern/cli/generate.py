@@ -174,7 +174,7 @@ class _Prompt:
     prompt: "str | list[int] | list[dict[str, str]]"
 
     def __init__(self, text: str, args: argparse.Namespace):
-        """What is wrong whatever the model is, raises UsageError here."""
+        """Raises UsageError for mistakes that do not depend on the model."""
         self.args, self.text = args, text
         chat_options = {
             "--system": args.system,
