@@ -97,12 +97,11 @@ def weight_bytes(
         if not packed:
             total += math.prod(shape) * dtype.itemsize
         elif len(shape) == 2:
-            if not quantised:
-                kind = _FORMATS[dtype]
-            elif format is None:
-                kind = kept_format(entries[name].dtype)
+            given = vocabulary_format(format) if name in (EMBEDDING, LM_HEAD) else format
+            if quantised:
+                kind = given or kept_format(entries[name].dtype)
             else:
-                kind = vocabulary_format(format) if name in (EMBEDDING, LM_HEAD) else format
+                kind = _FORMATS[dtype]
             total += packed_bytes(kind, *shape)
     return total
 
