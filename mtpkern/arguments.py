@@ -57,6 +57,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self._positionals.title = "arguments"
+        # argparse would say "invalid int value", with the type's name in Python.
+        self.register("type", int, integer)
+        self.register("type", float, number)
         status.add_options(self)
         # A subcommand's parser replaces the command's: it is the one whose flags messages name.
         self.set_defaults(parser=self)
@@ -166,23 +169,39 @@ def as_flags(message: str, parser: argparse.ArgumentParser) -> str:
     return message
 
 
+def integer(text: str) -> int:
+    """A type for argparse: an integer. `Parser` uses it for `int`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {printable(text)!r}") from None
+
+
+def number(text: str) -> float:
+    """A type for argparse: a number. `Parser` uses it for `float`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {printable(text)!r}") from None
+
+
 def at_least(least: Number) -> Callable[[str], Number]:
     """A type for argparse: a finite number of the same type as `least`, and no smaller."""
     kind = type(least)
+    convert = integer if kind is int else number
 
     def parse(text: str) -> Number:
-        value = kind(text)
+        value = kind(convert(text))
         if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
     return parse
 
 
 def above_zero(text: str) -> float:
     """A type for argparse: a finite number above zero."""
-    value = float(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value

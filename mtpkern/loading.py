@@ -1,6 +1,7 @@
 """What LLM loads: tokenizer, trunk, drafter and cache, and the defaults that depend on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,14 +10,16 @@ from mtpkern.cache import KVCache
 from mtpkern.checkpoints.directory import is_gguf
 from mtpkern.checkpoints.llama import check_checkpoint
 from mtpkern.checkpoints.quantised import ROUNDED_FORMATS
+from mtpkern.checkpoints.resolve import model_name
 from mtpkern.checkpoints.tokenizer_files import has_tokenizer
 from mtpkern.config import ModelConfig, dtype_name, resolve_dtype
 from mtpkern.device import settings_for
 from mtpkern.drafters.base import Drafter, NoDrafter
 from mtpkern.drafters.load import OpenHeads, open_heads
 from mtpkern.drafters.ngram import CompanionDrafter, NgramDrafter
-from mtpkern.errors import UserError, counted, printable
-from mtpkern.kernels.cpu.quants import Quants
+from mtpkern.errors import UserError, counted
+from mtpkern.kernels.cpu.quants import GROUP, Quants
+from mtpkern.memory import check_fit, explain_out_of_memory, weight_bytes
 from mtpkern.model import Llama
 from mtpkern.ops.base import Ops
 from mtpkern.runner import Runner, capacity
@@ -124,29 +127,41 @@ class RunnerPlan:
         self.weights = weights if keep_format else None
         if keep_format and (weights != "auto" or is_gguf(entries)) and dtype == "auto":
             cache_dtype = torch.float16
-        try:
-            self.cache = _make_cache(
-                config,
-                ops,
-                self.k,
-                max_batch,
-                max_length,
-                cache_tokens,
-                dtype=cache_dtype,
-                device=device,
+        page_size, max_pages, pages = _count_pages(
+            capacity(max_length, self.k), max_batch, max_length, cache_tokens, device
+        )
+        lower = "max_length" if max_batch == 1 else "max_length, max_batch or cache_tokens"
+        head = ops.padded_dim(config.head_dim)
+        slots = (1 + pages) * page_size * config.num_layers * config.num_kv_heads
+        if ops.takes_quants or device.type == "cuda":
+            size = partial(weight_bytes, config, entries, packed=ops.takes_quants)
+            check_fit(
+                model_name(directory),
+                size(dtype=self.dtype, weights=self.weights),
+                device,
+                cache=2 * slots * head * cache_dtype.itemsize if device.type == "cuda" else 0,
+                lower=lower,
+                smaller=_smaller(size, config, ops),
             )
-        except (MemoryError, RuntimeError) as error:
-            raise UserError(
-                f"no memory for a cache of max_batch={max_batch} sequences of "
-                f"max_length={max_length} ({printable(str(error).splitlines()[0])}): "
-                "lower one of them, or cache_tokens"
-            ) from None
+        with explain_out_of_memory(
+            f"a cache of max_batch={max_batch} sequences of max_length={max_length}",
+            f"lower {lower}",
+        ):
+            self.cache = _make_cache(
+                config, ops, max_batch, pages, max_pages, page_size, cache_dtype, device
+            )
         self.layers = config.num_layers
 
     def load(
         self, *, ends: int, synthetic_acceptance: Sequence[float] | None, status: Status
     ) -> Runner:
         """Load the weights; `ends` is the most end tokens of a sequence."""
+        with explain_out_of_memory("the model", "lower max_length, or take a smaller model"):
+            return self._load(ends, synthetic_acceptance, status)
+
+    def _load(
+        self, ends: int, synthetic_acceptance: Sequence[float] | None, status: Status
+    ) -> Runner:
         ops, heads = self.ops, self.heads
         with status.phase("loading the model", self.layers, "layers") as phase:
             trunk = Llama.load(
@@ -196,19 +211,18 @@ def _resolve_k(k: int | None, *, has_drafter: bool) -> int:
     return k
 
 
-def _make_cache(
-    config: ModelConfig,
-    ops: Ops,
-    k: int,
-    max_batch: int,
-    max_length: int,
-    cache_tokens: int | None,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KVCache:
-    """A cache for max_batch sequences of max_length tokens, or for cache_tokens in all."""
-    most = capacity(max_length, k)
+def _smaller(size: Callable[..., int], config: ModelConfig, ops: Ops) -> dict[str, int]:
+    """Settings that make a model smaller, the finest first, and the bytes of its weights then."""
+    half = {"dtype=bfloat16": size(dtype=torch.bfloat16, weights=None)}
+    formats = ("q8_0", "q4_1") if ops.takes_quants and config.hidden_size % GROUP == 0 else ()
+    return half | {f"weights={name}": size(dtype=torch.bfloat16, weights=name) for name in formats}
+
+
+def _count_pages(
+    most: int, max_batch: int, max_length: int, cache_tokens: int | None, device: torch.device
+) -> tuple[int, int, int]:
+    """Slots of a page, pages of a sequence of `most` slots, and pages of the cache: for max_batch
+    sequences, or for cache_tokens in all."""
     page_size = settings_for(device).page_size or most
     max_pages = -(-most // page_size)
     pages = max_pages * max_batch
@@ -219,6 +233,20 @@ def _make_cache(
             f"cache_tokens must be at least {max_pages * page_size} to hold one sequence of "
             f"max_length={max_length}, got {cache_tokens}"
         )
+    return page_size, max_pages, pages
+
+
+def _make_cache(
+    config: ModelConfig,
+    ops: Ops,
+    max_batch: int,
+    pages: int,
+    max_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """A cache of `pages` pages, of which a sequence has `max_pages` at most."""
     inverse_frequencies, scaling = config.rope.inverse_frequencies(config.head_dim)
     return KVCache.empty(
         layers=config.num_layers,

@@ -28,6 +28,7 @@ EVERYTHING = STEP | {
     "nvtx_ranges",
     "threads",
     "device",
+    "memory",
     "prefill",
     "runner",
     "scheduler",
@@ -68,7 +69,8 @@ ARROWS: dict[str, set[str]] = {
     "prefill": {"cache", "decode", "device", "drafters", "model", "ops"},
     "runner": STEP | {"device", "prefill", "request", "ring"},
     "scheduler": {"cache", "drafters", "errors", "nvtx_ranges", "request", "runner"},
-    "loading": STEP | {"device", "runner"},
+    "memory": {"checkpoints", "config", "errors", "kernels"},
+    "loading": STEP | {"device", "memory", "runner"},
     "warmup": STEP | {"request", "runner"},
     "engine": STEP
     | {"device", "loading", "prompts", "request", "runner", "scheduler", "threads", "warmup"},

@@ -59,6 +59,11 @@ def block_bytes(format: str, groups: int) -> int:
     return -(-size * LANES // 64) * 64
 
 
+def packed_bytes(format: str, out_features: int, in_features: int) -> int:
+    """The size of a packed matrix without its bias."""
+    return -(-out_features // LANES) * block_bytes(format, -(-in_features // GROUP))
+
+
 def pack(w: Quants, bias: Tensor | None = None, order: Array | None = None) -> Weights:
     """Pack a matrix for the tile. `order` (`interleaved`, `padded_heads`) lists the outputs to
     pack, -1 for one of zeros."""

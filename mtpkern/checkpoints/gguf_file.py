@@ -118,7 +118,9 @@ def _read_header(file: Path, *, lists: bool) -> tuple[dict[str, Any], list[Tenso
         return _brief_header(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     except (struct.error, OverflowError):  # an offset beyond the end
         raise ModelLoadError(f"{printable(file)} is not a whole GGUF (it ends early)") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {printable(file)}: {reason(error, file)}") from None
+    except ValueError as error:
         raise ModelLoadError(
             f"{printable(file)} is not a whole GGUF ({reason(error, file)})"
         ) from None

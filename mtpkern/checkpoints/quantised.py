@@ -52,6 +52,11 @@ def vocabulary_format(format: str | None) -> str | None:
     return "q8_0" if format in ("q4_0", "q4_1") else format
 
 
+def kept_format(dtype: str) -> str:
+    """The format in which a tensor of a file is kept: with its own bits if there is a kernel."""
+    return _EXACT_FORMATS.get(dtype, _FALLBACK)
+
+
 class QuantReader:
     """Reads named matrices as quants, and logs each reason for rounding a GGUF's numbers once."""
 
@@ -82,7 +87,7 @@ class QuantReader:
     def _own_format(self, part: TensorEntry) -> str:
         if part.dtype not in _EXACT_FORMATS:
             self._log_once(f"{part.dtype} has no kernel: its tensors are rounded to {_FALLBACK}")
-        return _EXACT_FORMATS.get(part.dtype, _FALLBACK)
+        return kept_format(part.dtype)
 
     def _shared_format(self, parts: Sequence[TensorEntry]) -> str:
         formats = sorted({self._own_format(part) for part in parts})

@@ -6,13 +6,12 @@ import signal
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 from mtpkern.arguments import UsageError
 from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
-from mtpkern.errors import counted
+from mtpkern.errors import UserError, counted
 from mtpkern.status import Status, wrapped
 
 if TYPE_CHECKING:
@@ -54,32 +53,37 @@ def _chat(args: argparse.Namespace) -> int:
         raise UsageError("standard input is closed")
     with args.status.phase("starting"):  # importing torch takes a second or two
         from mtpkern.device import resolve_device
-        from mtpkern.errors import UserError
 
     params = sampling_params(args)
     _, ops = resolve_device(args.device)
     # On a CPU the cache is kept, so that a turn only runs what is new in it.
     llm = open_model(args, prefix_caching=ops.host_may_read, before_loading=_check_template)
-    conversation = Conversation(llm, params, args.system)
+    with _CtrlC().handled() as ctrl_c:
+        _converse(Conversation(llm, params, args.system, ctrl_c), args.status)
+    return 0
+
+
+def _converse(conversation: "Conversation", status: Status) -> None:
+    """Take turns until the user leaves, or the input ends."""
     terminal = sys.stdin.isatty()
     if terminal:
-        greeting = f"{llm.name}: /help lists the commands, Ctrl-D leaves"
+        greeting = f"{conversation.llm.name}: /help lists the commands, Ctrl-D leaves"
         print(wrapped(greeting, sys.stderr, indent=2), file=sys.stderr)
-    for line in _typed_lines() if terminal else _piped_lines():
+    read = _typed_lines if terminal else _piped_lines
+    for line in read(conversation.ctrl_c):
         if line.partition(" ")[0] == "/exit":
-            break
+            return
         try:
             if line.startswith("/"):
                 print(conversation.run_command(line), file=sys.stderr)
             elif line:
-                conversation.take_turn(line, args.status)
+                conversation.take_turn(line, status)
         except (UserError, UsageError) as error:
             if not terminal:
                 raise
             # Only a turn, which may not fit the context, is a UserError.
             hint = " (/reset starts over)" if isinstance(error, UserError) else ""
             print(wrapped(f"error: {error}{hint}", sys.stderr, indent=2), file=sys.stderr)
-    return 0
 
 
 def _check_template(llm: "LLM") -> None:
@@ -92,10 +96,10 @@ def _check_template(llm: "LLM") -> None:
 class Conversation:
     """The messages so far, and a model that answers them."""
 
-    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None):
-        self.llm, self.params, self.system = llm, params, system
+    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None, ctrl_c: "_CtrlC"):
+        self.llm, self.params, self.system, self.ctrl_c = llm, params, system, ctrl_c
         self.messages: list[dict[str, str]] = []
-        self.stats: Stats | None = None
+        self.stats: Stats | None = None  # of the last answer, unless it was stopped
 
     def take_turn(self, text: str, status: Status) -> None:
         """Answer a message, and print the answer as it comes.
@@ -107,14 +111,16 @@ class Conversation:
         answer: list[str] = []
         last = None
         try:
-            with _stoppable() as stop, closing(self._events(message)) as events:
-                until_stopped = _until(stop, events, answer)
+            # A second Ctrl-C does not wait for the current step.
+            with closing(self._events(message)) as events, self.ctrl_c.raising_at(2):
+                until_stopped = _until(self.ctrl_c, events, answer)
                 last = print_stream(with_progress(until_stopped, status, self.params.max_tokens))
-        except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for the current step
+        except KeyboardInterrupt:
             pass
         if answer:
             self.messages += [message, {"role": "assistant", "content": "".join(answer)}]
         if last is None or last.completion is None:
+            self.stats = None
             print("[stopped]" if answer else "[stopped before it began]", file=sys.stderr)
             return
         self.stats = last.completion.stats
@@ -142,66 +148,88 @@ class Conversation:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def _describe(self) -> str:
-        if self.stats is None:
+        if self.stats is None and not self.messages:
             return "nothing was answered yet"
         used = len(self.llm.encode([*self._opening(), *self.messages])) if self.messages else 0
         context = (
             f"{counted(len(self.messages) // 2, 'turn')}, {used} of {self.llm.max_length} tokens; "
             f"loaded in {self.llm.load_seconds:.1f} s"
         )
-        return f"{summary(self.stats)}\n{wrapped(context, sys.stderr, indent=2)}"
+        last = "the last answer was stopped" if self.stats is None else summary(self.stats)
+        return f"{last}\n{wrapped(context, sys.stderr, indent=2)}"
 
 
-def _until(stop: Flag, events: "Iterator[Event]", texts: list[str]) -> "Iterator[Event]":
-    """The same events until `stop` is set; their texts are added to `texts`."""
+class _CtrlC:
+    """Counts how often Ctrl-C is pressed in a conversation. `raising_at` says where it also raises
+    KeyboardInterrupt; elsewhere a press that comes late must not end the conversation."""
+
+    def __init__(self) -> None:
+        self.presses = self._raises_at = 0
+
+    @contextmanager
+    def handled(self) -> "Iterator[_CtrlC]":
+        """Handle SIGINT while the block runs."""
+        before = signal.signal(signal.SIGINT, self._press)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def raising_at(self, press: int) -> Iterator[None]:
+        """Raise KeyboardInterrupt at this press within the block, counted from 1: once at most."""
+        self.presses, self._raises_at = 0, press
+        try:
+            yield
+        finally:
+            self._raises_at = 0
+
+    def _press(self, *_: Any) -> None:
+        self.presses += 1
+        if self.presses == self._raises_at:
+            raise KeyboardInterrupt
+
+
+def _until(ctrl_c: _CtrlC, events: "Iterator[Event]", texts: list[str]) -> "Iterator[Event]":
+    """The same events until Ctrl-C is pressed; their texts are added to `texts`."""
     for event in events:
         texts.append(event.text)
         yield event
-        if stop.is_set():
+        if ctrl_c.presses:
             return
 
 
-@contextmanager
-def _stoppable() -> Iterator[Flag]:
-    """While the block runs, a first Ctrl-C sets the flag and a second one interrupts."""
-    stop = Flag()
-
-    def handle(*_: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _typed_lines() -> Iterator[str]:
+def _typed_lines(ctrl_c: _CtrlC) -> Iterator[str]:
     """Lines typed on a terminal, with editing and a history if Python has readline."""
     with _history():
         while True:
             try:
-                if sys.stdout.isatty():
-                    line = input("> ")
-                else:
-                    print("> ", end="", file=sys.stderr, flush=True)
-                    line = input()
+                with ctrl_c.raising_at(1):
+                    line = _type_line()
             except EOFError:
                 print(file=sys.stderr)
                 return
             except KeyboardInterrupt:
                 print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
-                continue
             except UnicodeDecodeError:
                 print("error: this line is not UTF-8 text", file=sys.stderr)
-                continue
-            yield line.strip()
+            else:
+                yield line.strip()
 
 
-def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin.buffer:
+def _type_line() -> str:
+    if sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
+
+
+def _piped_lines(ctrl_c: _CtrlC) -> Iterator[str]:
+    while True:
+        with ctrl_c.raising_at(1):
+            line = sys.stdin.buffer.readline()
+        if not line:
+            return
         try:
             yield line.decode("utf-8-sig").strip()
         except UnicodeDecodeError:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpkern.arguments import UsageError
+from mtpkern.arguments import UsageError, number
 from mtpkern.cli.display import print_cut, print_stream, summary, with_progress
 from mtpkern.cli.options import add_answer_options, open_model, sampling_params
 from mtpkern.errors import printable
@@ -131,7 +131,7 @@ def _rates(text: str) -> list[float]:
     """The numbers of R1,R2,..."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must be one rate or more: R1,R2,...")
-    return [float(rate) for rate in text.split(",")]
+    return [number(rate) for rate in text.split(",")]
 
 
 @contextmanager
@@ -174,7 +174,7 @@ class _Prompt:
     prompt: "str | list[int] | list[dict[str, str]]"
 
     def __init__(self, text: str, args: argparse.Namespace):
-        """What is wrong whatever the model is, raises UsageError here."""
+        """Raises UsageError for mistakes that do not depend on the model."""
         self.args, self.text = args, text
         chat_options = {
             "--system": args.system,
@@ -221,7 +221,7 @@ def _template_argument(text: str) -> tuple[str, Any]:
     """The name and the value of NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {printable(text)!r}")
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):

@@ -16,9 +16,6 @@ from mtpkern.status import SILENT, Status
 if TYPE_CHECKING:
     from mtpkern.config import ModelConfig
 
-# Memory that loading takes over the weights' own: they are packed one by one.
-_LOADING = 1.3
-
 
 def add_command(commands: Any) -> None:
     command = commands.add_parser(
@@ -102,26 +99,22 @@ def describe_steps(
 
     `step_bytes`: weight bytes per step; `bandwidth`: bytes read per second.
     """
-    from mtpkern.cli.machine import available_memory
     from mtpkern.engine import LLM
+    from mtpkern.memory import OutOfMemory
 
-    available = available_memory()
-    if available is not None and step_bytes * _LOADING > available:
-        yield (
-            "plain step",
-            f"not measured: the weights take {step_bytes / 1e9:.1f} GB, and "
-            f"{available / 1e9:.1f} GB of memory are free",
+    try:
+        llm = LLM(
+            directory,
+            heads="none",
+            device="cpu",
+            dtype=dtype,
+            max_batch=1,
+            max_length=64,
+            status=status,
         )
+    except OutOfMemory as error:
+        yield "plain step", f"not measured: {error}"
         return
-    llm = LLM(
-        directory,
-        heads="none",
-        device="cpu",
-        dtype=dtype,
-        max_batch=1,
-        max_length=64,
-        status=status,
-    )
     with status.phase("timing steps"):
         seconds = llm.time_steps()
     plain, rows = seconds[1], max(seconds)

@@ -1,4 +1,4 @@
-"""Facts about this machine: its CPU, its free memory, how fast it reads memory."""
+"""Facts about this machine: its CPU, how fast it reads memory."""
 
 import math
 import platform
@@ -39,16 +39,6 @@ def describe_bandwidth(bandwidth: float) -> str:
 def describe_threads() -> str:
     """The threads that torch computes with, in words."""
     return counted(torch.get_num_threads(), "thread")
-
-
-def available_memory() -> int | None:
-    """Bytes of free memory, or None if the system does not report them."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # only Linux has it
-        return None
-    (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(free) * 1024
 
 
 def cpu_model() -> str:

@@ -269,10 +269,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _counts(text: str) -> dict[str, int]:
-    counts = json.loads(text)
+    """The prompts per category of a JSON object."""
+    try:
+        counts = json.loads(text)
+    except (ValueError, RecursionError):
+        counts = None
     if not isinstance(counts, dict) or not counts.keys() <= COUNTS.keys():
         raise argparse.ArgumentTypeError(f"must be a JSON object of {', '.join(COUNTS)}")
-    return {category: int(count) for category, count in counts.items()}
+    for category, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise argparse.ArgumentTypeError(
+                f"{category} must be an integer of at least 0, got {count!r}"
+            )
+    return counts
 
 
 def _counted(items: Iterable[Item], phase: Phase) -> Iterator[Item]:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from mtpkern.cache import KVCache
-from mtpkern.checkpoints.llama import fingerprint, load_config
+from mtpkern.checkpoints.llama import check_checkpoint, fingerprint
+from mtpkern.checkpoints.resolve import model_name
 from mtpkern.config import resolve_dtype
 from mtpkern.device import compile_kernels, resolve_device
 from mtpkern.kernels.cpu.quants import Quants
+from mtpkern.memory import check_fit, weight_bytes
 from mtpkern.model import Llama
 from mtpkern.status import SILENT, Status
 from mtpkern.train.dataset import TOP
@@ -50,18 +52,22 @@ class Teacher:
         status: Status = SILENT,
     ):
         self.device, self.ops = resolve_device(device)
+        self.config, entries = check_checkpoint(directory)
+        config, dtype = self.config, resolve_dtype("auto", self.config)
+        weights = "auto" if self.ops.takes_quants else None
+        size = weight_bytes(config, entries, dtype=dtype, weights=weights, packed=weights == "auto")
+        check_fit(model_name(directory), size, self.device)
         self.fingerprint = fingerprint(directory)[:16]
-        self.config = config = load_config(directory)
         self.taps = tuple(sorted({*taps, config.num_layers}))
         self.capacity, self.slots = capacity, 0
         compile_kernels(self.ops, status)
         with torch.inference_mode(), status.phase("loading the model"):
             self.model = Llama.load(
                 directory,
-                dtype=resolve_dtype("auto", config),
+                dtype=dtype,
                 ops=self.ops,
                 device=self.device,
-                weights="auto" if self.ops.takes_quants else None,
+                weights=weights,
             )
         quantised = isinstance(self.model.lm_head, Quants)
         self._cache_dtype = torch.float16 if quantised else self.model.dtype

@@ -132,9 +132,10 @@ def test_ctrl_c_stops_the_answer_only_and_keeps_what_was_printed(chat, model, mo
         messages.append({"role": "assistant", "content": said})
         expected += said + "\n"
     monkeypatch.setattr(LLM, "stream", interrupted)
-    code, out, err = chat("the fox\nthe dog\n")
+    code, out, err = chat("the fox\nthe dog\n/stats\n")
     assert (code, out) == (0, expected)
-    assert err.splitlines() == ["[stopped]"] * 2
+    assert err.splitlines()[:-1] == ["[stopped]"] * 2 + ["the last answer was stopped"]
+    assert err.splitlines()[-1].startswith("2 turns, ")
 
 
 def test_ctrl_c_before_the_first_token_forgets_the_message(chat, model, monkeypatch):
@@ -150,6 +151,42 @@ def test_ctrl_c_before_the_first_token_forgets_the_message(chat, model, monkeypa
     code, out, err = chat("the fox\nthe dog\n")
     assert (code, out) == (0, answers(model, "the dog"))
     assert "[stopped before it began]" in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class PressesCtrlC(io.StringIO):
+    """A terminal's stderr, on which Ctrl-C is pressed whenever more than a prompt is printed."""
+
+    def write(self, text: str) -> int:
+        if text not in ("", "> "):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_ctrl_c_that_comes_late_does_not_end_the_conversation(
+    model, tmp_path, monkeypatch, capsys
+):
+    """Whatever it was meant for: a line, an answer, a command."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    typed = iter([KeyboardInterrupt, "/bad", "the fox", "/stats", KeyboardInterrupt, "the dog"])
+
+    def read(prompt: str = "") -> str:
+        line = next(typed, EOFError)
+        if isinstance(line, str):
+            return line
+        if line is KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", PressesCtrlC())
+    code = main(["chat", "--model", str(model), *SAMPLED, "--quiet"])
+    assert (code, capsys.readouterr().out) == (0, answers(model, "the fox", "the dog"))
+    shown = sys.stderr.getvalue()
+    for words in ("(Ctrl-D or /exit leaves)", "no such command: /bad", "1 turn, "):
+        assert words in shown
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -22,7 +22,7 @@ import torch
 from head_files import published_medusa, write_medusa
 from training import record_answers
 
-from mtpkern import cli
+from mtpkern import arguments, cli
 from mtpkern.cli.main import build_parser
 from mtpkern.tokenizer import Tokenizer
 from mtpkern.train import invent, joint, joint_model, prompts, record
@@ -303,6 +303,43 @@ def test_every_command_is_walked() -> None:
         build_parser().parse_args(["--help"])
     commands = next(a for a in build_parser()._actions if a.choices).choices
     assert set(commands) <= set(COMMANDS)
+
+
+# cli.main has one parser for all of its commands.
+MAINS = ["generate", *(n for n in COMMANDS if COMMANDS[n][0] not in (cli.main, _chat))]
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_value_of_the_wrong_type_is_named_in_words(
+    name: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not with the name of the Python function that converts it."""
+    parsers: list[arguments.Parser] = []
+    create = arguments.Parser.__init__
+
+    def record_parser(self: arguments.Parser, *a: Any, **b: Any) -> None:
+        create(self, *a, **b)
+        parsers.append(self)
+
+    monkeypatch.setattr(arguments.Parser, "__init__", record_parser)
+    main, given = COMMANDS[name]
+    monkeypatch.setitem(COMMANDS, name, (main, lambda f, out: [*given(f, out)[:2], "--help"]))
+    assert run(name) == (0, "")
+    typed = [
+        (parser, action)
+        for parser in parsers
+        for action in parser._actions
+        if action.type not in (None, Path) and action.option_strings
+    ]
+    wrong = ("x", "", "1,x", "{", "[1]", '{"rag": []}', "[" * 100_000)
+    for parser, action in typed:
+        for text in wrong:
+            with pytest.raises(arguments.UsageError) as raised:
+                parser.parse_known_args([f"{action.option_strings[-1]}={text}"])
+            message = str(raised.value)
+            assert message.startswith(f"argument {'/'.join(action.option_strings)}: ")
+            assert " must be " in message and "invalid" not in message and len(message) < 400
+    assert parsers
 
 
 @pytest.mark.slow

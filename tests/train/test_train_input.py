@@ -315,7 +315,7 @@ def test_prompts_are_objects_with_turns(tmp_path: Path):
         (["--round-prompts", "0"], "argument --round-prompts: must be 1 or more"),
         (["--slots", "0"], "argument --slots: must be 1 or more"),
         (["-K", "0"], "must be 1 or more, got 0"),
-        (["--steps", "x"], "invalid int value: 'x'"),
+        (["--steps", "x"], "argument --steps: must be an integer, got 'x'"),
         (["--lr", "nan"], "argument --lr: must be 0.0 or more, got nan"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
         (["--family", "ngram"], "argument --family: invalid choice"),
