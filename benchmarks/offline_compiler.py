@@ -72,6 +72,7 @@ def measure(binary: Any) -> dict[str, Any]:
     return {
         "symbol": binary.metadata.name,
         "binary": binary.hash,
+        "stages": binary.metadata.num_stages,
         "shared": binary.metadata.shared,
         **resources(binary.asm["cubin"]),
         **instructions(binary.asm["ptx"]),

@@ -187,7 +187,7 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
         # A buffer per stage, in the shared memory of one of two blocks on a multiprocessor, or of
         # the only one.
         blocks = ceil_div(H * N, block_n) * parts
-        kilobytes = 108 if blocks > FILL else 160
+        kilobytes = 108 if blocks > FILL else 128
         stages = kilobytes * 1024 // ((block_n + rows + tail) * depth)
     partial = torch.empty(parts, R, H * N, dtype=torch.float32, device=x.device)
     # Passes over the same tile of weights are adjacent blocks, so that they share it in the L2.

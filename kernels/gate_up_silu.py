@@ -43,7 +43,7 @@ def gate_up_silu_ref(
     return out
 
 
-@jit("F", "E")
+@jit("F", "E", "ROWS")
 def _gate_up_silu_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr,  # [R, E] normed, [2F, E] [2F] [R, F]
     R,

@@ -42,7 +42,7 @@ def linear_ref(
     return y.to(x.dtype)
 
 
-@jit("N", "K")
+@jit("N", "K", "ROWS")
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,  # [R, K] [N, K] [N] [R, N] [R, N]
     R,

@@ -41,7 +41,7 @@ def medusa_blocks_ref(normed: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return out.transpose(0, 1)
 
 
-@jit("HEADS", "E")
+@jit("HEADS", "E", "ROWS")
 def _medusa_blocks_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr,  # [HEADS, R, E] [HEADS, E, E] [HEADS, E] [HEADS, R, E]
     R,

@@ -246,7 +246,7 @@ def multi_head_projection(
         TILES=tier.tiles, TILE=TILE, BLOCK_E=depth // size,
         num_warps=tier.num_warps,
         # Without a limit, ptxas spills a little to fit a further block.
-        maxnreg=None if tier.wgmma else 200,
+        maxnreg=None if tier.wgmma else 240,
         num_stages=tier.stages,
         pdl=pdl,
     )  # fmt: skip

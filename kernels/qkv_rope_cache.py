@@ -59,7 +59,7 @@ def qkv_rope_cache_ref(
     return q.to(x.dtype)
 
 
-@jit("HEADS", "KV_HEADS", "D", "E")
+@jit("HEADS", "KV_HEADS", "D", "E", "ROWS")
 def _qkv_rope_cache_kernel(
     x_ptr, w_ptr, bias_ptr, q_ptr,  # [R, E] normed, [N, E] [N] [R, Hq, D]
     k_ptr, v_ptr,  # [pages, page_size, Hk, D]

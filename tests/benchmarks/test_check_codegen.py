@@ -213,7 +213,7 @@ def test_l2_requests_match_the_formula(
 
 
 def sound(codegen: Any) -> Any:
-    label = ("sm_90", "tiny", "linear", "down", 5, "linear", "mtpkern_linear_16", "f00")
+    label = ("sm_90", "tiny", "linear", "down", 5, "linear", "mtpkern_linear_16", "f00", 3)
     return codegen.Compiled(*label, 64, 0, 65536, 8, 0, {"mma.sync.m16n8k16": 8})
 
 
@@ -223,7 +223,7 @@ def sound(codegen: Any) -> Any:
         ({}, []),
         ({"stack": 8}, ["spills 8 bytes per thread"]),
         ({"registers": 250}, ["takes 250 registers, at most 168"]),
-        ({"shared": 102401}, ["takes 102401 bytes of shared memory, at most 102400"]),
+        ({"shared": 122881}, ["takes 122881 bytes of shared memory, at most 122880"]),
         ({"wide": 0}, ["has no 16-byte loads"]),
         ({"narrow": 50}, ["copies 50 % in less than 16 bytes at a time"]),
         ({"mma": {}}, ["multiplies with nothing"]),
@@ -379,7 +379,7 @@ def test_matmuls_in_float32_spill_nothing_in_any_tier(
         for _, binary, _, _ in launched
     }
     assert [facts for facts in measured.values() if facts["stack"]] == []
-    assert max(facts["shared"] for facts in measured.values()) <= codegen.MAX_SHARED
+    assert max(facts["shared"] for facts in measured.values()) <= codegen.FEW_ROWS
 
 
 @pytest.mark.parametrize(
@@ -390,21 +390,25 @@ def test_attention_spills_nothing_where_heads_or_elements_are_large(
 ) -> None:
     for binary in compiled_attention(D, dtype, 512):
         facts = codegen.measure(binary)
-        assert facts["stack"] == 0 and facts["shared"] <= codegen.MAX_SHARED
+        assert facts["stack"] == 0
+        assert facts["shared"] <= codegen.CEILINGS["verify_attention"].shared
 
 
 def test_attention_is_one_binary_for_all_contexts_batches_and_windows(
     compiled_attention: Callable[..., list[Any]],
 ) -> None:
+    """But for the loads in flight, of which splits of one granule have none."""
     sizes = [(columns, B, T) for columns in (1, 17, 4096) for B in (1, 3, 8) for T in (1, 5, 64)]
-    hashes = {
+    found = {
         tuple(
-            binary.hash for binary in compiled_attention(16, torch.bfloat16, columns, B, T, width)
+            (binary.metadata.num_stages, binary.hash)
+            for binary in compiled_attention(16, torch.bfloat16, columns, B, T, width)
         )
         for columns, B, T in sizes
         for width in {4096, columns}
     }
-    assert len(hashes) == 1
+    assert sorted(attention[0] for attention, _ in found) == [2, 5]
+    assert len({merge for _, merge in found}) == 1
 
 
 def test_the_merge_of_splits_has_no_barriers(
