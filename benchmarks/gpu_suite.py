@@ -138,7 +138,9 @@ def parts(on_gpu: bool, smoke: bool) -> list[Part]:
         kernels = script("bench_kernels.py", "--pdl", *shapes, "--repeat", "5")
         return [
             Part(
-                "compile", script("compile_ahead.py", *shapes, "--batch", "1", "--batch", "4"), 25
+                "compile",
+                script("compile_ahead.py", *shapes, "--batch", "1", "--batch", "2", "--batch", "4"),
+                25,
             ),
             Part("bits", script("check_bits.py", *model, "--tokens", "2000"), 25),
             Part("kernels", kernels, 20),

@@ -163,7 +163,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     from pretend_gpu import pretend_gpu
 
     tiny = ["--model", "tiny"]
-    batches = ["--batch", "1", "--batch", "4"]
+    batches = ["--batch", "1", "--batch", "2", "--batch", "4"]
     jobs = compile_ahead.jobs_of(compile_ahead.parser().parse_args([*tiny, *batches]))
     ahead: set[Any] = set()
     with pretend_gpu() as gpu:
