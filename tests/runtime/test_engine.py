@@ -504,5 +504,6 @@ def test_a_cache_that_does_not_fit_says_what_to_lower(tmp_path: Path, monkeypatc
         raise RuntimeError("not enough memory: you tried to allocate 99 bytes.\nMore")
 
     monkeypatch.setattr(KVCache, "empty", refuse)
-    with pytest.raises(UserError, match=r"max_batch=8 .* max_length=512 .*99 bytes.* lower one"):
+    said = r"max_batch=8 .* max_length=512 .*99 bytes.*lower max_length, max_batch or cache_tokens"
+    with pytest.raises(UserError, match=said):
         LLM(tiny_checkpoint(tmp_path))
