@@ -16,8 +16,8 @@ from torch import Tensor
 from ._launch import device, jit, power_of_two, tl, wait_for_producer
 from .window_slots import node_depth
 
-# Keys of a granule, which are multiplied at a time, and of one whose tile has more than KEY_BYTES
-# bytes a key or is of float32, which is multiplied in registers.
+# Keys of a granule, which are multiplied at a time; FEW_KEYS where a key has more than KEY_BYTES
+# bytes, and for float32, which is multiplied in registers.
 KEYS, FEW_KEYS = 128, 64
 KEY_BYTES = 256
 # Nodes of the tree that are merged into one.
