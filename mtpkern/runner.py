@@ -48,6 +48,7 @@ class Batch:
     k_chooser: KChooser
     logprobs: bool = False  # whether steps write log-probabilities
     withheld: Withheld | None = None  # for `min_tokens`; None in a run without
+    prompts_kept: bool = False  # whether later runs reuse its prompts, with the heads' caches
 
     def __post_init__(self) -> None:
         self.k = self.state.window.shape[1] - 1
@@ -137,6 +138,7 @@ class Runner:
         *,
         logprobs: bool = False,
         min_tokens: bool = False,
+        prompts_kept: bool = False,
     ) -> Batch:
         """The first `count` slots, all free, for a run of at most `k` drafts per step."""
         state = self.state.view(count, k)
@@ -145,7 +147,7 @@ class Runner:
         if min_tokens:
             tokens = torch.zeros(count, self.trunk.config.vocab_size, dtype=torch.bool)
             withheld = Withheld(tokens, torch.zeros(count, dtype=torch.int64))
-        return Batch(state, k_chooser, logprobs, withheld)
+        return Batch(state, k_chooser, logprobs, withheld, prompts_kept)
 
     def admit(self, batch: Batch, slot: int, request: Request) -> None:
         """Fill a slot with a request whose pages are set: run its prompt but for the last token,
@@ -153,7 +155,7 @@ class Runner:
         started = time.perf_counter()
         prompt = torch.tensor(request.prompt)
         self._write_slot(batch, slot, request, prompt)
-        use_heads = batch.k > 0 and batch.k_chooser.heads_may_pay()
+        use_heads = batch.k > 0 and (batch.prompts_kept or batch.k_chooser.heads_may_pay())
         begin = self._cached_tokens(slot, request, use_heads=use_heads)
         drafter = self.drafter if use_heads else NO_DRAFTER
         with self.status.phase("reading the prompt", len(prompt) - 1 - begin, "tokens") as phase:

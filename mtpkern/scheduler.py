@@ -55,6 +55,7 @@ class Scheduler:
             self._k_chooser(size, k),
             logprobs=any(request.params.logprobs for request in requests),
             min_tokens=any(request.withheld for request in requests),
+            prompts_kept=self.prefix_caching,
         )
         slots = batch.slots
         waiting, in_flight = deque(requests), deque[StepInFlight]()

@@ -12,6 +12,7 @@ from llama_layouts import write_layout
 
 from mtpkern.cache import PagePool, Prefix
 from mtpkern.config import SamplingParams
+from mtpkern.drafters.draft_length import DraftLength
 from mtpkern.drafters.ngram import CompanionDrafter
 from mtpkern.engine import LLM
 from mtpkern.errors import UserError
@@ -180,7 +181,12 @@ def test_a_stop_string_keeps_no_more_than_was_answered(tmp_path: Path) -> None:
         assert (mine.token_ids, mine.logprobs) == (other.token_ids, other.logprobs)
 
 
-def test_sequences_side_by_side_each_find_their_own(tmp_path: Path) -> None:
+def test_sequences_side_by_side_each_find_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the heads do not pay in the first run, but in later ones."""
+    decisions = iter([False] * 2 + [True] * 100)
+    monkeypatch.setattr(DraftLength, "_could_pay", lambda self: next(decisions))
     setting = model_with("mtp", tmp_path) | dict(max_batch=3, max_length=LENGTH)
     llm, fresh = LLM(**setting, prefix_caching=True), LLM(**setting)
     params = SamplingParams(max_tokens=30, logprobs=True, ignore_eos=True)
