@@ -302,12 +302,13 @@ def test_resting_steps_are_neither_chosen_nor_observed(
     assert calls == {"rest": rests, "observe_rest": rests}
 
 
+@pytest.mark.parametrize("kept", [False, True])
 def test_heads_that_cannot_pay_are_not_given_prompts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
-    """With kept prefixes too: where they may pay again, they are given what they lack."""
+    """Unless the prompts are kept for later runs, which then need to give them nothing."""
     trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
-    llm = LLM(trunk, heads=heads, max_length=256, prefix_caching=True)
+    llm = LLM(trunk, heads=heads, max_length=256, prefix_caching=kept)
     params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True)
     given: list[int] = []
     prefill = MtpDrafter.prefill
@@ -322,7 +323,7 @@ def test_heads_that_cannot_pay_are_not_given_prompts(
         monkeypatch.setattr(DraftLength, "_could_pay", lambda self, may_pay=may_pay: may_pay)
         (drafted,) = llm.generate([PROMPT], params)
         assert drafted.token_ids == plain.token_ids and drafted.logprobs == plain.logprobs
-        assert sum(given) == (len(PROMPT) - 2 if may_pay else 0)
+        assert sum(given) == (len(PROMPT) - 2 if may_pay or kept else 0)
 
 
 def test_a_sequence_near_its_end_waits_beside_one_with_many_copies(tmp_path: Path) -> None:
