@@ -309,7 +309,7 @@ def test_heads_that_cannot_pay_are_not_given_prompts(
     """Unless the prompts are kept for later runs, which then need to give them nothing."""
     trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, max_length=256, prefix_caching=kept)
-    params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=True)
     given: list[int] = []
     prefill = MtpDrafter.prefill
 
