@@ -33,6 +33,7 @@ class KernelCase(NamedTuple):
     shape: str
     bytes_moved: int
     inputs: Callable[[str], Call]
+    bytes_varying: int = 0  # of bytes_moved, those that the data may save
 
 
 def normal(device: str, *shape: int, scale: float = 1.0) -> Tensor:

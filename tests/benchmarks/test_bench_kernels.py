@@ -184,4 +184,6 @@ def test_gbps_counts_the_bytes_that_the_kernel_touches(
             call = case.inputs(gpu)
             with recorded_traffic() as traffic:
                 call.launch(False)
-            assert traffic.bytes_touched() == case.bytes_moved, f"{op} {case.name} {case.shape}"
+            least = case.bytes_moved - case.bytes_varying
+            touched, label = traffic.bytes_touched(), f"{op} {case.name} {case.shape}"
+            assert least <= touched <= case.bytes_moved, label
