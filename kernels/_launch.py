@@ -38,7 +38,7 @@ TIERS = (8, 16, 32, 64, 128, 192)
 
 # Elements of a weight's row in a chunk of K, by their bytes. The segments of a matmul interleave in
 # chunks. Float32 is multiplied without tensor cores, with all of a tile's inputs in registers.
-CHUNK = {2: 128, 4: 32}
+CHUNK_OF_K = {2: 128, 4: 32}
 
 # Columns per block of the launch that adds up the segments of a matmul with more than 16 rows.
 BLOCK_END = 512

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._launch import (
-    CHUNK,
+    CHUNK_OF_K,
     FILL,
     ceil_div,
     column_tile,
@@ -194,7 +194,7 @@ def partial_sums(x: Tensor, w: Tensor, *, pdl: bool) -> Tensor:
     _partial_sums_kernel[(ceil_div(R, rows + tail), ceil_div(N, block_n), parts * H)](
         x, w, partial, R,
         x.stride(-2), x.stride(0) if x.dim() == 3 else 0, *w.stride()[:2], *partial.stride()[:2],
-        N=N, K=K, SEGMENTS=parts, DEPTH=CHUNK[size],
+        N=N, K=K, SEGMENTS=parts, DEPTH=CHUNK_OF_K[size],
         ROWS=rows, TAIL=tail, CHUNK=chunk,
         BLOCK_N=block_n, BLOCK_K=depth // size,
         num_warps=num_warps,
@@ -210,11 +210,11 @@ def tile_of_few(w: Tensor, N: int, R: int) -> tuple[int, dict[str, int | None]]:
     which `multiply_rows` reads w."""
     size, tier, K = w.element_size(), row_tier(R), w.shape[-1]
     block_n, parts = column_tile(N, K, tier, size), segments(N, K)
-    stage = parts * (block_n + tier) * CHUNK[size] * size
+    stage = parts * (block_n + tier) * CHUNK_OF_K[size] * size
     return block_n, {
         "SEGMENTS": parts,
         "ROWS": tier,
-        "BLOCK_K": CHUNK[size],
+        "BLOCK_K": CHUNK_OF_K[size],
         # With four, Triton would multiply 64 columns with wgmma.
         "num_warps": 4 if parts > 1 else 2,
         "num_stages": few_rows_stages(ceil_div(N, block_n), stage),

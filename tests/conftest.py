@@ -7,8 +7,9 @@ Nothing is downloaded.
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # One thread per worker of pytest-xdist and per process it starts: more would compete for cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from mtpkern import status
+from mtpkern.errors import UserError
 
 # A shell's background process ignores SIGINT, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -49,6 +51,16 @@ TINY_CONFIG: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 2,
 }
+
+
+def refusing(begun: list[str], what: str) -> Callable[..., Any]:
+    """A function that may not be called: it adds `what` to `begun` and raises UserError."""
+
+    def begin(*_: Any, **__: Any) -> NoReturn:
+        begun.append(what)
+        raise UserError(what)
+
+    return begin
 
 
 def tiny_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, Tensor]:

@@ -8,16 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
-from conftest import tiny_checkpoint
+from conftest import refusing, tiny_checkpoint
 from head_files import write_medusa
 from safetensors.torch import load_file, save_file
 
 from mtpkern import cli, device, status
 from mtpkern.checkpoints import resolve
-from mtpkern.errors import UserError
 from mtpkern.kernels.cpu._compile import Kernels
 from mtpkern.model import Llama
 from mtpkern.ops.cpu import CpuOps
@@ -167,20 +165,12 @@ def test_a_mistake_is_named_before_anything_is_compiled_loaded_or_fetched(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    begun = []
-
-    def refuse(what: str) -> Callable[..., Any]:
-        def begin(*_: Any, **__: Any) -> NoReturn:
-            begun.append(what)
-            raise UserError(what)
-
-        return begin
-
-    monkeypatch.setattr(CpuOps, "compile", refuse("compiled"))
-    monkeypatch.setattr(Kernels, "_emit_tile", refuse("compiled a tile"))
-    monkeypatch.setattr(Kernels, "_emit_entry", refuse("compiled a function"))
-    monkeypatch.setattr(Llama, "load", refuse("loaded"))
-    monkeypatch.setattr(resolve, "fetch_default_model", refuse("fetched"))
+    begun: list[str] = []
+    monkeypatch.setattr(CpuOps, "compile", refusing(begun, "compiled"))
+    monkeypatch.setattr(Kernels, "_emit_tile", refusing(begun, "compiled a tile"))
+    monkeypatch.setattr(Kernels, "_emit_entry", refusing(begun, "compiled a function"))
+    monkeypatch.setattr(Llama, "load", refusing(begun, "loaded"))
+    monkeypatch.setattr(resolve, "fetch_default_model", refusing(begun, "fetched"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the fox\n")))
     command, *rest = words.split()
     mains = {"record": record.main, "invent": invent.main}

@@ -1,13 +1,12 @@
 """A model that cannot fit into memory is refused before anything of it is read."""
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from conftest import tiny_checkpoint
+from conftest import refusing, tiny_checkpoint
 
 from mtpkern import LLM, UserError, cli, memory
 from mtpkern.checkpoints.llama import check_checkpoint
@@ -64,17 +63,9 @@ def test_what_weights_take_is_known_before_they_are_read(
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was begun: nothing may be compiled or loaded."""
-    begun = []
-
-    def refuse(what: str) -> Callable[..., Any]:
-        def begin(*_: Any, **__: Any) -> NoReturn:
-            begun.append(what)
-            raise UserError(what)
-
-        return begin
-
-    monkeypatch.setattr(CpuOps, "compile", refuse("compiled"))
-    monkeypatch.setattr(Llama, "load", refuse("loaded"))
+    begun: list[str] = []
+    monkeypatch.setattr(CpuOps, "compile", refusing(begun, "compiled"))
+    monkeypatch.setattr(Llama, "load", refusing(begun, "loaded"))
     return begun
 
 
