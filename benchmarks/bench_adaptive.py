@@ -2,28 +2,46 @@
 
     python benchmarks/bench_adaptive.py --limit 12
 
-Each prompt is decoded with drafts and without in turn, `--alternations` times each, in one process:
-with the model's heads and n-grams, and with hostile ones, whose drafts are all wrong at the same
-confidence; one prompt at a time, then three together. Tokens must be equal: a difference is red,
-exit code 1 and no speed. A row is one prompt (or three): the median ratio of the two rates, the
-first ratio, and the share of the steps that each K had. The last line is one JSON object.
+Two models in one process decode each prompt side by side, a few tokens each in turn, one with
+drafts and one without: the machine's speed drifts by more within a second than drafts may cost.
+They do so `--alternations` times, more often if the answers are short, with drafts from the model's
+heads and n-grams, with hostile ones, whose drafts are all wrong at the same confidence, and as a
+control with none on either side; one prompt at a time, then three together.
+
+Tokens must be equal: a difference is red, exit code 1 and no speed. A row is one prompt (or three):
+the median ratio of the two rates, the first ratio, and the share of the steps that each K had. The
+last line is one JSON object.
 """
 
 import argparse
 import sys
+import time
 from collections import Counter
+from itertools import islice
 from statistics import median
 from typing import Any
 
-from common import Finish, add_prompts, encode, environment, first_line, load, read_prompts, run
+from common import (
+    Finish,
+    add_names,
+    add_prompts,
+    encode,
+    environment,
+    first_line,
+    load,
+    read_prompts,
+    run,
+)
 
-from mtpkern import LLM, SamplingParams, Stats
+from mtpkern import LLM, Completion, SamplingParams
 from mtpkern.arguments import Parser, at_least
 from mtpkern.drafters.base import Drafter, DraftInput, Drafts
 from mtpkern.drafters.ngram import CompanionDrafter
-from mtpkern.status import Phase
 
 TOGETHER = 3
+# Tokens per sequence that one model decodes before the other's turn.
+BLOCK = 4
+KINDS = ("heads", "hostile", "plain")
 
 
 class Spoiled:
@@ -48,19 +66,20 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     facts = environment()
     print(first_line(facts))
     prompts = read_prompts(args.prompts, args.limit)
-    kinds = {"heads": False, "hostile": True}
-    runs = 2 * args.alternations * (len(prompts) + -(-len(prompts) // TOGETHER))
     rows: list[dict[str, Any]] = []
-    for kind, hostile in kinds.items():
-        llm = LLM(args.model, heads=args.heads, threads=args.threads, max_batch=TOGETHER)
-        if hostile:
+    options: dict[str, Any] = {"threads": args.threads, "max_batch": TOGETHER}
+    plain = LLM(args.model, heads="none", ngram=False, num_speculative_tokens=0, **options)
+    ids = [encode(plain, prompt["turns"][0]) for prompt in prompts]
+    groups = [[i] for i in range(len(ids))]
+    groups += [list(range(i, min(i + 3, len(ids)))) for i in range(0, len(ids), TOGETHER)]
+    for kind in args.drafts or KINDS:
+        llm = LLM(args.model, heads=args.heads, **options)
+        if kind == "hostile":
             spoil(llm)
-        ids = [encode(llm, prompt["turns"][0]) for prompt in prompts]
-        groups = [[i] for i in range(len(ids))]
-        groups += [list(range(i, min(i + 3, len(ids)))) for i in range(0, len(ids), TOGETHER)]
-        with args.status.phase(f"decoding, {kind}", runs) as phase:
+        with args.status.phase(f"decoding, {kind}", len(groups)) as phase:
             for group in groups:
-                row = alternate(llm, [ids[i] for i in group], args, phase)
+                row = alternate(llm, plain, [ids[i] for i in group], kind, args)
+                phase.advance(note=f"{len(group)} at a time")
                 rows.append({"drafter": kind, "prompts": group, "batch": len(group), **row})
     report = {"schema": 1, "environment": facts | {"load_after": load()}, "rows": rows}
     red = [row for row in rows if not row["identical"]]
@@ -76,6 +95,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--model", help="a directory, a hub id or a name (default: SmolLM2-135M-Instruct)")
     add("--heads", default="auto", help="auto, none, a name or a directory")
+    add_names(parser, "--drafts", KINDS)
     add_prompts(parser, limit=12)
     add("--alternations", type=at_least(1), default=5, metavar="N", help="turns of each kind")
     add("--threads", type=at_least(1), metavar="N", help="default: one per physical core")
@@ -94,38 +114,73 @@ def spoil(llm: LLM) -> None:
         llm.drafter = Spoiled(drafter, vocabulary)
 
 
+class Decoding:
+    """Prompts being decoded by one model, some tokens at a time, and the time that this takes."""
+
+    def __init__(
+        self, llm: LLM, prompts: list[list[int]], params: SamplingParams, speculate: bool
+    ) -> None:
+        self.events = llm.stream_batch(prompts, params, speculate=speculate)
+        self.completions: dict[int, Completion] = {}
+        self.count = len(prompts)
+        self._seconds = 0.0
+
+    @property
+    def running(self) -> bool:
+        return len(self.completions) < self.count
+
+    def advance(self, tokens: int) -> None:
+        begin = time.perf_counter()
+        for i, event in islice(self.events, tokens):
+            if event.completion is not None:
+                self.completions[i] = event.completion
+        self._seconds += time.perf_counter() - begin
+
+    def tokens(self) -> list[list[int]]:
+        return [self.completions[i].token_ids for i in range(self.count)]
+
+    def rate(self) -> float:
+        """Tokens per second, reading the prompts left out."""
+        stats = [completion.stats for completion in self.completions.values()]
+        seconds = self._seconds - sum(one.prefill_seconds for one in stats)
+        return sum(one.new_tokens for one in stats) / seconds
+
+
 def alternate(
-    llm: LLM, prompts: list[list[int]], args: argparse.Namespace, phase: Phase
+    llm: LLM,
+    plain: LLM,
+    prompts: list[list[int]],
+    kind: str,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Decode prompts with drafts and without in turn -> a row of the report."""
+    """Decode prompts on both models in turn -> a row of the report."""
     params = SamplingParams(max_tokens=args.max_tokens)
-    ratios, same, chosen = [], True, Counter[int]()
-    for turn in range(args.alternations):
-        rates, tokens = {}, {}
-        for speculate in (turn % 2 == 0, turn % 2 == 1):
-            completions = llm.generate(prompts, params, speculate=speculate)
-            stats = [completion.stats for completion in completions]
-            rates[speculate] = rate(stats)
-            tokens[speculate] = [completion.token_ids for completion in completions]
-            if speculate:
-                for one in stats:
-                    chosen.update(one.steps_by_k)
-            phase.advance(note=f"{len(prompts)} at a time, {'drafts' if speculate else 'plain'}")
-        ratios.append(rates[True] / rates[False])
-        same = same and tokens[True] == tokens[False]
+    ratios, same, chosen, tokens = [], True, Counter[int](), 0
+    # Short answers more often: a hiccup of 1 ms is 2 % of 16 tokens.
+    while len(ratios) < args.alternations or tokens < args.alternations * args.max_tokens:
+        with_drafts = Decoding(llm, prompts, params, kind != "plain")
+        without = Decoding(plain, prompts, params, False)
+        order = [with_drafts, without]
+        if len(ratios) % 2:
+            order.reverse()
+        while any(one.running for one in order):
+            for one in order:
+                if one.running:
+                    one.advance(BLOCK * len(prompts))
+            order.reverse()
+        ratios.append(with_drafts.rate() / without.rate())
+        same = same and with_drafts.tokens() == without.tokens()
+        for completion in with_drafts.completions.values():
+            chosen.update(completion.stats.steps_by_k)
+            tokens += completion.stats.new_tokens
     steps = sum(chosen.values())
     return {
         "identical": same,
         "ratio": median(ratios),
         "first_ratio": ratios[0],
-        "plain_tokens_per_second": rates[False],
+        "plain_tokens_per_second": without.rate(),
         "share_of_steps_by_k": {str(k): chosen[k] / steps for k in sorted(chosen)},
     }
-
-
-def rate(stats: list[Stats]) -> float:
-    """Tokens per second of sequences decoded together."""
-    return sum(one.new_tokens for one in stats) / max(one.decode_seconds for one in stats)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +281,24 @@ class LLM:
         jobs = plan_jobs([self._encoded(prompt, chat)], params)
         if len(jobs) > 1:
             raise UserError(f"n must be 1 for a stream, got {len(jobs)}")
+        return (event for _, event in self._stream(jobs, speculate))
+
+    def stream_batch(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        speculate: bool = True,
+        **chat: Any,
+    ) -> Generator[tuple[int, Event], None, None]:
+        """Complete prompts as `generate` does, token by token -> (i, event), where i is the place
+        of the completion in what `generate` returns; its last event carries it."""
+        encoded = [self._encoded(prompt, chat) for prompt in as_list(prompts)]
+        return self._stream(plan_jobs(encoded, params), speculate)
+
+    def _stream(self, jobs: list[Job], speculate: bool) -> Generator[tuple[int, Event], None, None]:
         # As a decorator of a generator, it leaves inference mode between two events.
-        run = torch.inference_mode()(self._run)(jobs, flag("speculate", speculate))
-        return (event for _, event in run)
+        return torch.inference_mode()(self._run)(jobs, flag("speculate", speculate))
 
     def _encoded(self, prompt: Prompt, chat: Mapping[str, Any]) -> EncodedPrompt:
         """A prompt's ids, and whether the answer continues the prompt's own text."""
@@ -319,7 +334,7 @@ class LLM:
         loading.check_length(ids, self.max_length, self.config, by_default=self._default_length)
         return ids
 
-    def _run(self, jobs: list[Job], speculate: bool) -> Iterator[tuple[int, Event]]:
+    def _run(self, jobs: list[Job], speculate: bool) -> Generator[tuple[int, Event], None, None]:
         """Run all jobs -> each token, with its job's index. One run at a time."""
         self._check_open()
         if self._events is not None:

@@ -1,7 +1,10 @@
 """bench_adaptive: drafts beside plain decoding in turn, with heads and with hostile drafts."""
 
+import argparse
 import json
+from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ from head_files import write_mtp
 from mtpkern.config import SamplingParams
 from mtpkern.drafters.draft_length import DraftLength
 from mtpkern.engine import LLM
-from mtpkern.request import Completion
+from mtpkern.request import Event
+from mtpkern.runner import Batch, Runner, StepInFlight
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -36,7 +40,9 @@ def test_the_report_has_a_row_for_each_prompt_and_three_together(
 ) -> None:
     assert bench_adaptive.main([*model, "--alternations", "2"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["batch"] for row in report["rows"]] == 2 * [1, 1, 1, 1, 3, 1]
+    kinds = ("heads", "hostile", "plain")
+    expected = [(kind, batch) for kind in kinds for batch in (1, 1, 1, 1, 3, 1)]
+    assert [(row["drafter"], row["batch"]) for row in report["rows"]] == expected
     for row in report["rows"]:
         assert row["identical"] and row["ratio"] > 0
         assert sum(row["share_of_steps_by_k"].values()) == pytest.approx(1)
@@ -64,16 +70,41 @@ def test_other_tokens_are_red_and_give_no_speed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    generate = LLM.generate
+    stream_batch = LLM.stream_batch
 
-    def other_with_drafts(self: LLM, *arguments: Any, speculate: bool) -> list[Completion]:
-        completions = generate(self, *arguments, speculate=speculate)
-        if speculate:
-            completions[-1].token_ids[-1] += 1
-        return completions
+    def other_with_drafts(
+        self: LLM, *arguments: Any, speculate: bool
+    ) -> Generator[tuple[int, Event], None, None]:
+        for i, event in stream_batch(self, *arguments, speculate=speculate):
+            if speculate and event.completion is not None:
+                event.completion.token_ids[-1] += 1
+            yield i, event
 
-    monkeypatch.setattr(LLM, "generate", other_with_drafts)
+    monkeypatch.setattr(LLM, "stream_batch", other_with_drafts)
     assert bench_adaptive.main([*model, "--alternations", "1"]) == 1
     out = capsys.readouterr().out
-    assert "RED: tokens differ in 12 of 12 rows" in out and " ratio " not in out
+    assert "RED: tokens differ in 12 of 18 rows" in out and " ratio " not in out
     assert json.loads(out.splitlines()[-1])["rows"] == []
+
+
+def test_the_time_of_each_side_is_its_own(
+    bench_adaptive: Any, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock advances by 1 s per step with drafts and by 3 s per plain one. The prompts are read
+    in real time, some milliseconds."""
+    now, started = [0.0], Runner.start_step
+    monkeypatch.setattr(bench_adaptive, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(DraftLength, "choose", lambda self, windows: 0)
+
+    def start_step(self: Runner, batch: Batch, *arguments: Any, **named: Any) -> StepInFlight:
+        now[0] += 1.0 if batch.k else 3.0
+        return started(self, batch, *arguments, **named)
+
+    monkeypatch.setattr(Runner, "start_step", start_step)
+    with_drafts = LLM(model[1], heads=model[3])
+    plain = LLM(model[1], heads="none", ngram=False, num_speculative_tokens=0)
+    args = argparse.Namespace(max_tokens=30, alternations=3)
+    for prompts in ([[5, 6, 7]], [[5, 6, 7], [8, 9], [10, 11, 12, 13]]):
+        row = bench_adaptive.alternate(with_drafts, plain, prompts, "heads", args)
+        assert row["identical"] and row["ratio"] == pytest.approx(3.0, rel=0.05)
+        assert row["plain_tokens_per_second"] == pytest.approx(len(prompts) / 3.0, rel=0.05)

@@ -129,7 +129,7 @@ def hub_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "_hub_snapshot", nothing)
 
 
-@pytest.mark.parametrize("method", ["generate", "stream", "encode", "chat"])
+@pytest.mark.parametrize("method", ["generate", "stream", "stream_batch", "encode", "chat"])
 @given(prompt=ANYTHING)
 @thorough
 def test_prompts(method: str, prompt: Any, llm: LLM) -> None:
@@ -138,12 +138,12 @@ def test_prompts(method: str, prompt: Any, llm: LLM) -> None:
             llm.encode(prompt)
         else:
             result = getattr(llm, method)(prompt, BRIEF)
-            list(result) if method == "stream" else None
+            list(result) if method.startswith("stream") else None
 
     assert_works_or_is_a_user_error(call)
 
 
-@pytest.mark.parametrize("method", ["generate", "stream", "chat"])
+@pytest.mark.parametrize("method", ["generate", "stream", "stream_batch", "chat"])
 @given(params=ANYTHING, speculate=ANYTHING)
 @settings(thorough, max_examples=60)
 def test_settings_of_a_request(method: str, params: Any, speculate: Any, llm: LLM) -> None:

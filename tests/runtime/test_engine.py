@@ -23,6 +23,8 @@ from mtpkern.drafters.ngram import NgramDrafter
 from mtpkern.engine import LLM
 from mtpkern.errors import UserError
 from mtpkern.ops.definitions import DEFINITIONS
+from mtpkern.prompts import Prompt
+from mtpkern.request import Event
 
 TEXT = "the quick brown fox jumps over the lazy dog "
 
@@ -361,6 +363,23 @@ def test_without_a_seed_each_prompt_gets_a_fresh_one_that_repeats_it(llm: LLM) -
 def test_a_stream_is_one_completion(llm: LLM) -> None:
     with pytest.raises(UserError, match="n must be 1 for a stream, got 2"):
         next(llm.stream(TEXT, SamplingParams(temperature=1.0, n=2)))
+
+
+def test_a_streamed_batch_is_what_generate_returns_in_pieces(llm: LLM) -> None:
+    prompts: list[Prompt] = [TEXT, [5, 6, 7], "the fox", [9, 8]]
+    params = [SamplingParams(max_tokens=n, logprobs=True) for n in (12, 3, 20, 7)]
+    params[2] = replace(params[2], temperature=1.0, n=2, seed=4)
+    whole = llm.generate(prompts, params)
+    assert len(whole) == 5
+    pieces: list[list[Event]] = [[] for _ in whole]
+    for i, event in llm.stream_batch(prompts, params):
+        pieces[i].append(event)
+    for events, completion in zip(pieces, whole, strict=True):
+        assert [event.token_id for event in events] == completion.token_ids
+        assert "".join(event.text for event in events) == completion.text
+        *before, last = (event.completion for event in events)
+        assert before == [None] * len(before) and last is not None
+        assert (last.index, last.logprobs) == (completion.index, completion.logprobs)
 
 
 def test_a_prompt_of_many_chunks_is_the_same_alone_and_among_others(llm: LLM) -> None:
