@@ -6,15 +6,17 @@
 
 The text is cut into windows of 512 tokens (or the model's context, if that is shorter); each
 position predicts the next token from the window so far. The truth is the same file expanded to
-float32, with keys and values in float32. llama.cpp reports its 5,000 most likely tokens at every
-50th position (more would take hours); all other tokens count as one, for both engines.
+float32, with keys and values in float32. llama.cpp reports its 1,000 most likely tokens at every
+tenth position (more would take hours); all other tokens count as one, for both engines, and the
+difference of the two divergences is given with its standard error over the positions.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import checkout  # noqa: F401
 import torch
@@ -30,17 +32,38 @@ from mtpkern.errors import printable
 
 WINDOW = 512
 ROWS = 128
-EVERY = 50  # positions of which llama.cpp is asked one
-LIKELIEST = 5000
+EVERY = 10  # positions of which llama.cpp is asked one
+LIKELIEST = 1000
 
 
-class Quality(NamedTuple):
-    """Sums over positions."""
+class Quality:
+    """Distributions beside the exact ones, position by position."""
 
-    positions: int
-    negative_log_likelihood: float
-    divergence: float  # KL(float32 || these bits)
-    agreeing: int  # positions with the same most likely token
+    def __init__(self) -> None:
+        self.likelihoods: list[Tensor] = []  # negative logarithms, where the next token is known
+        self.divergences: list[Tensor] = []  # KL(float32 || these bits)
+        self.agreeing: list[Tensor] = []  # whether the most likely token is the same
+
+    def add(self, exact: Tensor, one: Tensor, after: Tensor | None = None) -> None:
+        """Add rows [R, V] of log-probabilities, of which `after` [R] came."""
+        exact, one = exact.double(), one.double()
+        if after is not None:
+            self.likelihoods.append(-one.gather(1, after[:, None])[:, 0])
+        self.divergences.append((exact.exp() * (exact - one)).sum(-1))
+        self.agreeing.append(exact.argmax(-1) == one.argmax(-1))
+
+    def divergence(self) -> Tensor:
+        return torch.cat(self.divergences)
+
+    def summary(self) -> dict[str, Any]:
+        found = {
+            "positions": len(self.divergence()),
+            "mean_kl": round(float(self.divergence().mean()), 6),
+            "same_top": round(float(torch.cat(self.agreeing).double().mean()), 4),
+        }
+        if self.likelihoods:
+            found["perplexity"] = round(float(torch.cat(self.likelihoods).mean().exp()), 4)
+        return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,26 +88,30 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     theirs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     if args.llama_python:
         theirs = llama_answers(args, windows)
-    quality = dict.fromkeys(("float32", ours.weights), Quality(0, 0.0, 0.0, 0))
-    sampled = dict.fromkeys((ours.weights, "llama.cpp"), Quality(0, 0.0, 0.0, 0))
+    quality = {name: Quality() for name in ("float32", ours.weights)}
+    sampled = {name: Quality() for name in (ours.weights, "llama.cpp")}
     with args.status.phase("comparing", sum(map(len, windows)), "tokens") as phase:
         for number, window in enumerate(windows):
             pairs = zip(logprobs(truth, window), logprobs(ours, window), strict=True)
             for begin, (exact, mine) in zip(range(0, len(window), ROWS), pairs, strict=True):
                 after = torch.tensor(window[begin + 1 : begin + 1 + ROWS])
                 for name, one in (("float32", exact), (ours.weights, mine)):
-                    quality[name] = add(quality[name], exact[: len(after)], one, after)
+                    quality[name].add(exact[: len(after)], one[: len(after)], after)
                 for at in range(len(after)):
                     if (number, begin + at) in theirs:
                         ids, values = theirs[number, begin + at]
                         for name, one in ((ours.weights, mine[at, ids]), ("llama.cpp", values)):
-                            whole = [lumped(exact[at, ids]), lumped(one)]
-                            sampled[name] = add(sampled[name], *(w[None] for w in whole))
+                            sampled[name].add(lumped(exact[at, ids])[None], lumped(one)[None])
                 phase.advance(len(exact))
-    rows = [{"weights": name} | summary(one) for name, one in quality.items()]
-    rows += [{"sampled": name} | summary(one) for name, one in sampled.items() if one.positions]
+    rows = [{"weights": name} | one.summary() for name, one in quality.items()]
+    if theirs:
+        rows += [{"sampled": name} | one.summary() for name, one in sampled.items()]
+        gap = sampled[ours.weights].divergence() - sampled["llama.cpp"].divergence()
+        error = float(gap.std()) / math.sqrt(len(gap))
+        rows[-1] |= {"mean_kl_of_ours_minus_this": round(float(gap.mean()), 6)}
+        rows[-1] |= {"standard_error": round(error, 6)}
     for row in rows:
-        print(" ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+        print(" ".join(f"{key} {value}" for key, value in row.items()))
     return finish({"schema": 1, "environment": facts, "rows": rows}, 0)
 
 
@@ -139,30 +166,6 @@ def lumped(values: Tensor) -> Tensor:
     """Log-probabilities of some tokens [n] -> [n + 1], all others as one."""
     rest = (1 - values.double().exp().sum()).clamp_(min=1e-9).log()
     return torch.cat([values.double(), rest[None]])
-
-
-def add(sums: Quality, exact: Tensor, one: Tensor, after: Tensor | None = None) -> Quality:
-    """Add rows [R, V] of log-probabilities, of which `after` [R] came."""
-    one = one[: len(exact)].double()
-    exact = exact.double()
-    likelihood = 0.0 if after is None else float(-one.gather(1, after[:, None]).sum())
-    return Quality(
-        sums.positions + len(exact),
-        sums.negative_log_likelihood + likelihood,
-        sums.divergence + float((exact.exp() * (exact - one)).sum()),
-        sums.agreeing + int((exact.argmax(-1) == one.argmax(-1)).sum()),
-    )
-
-
-def summary(sums: Quality) -> dict[str, Any]:
-    count = sums.positions
-    likelihood = sums.negative_log_likelihood / count
-    return {
-        "positions": count,
-        "perplexity": round(float(torch.tensor(likelihood).exp()), 4) if likelihood else None,
-        "mean_kl": round(sums.divergence / count, 6),
-        "same_top": round(sums.agreeing / count, 4),
-    }
 
 
 def llama_answers(

@@ -16,15 +16,16 @@ from __future__ import annotations
 import numpy as np
 
 from ._intrinsics import compiled
-from ._memory import load_f8, store_bytes, store_f8, store_f32, store_i32
+from ._memory import load_f8, store_bytes, store_f8, store_f32, store_i64
 from ._vectors import (
-    absolute,
+    bits_float,
     fma,
+    magnitude,
     maximum,
-    minimum,
+    maximum_i,
     reduce_add,
-    reduce_add_i,
-    reduce_max,
+    reduce_add_two,
+    reduce_max_i,
     round_even,
     splat,
     sqrt,
@@ -32,6 +33,7 @@ from ._vectors import (
 )
 
 F32 = np.float32
+INFINITE = 0x7F800000  # see `magnitude`
 
 
 @compiled
@@ -75,33 +77,30 @@ def norm_row(x, w, eps, K, count, out):
 
 @compiled
 def quantise_group(v0, v1, v2, v3, xq, stats):
-    most = maximum(maximum(absolute(v0), absolute(v1)), maximum(absolute(v2), absolute(v3)))
-    # 0, or NaN if one of the numbers is infinite or NaN.
-    zero = splat(0.0)
-    finite = fma(v0, zero, fma(v1, zero, fma(v2, zero, v3 * zero)))
-    dx = reduce_max(most) / F32(127.0) + reduce_add(finite)
+    most = reduce_max_i(
+        maximum_i(maximum_i(magnitude(v0), magnitude(v1)), maximum_i(magnitude(v2), magnitude(v3)))
+    )
+    dx = bits_float(most) / F32(127.0)
     inverse = F32(1.0) / dx
-    if not inverse < F32(np.inf):
-        # dx is too small to divide by, or NaN.
+    if most >= INFINITE:
         inverse = F32(0.0)
-        dx = dx * F32(0.0)
+        dx = F32(np.nan)
+    elif not inverse < F32(np.inf):
+        # dx is too small to divide by.
+        inverse = F32(0.0)
+        dx = F32(0.0)
     d = splat(inverse)
-    low = splat(-127.0)
-    high = splat(127.0)
-    q0 = to_int(round_even(minimum(maximum(v0 * d, low), high)))
-    q1 = to_int(round_even(minimum(maximum(v1 * d, low), high)))
-    q2 = to_int(round_even(minimum(maximum(v2 * d, low), high)))
-    q3 = to_int(round_even(minimum(maximum(v3 * d, low), high)))
-    store_bytes(xq, q0)
-    store_bytes(xq + 8, q1)
-    store_bytes(xq + 16, q2)
-    store_bytes(xq + 24, q3)
-    first = reduce_add_i(q0 + q1)
-    last = reduce_add_i(q2 + q3)
+    low = splat(-127.0)  # for NaN; finite products are within 127 (1 + 2^-20)
+    q0 = to_int(round_even(maximum(v0 * d, low)))
+    q1 = to_int(round_even(maximum(v1 * d, low)))
+    q2 = to_int(round_even(maximum(v2 * d, low)))
+    q3 = to_int(round_even(maximum(v3 * d, low)))
+    store_bytes(xq, q0, q1, q2, q3)
+    halves = reduce_add_two(q0 + q1, q2 + q3)
+    both = (halves >> 32) + (halves << 32 >> 32)
     store_f32(stats, dx)
-    store_f32(stats + 4, dx * F32(first + last))
-    store_i32(stats + 8, first)
-    store_i32(stats + 12, last)
+    store_f32(stats + 4, dx * F32(both))
+    store_i64(stats + 8, halves)
 
 
 @compiled

@@ -79,6 +79,7 @@ def operation(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
             2: lambda typing, a, b: (sig, codegen),
             3: lambda typing, a, b, c: (sig, codegen),
             4: lambda typing, a, b, c, d: (sig, codegen),
+            5: lambda typing, a, b, c, d, e: (sig, codegen),
             8: lambda typing, a, b, c, d, e, f, g, h: (sig, codegen),
             9: lambda typing, a, b, c, d, e, f, g, h, i: (sig, codegen),
             10: lambda typing, a, b, c, d, e, f, g, h, i, j: (sig, codegen),

@@ -86,10 +86,17 @@ def store_f8(builder, address, value):
     store(builder, address, value, 4)
 
 
-@operation(types.void, types.int64, I8)
-def store_bytes(builder, address, value):
-    """The low byte of each lane."""
-    store(builder, address, builder.trunc(value, ir.VectorType(BYTE, LANES)), 1)
+@operation(types.void, types.int64, *[I8] * 4)
+def store_bytes(builder, address, *values):
+    """The low bytes of 32 lanes."""
+    a, b = (concatenated(builder, *values[i : i + 2]) for i in (0, 2))
+    bytes_ = builder.trunc(concatenated(builder, a, b), ir.VectorType(BYTE, 4 * LANES))
+    store(builder, address, bytes_, 1)
+
+
+def concatenated(builder, a, b):
+    lanes = list(range(2 * a.type.count))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 @operation(F8, types.int64)

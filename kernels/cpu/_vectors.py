@@ -54,14 +54,20 @@ def maximum(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@operation(F8, F8, F8)
-def minimum(builder, a, b):
-    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
-
-
 @operation(F8, F8)
 def absolute(builder, value):
     return call(builder, "llvm.fabs.v8f32", F8.llvm, value)
+
+
+@operation(I8, F8)
+def magnitude(builder, value):
+    """Integers in the order of the absolute values: infinity is INFINITE, a NaN is above it."""
+    return builder.and_(builder.bitcast(value, I8.llvm), lanes_of(0x7FFFFFFF))
+
+
+@operation(I8, I8, I8)
+def maximum_i(builder, a, b):
+    return builder.select(builder.icmp_signed(">", a, b), a, b)
 
 
 @operation(F8, F8)
@@ -120,11 +126,16 @@ def reduce_add(builder, value):
     return builder.extract_element(value, ir.Constant(I32, 0))
 
 
-@operation(types.int64, I8)
-def reduce_add_i(builder, value):
-    for width in (4, 2, 1):
-        value = builder.add(*_halves(builder, value, width))
-    return builder.sext(builder.extract_element(value, ir.Constant(I32, 0)), I64)
+@operation(types.int64, I8, I8)
+def reduce_add_two(builder, a, b):
+    """The sum of a's lanes in the low half, of b's in the high one, 32 bits each."""
+    value = builder.add(
+        _shuffle(builder, a, b, [0, 1, 2, 3, 8, 9, 10, 11]),
+        _shuffle(builder, a, b, [4, 5, 6, 7, 12, 13, 14, 15]),
+    )
+    for low, high in (([0, 1, 4, 5], [2, 3, 6, 7]), ([0, 2], [1, 3])):
+        value = builder.add(*(_shuffle(builder, value, value, lanes) for lanes in (low, high)))
+    return builder.bitcast(value, I64)
 
 
 @operation(types.float32, F8)

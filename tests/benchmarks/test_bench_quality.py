@@ -76,11 +76,10 @@ def test_what_llama_leaves_out_counts_as_one_token(bench_quality: Any) -> None:
     whole = bench_quality.lumped(exact[ids]).exp()
     assert whole.tolist() == pytest.approx([0.15, 0.5, 0.35])
     other = torch.tensor([0.25, 0.25]).log()
-    sums = bench_quality.Quality(0, 0.0, 0.0, 0)
-    pair = (bench_quality.lumped(exact[ids])[None], bench_quality.lumped(other)[None])
-    divergence = bench_quality.add(sums, *pair).divergence
+    quality = bench_quality.Quality()
+    quality.add(bench_quality.lumped(exact[ids])[None], bench_quality.lumped(other)[None])
     p, q = whole, torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
-    assert divergence == pytest.approx(float((p * (p / q).log()).sum()))
+    assert float(quality.divergence()) == pytest.approx(float((p * (p / q).log()).sum()))
 
 
 def test_a_text_that_is_too_short_is_refused(

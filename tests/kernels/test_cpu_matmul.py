@@ -197,15 +197,18 @@ def test_a_number_that_is_not_finite_makes_its_row_nan_and_no_other(format, bad)
 
 def test_a_group_too_small_to_divide_by_counts_as_zero():
     w = pack(random_quants("q8_0", 16, 64))
-    p = program(2)
+    p = program(3)
     source, out = p.buffer(64), p.buffer(16)
-    source[:] = rows(2, 64)
+    source[:] = rows(3, 64)
     source[0, :32] = 1e-38
-    source[1] = source[0]
+    source[0, ::2] *= -1
+    source[1], source[2] = source[0], source[0]
     source[1, :32] = 0
+    source[2, 32:] = 0
     p.linear(source, w, out)
-    p.run(2)
+    p.run(3)
     assert np.isfinite(out).all() and same_bits(out[0], out[1])
+    assert (out[2] == 0).all()
 
 
 def test_gate_and_up_interleave_by_eight():
