@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -150,8 +151,8 @@ class LLM:
                 capture_graphs(self.runner, adaptive=adaptive)
             elif self.scheduler.draft_length is not None:
                 with status.phase("timing steps"):
-                    for rows, seconds in time_steps(self.runner).items():
-                        self.scheduler.draft_length.seconds.observe(rows, seconds)
+                    times = time_steps(self.runner)
+                self.scheduler.draft_length.start_with(times.steps, times.drafts)
         # Without downloading and compiling, which happen once.
         self.load_seconds = time.perf_counter() - started
         _log.info("loaded %s as %s from %s", self, self.weights, directory)
@@ -181,7 +182,7 @@ class LLM:
     def time_steps(self) -> dict[int, float]:
         """Seconds per step of one sequence by its rows, 1 .. K + 1, without drafting, measured on a
         CPU after a short context: the median of a few."""
-        return time_steps(self.runner)
+        return {rows: median(some) for rows, some in time_steps(self.runner).steps.items()}
 
     def __enter__(self) -> "LLM":
         self._check_open()

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import NoDrafter
+from mtpkern.drafters.base import Drafter, DraftInput, Drafts
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.errors import UserError
 from mtpkern.graph import GraphPool, measure
@@ -27,7 +26,7 @@ from mtpkern.status import Phase
 
 # Values of K that have graphs besides 0 and the largest, where K is chosen while running.
 GRAPH_DRAFTS = (1, 2, 4, 8)
-# Timings per row count in `time_steps`, after an untimed one.
+# Timings per size of a step in `time_steps`, after an untimed one.
 TIMED_STEPS = 3
 
 
@@ -90,24 +89,47 @@ def _prefill(runner: Runner, rows: int) -> None:
     runner.release(0)
 
 
+class StepTimes(NamedTuple):
+    """Seconds on a CPU, for one sequence and a short context, several of each."""
+
+    steps: dict[int, list[float]]  # of a step without drafting, by its rows, 1 .. K + 1
+    drafts: dict[int, list[float]]  # of the drafter, by how many tokens it drafts, 1 .. K
+
+
 @torch.inference_mode()
-def time_steps(runner: Runner) -> dict[int, float]:
-    """Seconds per step of one sequence by its rows, 1 .. K + 1, without drafting, measured on a CPU
-    after a short context: the median of a few."""
-    seconds = {}
-    state = runner.state.view(1, runner.k)
-    # The drafter's first call sets up what no answer should wait for.
-    decode_step(state, runner.trunk, runner.drafter, runner.ops)
-    runner.drafter.reset(0)
+def time_steps(runner: Runner) -> StepTimes:
+    """Time steps of all sizes. The first of each, which does what no answer should wait for, is not
+    counted."""
+    times, drafter = StepTimes({}, {}), _TimedDrafter(runner.drafter)
     for k in range(runner.k + 1):
-        state, timings = runner.state.view(1, k), []
+        state, steps, drafts = runner.state.view(1, k), [], []
         for _ in range(1 + TIMED_STEPS):
-            started = time.perf_counter()
-            decode_step(state, runner.trunk, NoDrafter(), runner.ops)
-            timings.append(time.perf_counter() - started)
-        seconds[k + 1] = median(timings[1:])
+            started, drafter.seconds = time.perf_counter(), 0.0
+            decode_step(state, runner.trunk, drafter, runner.ops, min_probability=0.0)
+            drafts.append(drafter.seconds)
+            steps.append(time.perf_counter() - started - drafter.seconds)
+        times.steps[k + 1] = steps[1:]
+        if k:
+            times.drafts[k] = drafts[1:]
+    runner.drafter.reset(0)
     runner.skip_used_numbers()
-    return seconds
+    return times
+
+
+class _TimedDrafter:
+    """A drafter, and the seconds that its latest drafts took."""
+
+    def __init__(self, drafter: Drafter):
+        self._drafter, self.seconds = drafter, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+    def guess(self, step: DraftInput, count: int) -> Drafts:
+        started = time.perf_counter()
+        drafts = self._drafter.guess(step, count)
+        self.seconds = time.perf_counter() - started
+        return drafts
 
 
 @contextmanager

@@ -11,7 +11,7 @@ probabilities. `GraphDraftLength` (graph_draft_length.py) is for a GPU.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import NamedTuple, Protocol
 
@@ -159,6 +159,14 @@ class DraftLength:
         self._drafted = 0  # tokens that the heads drafted in the last step
         self._warm = False  # whether the heads have run: the first call includes one-time work
         self._batch, self._may_pay = 1, True  # of this run: see `heads_may_pay`
+
+    def start_with(
+        self, steps: Mapping[int, Sequence[float]], drafts: Mapping[int, Sequence[float]]
+    ) -> None:
+        """Start from seconds of steps, by their rows, and of the heads, by their drafts."""
+        for timings, seconds in ((self.seconds, steps), (self.drafting, drafts)):
+            for count, some in seconds.items():
+                timings.observe(count, *some)
 
     def begin(self, batch: int, *, heads: bool = True) -> None:
         """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
