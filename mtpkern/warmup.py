@@ -15,7 +15,7 @@ import torch
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import Drafter, DraftInput, Drafts
+from mtpkern.drafters.base import Drafter, DraftInput, Drafts, NoDrafter
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.errors import UserError
 from mtpkern.graph import GraphPool, measure
@@ -100,8 +100,9 @@ class StepTimes(NamedTuple):
 def time_steps(runner: Runner) -> StepTimes:
     """Time steps of all sizes. The first of each, which does what no answer should wait for, is not
     counted."""
-    times, drafter = StepTimes({}, {}), _TimedDrafter(runner.drafter)
+    times = StepTimes({}, {})
     for k in range(runner.k + 1):
+        drafter = _TimedDrafter(runner.drafter if k else NoDrafter())
         state, steps, drafts = runner.state.view(1, k), [], []
         for _ in range(1 + TIMED_STEPS):
             started, drafter.seconds = time.perf_counter(), 0.0

@@ -110,11 +110,12 @@ class FixedDraftLength:
         pass
 
 
-# How much time drafting may lose, in durations of a plain step: at first (START), from the start
-# of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most, however
-# much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED, MOST_CREDIT = 2.0, 1.5, 0.25, 16.0
-LOSS = 0.005
+# How much time each source's drafts may lose, in durations of a plain step: at first (START), from
+# the start of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most,
+# however much it has earned (MOST_CREDIT), and per token (LOSS).
+START, RENEWED, DOUBTED = ({HEADS: most, NGRAM: 0.5} for most in (2.0, 1.5, 0.25))
+MOST_CREDIT = 16.0
+LOSS = {HEADS: 0.004, NGRAM: 0.002}
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
 # How many observations a prior counts for, and the least weight of a new draft and a new gain.
@@ -133,7 +134,7 @@ class DraftLength:
 
     A step's cost is that of its rows, batch x (K + 1). The probability that a draft is accepted is
     the source's own estimate, corrected by how often its drafts were accepted so far. The heads
-    draft as long as that brings more than it costs. An account of what drafting has lost keeps
+    draft as long as that brings more than it costs. An account of what each source has lost keeps
     decoding within `LOSS` of plain decoding, however wrong the estimates are.
 
     After a pass over a model's weights a few lines of Python take as long as one per cent of a
@@ -148,7 +149,8 @@ class DraftLength:
         self.trust = [[PRIOR] * most for _ in SOURCES]  # accepted / expected, by source, position
         self.gain = HOPE  # tokens gained by a call of the heads, a running mean
         self.speed = 1.0  # tokens per duration of a plain step, a running mean
-        self.credit = START  # what drafting may still lose, in durations of a plain step
+        # What each source's drafts may still lose, in durations of a plain step.
+        self.credit = dict(START)
         self._weight = [[PRIOR_COUNT] * most for _ in SOURCES]
         self._calls = 0  # calls of the heads whose drafts were verified
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since the last try
@@ -173,7 +175,7 @@ class DraftLength:
         self._batch, self._drafted = batch, 0
         self._may_pay = heads and self._could_pay()
         if self._warm:
-            self.credit = RENEWED if self.gain > 0 else DOUBTED
+            self.credit = dict(RENEWED if self.gain > 0 else DOUBTED)
 
     def plain(self) -> float:
         """Seconds of a step without drafts."""
@@ -213,7 +215,8 @@ class DraftLength:
         if most == 0 or self._unrefreshed > REFRESH:
             return 0
         # The heads' time is already spent: their drafts may be verified whatever the credit is.
-        lengths = [k for k in range(most + 1) if self._drafted or self.price(k) <= self.credit]
+        credit = math.inf if self._drafted else self.credit[NGRAM]
+        lengths = [k for k in range(most + 1) if self.price(k) <= credit]
         gains = {k: self.extra(proposals, k) - self.price(k) for k in lengths}
         best = max(gains, key=gains.__getitem__, default=0)
         if best == 0 and len(gains) > 1:
@@ -257,13 +260,14 @@ class DraftLength:
         drafted: int,
     ) -> None:
         rows = self._batch * (k + 1)
-        known = self.seconds(rows)
+        known, heads = self.seconds(rows), 0.0
         if drafted and not self._warm:
             seconds, self._warm = known or seconds, True
         elif drafted:
+            heads = max(0.0, seconds - known) if known else 0.0
             # After a rest the heads first write the pairs that they missed: not a cost of drafting.
             if self._drafted:
-                self.drafting.observe(drafted, max(0.0, seconds - known) if known else 0.0)
+                self.drafting.observe(drafted, heads)
         else:
             self.seconds.observe(rows, seconds)
         if k == 0:
@@ -276,9 +280,11 @@ class DraftLength:
         spent = seconds / plain
         self.speed += NEWEST_GAIN * ((1 + extra) / spent - self.speed)
         self.speed = max(1.0, self.speed)
-        if k or drafted:
-            self.credit -= spent - (1 + extra)
-        self.credit = min(MOST_CREDIT, self.credit + LOSS * (1 + extra))
+        if k:
+            by_heads = any(p.source == HEADS and p.probabilities for p, _ in outcomes)
+            self.credit[HEADS if by_heads else NGRAM] += 1 + extra - (seconds - heads) / plain
+        self.credit[HEADS] -= heads / plain
+        self._earn(1 + extra)
         self._note_tries(k, outcomes)
         self._copying = False
         if any(source == NGRAM and accepted for (source, _), accepted in outcomes):
@@ -296,18 +302,22 @@ class DraftLength:
         self.seconds.observe(self._batch, *seconds)
         self._unrefreshed = self._drafted = 0
         self.speed = 1 + (self.speed - 1) * (1 - NEWEST_GAIN) ** steps
-        self.credit = min(MOST_CREDIT, self.credit + LOSS * steps)
+        self._earn(steps)
         self.gain *= (1 - NEWEST_GAIN / 2) ** steps
         for source in self._idle:
             self._idle[source] += steps
+
+    def _earn(self, tokens: float) -> None:
+        for source, loss in LOSS.items():
+            self.credit[source] = min(MOST_CREDIT, self.credit[source] + loss * tokens)
 
     def _steps_to_try(self) -> int:
         """After how many plain steps the heads may draft: the credit allows it, and they do not
         rest."""
         if not self._may_pay:
             return AWAKE + MOST_REST
-        missing = self.price(1) + self._draft_price() - self.credit
-        steps = math.ceil(missing / LOSS) if missing > 0 else 0
+        missing = self.price(1) + self._draft_price() - self.credit[HEADS]
+        steps = math.ceil(missing / LOSS[HEADS]) if missing > 0 else 0
         if self.gain < 0:
             steps = max(steps, self._rest[HEADS] - self._idle[HEADS])
         return steps
