@@ -226,6 +226,7 @@ class Runner:
         self.drafter.reset(slot, begin if use_heads else pairs)
         return begin
 
+    @torch.inference_mode()  # an abandoned run may be closed by Python itself, outside this mode
     def release(self, slot: int) -> None:
         """Free a slot. The device does so in stream order, after the steps in flight."""
         self.state.progress.active[slot] = 0

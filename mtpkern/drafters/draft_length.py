@@ -110,11 +110,14 @@ class FixedDraftLength:
         pass
 
 
-# How much time each source's drafts may lose, in durations of a plain step: at first (START), from
-# the start of each later run on if the heads have paid lately (RENEWED) or not (DOUBTED), at most,
-# however much it has earned (MOST_CREDIT), and per token (LOSS).
-START, RENEWED, DOUBTED = ({HEADS: most, NGRAM: 0.5} for most in (2.0, 1.5, 0.25))
-MOST_CREDIT = 16.0
+# How much time each source's drafts may lose, in durations of a plain step: in the first run
+# (START), from the start of each later one on if its drafts are accepted more than HONEST times as
+# often as it says (RENEWED) or not (DOUBTED), at most, however much it has earned (MOST_CREDIT),
+# and per token (LOSS).
+START = {HEADS: 2.0, NGRAM: 0.5}
+RENEWED = {HEADS: 1.5, NGRAM: 0.5}
+DOUBTED = {HEADS: 0.25, NGRAM: 0.1}
+HONEST, MOST_CREDIT = 0.5, 16.0
 LOSS = {HEADS: 0.004, NGRAM: 0.002}
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
@@ -147,7 +150,7 @@ class DraftLength:
         self.seconds = Timings()  # of a step, by its rows, drafting left out
         self.drafting = Timings()  # of the heads, by how many tokens they draft
         self.trust = [[PRIOR] * most for _ in SOURCES]  # accepted / expected, by source, position
-        self.gain = HOPE  # tokens gained by a call of the heads, a running mean
+        self.gain = HOPE  # tokens that a call of the heads is expected to gain, a running mean
         self.speed = 1.0  # tokens per duration of a plain step, a running mean
         # What each source's drafts may still lose, in durations of a plain step.
         self.credit = dict(START)
@@ -174,8 +177,12 @@ class DraftLength:
         """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
         self._batch, self._drafted = batch, 0
         self._may_pay = heads and self._could_pay()
+        honest = {source: self.trust[source][0] > HONEST for source in LOSS}
+        if honest[HEADS]:
+            # On another text they may pay.
+            self.gain = max(self.gain, 0.0)
         if self._warm:
-            self.credit = dict(RENEWED if self.gain > 0 else DOUBTED)
+            self.credit = {s: (RENEWED if honest[s] else DOUBTED)[s] for s in LOSS}
 
     def plain(self) -> float:
         """Seconds of a step without drafts."""
@@ -273,6 +280,8 @@ class DraftLength:
         if k == 0:
             self._unrefreshed = 0
         plain, active = self.plain(), max(1, len(outcomes))
+        # By their expectation, corrected by `trust`, which varies less than the outcomes.
+        expected = sum(self.extra([p], k) for p, _ in outcomes if p.source == HEADS) / active
         for (source, probabilities), accepted in outcomes:
             for i, probability in enumerate(probabilities[: accepted + 1]):
                 self._update_trust(source, i, probability, i < accepted)
@@ -281,8 +290,8 @@ class DraftLength:
         self.speed += NEWEST_GAIN * ((1 + extra) / spent - self.speed)
         self.speed = max(1.0, self.speed)
         if k:
-            by_heads = any(p.source == HEADS and p.probabilities for p, _ in outcomes)
-            self.credit[HEADS if by_heads else NGRAM] += 1 + extra - (seconds - heads) / plain
+            heads_drafted = any(p.source == HEADS and p.probabilities for p, _ in outcomes)
+            self.credit[HEADS if heads_drafted else NGRAM] += 1 + extra - (seconds - heads) / plain
         self.credit[HEADS] -= heads / plain
         self._earn(1 + extra)
         self._note_tries(k, outcomes)
@@ -290,8 +299,7 @@ class DraftLength:
         if any(source == NGRAM and accepted for (source, _), accepted in outcomes):
             self._look = 1
         if self._drafted:
-            by_heads = sum(accepted for (source, _), accepted in outcomes if source == HEADS)
-            self._update_gain(by_heads / active - self.price(k) - self._draft_price(self._drafted))
+            self._update_gain(expected - self.price(k) - self._draft_price(self._drafted))
         elif not drafted:
             # An estimate loses weight with age, so that a source that did not pay is tried again.
             self.gain *= 1 - NEWEST_GAIN / 2

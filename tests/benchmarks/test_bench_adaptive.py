@@ -58,6 +58,7 @@ def test_hostile_drafts_are_never_accepted(
 
     monkeypatch.setattr(DraftLength, "observe", observe)
     monkeypatch.setattr(DraftLength, "choose", lambda self, windows: self.most)
+    monkeypatch.setattr(DraftLength, "rest", lambda self: ())
     llm = LLM(model[1], heads=model[3], max_batch=1)
     bench_adaptive.spoil(llm)
     llm.generate([[5, 6, 7, 8] * 6], SamplingParams(max_tokens=40))

@@ -9,8 +9,11 @@ from conftest import tiny_checkpoint
 from head_files import write_eagle3, write_mtp
 
 from mtpkern.config import SamplingParams
+from mtpkern.drafters import base
 from mtpkern.drafters.base import Drafts
+from mtpkern.drafters.draft_length import DraftLength
 from mtpkern.engine import LLM
+from mtpkern.kernels.cpu.program import Program
 from mtpkern.ops.cpu import CpuOps
 
 K = 4
@@ -125,3 +128,32 @@ def test_sampled_drafts_go_through_single_operations(tmp_path: Path) -> None:
     expected_tokens, expected = decode(trunk, head, OneByOne(), 1, **params)
     assert tokens == expected_tokens
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(drafted, expected, strict=True))
+
+
+def test_no_answer_waits_for_a_program_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every size of a step, with drafts and at rest, is prepared at load, and timed."""
+    heads = write_mtp(tmp_path / "heads")
+    llm = LLM(tiny_checkpoint(tmp_path / "trunk"), heads=heads, max_batch=1)
+    chooser = llm.scheduler.draft_length
+    assert chooser is not None
+    assert all(chooser.seconds(rows) > 0 for rows in range(1, 6))
+    assert all(chooser.drafting(drafts) > 0 for drafts in range(1, 5))
+    stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True))
+    next(stream)  # a prompt's own programs are made when it is read
+
+    def refuse(self: Program) -> None:
+        raise AssertionError("a program was made")
+
+    monkeypatch.setattr(Program, "_seal", refuse)
+    for k in (0, 1, 2, 3, 4, 0):
+        monkeypatch.setattr(DraftLength, "rest", lambda self, k=k: () if k else [base.NONE] * 3)
+        monkeypatch.setattr(DraftLength, "choose", lambda self, proposals, k=k: k)
+        monkeypatch.setattr(DraftLength, "use_heads", lambda self, k=k: k > 0)
+        monkeypatch.setattr(
+            DraftLength, "active_source", lambda self, k=k: base.HEADS if k else base.NONE
+        )
+        for _ in range(6):
+            next(stream)
+    stream.close()

@@ -408,6 +408,17 @@ def test_a_second_run_is_refused_until_the_first_is_over(llm: LLM) -> None:
     assert run(llm, max_tokens=20).token_ids == expected
 
 
+def test_a_run_that_python_itself_closes_frees_its_slot(llm: LLM) -> None:
+    """As at exit, where generators are finalised in any order, outside inference mode."""
+    expected = run(llm, max_tokens=20).token_ids
+    stream = llm.stream(TEXT, SamplingParams(max_tokens=20))
+    next(stream)
+    assert llm._events is not None
+    llm._events.close()
+    del stream
+    assert run(llm, max_tokens=20).token_ids == expected
+
+
 def test_a_device_that_cannot_run_the_kernels_is_refused_by_name(monkeypatch: Any) -> None:
     def pretend(found: bool, capability: tuple[int, int], triton: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
