@@ -140,20 +140,23 @@ def test_no_answer_waits_for_a_program_of_its_steps(
     assert chooser is not None
     assert all(chooser.seconds(rows) > 0 for rows in range(1, 6))
     assert all(chooser.drafting(drafts) > 0 for drafts in range(1, 5))
-    stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True))
-    next(stream)  # a prompt's own programs are made when it is read
+
+    def force(k: int) -> None:
+        source = base.HEADS if k else base.NONE
+        monkeypatch.setattr(DraftLength, "rest", lambda self: () if k else [source] * 3)
+        monkeypatch.setattr(DraftLength, "choose", lambda self, proposals: k)
+        monkeypatch.setattr(DraftLength, "use_heads", lambda self: k > 0)
+        monkeypatch.setattr(DraftLength, "active_source", lambda self: source)
 
     def refuse(self: Program) -> None:
         raise AssertionError("a program was made")
 
+    force(4)
+    stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
+    next(stream)  # a prompt's own programs are made when it is read
     monkeypatch.setattr(Program, "_seal", refuse)
-    for k in (0, 1, 2, 3, 4, 0):
-        monkeypatch.setattr(DraftLength, "rest", lambda self, k=k: () if k else [base.NONE] * 3)
-        monkeypatch.setattr(DraftLength, "choose", lambda self, proposals, k=k: k)
-        monkeypatch.setattr(DraftLength, "use_heads", lambda self, k=k: k > 0)
-        monkeypatch.setattr(
-            DraftLength, "active_source", lambda self, k=k: base.HEADS if k else base.NONE
-        )
-        for _ in range(6):
+    for k in (4, 3, 2, 1, 0, 4):
+        force(k)
+        for _ in range(12):
             next(stream)
     stream.close()
