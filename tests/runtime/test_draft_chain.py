@@ -151,6 +151,7 @@ def test_no_answer_waits_for_a_program_of_its_steps(
     def refuse(self: Program) -> None:
         raise AssertionError("a program was made")
 
+    monkeypatch.setattr(DraftLength, "heads_may_pay", lambda self: True)
     force(4)
     stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
     next(stream)  # a prompt's own programs are made when it is read
