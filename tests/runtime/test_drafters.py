@@ -250,6 +250,7 @@ def test_heads_that_rested_continue_after_a_gap_of_zeros(
     monkeypatch.setattr(DraftLength, "active_source", active_source)
     monkeypatch.setattr(DraftLength, "rest", lambda self: ())
     monkeypatch.setattr(DraftLength, "use_heads", lambda self: True)
+    monkeypatch.setattr(DraftLength, "heads_may_pay", lambda self: True)
     monkeypatch.setattr(DraftLength, "min_probability", lambda self: 0.0)
     monkeypatch.setattr(
         DraftLength, "choose", lambda self, w: max((len(s.probabilities) for s in w), default=0)
