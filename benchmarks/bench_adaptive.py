@@ -4,13 +4,14 @@
 
 Two models in one process decode each prompt side by side, a few tokens each in turn, one with
 drafts and one without: the machine's speed drifts by more within a second than drafts may cost.
+Then they change sides, since where its memory lies makes one of two equal models up to 1 % faster.
 They do so `--alternations` times, more often if the answers are short, with drafts from the model's
 heads and n-grams, with hostile ones, whose drafts are all wrong at the same confidence, and as a
 control with none on either side; one prompt at a time, then three together.
 
 Tokens must be equal: a difference is red, exit code 1 and no speed. A row is one prompt (or three):
-the median ratio of the two rates, the first ratio, and the share of the steps that each K had. The
-last line is one JSON object.
+the ratio of the two rates (of both sides' medians, the geometric mean), the first ratio, and the
+share of the steps that each K had. The last line is one JSON object.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from itertools import islice
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from common import (
@@ -68,17 +69,17 @@ def measure(args: argparse.Namespace, finish: Finish) -> int:
     prompts = read_prompts(args.prompts, args.limit)
     rows: list[dict[str, Any]] = []
     options: dict[str, Any] = {"threads": args.threads, "max_batch": TOGETHER}
-    plain = LLM(args.model, heads="none", ngram=False, num_speculative_tokens=0, **options)
-    ids = [encode(plain, prompt["turns"][0]) for prompt in prompts]
-    groups = [[i] for i in range(len(ids))]
-    groups += [list(range(i, min(i + 3, len(ids)))) for i in range(0, len(ids), TOGETHER)]
+    groups = [[i] for i in range(len(prompts))]
+    groups += [list(range(i, min(i + 3, len(prompts)))) for i in range(0, len(prompts), TOGETHER)]
     for kind in args.drafts or KINDS:
-        llm = LLM(args.model, heads=args.heads, **options)
+        models = [LLM(args.model, heads=args.heads, **options) for _ in range(2)]
+        ids = [encode(models[0], prompt["turns"][0]) for prompt in prompts]
         if kind == "hostile":
-            spoil(llm)
+            for llm in models:
+                spoil(llm)
         with args.status.phase(f"decoding, {kind}", len(groups)) as phase:
             for group in groups:
-                row = alternate(llm, plain, [ids[i] for i in group], kind, args)
+                row = alternate(models, [ids[i] for i in group], kind, args)
                 phase.advance(note=f"{len(group)} at a time")
                 rows.append({"drafter": kind, "prompts": group, "batch": len(group), **row})
     report = {"schema": 1, "environment": facts | {"load_after": load()}, "rows": rows}
@@ -147,21 +148,19 @@ class Decoding:
 
 
 def alternate(
-    llm: LLM,
-    plain: LLM,
-    prompts: list[list[int]],
-    kind: str,
-    args: argparse.Namespace,
+    models: list[LLM], prompts: list[list[int]], kind: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Decode prompts on both models in turn -> a row of the report."""
     params = SamplingParams(max_tokens=args.max_tokens)
     ratios, same, chosen, tokens = [], True, Counter[int](), 0
     # Short answers more often: a hiccup of 1 ms is 2 % of 16 tokens.
-    while len(ratios) < args.alternations or tokens < args.alternations * args.max_tokens:
-        with_drafts = Decoding(llm, prompts, params, kind != "plain")
-        without = Decoding(plain, prompts, params, False)
+    turns = 2 * args.alternations
+    while len(ratios) < turns or tokens < turns * args.max_tokens or len(ratios) % 2:
+        turn = len(ratios)
+        with_drafts = Decoding(models[turn % 2], prompts, params, kind != "plain")
+        without = Decoding(models[1 - turn % 2], prompts, params, False)
         order = [with_drafts, without]
-        if len(ratios) % 2:
+        if turn // 2 % 2:
             order.reverse()
         while any(one.running for one in order):
             for one in order:
@@ -176,7 +175,7 @@ def alternate(
     steps = sum(chosen.values())
     return {
         "identical": same,
-        "ratio": median(ratios),
+        "ratio": geometric_mean(median(ratios[side::2]) for side in (0, 1)),
         "first_ratio": ratios[0],
         "plain_tokens_per_second": without.rate(),
         "share_of_steps_by_k": {str(k): chosen[k] / steps for k in sorted(chosen)},

@@ -102,10 +102,9 @@ def test_the_time_of_each_side_is_its_own(
         return started(self, batch, *arguments, **named)
 
     monkeypatch.setattr(Runner, "start_step", start_step)
-    with_drafts = LLM(model[1], heads=model[3])
-    plain = LLM(model[1], heads="none", ngram=False, num_speculative_tokens=0)
-    args = argparse.Namespace(max_tokens=30, alternations=3)
+    models = [LLM(model[1], heads=model[3]) for _ in range(2)]
+    args = argparse.Namespace(max_tokens=30, alternations=2)
     for prompts in ([[5, 6, 7]], [[5, 6, 7], [8, 9], [10, 11, 12, 13]]):
-        row = bench_adaptive.alternate(with_drafts, plain, prompts, "heads", args)
+        row = bench_adaptive.alternate(models, prompts, "heads", args)
         assert row["identical"] and row["ratio"] == pytest.approx(3.0, rel=0.05)
         assert row["plain_tokens_per_second"] == pytest.approx(len(prompts) / 3.0, rel=0.05)
