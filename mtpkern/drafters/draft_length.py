@@ -117,7 +117,7 @@ class FixedDraftLength:
 START = {HEADS: 2.0, NGRAM: 0.5}
 RENEWED = {HEADS: 1.5, NGRAM: 0.5}
 DOUBTED = {HEADS: 0.25, NGRAM: 0.1}
-HONEST, MOST_CREDIT = 0.5, 16.0
+HONEST, MOST_CREDIT = 0.6, 16.0
 LOSS = {HEADS: 0.004, NGRAM: 0.002}
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
