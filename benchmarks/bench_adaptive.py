@@ -98,7 +98,7 @@ def parser() -> Parser:
     add("--heads", default="auto", help="auto, none, a name or a directory")
     add_names(parser, "--drafts", KINDS)
     add_prompts(parser, limit=12)
-    add("--alternations", type=at_least(1), default=5, metavar="N", help="turns of each kind")
+    add("--alternations", type=at_least(1), default=5, metavar="N", help="turns on each side")
     add("--threads", type=at_least(1), metavar="N", help="default: one per physical core")
     return parser
 
