@@ -56,6 +56,8 @@ class Spoiled:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts = self.inner.guess(step, count)
+        if drafts.empty:
+            return drafts
         return drafts._replace(tokens=(drafts.tokens + 1) % self.vocabulary)
 
 

@@ -36,7 +36,7 @@ class DecodeState:
     def windows(self) -> list[Tensor]:
         """The first 0, 1, .., K + 1 rows of the window, [B, rows] each: the same views in every
         step, since each call of a tensor library counts on a CPU."""
-        return [self.window[:, :rows] for rows in range(self.window.shape[1] + 1)]
+        return [*(self.window[:, :rows] for rows in range(self.window.shape[1])), self.window]
 
     @cached_property
     def draft_rows(self) -> Tensor:
@@ -160,8 +160,7 @@ def decode_step(
 def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:
     """Give the drafter a committed step, and fill the next window with what it proposes."""
     drafts = drafter.guess(step, state.window.shape[1] - 1)
-    only_fillers = isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
-    if only_fillers and state.forced is None:  # forced drafts may be -1, not a token
+    if drafts.empty and state.forced is None:  # forced drafts may be -1, not a token
         return drafts  # `advance` has set source and drafted to what they are then
     state.draft_rows.copy_(drafts.tokens)
     progress = state.progress

@@ -53,7 +53,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.k = self.state.window.shape[1] - 1
         # For steps without drafts.
-        self.plain_state = replace(self.state, window=self.state.window[:, :1])
+        self.plain_state = replace(self.state, window=self.state.windows[1])
         self.slots: list[Request | None] = [None] * len(self.state.window)
         # The drafts of each slot's next step, where the host may read them.
         self.proposals: list[Proposal | None] = [None] * len(self.slots)
@@ -248,7 +248,7 @@ class Runner:
             self.graphs[len(batch.slots), k, self._graph_pages(batch.slots)]()
         else:
             drafts = self.launch(batch, k, source).drafts
-            if self.ops.host_may_read and (batch.proposed or not _is_empty(drafts)):
+            if self.ops.host_may_read and (batch.proposed or not (drafts is None or drafts.empty)):
                 batch.proposals[:] = _proposals(drafts, batch.slots)
                 heads_drafted = _heads_drafted(batch.proposals)
                 batch.proposed = any(p is not None and p.probabilities for p in batch.proposals)
@@ -307,16 +307,9 @@ class Runner:
         return next((most for most in some if pages <= most), whole)
 
 
-def _is_empty(drafts: Drafts | None) -> bool:
-    """Whether it is known, without reading a tensor, that there are no drafts."""
-    if drafts is None:
-        return True
-    return isinstance(drafts.num_proposed, int) and drafts.num_proposed == 0
-
-
 def _proposals(drafts: Drafts | None, slots: Sequence[Request | None]) -> list[Proposal | None]:
     """The drafts of each occupied slot, read by the host of a CPU; None: there are none."""
-    if drafts is None or _is_empty(drafts):
+    if drafts is None or drafts.empty:
         return [None if slot is None else NO_PROPOSAL for slot in slots]
     count = len(slots)
     sources, lengths = (

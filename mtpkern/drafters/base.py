@@ -83,6 +83,11 @@ class Drafts(NamedTuple):
     # None where it has none.
     probabilities: Tensor | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether it is known, without reading a tensor, that nothing is proposed."""
+        return isinstance(self.num_proposed, int) and self.num_proposed == 0
+
 
 class Drafter(Protocol):
     """What the decode loop calls; see the module's docstring for the order of calls."""

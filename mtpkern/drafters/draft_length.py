@@ -110,15 +110,13 @@ class FixedDraftLength:
         pass
 
 
-# How much time each source's drafts may lose, in durations of a plain step: in the first run
-# (START), from the start of each later one on if its drafts are accepted more than HONEST times as
-# often as it says (RENEWED) or not (DOUBTED), at most, however much it has earned (MOST_CREDIT),
-# and per token (LOSS).
-START = {HEADS: 2.0, NGRAM: 0.5}
-RENEWED = {HEADS: 1.5, NGRAM: 0.5}
-DOUBTED = {HEADS: 0.25, NGRAM: 0.1}
-HONEST, MOST_CREDIT = 0.6, 16.0
-LOSS = {HEADS: 0.004, NGRAM: 0.002}
+# How much time each source's drafts may lose, in durations of a plain step: at the start of a run
+# (CREDIT if they are accepted at the rate PRIOR or more, and less the lower it is, but no less than
+# what the run before left, of which CARRIED is kept), at most (MOST_CREDIT), and more with each
+# token (LOSS).
+CREDIT = {HEADS: 2.0, NGRAM: 0.5}
+CARRIED, MOST_CREDIT = 0.5, 16.0
+LOSS = {HEADS: 0.003, NGRAM: 0.0015}
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
 # How many observations a prior counts for, and the least weight of a new draft and a new gain.
@@ -129,7 +127,7 @@ RETRY, MOST_RETRY, REFRESH = 32, 256, 128
 # The heads are given steps again AWAKE steps before they are tried. A rest has at most MOST_REST
 # steps. After an n-gram match that brought a token each step is searched for another one; after
 # each that was not worth verifying, half as many, down to one in MOST_LOOK.
-AWAKE, MOST_REST, MOST_LOOK = 8, 32, 16
+AWAKE, MOST_REST, MOST_LOOK = 4, 32, 16
 
 
 class DraftLength:
@@ -153,7 +151,7 @@ class DraftLength:
         self.gain = HOPE  # tokens that a call of the heads is expected to gain, a running mean
         self.speed = 1.0  # tokens per duration of a plain step, a running mean
         # What each source's drafts may still lose, in durations of a plain step.
-        self.credit = dict(START)
+        self.credit = dict(CREDIT)
         self._weight = [[PRIOR_COUNT] * most for _ in SOURCES]
         self._calls = 0  # calls of the heads whose drafts were verified
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since the last try
@@ -177,12 +175,11 @@ class DraftLength:
         """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
         self._batch, self._drafted = batch, 0
         self._may_pay = heads and self._could_pay()
-        honest = {source: self.trust[source][0] > HONEST for source in LOSS}
-        if honest[HEADS]:
-            # On another text they may pay.
-            self.gain = max(self.gain, 0.0)
-        if self._warm:
-            self.credit = {s: (RENEWED if honest[s] else DOUBTED)[s] for s in LOSS}
+        # On another text the heads may pay.
+        self.gain = max(self.gain, 0.0)
+        for source, credit in self.credit.items():
+            share = min(1.0, self.trust[source][0] / PRIOR) ** 3
+            self.credit[source] = max(min(credit, CARRIED), CREDIT[source] * share)
 
     def plain(self) -> float:
         """Seconds of a step without drafts."""

@@ -18,8 +18,6 @@ class NgramDrafter(NoDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         drafts, found = self.ops.ngram(step.tokens, step.lengths, count, self.size)
-        if found is None:
-            return Drafts(drafts, NONE, 0)
         return Drafts(drafts, found * NGRAM, found * count)
 
 
@@ -42,10 +40,10 @@ class CompanionDrafter:
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         copied = self.ngram.guess(step, count)
-        if self._host_may_read and not step.use_heads:
+        if self._host_may_read and (not step.use_heads or _is_equal(copied.source, NGRAM)):
             self.drafter.observe(step)
             return copied
-        if self._host_may_read and isinstance(copied.source, int):
+        if self._host_may_read and _is_equal(copied.source, NONE):
             return self.drafter.guess(step, count)
         source = torch.as_tensor(copied.source, device=step.accepted.device)
         found = (source == NGRAM).expand(len(step.accepted))
@@ -74,3 +72,8 @@ class CompanionDrafter:
 
     def reset(self, sequence: int, length: int = 0) -> None:
         self.drafter.reset(sequence, length)
+
+
+def _is_equal(source: Tensor | int, one: int) -> bool:
+    """Whether it is known, without reading a tensor, that all sequences have this source."""
+    return isinstance(source, int) and source == one

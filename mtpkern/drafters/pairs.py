@@ -14,6 +14,7 @@ known.
 """
 
 from collections.abc import Iterable
+from operator import is_not
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,8 @@ class PendingPairs:
         self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
         self._missed: set[int] = set()
+        # Of the step before, features and counts: mostly the same tensors as the next step's.
+        self._seen: tuple[Tensor, ...] = ()
 
     def take(self, step: DraftInput) -> Pairs:
         """The pairs to write at a step, which count as written from now on."""
@@ -151,8 +154,12 @@ class PendingPairs:
     def _copy(self, step: DraftInput) -> list[tuple[int, int]]:
         """Copy the rows that a step committed to the buffer, after those that are there -> of each
         sequence, the positions where its waiting pairs begin and end."""
-        rows, waiting = self._as_array(step.features), []
-        committed = zip(step.lengths.tolist(), step.advance.tolist(), strict=True)
+        given = (step.features, step.lengths, step.advance)
+        if not self._seen or any(map(is_not, given, self._seen)):
+            self._seen = given
+            self._given = (self._as_array(step.features), *(t.numpy() for t in given[1:]))
+        rows, lengths, advance = self._given
+        committed, waiting = zip(lengths.tolist(), advance.tolist(), strict=True), []
         for slot, (length, count) in enumerate(committed, step.first):
             start, begin = length - count, int(self._written[slot])
             if slot in self._missed:

@@ -316,10 +316,10 @@ class Ops(Protocol):
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | bool]:
         """Draft from each sequence's own text, of which the first lengths[b] + 1 tokens are known:
         see kernels/ngram.py -> ([B, K], found [B]), overwritten by the next call. Where the host
-        may read, found is None if no sequence has a match."""
+        may read, found is a bool if it is the same for all sequences."""
         ...
 
 

@@ -336,5 +336,5 @@ class CpuOps(Ops):
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | bool]:
         return self._end.ngram(tokens, lengths, drafts, size)

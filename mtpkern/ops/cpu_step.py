@@ -160,7 +160,7 @@ class StepEnd:
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | bool]:
         last = self._searched
         if (
             last is None
@@ -177,7 +177,8 @@ class StepEnd:
                 *(self._copied.data_ptr(), self._found.data_ptr()),
             ]
         matches = self._ngram(self._ngram_at, self._batch, drafts)
-        return self._copied, self._found if matches else None
+        same = matches in (0, self._batch)
+        return self._copied, matches > 0 if same else self._found
 
 
 def viewed(rows: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -171,9 +171,10 @@ class Definitions(Ops):
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | bool]:
         copied, found = ngram_ref(tokens, lengths + 1, drafts, size)
-        return copied, found if found.any() else None
+        same = bool((found == found[:1]).all())
+        return copied, bool(found[0]) if same else found
 
 
 DEFINITIONS = Definitions()

@@ -223,7 +223,7 @@ class GpuOps(Ops):
 
     def ngram(
         self, tokens: Tensor, lengths: Tensor, drafts: int, size: int = 3
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | bool]:
         return ngram(tokens, lengths + 1, drafts, size, pdl=self.pdl)
 
 
