@@ -116,15 +116,16 @@ def decode_step(
     withheld: Withheld | None = None,
     rows: int | None = None,
     use_heads: bool = True,
+    use_ngram: bool = True,
     min_probability: float = MIN_PROBABILITY,
 ) -> StepOutput:
     """Advance every active sequence of `state` by 1 to K + 1 tokens, in place.
 
     The host reads them from the ring. With `logprobs`, their log-probabilities are there too: the
     model's own, whichever tokens are `withheld`.
-    Only the first `rows` of the window are verified (None: all K + 1). use_heads=False drafts the
-    next window without the heads, which otherwise stop where the probability that all their drafts
-    are accepted is below `min_probability`; both need `ops.host_may_read`.
+    Only the first `rows` of the window are verified (None: all K + 1). use_heads and use_ngram tell
+    whether heads and copies may draft the next window. Heads stop where the probability that all
+    their drafts are accepted is below `min_probability`. These three need `ops.host_may_read`.
     """
     progress = state.progress
     window = state.window if rows is None else state.windows[rows]
@@ -151,6 +152,7 @@ def decode_step(
             advance=count,
             sampling=state.sampling,
             use_heads=use_heads,
+            use_ngram=use_ngram,
             min_probability=min_probability,
         )
         drafts = draft(state, drafter, step)

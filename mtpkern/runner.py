@@ -14,7 +14,16 @@ from torch import Tensor
 from mtpkern.cache import KVCache
 from mtpkern.decode import DecodeState, StepOutput, decode_step
 from mtpkern.device import settings_for
-from mtpkern.drafters.base import HEADS, MIN_PROBABILITY, NGRAM, NONE, Drafter, Drafts, NoDrafter
+from mtpkern.drafters.base import (
+    HEADS,
+    MIN_PROBABILITY,
+    NGRAM,
+    NO_DRAFTER,
+    NONE,
+    Drafter,
+    Drafts,
+    NoDrafter,
+)
 from mtpkern.drafters.draft_length import KChooser, Proposal
 from mtpkern.drafters.pairs import MAX_PENDING
 from mtpkern.drafters.synthetic import draw_counts
@@ -27,7 +36,6 @@ from mtpkern.ring import Ring
 from mtpkern.status import SILENT, Status
 
 NO_PROPOSAL = Proposal(NONE, ())
-NO_DRAFTER = NoDrafter()
 # A sequence's slots in the cache come in multiples of this.
 CAPACITY_MULTIPLE = 128
 
@@ -259,11 +267,11 @@ class Runner:
         """Run a step kernel by kernel: on a CPU, under capture, and on a GPU without graphs."""
         on_host, state, k_chooser = self.ops.host_may_read, batch.state, batch.k_chooser
         drafter = self._drafter_for(source) if batch.k else NO_DRAFTER
-        use_heads, min_probability = True, MIN_PROBABILITY
+        use_heads, use_ngram, min_probability = True, True, MIN_PROBABILITY
         if not on_host:
             state = replace(self.state.view(len(batch.slots), k), cache=state.cache)
         elif drafter is self.drafter:
-            use_heads = k_chooser.use_heads()
+            use_heads, use_ngram = k_chooser.use_heads(), k_chooser.use_ngram()
             min_probability = k_chooser.min_probability() if use_heads else 1.0
         elif drafter is NO_DRAFTER and k == 0 and state.forced is None:
             state = batch.plain_state
@@ -275,6 +283,7 @@ class Runner:
             logprobs=batch.logprobs,
             rows=k + 1,
             use_heads=use_heads,
+            use_ngram=use_ngram,
             min_probability=min_probability,
             withheld=batch.withheld,
         )

@@ -65,7 +65,8 @@ class DraftInput(NamedTuple):
     advance: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     sampling: SamplingRows
     first: int = 0  # the slot of the first sequence; the others are in the slots after it
-    use_heads: bool = True  # False: draft with n-grams only
+    use_heads: bool = True  # whether heads may draft
+    use_ngram: bool = True  # whether copies may be drafted
     # Heads stop where the probability that all their drafts are accepted is below this.
     min_probability: float = MIN_PROBABILITY
 
@@ -142,6 +143,9 @@ class NoDrafter:
 
     def reset(self, sequence: int, length: int = 0) -> None:
         pass
+
+
+NO_DRAFTER = NoDrafter()
 
 
 def rows_at(rows: Tensor, at: Tensor) -> Tensor:

@@ -46,6 +46,9 @@ class KChooser(Protocol):
     def use_heads_first(self) -> bool:
         """Whether the heads should draft after a prompt, before its first step."""
 
+    def use_ngram(self) -> bool:
+        """Whether copies should be searched for at the end of the next step."""
+
     def heads_may_pay(self) -> bool:
         """Whether the heads may draft in this run, so that they should be given its prompts."""
 
@@ -88,6 +91,9 @@ class FixedDraftLength:
     def use_heads_first(self) -> bool:
         return True
 
+    def use_ngram(self) -> bool:
+        return True
+
     def heads_may_pay(self) -> bool:
         return True
 
@@ -116,7 +122,7 @@ class FixedDraftLength:
 # token (LOSS).
 CREDIT = {HEADS: 2.0, NGRAM: 0.5}
 CARRIED, MOST_CREDIT = 0.5, 16.0
-LOSS = {HEADS: 0.003, NGRAM: 0.0015}
+LOSS = {HEADS: 0.0025, NGRAM: 0.001}
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
 # How many observations a prior counts for, and the least weight of a new draft and a new gain.
@@ -127,7 +133,7 @@ RETRY, MOST_RETRY, REFRESH = 32, 256, 128
 # The heads are given steps again AWAKE steps before they are tried. A rest has at most MOST_REST
 # steps. After an n-gram match that brought a token each step is searched for another one; after
 # each that was not worth verifying, half as many, down to one in MOST_LOOK.
-AWAKE, MOST_REST, MOST_LOOK = 4, 32, 16
+AWAKE, MOST_REST, MOST_LOOK = 2, 32, 32
 
 
 class DraftLength:
@@ -185,17 +191,24 @@ class DraftLength:
         """Seconds of a step without drafts."""
         return self.seconds(self._batch)
 
-    def extra(self, proposals: Sequence[Proposal], k: int, *, claimed: bool = False) -> float:
-        """How many of k drafts are expected to be accepted, on average over the sequences; with
-        `claimed`, by the sources' own estimates."""
-        total = 0.0
+    def extra(
+        self, proposals: Sequence[Proposal], most: int, *, claimed: bool = False
+    ) -> list[float]:
+        """How many of 0, 1, .., `most` drafts are expected to be accepted, on average over the
+        sequences; with `claimed`, by the sources' own estimates."""
+        totals = [0.0] * (most + 1)
         for source, probabilities in proposals:
-            reached = 1.0
+            reached, total, last = 1.0, 0.0, 0
             trusts = repeat(1.0) if claimed else self._trusted(source)
-            for probability, trust in zip(probabilities[:k], trusts, strict=False):
+            for last, (probability, trust) in enumerate(
+                zip(probabilities[:most], trusts, strict=False), 1
+            ):
                 reached *= min(1.0, probability * trust)
                 total += reached
-        return total / max(1, len(proposals))
+                totals[last] += total
+            for k in range(last + 1, most + 1):
+                totals[k] += total
+        return [total / max(1, len(proposals)) for total in totals]
 
     def price(self, k: int) -> float:
         """What verifying k drafts costs beyond a plain step, in tokens."""
@@ -209,8 +222,9 @@ class DraftLength:
             return [HEADS] * steps
         steps = min(steps - AWAKE, MOST_REST)
         sources = [NONE] * steps
-        sources[self._look - 1 :: self._look] = [NGRAM] * (steps // self._look)
-        sources[-1] = NGRAM
+        if self.use_ngram():
+            sources[self._look - 1 :: self._look] = [NGRAM] * (steps // self._look)
+            sources[-1] = NGRAM
         return sources
 
     def choose(self, proposals: Sequence[Proposal]) -> int:
@@ -220,13 +234,15 @@ class DraftLength:
             return 0
         # The heads' time is already spent: their drafts may be verified whatever the credit is.
         credit = math.inf if self._drafted else self.credit[NGRAM]
-        lengths = [k for k in range(most + 1) if self.price(k) <= credit]
-        gains = {k: self.extra(proposals, k) - self.price(k) for k in lengths}
+        prices = [self.price(k) for k in range(most + 1)]
+        extra = self.extra(proposals, most)
+        gains = {k: extra[k] - price for k, price in enumerate(prices) if price <= credit}
         best = max(gains, key=gains.__getitem__, default=0)
         if best == 0 and len(gains) > 1:
             sources = {source for source, probabilities in proposals if probabilities}
             if all(self._idle[source] >= self._rest[source] for source in sources):
-                pay = [k for k in lengths if self.extra(proposals, k, claimed=True) > self.price(k)]
+                claimed = self.extra(proposals, most, claimed=True)
+                pay = [k for k in gains if claimed[k] > prices[k]]
                 best = max(pay, key=gains.__getitem__, default=0)
         if any(source == NGRAM for source, _ in proposals):
             self._copying = best > 0
@@ -240,13 +256,16 @@ class DraftLength:
     def use_heads_first(self) -> bool:
         return False  # the first token is the hardest to guess: a call here does not pay
 
+    def use_ngram(self) -> bool:
+        return self.price(1) <= self.credit[NGRAM]
+
     def heads_may_pay(self) -> bool:
         return self._may_pay
 
     def active_source(self) -> int:
         if self._steps_to_try() <= AWAKE:
             return HEADS
-        return NGRAM if self._look == 1 or self._copying else NONE
+        return NGRAM if (self._look == 1 or self._copying) and self.use_ngram() else NONE
 
     def min_probability(self) -> float:
         plain = self.plain()
@@ -278,7 +297,7 @@ class DraftLength:
             self._unrefreshed = 0
         plain, active = self.plain(), max(1, len(outcomes))
         # By their expectation, corrected by `trust`, which varies less than the outcomes.
-        expected = sum(self.extra([p], k) for p, _ in outcomes if p.source == HEADS) / active
+        expected = sum(self.extra([p], k)[k] for p, _ in outcomes if p.source == HEADS) / active
         for (source, probabilities), accepted in outcomes:
             for i, probability in enumerate(probabilities[: accepted + 1]):
                 self._update_trust(source, i, probability, i < accepted)

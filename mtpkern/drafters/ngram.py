@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from mtpkern.drafters.base import NGRAM, NONE, Drafter, DraftInput, Drafts, NoDrafter
+from mtpkern.drafters.base import (
+    NGRAM,
+    NO_DRAFTER,
+    NONE,
+    Drafter,
+    DraftInput,
+    Drafts,
+    NoDrafter,
+)
 from mtpkern.ops.base import Ops
 
 
@@ -39,7 +47,7 @@ class CompanionDrafter:
         self.drafter.prefill(sequence, features, tokens)
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        copied = self.ngram.guess(step, count)
+        copied = (self.ngram if step.use_ngram else NO_DRAFTER).guess(step, count)
         if self._host_may_read and (not step.use_heads or _is_equal(copied.source, NGRAM)):
             self.drafter.observe(step)
             return copied
