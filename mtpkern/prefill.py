@@ -76,12 +76,13 @@ def first_drafts(
     *,
     slot: int,
     use_heads: bool,
+    use_ngram: bool,
     min_probability: float,
 ) -> Drafts:
     """Draft the first window of the one sequence of `state`, which is in `slot`.
 
     For the drafter, the prompt's last row is a committed step whose bonus token is window[0].
-    `use_heads` and `min_probability` are as in `decode_step`.
+    `use_heads`, `use_ngram` and `min_probability` are as in `decode_step`.
     """
     # The vocabulary is read for parallel heads alone, and the norm for heads.
     normed, projected, heads = last.hidden, None, drafter.parallel_heads
@@ -104,6 +105,7 @@ def first_drafts(
         sampling=state.sampling,
         first=slot,
         use_heads=use_heads,
+        use_ngram=use_ngram,
         min_probability=min_probability,
     )
     return draft(state, drafter, step)

@@ -192,6 +192,7 @@ class Runner:
                 self.ops,
                 slot=slot,
                 use_heads=batch.k_chooser.use_heads_first(),
+                use_ngram=batch.k_chooser.use_ngram(),
                 min_probability=batch.k_chooser.min_probability(),
             )
         if self.ops.host_may_read:

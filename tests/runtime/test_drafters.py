@@ -212,19 +212,25 @@ def test_heads_never_change_a_token(
         assert plain.stats.steps == 60
 
 
+class Copies:
+    """A drafter that has a copy at every step."""
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+
+    def guess(self, step: Any, count: int) -> Drafts:
+        drafts = self.llm.ops.ngram(step.tokens, step.lengths, count, 1)[0]
+        return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM), torch.tensor([count]))
+
+
 def test_a_long_run_of_copies_is_written_before_the_buffer_overflows(tmp_path: Path) -> None:
     """64 pairs may be pending: a text that only repeats itself must not lose any."""
     trunk = tiny_checkpoint(tmp_path / "trunk")
     heads = write_mtp(tmp_path / "heads")
     llm = LLM(trunk, heads=heads, num_speculative_tokens=2, max_length=400)
 
-    class AlwaysCopies:
-        def guess(self, step: Any, count: int) -> Drafts:
-            drafts = llm.ops.ngram(step.tokens, step.lengths, count, 1)[0]
-            return Drafts(drafts, torch.full((drafts.shape[0],), NGRAM), torch.tensor([count]))
-
     recorder = watch(llm)
-    llm.drafter.ngram = AlwaysCopies()  # type: ignore[assignment]
+    llm.drafter.ngram = Copies(llm)  # type: ignore[assignment]
     events = llm.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     for _ in range(150):
         next(events)
@@ -234,6 +240,22 @@ def test_a_long_run_of_copies_is_written_before_the_buffer_overflows(tmp_path: P
     assert recorder.drafted
     for seen in recorder.seen:
         check_mtp(heads, trunk, seen)
+
+
+def test_heads_draft_where_copies_are_not_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, heads = tiny_checkpoint(tmp_path / "trunk"), write_mtp(tmp_path / "heads")
+    llm = LLM(trunk, heads=heads, num_speculative_tokens=2, max_length=256)
+    prompt, params = [5, 6, 7] * 8, SamplingParams(max_tokens=4, ignore_eos=True)
+    drafted = {}
+    for wanted in (True, False):
+        monkeypatch.setattr(FixedDraftLength, "use_ngram", lambda self, wanted=wanted: wanted)
+        recorder = watch(llm)
+        llm.drafter.ngram = Copies(llm)  # type: ignore[assignment]
+        drafted[wanted] = sorted(llm.generate(prompt, params)[0].stats.drafted)
+        assert bool(recorder.drafted) is not wanted
+    assert "ngram" in drafted[True] and "ngram" not in drafted[False]
 
 
 def test_heads_that_rested_continue_after_a_gap_of_zeros(
