@@ -73,6 +73,7 @@ class DraftInput(NamedTuple):
 
 class Drafts(NamedTuple):
     """Tokens [B, K] int64, of which the first num_proposed[b] are proposals, the rest fillers.
+    A drafter's next call may overwrite them.
 
     A source or num_proposed that is one number applies to all sequences.
     """

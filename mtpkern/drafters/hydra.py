@@ -54,7 +54,7 @@ class HydraDrafter(CachedDrafter):
         cache.lengths.add_(len(features))
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        features, tokens, begin, last = self.pairs.take(step)
+        features, tokens, begin, last = self.pairs.take(step).tensors()
         batch, rows = features.shape[:2]
         if self.prefix is not None:
             (layer, norm), eps = self.prefix, self.config.rms_norm_eps

@@ -45,7 +45,7 @@ class LayersDrafter(CachedDrafter):
         cache.lengths.add_(len(features))
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        features, _, begin, last = self.pairs.take(step)
+        features, _, begin, last = self.pairs.take(step).tensors()
         batch, rows = features.shape[:2]
         x, eps = features.reshape(batch * rows, -1), self.config.rms_norm_eps
         cache = self.cache_at(step, begin)

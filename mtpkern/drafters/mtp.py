@@ -65,12 +65,13 @@ class MtpDrafter(CachedDrafter):
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
         w = self.weights
-        features, tokens, begin, last = pairs = self.pairs.take(step)
+        pairs = self.pairs.take(step)
         if not w.zero_first:
             chain = self.ops.draft_chain(w, self.embedding, self.cache, pairs, step, count)
             if chain is not None:
                 drafted, num_proposed, estimates = chain
                 return Drafts(drafted, HEADS, num_proposed, estimates)
+        features, tokens, begin, last = pairs.tensors()
         batch, rows = features.shape[:2]
         index = None
         if w.zero_first:

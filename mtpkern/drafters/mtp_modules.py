@@ -56,7 +56,7 @@ class ModulesDrafter(MtpDrafter):
         self.pairs.pending[sequence, : len(tokens) - count] = features[count:]
 
     def guess(self, step: DraftInput, count: int) -> Drafts:
-        features, tokens, begin, last = self.pairs.take(step)
+        features, tokens, begin, last = self.pairs.take(step).tensors()
         batch, rows = features.shape[:2]
         cache = self.cache_at(step, begin)
         hidden = self.project(features.reshape(batch * rows, -1))

@@ -38,6 +38,27 @@ class Pairs(NamedTuple):
     begin: Tensor  # [B] int64, the cache position of a sequence's first pair
     last: Tensor  # [B] int64, the index of its last pair, 0..n-1; pairs after that are padding
 
+    def tensors(self) -> "Pairs":
+        return self
+
+
+class HostPairs(NamedTuple):
+    """`Pairs` of `PendingPairs`, as compiled kernels take them; and how many tokens each sequence
+    has. Valid until its next call."""
+
+    features: np.ndarray  # the bits of bfloat16 as int16
+    tokens: np.ndarray
+    begin: list[int]
+    last: list[int]
+    lengths: list[int]
+
+    def tensors(self) -> Pairs:
+        features = torch.from_numpy(self.features)
+        if self.features.dtype == np.int16:
+            features = features.view(torch.bfloat16)
+        rest = (torch.tensor(self.begin), torch.tensor(self.last))
+        return Pairs(features, torch.from_numpy(self.tokens), *rest)
+
 
 class StepPairs:
     """The pairs of the step at hand, and the open ones before them: no value decides a shape.
@@ -97,31 +118,30 @@ class PendingPairs:
         self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
         self._missed: set[int] = set()
-        # Of the step before, features and counts: mostly the same tensors as the next step's.
+        # Of the step before, what is read of it: mostly the same tensors as the next step's.
         self._seen: tuple[Tensor, ...] = ()
 
-    def take(self, step: DraftInput) -> Pairs:
+    def take(self, step: DraftInput) -> HostPairs:
         """The pairs to write at a step, which count as written from now on."""
-        waiting = self._copy(step)
-        begin = [start for start, _ in waiting]
-        rows = max(1, *(length - start for start, length in waiting))
+        waiting, (*_, texts) = self._copy(step), self._given
+        begin, lengths = (list(column) for column in zip(*waiting, strict=True))
         last = [max(0, length - start - 1) for start, length in waiting]
-        written = [max(length - self.open_pairs, start) for start, length in waiting]
-        some = slice(step.first, step.first + len(waiting))
-        self._written[some] = written
-        tokens = np.zeros((len(waiting), rows + self.open_pairs), np.int64)
-        for own, text, start in zip(tokens, step.tokens.numpy(), begin, strict=True):
+        rows, open_pairs = max(last) + 1, self.open_pairs
+        tokens = np.zeros((len(waiting), rows + open_pairs), np.int64)
+        pending = self._rows[step.first : step.first + len(waiting)]
+        features = pending[:, :rows]
+        if open_pairs:
+            features = features.copy()
+        for b, (start, length) in enumerate(waiting):
             # Those after a sequence's last are undefined.
-            after = text[start + 1 : start + 1 + len(own)]
-            own[: len(after)] = after
-        features = self.pending[some, :rows]
-        if self.open_pairs:
-            features = features.clone()
-            remaining = torch.tensor(written) - torch.tensor(begin)
-            pending = self.pending[some]
-            pending[:, : self.open_pairs] = rows_from(pending, remaining, self.open_pairs)
-        parts = (tokens, np.array(begin), np.array(last))
-        return Pairs(features, *map(torch.from_numpy, parts))
+            after = texts[b, start + 1 : start + 1 + rows + open_pairs]
+            tokens[b, : len(after)] = after
+            written = max(length - open_pairs, start)
+            self._written[step.first + b] = written
+            if open_pairs:
+                kept = features[b, written - start : written - start + open_pairs]
+                pending[b, : len(kept)] = kept
+        return HostPairs(features, tokens, begin, last, lengths)
 
     def observe(self, step: DraftInput) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Copy a step's rows -> pairs to be written without drafting, since the buffer is half
@@ -154,11 +174,11 @@ class PendingPairs:
     def _copy(self, step: DraftInput) -> list[tuple[int, int]]:
         """Copy the rows that a step committed to the buffer, after those that are there -> of each
         sequence, the positions where its waiting pairs begin and end."""
-        given = (step.features, step.lengths, step.advance)
+        given = (step.features, step.lengths, step.advance, step.tokens)
         if not self._seen or any(map(is_not, given, self._seen)):
             self._seen = given
             self._given = (self._as_array(step.features), *(t.numpy() for t in given[1:]))
-        rows, lengths, advance = self._given
+        rows, lengths, advance, _ = self._given
         committed, waiting = zip(lengths.tolist(), advance.tolist(), strict=True), []
         for slot, (length, count) in enumerate(committed, step.first):
             start, begin = length - count, int(self._written[slot])

@@ -87,6 +87,8 @@ class ChainUnit:
         )
         program.keep(w, embedding)
         self._page_table: Tensor | None = None
+        # Views of the drafts and their probabilities by their shape.
+        self._results: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self.features = features = new_rows(program, width)
         hidden = features
         if w.input_norm is not None:
@@ -109,19 +111,23 @@ class ChainUnit:
             program.draft(program.project(scored, w.vocabulary), token_ids)
 
     def run(self, pairs: Any, step: Any, count: int) -> tuple[Tensor, int, Tensor]:
-        """Write `Pairs` [B, n] and draft -> tokens [B, count] int64, of which the returned number
-        are drafts and the rest copies of the last, and their probabilities [B, count]."""
+        """Write `HostPairs` [B, n] and draft -> tokens [B, count] int64, of which the returned
+        number are drafts and the rest copies of the last, and their probabilities [B, count].
+        Overwritten by the next call."""
         program = self.program
         batch, rows = pairs.features.shape[:2]
-        program.lengths[:batch] = pairs.begin.numpy()
+        program.lengths[:batch] = pairs.begin
         if step.page_table is not self._page_table:
             self._page_table, program.page_table = step.page_table, step.page_table.numpy()
         given = self.features[: batch * rows]
-        given.reshape(batch, rows, -1)[:] = pairs.features.numpy()
-        program.ids[: batch * rows] = pairs.tokens.numpy().reshape(-1)
-        last, following = pairs.last.tolist(), step.lengths.tolist()
-        drafted = program.run_chain(rows, last, following, count, step.min_probability)
-        tokens, probabilities = program.tokens[:count], program.probabilities[:count]
-        tokens[drafted:], probabilities[drafted:] = tokens[drafted - 1], probabilities[drafted - 1]
-        made = [torch.from_numpy(part[:, :batch].T.copy()) for part in (tokens, probabilities)]
-        return made[0], drafted, made[1]
+        given.reshape(batch, rows, -1)[:] = pairs.features
+        program.ids[: batch * rows] = pairs.tokens.reshape(-1)
+        least = step.min_probability
+        drafted = program.run_chain(rows, pairs.last, pairs.lengths, count, least)
+        for drafts in (program.tokens, program.probabilities):
+            drafts[drafted:count] = drafts[drafted - 1]
+        if (count, batch) not in self._results:
+            made = (program.tokens[:count, :batch].T, program.probabilities[:count, :batch].T)
+            self._results[count, batch] = tuple(map(torch.from_numpy, made))
+        tokens, probabilities = self._results[count, batch]
+        return tokens, drafted, probabilities

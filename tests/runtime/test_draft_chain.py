@@ -42,7 +42,9 @@ class Recorder:
 
     def guess(self, step: Any, count: int) -> Drafts:
         drafts = self.inner.guess(step, count)
-        self.drafted.append(drafts)
+        estimates = drafts.probabilities
+        kept = None if estimates is None else estimates.clone()
+        self.drafted.append(drafts._replace(tokens=drafts.tokens.clone(), probabilities=kept))
         return drafts
 
 
