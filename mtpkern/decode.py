@@ -123,9 +123,10 @@ def decode_step(
 
     The host reads them from the ring. With `logprobs`, their log-probabilities are there too: the
     model's own, whichever tokens are `withheld`.
-    Only the first `rows` of the window are verified (None: all K + 1). use_heads and use_ngram tell
-    whether heads and copies may draft the next window. Heads stop where the probability that all
-    their drafts are accepted is below `min_probability`. These three need `ops.host_may_read`.
+    Only the first `rows` of the window are verified (None: all K + 1). With a
+    `CompanionDrafter`, use_heads and use_ngram tell whether the next window may come from the heads
+    and from copies. Heads stop where the probability that all their drafts are accepted is below
+    `min_probability`. These three need `ops.host_may_read`.
     """
     progress = state.progress
     window = state.window if rows is None else state.windows[rows]

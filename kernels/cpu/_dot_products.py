@@ -25,6 +25,14 @@ def unsigned_of(o: Writer, form: str, weights: str, w: str) -> str:
     return w
 
 
+def in_turn(o: Writer, form: str, kind: str, value: str) -> str:
+    """The value, computed before whatever is written after this, by an empty piece of assembly. On
+    its own LLVM loads the activations of many rows ahead, and moves sums to memory to make room."""
+    if form not in ("avx2", "vnni"):
+        return value
+    return o.op(f'call {kind} asm sideeffect "", "=x,0,~{{memory}}"({kind} {value})')
+
+
 class GroupDot:
     """The dot products of one row with a group of 8 outputs, built one vector at a time.
 
@@ -47,7 +55,8 @@ class GroupDot:
         elif self.form == "vnni":
             factors = (I32, _as_i32(o, unsigned)), (I32, _as_i32(o, x))
             arguments = (I32, self.totals[half]), *factors
-            self.totals[half] = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
+            total = o.call(I32, "llvm.x86.avx512.vpdpbusd.256", *arguments)
+            self.totals[half] = in_turn(o, self.form, I32, total)
         elif self.form == "neon":
             self.totals[half] = _neon_dot(o, self.totals[half], w, x)
         else:
@@ -62,12 +71,13 @@ class GroupDot:
         pairs = o.call(I16, "llvm.x86.avx2.pmadd.ub.sw", (I8, unsigned), (I8, x))
         if self._held[half]:
             pairs = o.op(f"add {I16} {self._pairs[half]}, {pairs}")
-        self._pairs[half] = pairs
         self._held[half] += 1
-        if self._held[half] == RUNS[self.weights]:
-            wide = o.call(I32, "llvm.x86.avx2.pmadd.wd", (I16, pairs), (I16, ONES))
-            self.totals[half] = o.op(f"add {I32} {self.totals[half]}, {wide}")
-            self._held[half] = 0
+        if self._held[half] < RUNS[self.weights]:
+            self._pairs[half] = in_turn(o, self.form, I16, pairs)
+            return
+        wide = o.call(I32, "llvm.x86.avx2.pmadd.wd", (I16, pairs), (I16, ONES))
+        total = o.op(f"add {I32} {self.totals[half]}, {wide}")
+        self.totals[half], self._held[half] = in_turn(o, self.form, I32, total), 0
 
     def total(self, scales: list[str], group_sum: Callable[[int], str]) -> str:
         """The integers, 8 outputs; `group_sum(half)` is the row's sum of x over half a group."""

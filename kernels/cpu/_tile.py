@@ -44,14 +44,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ._dot_products import GroupDot, unsigned_of
+from ._dot_products import GroupDot, in_turn, unsigned_of
 from ._formats import FLOATS, GROUP_BYTES, QUANTISED, STATS_BYTES
 from ._ir import F32, I8, I32, Writer, constant
 
 # Rows of one pass over a block: what 16 vector registers hold.
 ROWS, FLOAT_ROWS = 8, 5
-# From this many rows on, a block's float sums are in memory: the registers hold integer sums.
-MEMORY_ROWS = 3
 # How far ahead weights are prefetched: groups, or bytes for formats without groups.
 PREFETCH_GROUPS = 32
 PREFETCH_BYTES = 4096
@@ -142,19 +140,12 @@ def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
     quants = {"q8_0": 256, "q8": 256, "q6_k": 192}.get(weights, 128)
     o.line("  %xrow = mul i64 %groups, 32")
     o.line(f"  %frow = mul i64 %groups, {STATS_BYTES}\n  %body = mul i64 %groups, {quants}")
-    if rows >= MEMORY_ROWS:
-        o.line("\n".join(f"  %place{r} = alloca {F32}, align 32" for r in range(rows)))
     o.line("  br label %block\nblock:\n  %b = phi i64 [0, %entry], [%b1, %end]")
-    if rows >= MEMORY_ROWS:
-        for r in range(rows):
-            o.line(f"  store {F32} zeroinitializer, ptr %place{r}, align 32")
     o.line(f"  %offset = mul i64 %b, {size}\n  %wb = getelementptr i8, ptr %w, i64 %offset")
     o.line("  %sb = getelementptr i8, ptr %wb, i64 %body\n  br label %group\ngroup:")
     o.line("  %g = phi i64 [0, %block], [%g1, %group]")
-    in_memory = rows >= MEMORY_ROWS
-    if not in_memory:
-        for r in range(rows):
-            o.line(f"  %acc{r} = phi {F32} [zeroinitializer, %block], [%sum{r}, %group]")
+    for r in range(rows):
+        o.line(f"  %acc{r} = phi {F32} [zeroinitializer, %block], [%sum{r}, %group]")
     group = o.at("%wb", o.op(f"mul i64 %g, {quants}"))
     # Evenly along the block, scales included.
     step = GROUP_BYTES[weights]
@@ -176,14 +167,13 @@ def _quantised_tile(o: Writer, weights: str, form: str, rows: int) -> None:
         dx = o.splat("float", o.load("float", stats[r], 4), 8)
         total = dots[r].total(scales, partial(_group_sum, o, stats[r]))
         product = o.op(f"sitofp {I32} {total} to {F32}")
-        acc = o.load(F32, f"%place{r}", 32) if in_memory else f"%acc{r}"
+        acc = f"%acc{r}"
         if weights in ("q4_1", "q4_k"):
             sx = o.splat("float", o.load("float", o.at(stats[r], 4), 4), 8)
             acc = o.fma(scales[1], sx, acc)
         scale = dx if weights == "q8" else o.op(f"fmul {F32} {scales[0]}, {dx}")
-        o.line(f"  %sum{r} = bitcast {F32} {o.fma(product, scale, acc)} to {F32}")
-        if in_memory:
-            o.line(f"  store {F32} %sum{r}, ptr %place{r}, align 32")
+        acc = in_turn(o, form, F32, o.fma(product, scale, acc))
+        o.line(f"  %sum{r} = bitcast {F32} {acc} to {F32}")
     o.line("  %g1 = add i64 %g, 1\n  %again = icmp ult i64 %g1, %groups")
     o.line("  br i1 %again, label %group, label %end\nend:")
     sums = [f"%sum{r}" for r in range(rows)]

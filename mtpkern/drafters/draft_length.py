@@ -47,7 +47,7 @@ class KChooser(Protocol):
         """Whether the heads should draft after a prompt, before its first step."""
 
     def use_ngram(self) -> bool:
-        """Whether copies should be searched for at the end of the next step."""
+        """Whether copies should be searched for at the end of the next step, or after a prompt."""
 
     def heads_may_pay(self) -> bool:
         """Whether the heads may draft in this run, so that they should be given its prompts."""
@@ -116,12 +116,11 @@ class FixedDraftLength:
         pass
 
 
-# How much time each source's drafts may lose, in durations of a plain step: at the start of a run
-# (CREDIT if they are accepted at the rate PRIOR or more, and less the lower it is, but no less than
-# what the run before left, of which CARRIED is kept), at most (MOST_CREDIT), and more with each
-# token (LOSS).
-CREDIT = {HEADS: 2.0, NGRAM: 0.5}
-CARRIED, MOST_CREDIT = 0.5, 16.0
+# How much time each source's drafts may lose, in durations of a plain step: CREDIT from the start
+# of a run on, if they were accepted at least PRIOR times as often as the source expected, and less
+# the less often; but no less than the run before left, up to one try. LOSS more with each token, up
+# to MOST_CREDIT.
+CREDIT, MOST_CREDIT = {HEADS: 2.0, NGRAM: 0.5}, 16.0
 LOSS = {HEADS: 0.0025, NGRAM: 0.001}
 # The gain assumed of a call of the heads before any was observed.
 HOPE = 0.3
@@ -142,7 +141,8 @@ class DraftLength:
     A step's cost is that of its rows, batch x (K + 1). The probability that a draft is accepted is
     the source's own estimate, corrected by how often its drafts were accepted so far. The heads
     draft as long as that brings more than it costs. An account of what each source has lost keeps
-    decoding within `LOSS` of plain decoding, however wrong the estimates are.
+    decoding within `LOSS` of plain decoding, but for what a run starts with and the last try
+    overdraws, however wrong the estimates are.
 
     After a pass over a model's weights a few lines of Python take as long as one per cent of a
     step. Steps without drafts whose K is certain are therefore a rest: see `KChooser.rest`.
@@ -185,7 +185,8 @@ class DraftLength:
         self.gain = max(self.gain, 0.0)
         for source, credit in self.credit.items():
             share = min(1.0, self.trust[source][0] / PRIOR) ** 3
-            self.credit[source] = max(min(credit, CARRIED), CREDIT[source] * share)
+            left = min(credit, self._try_cost(source))
+            self.credit[source] = max(left, CREDIT[source] * share)
 
     def plain(self) -> float:
         """Seconds of a step without drafts."""
@@ -210,11 +211,14 @@ class DraftLength:
                 totals[k] += total
         return [total / max(1, len(proposals)) for total in totals]
 
-    def price(self, k: int) -> float:
-        """What verifying k drafts costs beyond a plain step, in tokens."""
+    def cost(self, k: int) -> float:
+        """What verifying k drafts takes beyond a plain step, in durations of one."""
         plain = self.plain()
-        beyond = self.seconds(self._batch * (k + 1)) - plain
-        return self.speed * max(0.0, beyond) / plain if plain else 0.0
+        return max(0.0, self.seconds(self._batch * (k + 1)) - plain) / plain if plain else 0.0
+
+    def price(self, k: int) -> float:
+        """What that costs, in tokens."""
+        return self.speed * self.cost(k)
 
     def rest(self) -> Iterable[int]:
         steps = self._steps_to_try()
@@ -234,15 +238,15 @@ class DraftLength:
             return 0
         # The heads' time is already spent: their drafts may be verified whatever the credit is.
         credit = math.inf if self._drafted else self.credit[NGRAM]
-        prices = [self.price(k) for k in range(most + 1)]
+        costs = [self.cost(k) for k in range(most + 1)]
         extra = self.extra(proposals, most)
-        gains = {k: extra[k] - price for k, price in enumerate(prices) if price <= credit}
+        gains = {k: extra[k] - self.speed * c for k, c in enumerate(costs) if c <= credit}
         best = max(gains, key=gains.__getitem__, default=0)
         if best == 0 and len(gains) > 1:
             sources = {source for source, probabilities in proposals if probabilities}
             if all(self._idle[source] >= self._rest[source] for source in sources):
                 claimed = self.extra(proposals, most, claimed=True)
-                pay = [k for k in gains if claimed[k] > prices[k]]
+                pay = [k for k in gains if claimed[k] > self.speed * costs[k]]
                 best = max(pay, key=gains.__getitem__, default=0)
         if any(source == NGRAM for source, _ in proposals):
             self._copying = best > 0
@@ -257,7 +261,7 @@ class DraftLength:
         return False  # the first token is the hardest to guess: a call here does not pay
 
     def use_ngram(self) -> bool:
-        return self.price(1) <= self.credit[NGRAM]
+        return self._try_cost(NGRAM) <= self.credit[NGRAM]
 
     def heads_may_pay(self) -> bool:
         return self._may_pay
@@ -340,11 +344,19 @@ class DraftLength:
         rest."""
         if not self._may_pay:
             return AWAKE + MOST_REST
-        missing = self.price(1) + self._draft_price() - self.credit[HEADS]
+        missing = self._try_cost(HEADS) - self.credit[HEADS]
         steps = math.ceil(missing / LOSS[HEADS]) if missing > 0 else 0
         if self.gain < 0:
             steps = max(steps, self._rest[HEADS] - self._idle[HEADS])
         return steps
+
+    def _try_cost(self, source: int) -> float:
+        """How long the cheapest try of a source takes, in durations of a plain step."""
+        plain = self.plain()
+        if not plain:
+            return 0.0
+        drafting = self.drafting(1) / plain if source == HEADS else 0.0
+        return drafting + min(self.cost(k) for k in range(1, self.most + 1))
 
     def _could_pay(self) -> bool:
         """Whether some K would be faster than plain decoding if the heads' drafts were accepted at
@@ -356,7 +368,7 @@ class DraftLength:
                 return True
         return not plain
 
-    def _draft_price(self, drafts: int = 1) -> float:
+    def _draft_price(self, drafts: int) -> float:
         """What it costs that the heads draft `drafts` tokens, in tokens."""
         plain = self.plain()
         return self.speed * self.drafting(drafts) / plain if plain else 0.0

@@ -33,7 +33,8 @@ class CompanionDrafter:
     """The n-gram's copy for sequences that have a match, and the heads' drafts for the others.
 
     Where the host may read values inside a step, the heads do not run at all if every sequence has
-    a match, or with `use_heads` off: their passes are what takes time.
+    a match, or with `use_heads` off: their passes are what takes time. With `use_ngram` off nothing
+    is copied.
     """
 
     def __init__(self, ngram: NoDrafter, drafter: Drafter, ops: Ops):

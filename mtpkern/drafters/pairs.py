@@ -43,8 +43,8 @@ class Pairs(NamedTuple):
 
 
 class HostPairs(NamedTuple):
-    """`Pairs` of `PendingPairs`, as compiled kernels take them; and how many tokens each sequence
-    has. Valid until its next call."""
+    """`Pairs` of `PendingPairs`, as compiled kernels take them, and each sequence's committed
+    length. The features may be those of its buffer, which the next call changes."""
 
     features: np.ndarray  # the bits of bfloat16 as int16
     tokens: np.ndarray
@@ -118,12 +118,13 @@ class PendingPairs:
         self._rows, self._written = self._as_array(self.pending), cache.lengths.numpy()
         # Sequences for which steps were committed that were never observed.
         self._missed: set[int] = set()
-        # Of the step before, what is read of it: mostly the same tensors as the next step's.
+        # What is read of the latest step, mostly the tensors of the next one too, as arrays.
         self._seen: tuple[Tensor, ...] = ()
+        self._arrays: tuple[np.ndarray, ...] = ()
 
     def take(self, step: DraftInput) -> HostPairs:
         """The pairs to write at a step, which count as written from now on."""
-        waiting, (*_, texts) = self._copy(step), self._given
+        waiting, (*_, texts) = self._copy(step), self._arrays
         begin, lengths = (list(column) for column in zip(*waiting, strict=True))
         last = [max(0, length - start - 1) for start, length in waiting]
         rows, open_pairs = max(last) + 1, self.open_pairs
@@ -177,8 +178,8 @@ class PendingPairs:
         given = (step.features, step.lengths, step.advance, step.tokens)
         if not self._seen or any(map(is_not, given, self._seen)):
             self._seen = given
-            self._given = (self._as_array(step.features), *(t.numpy() for t in given[1:]))
-        rows, lengths, advance, _ = self._given
+            self._arrays = (self._as_array(step.features), *(t.numpy() for t in given[1:]))
+        rows, lengths, advance, _ = self._arrays
         committed, waiting = zip(lengths.tolist(), advance.tolist(), strict=True), []
         for slot, (length, count) in enumerate(committed, step.first):
             start, begin = length - count, int(self._written[slot])

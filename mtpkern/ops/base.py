@@ -270,9 +270,9 @@ class Ops(Protocol):
     def draft_chain(
         self, w: Any, embedding: Packed, cache: KVCache, pairs: Any, step: Any, count: int
     ) -> tuple[Tensor, int, Tensor] | None:
-        """`MtpDrafter.guess` in one call, for `pairs` taken at `step` -> (tokens [B, count] int64,
-        how many of them are drafts, probabilities [B, count]), overwritten by the next call; None:
-        it is composed of others."""
+        """`MtpDrafter.guess` in one call, for the `HostPairs` taken at `step` -> (tokens [B, count]
+        int64, how many of them are drafts, probabilities [B, count]), overwritten by the next call;
+        None: it is composed of others."""
         return None
 
     # The vocabulary.

