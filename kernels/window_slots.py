@@ -4,7 +4,7 @@
 
 All layers of a step share them, so they are computed once per step.
 
-Bytes moved, per sequence: 8 of its length, 4 T of its page table, 16 T written; 8 of `active` and
+Bytes moved, per sequence: 8 of its length, 4 per entry of its page table that it needs, 16 T written; 8 of `active` and
 8 T of `tree` where these are given.
 """
 
