@@ -4,8 +4,8 @@
 
 All layers of a step share them, so they are computed once per step.
 
-Bytes moved, per sequence: 8 of its length, 4 per entry of its page table that it needs, 16 T written; 8 of `active` and
-8 T of `tree` where these are given.
+Bytes moved, per sequence: 8 of its length, 4 per entry of its page table that it needs, 16 T
+written; 8 of `active` and 8 T of `tree` where these are given.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Speculation is not a mode. Plain decoding is this step with K = 0, a window of one row.
 """
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,6 +105,7 @@ class StepOutput:
     accepted: Tensor  # [B] int64, 0..K
     count: Tensor  # [B] int64, accepted + 1, or 0 for a finished sequence
     drafts: Drafts | None  # those of the next window; None for K = 0
+    drafting_seconds: float = 0.0  # what they took, on a CPU
 
 
 def decode_step(
@@ -140,7 +142,7 @@ def decode_step(
     if state.forced is not None:
         force_acceptance(window, target, state.forced, progress.clock)
     accepted, count = ops.advance(window, target, largest, target_logprobs, progress)
-    drafts = None
+    drafts, seconds = None, 0.0
     if state.window.shape[1] > 1:
         step = DraftInput(
             features=features,
@@ -156,8 +158,10 @@ def decode_step(
             use_ngram=use_ngram,
             min_probability=min_probability,
         )
+        started = time.perf_counter()
         drafts = draft(state, drafter, step)
-    return StepOutput(target, accepted, count, drafts)
+        seconds = time.perf_counter() - started
+    return StepOutput(target, accepted, count, drafts, seconds)
 
 
 def draft(state: DecodeState, drafter: Drafter, step: DraftInput) -> Drafts:

@@ -80,7 +80,9 @@ class StepInFlight(NamedTuple):
     slots: tuple[Request | None, ...]  # as they were when it started
     proposals: tuple[Proposal | None, ...]  # the drafts that it verifies, where the host may read
     started: float  # seconds, by time.perf_counter()
-    heads_drafted: int  # tokens that the heads drafted at its end, where the host may read
+    # Tokens that the heads drafted at its end, and how long they took, where the host may read.
+    heads_drafted: int
+    drafting_seconds: float
     resting: bool  # whether it is one of `Batch.rest`
 
 
@@ -252,17 +254,20 @@ class Runner:
         """
         verified = tuple(batch.proposals)
         self.clock += 1
-        heads_drafted = 0
+        heads_drafted, drafting = 0, 0.0
         if self.graphs:
             self.graphs[len(batch.slots), k, self._graph_pages(batch.slots)]()
         else:
-            drafts = self.launch(batch, k, source).drafts
+            output = self.launch(batch, k, source)
+            drafts = output.drafts
             if self.ops.host_may_read and (batch.proposed or not (drafts is None or drafts.empty)):
                 batch.proposals[:] = _proposals(drafts, batch.slots)
                 heads_drafted = _heads_drafted(batch.proposals)
+                drafting = output.drafting_seconds if heads_drafted else 0.0
                 batch.proposed = any(p is not None and p.probabilities for p in batch.proposals)
         slots = tuple(batch.slots)
-        return StepInFlight(self.clock, k, slots, verified, started, heads_drafted, resting)
+        made = (heads_drafted, drafting)
+        return StepInFlight(self.clock, k, slots, verified, started, *made, resting)
 
     def launch(self, batch: Batch, k: int, source: int = HEADS) -> StepOutput:
         """Run a step kernel by kernel: on a CPU, under capture, and on a GPU without graphs."""

@@ -148,7 +148,8 @@ class Scheduler:
         if step.resting:
             batch.rested.append(seconds)
         else:
-            batch.k_chooser.observe(k, seconds, outcomes, step.heads_drafted)
+            drafting = (step.heads_drafted, step.drafting_seconds)
+            batch.k_chooser.observe(k, seconds, outcomes, *drafting)
         for request, record in taken:
             for event in request.take(record, k, now):
                 yield request.index, event

@@ -15,7 +15,7 @@ import torch
 
 from mtpkern.config import SamplingParams
 from mtpkern.decode import decode_step
-from mtpkern.drafters.base import Drafter, DraftInput, Drafts, NoDrafter
+from mtpkern.drafters.base import NO_DRAFTER, Drafter
 from mtpkern.drafters.draft_length import FixedDraftLength
 from mtpkern.errors import UserError
 from mtpkern.graph import GraphPool, measure
@@ -102,35 +102,19 @@ def time_steps(runner: Runner) -> StepTimes:
     counted."""
     times = StepTimes({}, {})
     for k in range(runner.k + 1):
-        drafter = _TimedDrafter(runner.drafter if k else NoDrafter())
+        drafter: Drafter = runner.drafter if k else NO_DRAFTER
         state, steps, drafts = runner.state.view(1, k), [], []
         for _ in range(1 + TIMED_STEPS):
-            started, drafter.seconds = time.perf_counter(), 0.0
-            decode_step(state, runner.trunk, drafter, runner.ops, min_probability=0.0)
-            drafts.append(drafter.seconds)
-            steps.append(time.perf_counter() - started - drafter.seconds)
+            started = time.perf_counter()
+            output = decode_step(state, runner.trunk, drafter, runner.ops, min_probability=0.0)
+            drafts.append(output.drafting_seconds)
+            steps.append(time.perf_counter() - started - output.drafting_seconds)
         times.steps[k + 1] = steps[1:]
         if k:
             times.drafts[k] = drafts[1:]
     runner.drafter.reset(0)
     runner.skip_used_numbers()
     return times
-
-
-class _TimedDrafter:
-    """A drafter, and the seconds that its latest drafts took."""
-
-    def __init__(self, drafter: Drafter):
-        self._drafter, self.seconds = drafter, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
-
-    def guess(self, step: DraftInput, count: int) -> Drafts:
-        started = time.perf_counter()
-        drafts = self._drafter.guess(step, count)
-        self.seconds = time.perf_counter() - started
-        return drafts
 
 
 @contextmanager

@@ -64,10 +64,11 @@ class KChooser(Protocol):
         seconds: float,
         outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
+        drafting: float,
     ) -> None:
         """Learn from a step of K = k that took `seconds`: `outcomes` has each active sequence's
-        proposal, cut to k, and how many of its drafts were accepted; `drafted` is how many tokens
-        the heads drafted at the step's end."""
+        proposal, cut to k, and how many of its drafts were accepted; the heads drafted `drafted`
+        tokens at the step's end, which took `drafting` of the seconds."""
 
     def observe_rest(self, seconds: Sequence[float]) -> None:
         """Learn from the steps of a rest, which took `seconds`."""
@@ -109,6 +110,7 @@ class FixedDraftLength:
         seconds: float,
         outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
+        drafting: float,
     ) -> None:
         pass
 
@@ -285,18 +287,14 @@ class DraftLength:
         seconds: float,
         outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
+        drafting: float,
     ) -> None:
-        rows = self._batch * (k + 1)
-        known, heads = self.seconds(rows), 0.0
-        if drafted and not self._warm:
-            seconds, self._warm = known or seconds, True
-        elif drafted:
-            heads = max(0.0, seconds - known) if known else 0.0
-            # After a rest the heads first write the pairs that they missed: not a cost of drafting.
-            if self._drafted:
-                self.drafting.observe(drafted, heads)
-        else:
-            self.seconds.observe(rows, seconds)
+        verifying, heads = seconds - drafting, drafting if self._warm else 0.0
+        self.seconds.observe(self._batch * (k + 1), verifying)
+        # After a rest the heads first write the pairs that they missed: not a cost of drafting.
+        if drafted and self._drafted and self._warm:
+            self.drafting.observe(drafted, drafting)
+        self._warm |= drafted > 0
         if k == 0:
             self._unrefreshed = 0
         plain, active = self.plain(), max(1, len(outcomes))
@@ -306,12 +304,12 @@ class DraftLength:
             for i, probability in enumerate(probabilities[: accepted + 1]):
                 self._update_trust(source, i, probability, i < accepted)
         extra = sum(accepted for _, accepted in outcomes) / active
-        spent = seconds / plain
+        spent = (verifying + heads) / plain
         self.speed += NEWEST_GAIN * ((1 + extra) / spent - self.speed)
         self.speed = max(1.0, self.speed)
         if k:
             heads_drafted = any(p.source == HEADS and p.probabilities for p, _ in outcomes)
-            self.credit[HEADS if heads_drafted else NGRAM] += 1 + extra - (seconds - heads) / plain
+            self.credit[HEADS if heads_drafted else NGRAM] += 1 + extra - verifying / plain
         self.credit[HEADS] -= heads / plain
         self._earn(1 + extra)
         self._note_tries(k, outcomes)

@@ -35,6 +35,7 @@ class GraphDraftLength(FixedDraftLength):
         seconds: float,
         outcomes: Sequence[tuple[Proposal, int]],
         drafted: int,
+        drafting: float,
     ) -> None:
         for proposal, accepted in outcomes:
             for i in range(min(len(proposal.probabilities), accepted + 1)):

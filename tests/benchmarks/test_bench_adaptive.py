@@ -53,7 +53,7 @@ def test_hostile_drafts_are_never_accepted(
 ) -> None:
     accepted_drafts = []
 
-    def observe(self: DraftLength, k: int, seconds: float, outcomes: list, count: int) -> None:
+    def observe(self: DraftLength, k: int, seconds: float, outcomes: list, *drafted: Any) -> None:
         accepted_drafts.extend(accepted for _, accepted in outcomes)
 
     monkeypatch.setattr(DraftLength, "observe", observe)

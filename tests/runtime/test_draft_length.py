@@ -26,7 +26,7 @@ STEEP = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
 
 
 def observe(chooser: GraphDraftLength, drafted: int, accepted: int) -> None:
-    chooser.observe(4, 0.0, [(Proposal(HEADS, (1.0,) * drafted), accepted)], 0)
+    chooser.observe(4, 0.0, [(Proposal(HEADS, (1.0,) * drafted), accepted)], 0, 0.0)
 
 
 def simulate(
@@ -183,7 +183,7 @@ class Machine:
             windows = [self.window(*use) for _ in windows]
             drafted = max((len(w.probabilities) for w in windows if w.source == HEADS), default=0)
             took = self.step(k) + drafted * self.pass_
-            chooser.observe(k, took, outcomes, drafted)
+            chooser.observe(k, took, outcomes, drafted, drafted * self.pass_)
             seconds += took
             emitted += 1 + sum(stood) / self.batch
         return emitted / seconds * (1 + self.row * self.batch)
@@ -259,6 +259,16 @@ def test_one_slow_timing_does_not_end_copies_for_good() -> None:
     assert machine.run(chooser, 1000) > 1.3
 
 
+def test_steps_that_were_slow_at_load_are_timed_again() -> None:
+    """The heads' time is not what a step takes beyond those: they would seem to cost nothing."""
+    machine = Machine(0.3, 0.1)
+    chooser = DraftLength(4)
+    steps = {rows: [2 * machine.step(rows - 1)] * 3 for rows in range(1, 6)}
+    chooser.start_with(steps, {n: [0.2 * n] * 3 for n in range(1, 5)})
+    chooser.begin(1)
+    assert machine.run(chooser, 2500) > 1.3
+
+
 def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None:
     chooser = DraftLength(4)
     chooser.start_with({1: [0.01], 2: [0.011]}, {})
@@ -279,13 +289,13 @@ def test_sources_that_rest_are_spared_steps_until_shortly_before_a_try() -> None
     match, searches = Proposal(NGRAM, (1.0,)), []
     for _ in range(6):
         assert chooser.choose([match]) == 0
-        chooser.observe(0, 0.01, [(match._replace(probabilities=()), 0)], 0)
+        chooser.observe(0, 0.01, [(match._replace(probabilities=()), 0)], 0, 0.0)
         searches.append(list(chooser.rest()).count(NGRAM))
     assert searches == [16, 8, 4, 2, 1, 1] and MOST_REST == MOST_LOOK
     # One that brings a token is followed by a search in each step.
     chooser.seconds.observe(2, *[0.01] * 7)
     assert chooser.choose([match]) == 1 and chooser.active_source() == NGRAM
-    chooser.observe(1, 0.01, [(match, 1)], 0)
+    chooser.observe(1, 0.01, [(match, 1)], 0, 0.0)
     assert list(chooser.rest()) == [NGRAM] * MOST_REST
 
 
@@ -370,7 +380,7 @@ def paid(chooser: DraftLength, source: int, drafts: int, accepted: int) -> float
     """What a step of 1.5 plain steps adds to a source's account, without what tokens earn."""
     before = chooser.credit[source]
     proposal = Proposal(source, (0.8,) * drafts)
-    chooser.observe(drafts, 1.5, [(proposal, accepted)], 0)
+    chooser.observe(drafts, 1.5, [(proposal, accepted)], 0, 0.0)
     return chooser.credit[source] - before - LOSS[source] * (1 + accepted)
 
 
@@ -385,7 +395,7 @@ def test_each_source_pays_for_its_own_drafts() -> None:
     assert paid(chooser, HEADS, 1, 1) == pytest.approx(0.5)
     # Copies were verified in 1.0 plain steps, and the heads drafted in the other 0.5.
     copies = chooser.credit[NGRAM]
-    chooser.observe(2, 1.5, [(Proposal(NGRAM, (1.0, 1.0)), 0)], 4)
+    chooser.observe(2, 1.5, [(Proposal(NGRAM, (1.0, 1.0)), 0)], 4, 0.5)
     assert chooser.credit[NGRAM] == pytest.approx(copies + LOSS[NGRAM])
     # Without credit copies are not verified, whatever is expected of them.
     chooser.seconds.observe(2, *[1.1] * 7)
