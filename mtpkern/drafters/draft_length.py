@@ -119,9 +119,9 @@ class FixedDraftLength:
 
 
 # How much time each source's drafts may lose, in durations of a plain step: CREDIT from the start
-# of a run on, if they were accepted at least PRIOR times as often as the source expected, and less
-# the less often; but no less than the run before left, up to one try. LOSS more with each token, up
-# to MOST_CREDIT.
+# of a run on, half as much after each run of the same batch size in which they lost, and in between
+# after one in which they gained; but no less than the run before left, up to one try. LOSS more
+# with each token, up to MOST_CREDIT.
 CREDIT, MOST_CREDIT = {HEADS: 2.0, NGRAM: 0.5}, 16.0
 LOSS = {HEADS: 0.0025, NGRAM: 0.001}
 # The gain assumed of a call of the heads before any was observed.
@@ -160,6 +160,10 @@ class DraftLength:
         self.speed = 1.0  # tokens per duration of a plain step, a running mean
         # What each source's drafts may still lose, in durations of a plain step.
         self.credit = dict(CREDIT)
+        # What their drafts have gained in this run, and the share of `CREDIT` that a run of a batch
+        # size starts with.
+        self._gained = dict.fromkeys(CREDIT, 0.0)
+        self._worth: dict[tuple[int, int], float] = {}
         self._weight = [[PRIOR_COUNT] * most for _ in SOURCES]
         self._calls = 0  # calls of the heads whose drafts were verified
         self._idle = dict.fromkeys(range(len(SOURCES)), RETRY)  # steps since the last try
@@ -181,14 +185,19 @@ class DraftLength:
 
     def begin(self, batch: int, *, heads: bool = True) -> None:
         """Start a run of `batch` sequences at a time; `heads` is whether there are any."""
+        for source, gained in self._gained.items():
+            key = (source, self._batch)
+            if gained:
+                worth, won = self._worth.get(key, 1.0), float(gained > 0)
+                self._worth[key] = (worth + won) / 2
+            self._gained[source] = 0.0
         self._batch, self._drafted = batch, 0
         self._may_pay = heads and self._could_pay()
         # On another text the heads may pay.
         self.gain = max(self.gain, 0.0)
         for source, credit in self.credit.items():
-            share = min(1.0, self.trust[source][0] / PRIOR) ** 3
             left = min(credit, self._try_cost(source))
-            self.credit[source] = max(left, CREDIT[source] * share)
+            self.credit[source] = max(left, CREDIT[source] * self._worth.get((source, batch), 1.0))
 
     def plain(self) -> float:
         """Seconds of a step without drafts."""
@@ -309,8 +318,8 @@ class DraftLength:
         self.speed = max(1.0, self.speed)
         if k:
             heads_drafted = any(p.source == HEADS and p.probabilities for p, _ in outcomes)
-            self.credit[HEADS if heads_drafted else NGRAM] += 1 + extra - verifying / plain
-        self.credit[HEADS] -= heads / plain
+            self._pay(HEADS if heads_drafted else NGRAM, 1 + extra - verifying / plain)
+        self._pay(HEADS, -heads / plain)
         self._earn(1 + extra)
         self._note_tries(k, outcomes)
         self._copying = False
@@ -332,6 +341,10 @@ class DraftLength:
         self.gain *= (1 - NEWEST_GAIN / 2) ** steps
         for source in self._idle:
             self._idle[source] += steps
+
+    def _pay(self, source: int, gained: float) -> None:
+        self.credit[source] += gained
+        self._gained[source] += gained
 
     def _earn(self, tokens: float) -> None:
         for source, loss in LOSS.items():

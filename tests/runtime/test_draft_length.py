@@ -405,16 +405,22 @@ def test_each_source_pays_for_its_own_drafts() -> None:
     assert chooser.choose([Proposal(NGRAM, (1.0,))]) == 1
 
 
-def test_what_a_source_may_lose_in_a_new_run_follows_from_its_honesty() -> None:
+def test_what_a_source_may_lose_in_a_new_run_follows_from_the_runs_before() -> None:
     machine = Machine(0.3, 0.1, **HOSTILE)
     chooser = machine.loaded()
-    machine.run(chooser, 1000)
+    for _ in range(6):
+        machine.run(chooser, 128)
+        chooser.begin(1)
     chooser.credit = {HEADS: -3.0, NGRAM: 3.0}
     chooser.begin(1)
     assert 0 <= chooser.credit[HEADS] < CREDIT[HEADS] / 10
     assert chooser.credit[NGRAM] == chooser.cost(1)  # of one try
+    chooser.begin(3)
+    assert chooser.credit == CREDIT  # at another batch size they may pay
+    chooser.begin(1)
     machine.rate = machine.copied = 0.95
     machine.run(chooser, 6000)
     chooser.gain = -0.1  # an unlucky end
     chooser.begin(1)
-    assert chooser.credit == CREDIT and chooser.gain == 0 and chooser.use_heads()
+    assert chooser.credit[HEADS] > CREDIT[HEADS] / 2 and chooser.credit[NGRAM] > CREDIT[NGRAM] / 2
+    assert chooser.gain == 0 and chooser.use_heads()
