@@ -118,10 +118,10 @@ class FixedDraftLength:
         pass
 
 
-# How much time each source's drafts may lose, in durations of a plain step: CREDIT from the start
-# of a run on, half as much after each run of the same batch size in which they lost, and in between
-# after one in which they gained; but no less than the run before left, up to one try. LOSS more
-# with each token, up to MOST_CREDIT.
+# How much time each source's drafts may lose, in durations of a plain step. At the start of a run
+# CREDIT times a share, which a run of that batch size in which they lost halves, and one in which
+# they gained raises halfway to 1; at least what is left of the run before, up to one try. LOSS more
+# with each token, MOST_CREDIT at most.
 CREDIT, MOST_CREDIT = {HEADS: 2.0, NGRAM: 0.5}, 16.0
 LOSS = {HEADS: 0.0025, NGRAM: 0.001}
 # The gain assumed of a call of the heads before any was observed.
