@@ -253,7 +253,10 @@ def test_heads_draft_where_copies_are_not_wanted(
         monkeypatch.setattr(FixedDraftLength, "use_ngram", lambda self, wanted=wanted: wanted)
         recorder = watch(llm)
         llm.drafter.ngram = Copies(llm)  # type: ignore[assignment]
-        drafted[wanted] = sorted(llm.generate(prompt, params)[0].stats.drafted)
+        (answer,) = llm.generate(prompt, params)
+        (plain,) = llm.generate(prompt, params, speculate=False)
+        assert answer.token_ids == plain.token_ids
+        drafted[wanted] = sorted(answer.stats.drafted)
         assert bool(recorder.drafted) is not wanted
     assert "ngram" in drafted[True] and "ngram" not in drafted[False]
 
